@@ -1,0 +1,16 @@
+//! Vocabulary and configuration of Baton.
+//!
+//! Every crate speaks in the types of this one: names, epochs, byte and token counts, the geometry of a KV
+//! block, and the messages a router and two worker agents exchange. It is also the only crate that reads files
+//! of configuration and the environment.
+#![forbid(unsafe_code)]
+
+pub mod geometry;
+pub mod names;
+pub mod prefix;
+pub mod protocol;
+pub mod units;
+
+pub use geometry::{Dtype, KvGeometry, KvLayout};
+pub use names::{Accelerator, Epoch, HandoffId, NameError, PoolName, Role, WorkerId};
+pub use units::{Bytes, Tokens};
