@@ -1,0 +1,32 @@
+#!/usr/bin/env bash
+# Every test of Baton on a fresh Debian machine with cargo: installs what the tests need, builds the release binary that
+# the end-to-end tests drive, and runs all tests, with cargo-nextest when it is installed and plain cargo otherwise.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+as_root() {
+    if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
+}
+
+# The official `openai` client runs in a virtual environment of its own.
+venv=target/openai-venv
+if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
+    echo "== installing python3-venv"
+    as_root apt-get update -qq
+    as_root apt-get install -y -qq --no-install-recommends python3 python3-venv
+fi
+if ! "$venv/bin/python" -c 'import openai' 2>/dev/null; then
+    echo "== installing the openai client"
+    python3 -m venv "$venv"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check -r integration/requirements.txt
+fi
+
+echo "== building the release binary"
+cargo build --release --locked
+
+echo "== running the tests"
+if cargo nextest --version >/dev/null 2>&1; then
+    cargo nextest run --workspace --locked
+else
+    cargo test --workspace --locked
+fi
