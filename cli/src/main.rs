@@ -1,2 +1,3 @@
 //! The `baton` binary.
+#![forbid(unsafe_code)]
 fn main() {}
