@@ -5,6 +5,9 @@
 //! of configuration and the environment.
 #![forbid(unsafe_code)]
 
+pub mod choice;
+pub mod fault;
+pub mod fleet;
 pub mod geometry;
 pub mod names;
 pub mod prefix;
@@ -13,4 +16,4 @@ pub mod units;
 
 pub use geometry::{Dtype, KvGeometry, KvLayout};
 pub use names::{Accelerator, Epoch, HandoffId, NameError, PoolName, Role, WorkerId};
-pub use units::{Bytes, Tokens};
+pub use units::{ByteRate, Bytes, Tokens};

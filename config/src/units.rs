@@ -66,6 +66,35 @@ impl fmt::Display for Bytes {
     }
 }
 
+/// Bytes per second; written and read as `8GiB/s`.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash)]
+pub struct ByteRate(pub u64);
+
+/// Why a rate was refused.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{text:?} is not a rate: write a size per second, like 500MB/s or 8GiB/s")]
+pub struct ByteRateError {
+    text: String,
+}
+
+impl FromStr for ByteRate {
+    type Err = ByteRateError;
+    fn from_str(text: &str) -> Result<Self, ByteRateError> {
+        let refused = || ByteRateError { text: text.chars().take(40).collect() };
+        let bytes = text.trim().strip_suffix("/s").ok_or_else(refused)?;
+        match bytes.parse::<Bytes>() {
+            Ok(Bytes(rate)) if rate > 0 => Ok(Self(rate)),
+            _ => Err(refused()),
+        }
+    }
+}
+
+impl fmt::Display for ByteRate {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}/s", Bytes(self.0))
+    }
+}
+
 /// A count of tokens.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize, Default)]
 #[serde(transparent)]

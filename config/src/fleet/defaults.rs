@@ -1,0 +1,118 @@
+//! Every value a fleet document may leave out, in one table.
+
+use std::time::Duration;
+
+use super::{BackendKind, Disaggregation, Integrity, Isolation, PolicyKind, ScalerKind, TransferPath};
+use crate::geometry::{Dtype, KvLayout};
+use crate::names::Accelerator;
+use crate::units::Bytes;
+
+/// The fleet of `baton up` without an argument.
+pub const LAPTOP_FLEET: &str = include_str!("../../../examples/fleets/laptop.yaml");
+
+/// `conductor.listen`.
+pub const CONDUCTOR_LISTEN: &str = "127.0.0.1:7400";
+/// `conductor.lease_ttl_ms`: long enough for a pause of a busy host, three renewals fit.
+pub const LEASE_TTL: Duration = Duration::from_secs(10);
+/// `conductor.store.etcd.prefix`.
+pub const ETCD_PREFIX: &str = "/baton";
+
+/// `router.listen`.
+pub const ROUTER_LISTEN: &str = "127.0.0.1:8080";
+/// `router.policy.kind`.
+pub const POLICY: PolicyKind = PolicyKind::LeastLoaded;
+/// `router.policy.seed`.
+pub const POLICY_SEED: u64 = 0;
+/// `router.policy.slo.ttft_ms`.
+pub const SLO_TTFT: Duration = Duration::from_millis(500);
+/// `router.policy.slo.itl_ms`.
+pub const SLO_ITL: Duration = Duration::from_millis(50);
+/// `router.disaggregation`.
+pub const DISAGGREGATION: Disaggregation = Disaggregation::Auto;
+/// `router.auth.isolation`.
+pub const ISOLATION: Isolation = Isolation::Tenant;
+/// `router.limits.body`.
+pub const ROUTER_BODY: Bytes = Bytes(4 << 20);
+/// `router.limits.queue`.
+pub const ROUTER_QUEUE: u32 = 1024;
+/// `router.limits.in_flight`.
+pub const ROUTER_IN_FLIGHT: u32 = 4096;
+/// `router.limits.connections`.
+pub const ROUTER_CONNECTIONS: u32 = 8192;
+/// `router.limits.header_timeout_ms`.
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+/// `router.limits.body_timeout_ms`.
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+/// `router.limits.queue_timeout_ms`.
+pub const QUEUE_TIMEOUT: Duration = Duration::from_secs(30);
+/// `router.limits.request_timeout_ms`.
+pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(600);
+/// `router.limits.drain_settle_ms`: nothing to wait for without a load balancer in front.
+pub const DRAIN_SETTLE: Duration = Duration::ZERO;
+/// `router.limits.drain_grace_ms` and `pools[].limits.drain_grace_ms`.
+pub const DRAIN_GRACE: Duration = Duration::from_secs(120);
+
+/// `pools[].accelerator`.
+pub const ACCELERATOR: Accelerator = Accelerator::Cpu;
+/// `pools[].replicas`.
+pub const REPLICAS: u32 = 1;
+/// First port of `pools[].listen`: replicas of all pools follow each other from here.
+pub const WORKER_PORT: u16 = 7500;
+/// `pools[].limits.in_flight`.
+pub const WORKER_IN_FLIGHT: u32 = 1024;
+/// `pools[].limits.body`: token ids of a long prompt as JSON.
+pub const WORKER_BODY: Bytes = Bytes(16 << 20);
+
+/// `pools[].engine.prefill_chunk`, in tokens.
+pub const PREFILL_CHUNK: u32 = 256;
+/// `pools[].engine.max_batch`, in sequences.
+pub const MAX_BATCH: u32 = 64;
+/// `pools[].engine.max_waiting`, in sequences.
+pub const MAX_WAITING: u32 = 1024;
+/// `pools[].engine.prefix_cache`.
+pub const PREFIX_CACHE: bool = true;
+/// `pools[].engine.prefill_us_base` of the simulated engine.
+pub const SIM_PREFILL_BASE: Duration = Duration::from_micros(2_000);
+/// `pools[].engine.prefill_us_per_token`.
+pub const SIM_PREFILL_PER_TOKEN: Duration = Duration::from_micros(50);
+/// `pools[].engine.prefill_ns_per_token2`.
+pub const SIM_PREFILL_PER_TOKEN2: Duration = Duration::from_nanos(5);
+/// `pools[].engine.decode_us_base`.
+pub const SIM_DECODE_BASE: Duration = Duration::from_micros(5_000);
+/// `pools[].engine.decode_us_per_seq`.
+pub const SIM_DECODE_PER_SEQ: Duration = Duration::from_micros(100);
+/// `pools[].engine.decode_ns_per_context_token`.
+pub const SIM_DECODE_PER_CONTEXT_TOKEN: Duration = Duration::from_nanos(20);
+/// `pools[].engine.seed`.
+pub const SIM_SEED: u64 = 0;
+
+/// `pools[].kv.block_tokens`.
+pub const BLOCK_TOKENS: u32 = 16;
+/// `pools[].kv.layout`.
+pub const KV_LAYOUT: KvLayout = KvLayout::Hnd;
+/// `pools[].kv.dtype`.
+pub const KV_DTYPE: Dtype = Dtype::Bf16;
+/// `pools[].kv.memory`.
+pub const KV_MEMORY: Bytes = Bytes(256 << 20);
+
+/// `pools[].transfer.path`.
+pub const TRANSFER_PATH: TransferPath = TransferPath::Auto;
+/// `pools[].transfer.backends`.
+pub const BACKENDS: &[BackendKind] = &[BackendKind::Shm, BackendKind::Tcp];
+/// `pools[].transfer.integrity`.
+pub const INTEGRITY: Integrity = Integrity::Digest;
+/// `pools[].transfer.streams`.
+pub const STREAMS: usize = 4;
+/// `pools[].transfer.staging`.
+pub const STAGING: Bytes = Bytes(16 << 20);
+/// `pools[].transfer.connect_timeout_ms`.
+pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
+/// `pools[].transfer.stall_timeout_ms`.
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// `pools[].autoscale.min`.
+pub const AUTOSCALE_MIN: u32 = 1;
+/// `pools[].autoscale.scaler`.
+pub const SCALER: ScalerKind = ScalerKind::None;
+/// `pools[].autoscale.target.queue_wait_ms`.
+pub const QUEUE_WAIT: Duration = Duration::from_millis(250);

@@ -1,0 +1,124 @@
+//! `router:` of the fleet document.
+
+use std::path::PathBuf;
+use std::time::Duration;
+
+use super::Listen;
+use crate::choice::choice;
+use crate::units::Bytes;
+
+/// The router.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct RouterSpec {
+    /// Where it listens for clients.
+    pub listen: Listen,
+    /// How workers are chosen.
+    pub policy: PolicySpec,
+    /// What it accepts at most.
+    pub limits: RouterLimits,
+    /// When prefill and decode go to different workers.
+    pub disaggregation: Disaggregation,
+    /// Who may use it; anybody without.
+    pub auth: Option<AuthSpec>,
+}
+
+choice! {
+    /// How a worker is chosen for a request.
+    PolicyKind {
+        /// Jointly by predicted first-token time and decode load, with prefix hits.
+        KvAware => "kv_aware",
+        /// The worker with the longest cached prefix.
+        Prefix => "prefix",
+        /// One after the other.
+        RoundRobin => "round_robin",
+        /// Uniformly at random.
+        Random => "random",
+        /// The one with the least work.
+        LeastLoaded => "least_loaded",
+        /// The less loaded of two drawn at random.
+        PowerOfTwo => "power_of_two",
+    }
+}
+
+/// How workers are chosen.
+#[derive(Debug, Clone, PartialEq)]
+#[non_exhaustive]
+pub struct PolicySpec {
+    /// The rule.
+    pub kind: PolicyKind,
+    /// Seeds the random choices.
+    pub seed: u64,
+    /// What the policy aims at.
+    pub slo: Slo,
+}
+
+/// Latency aims.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Slo {
+    /// Time to first token.
+    pub ttft: Duration,
+    /// Time between tokens.
+    pub itl: Duration,
+}
+
+choice! {
+    /// When prefill and decode of a request go to different workers.
+    Disaggregation {
+        /// When it is predicted to be faster than prefilling on the decode worker.
+        Auto => "auto",
+        /// Whenever a prefill worker is there.
+        Always => "always",
+        /// Never; decode workers prefill.
+        Never => "never",
+    }
+}
+
+/// What the router accepts at most.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct RouterLimits {
+    /// Bytes of a request body.
+    pub body: Bytes,
+    /// Requests waiting for a worker.
+    pub queue: u32,
+    /// Requests being served, waiting ones included.
+    pub in_flight: u32,
+    /// Client connections.
+    pub connections: u32,
+    /// Time a client may take to send the head of a request; also how long an idle connection is kept.
+    pub header_timeout: Duration,
+    /// Time a client may take to send the body of a request.
+    pub body_timeout: Duration,
+    /// Time a request may wait for a worker.
+    pub queue_timeout: Duration,
+    /// Time a request may take in all.
+    pub request_timeout: Duration,
+    /// How long the router goes on accepting after readiness went off, for load balancers to notice.
+    pub drain_settle: Duration,
+    /// How long requests in flight may take to end once it stopped accepting.
+    pub drain_grace: Duration,
+}
+
+choice! {
+    /// Who shares cached prefixes with whom.
+    Isolation {
+        /// Everybody.
+        None => "none",
+        /// The requests of one tenant.
+        Tenant => "tenant",
+        /// Nobody.
+        Request => "request",
+    }
+}
+
+/// Who may use the router.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct AuthSpec {
+    /// File of keys, tenants and quotas.
+    pub keys_file: PathBuf,
+    /// Who shares cached prefixes.
+    pub isolation: Isolation,
+}
