@@ -1,1 +1,24 @@
-//! Placeholder: see ARCHITECTURE.md.
+//! Moves KV blocks from the worker that computed them to the worker that decodes with them.
+//!
+//! An [`Agent`] registers memory, grants handoffs the right to read parts of it, and reads from peers through a
+//! [`Session`] over the best path both sides have: `shm` (the peer's memory mapped read-only) on one host, `tcp`
+//! (own framing, several streams, vectored) everywhere.
+#![deny(unsafe_code)]
+
+pub mod agent;
+pub mod digest;
+pub mod error;
+#[expect(unsafe_code, reason = "maps memory and hands it to the kernel")]
+pub mod memory;
+pub mod session;
+pub mod wire;
+
+pub use agent::{
+    Agent, AgentOptions, BackendKind, ConnectError, Integrity, RegionId, RegisterError, StartError,
+};
+pub use digest::{BlockDigest, DigestSeed, block_digest};
+pub use error::{ErrorKind, LinkError, Refusal, TransferError};
+pub use memory::{HostMemory, MemoryError};
+pub use session::{
+    BlockRead, BlockSink, Descriptor, Destination, Expected, PathInfo, ReadReport, Session, SessionStats,
+};

@@ -1,0 +1,35 @@
+use super::*;
+
+const SEED: DigestSeed = DigestSeed { handoff: HandoffId(7), epoch: Epoch(3), index: 1 };
+
+#[test]
+fn pieces_of_any_size_give_the_digest_of_the_whole() {
+    let bytes: Vec<u8> = (0..70_001u32).map(|i| (i * 31 >> 3) as u8).collect();
+    for len in [0, 1, 16, 17, 240, 241, 1024, 65_536, bytes.len()] {
+        let whole = block_digest(SEED, &bytes[..len]);
+        for piece in [1, 63, 64, 1000, 16 << 10] {
+            let mut digest = BlockDigest::new(SEED);
+            bytes[..len].chunks(piece).for_each(|piece| digest.update(piece));
+            assert_eq!(digest.finish(), whole, "{len} bytes in pieces of {piece}");
+        }
+    }
+}
+
+#[test]
+fn a_digest_is_bound_to_handoff_epoch_index_and_bytes() {
+    let bytes = [5u8; 4096];
+    let digest = block_digest(SEED, &bytes);
+    assert_ne!(digest, block_digest(DigestSeed { handoff: HandoffId(8), ..SEED }, &bytes));
+    assert_ne!(digest, block_digest(DigestSeed { epoch: Epoch(4), ..SEED }, &bytes));
+    assert_ne!(digest, block_digest(DigestSeed { index: 2, ..SEED }, &bytes));
+    let mut flipped = bytes;
+    flipped[4095] ^= 1;
+    assert_ne!(digest, block_digest(SEED, &flipped));
+    assert_ne!(digest, block_digest(SEED, &bytes[..4095]));
+}
+
+/// The value is part of the contract between workers of different builds.
+#[test]
+fn the_digest_of_known_bytes_is_pinned() {
+    assert_eq!(block_digest(SEED, b"baton"), 14_147_405_592_245_682_716);
+}

@@ -1,0 +1,399 @@
+//! Host memory that other processes of this machine can map: the only module of this crate with unsafe code.
+//!
+//! Ownership rules, on which every `SAFETY` comment below leans:
+//!
+//! 1. A [`Mapping`] owns `[base, base + len)` from `mmap` until its `Drop` unmaps it. Nobody else unmaps it.
+//! 2. The file behind a mapping never shrinks: it is sealed against shrinking before it is mapped (own memory) or
+//!    the seal is checked before it is mapped (a peer's), so no access within `len` can fault.
+//! 3. Every access is checked against `len` first, goes through raw pointers or system calls, and keeps no
+//!    reference to the mapped bytes beyond the call.
+//! 4. The bytes may change under a reader: threads and processes share them. Whoever needs them stable must own
+//!    the range by agreement (a KV block has one writer at a time); whoever reads a peer's memory copies first
+//!    and verifies the copy.
+
+use std::ffi::c_void;
+use std::fmt;
+use std::io::{self, IoSlice, IoSliceMut};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+use std::ptr::NonNull;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering, fence};
+
+use rustix::fs::{MemfdFlags, SealFlags};
+use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+use crate::digest::BlockDigest;
+
+/// Smallest mapping worth asking huge pages for.
+const HUGE_PAGE_BYTES: usize = 2 << 20;
+
+/// Bytes copied between two steps of a fused copy and digest: small enough to be hashed out of the L1 cache.
+pub(crate) const FUSE_BYTES: usize = 16 << 10;
+
+/// Why memory could not be had or mapped.
+#[derive(Debug, thiserror::Error)]
+pub enum MemoryError {
+    /// Zero bytes were asked for.
+    #[error("memory {label:?} would be empty")]
+    Empty {
+        /// What it was for.
+        label: String,
+    },
+    /// The system refused it.
+    #[error("cannot {step} {len} bytes for {label:?}")]
+    System {
+        /// The step that failed.
+        step: &'static str,
+        /// What it was for.
+        label: String,
+        /// Bytes asked for.
+        len: usize,
+        /// The system's reason.
+        #[source]
+        source: io::Error,
+    },
+    /// A peer passed a descriptor whose file is smaller than it says or could shrink under its readers.
+    #[error("the memory a peer passed as {label:?} is not sealed at {len} bytes")]
+    Unsealed {
+        /// What it was passed as.
+        label: String,
+        /// Bytes announced.
+        len: usize,
+    },
+}
+
+/// One `mmap` of a memory file.
+struct Mapping {
+    base: NonNull<u8>,
+    len: usize,
+    file: OwnedFd,
+    label: Box<str>,
+}
+
+// SAFETY: the mapping is plain memory, valid from any thread until dropped (rule 1); accesses follow rules 3 and 4.
+unsafe impl Send for Mapping {}
+// SAFETY: as for Send: no access needs exclusive ownership of the handle.
+unsafe impl Sync for Mapping {}
+
+impl Mapping {
+    fn new(file: OwnedFd, len: usize, protection: ProtFlags, label: &str) -> Result<Self, MemoryError> {
+        // SAFETY: a fresh mapping at an address of the kernel's choice overlaps no other object.
+        let base =
+            unsafe { rustix::mm::mmap(std::ptr::null_mut(), len, protection, MapFlags::SHARED, &file, 0) };
+        let base = base.map_err(|errno| system("map", label, len, errno))?;
+        let Some(base) = NonNull::new(base.cast::<u8>()) else {
+            return Err(system("map", label, len, rustix::io::Errno::NOMEM));
+        };
+        let mapping = Self { base, len, file, label: label.into() };
+        if len >= HUGE_PAGE_BYTES {
+            // Best effort: kernels without huge pages for shared memory say no, and small pages work as well.
+            let _ = mapping.advise(Advice::LinuxHugepage);
+        }
+        Ok(mapping)
+    }
+
+    fn advise(&self, advice: Advice) -> rustix::io::Result<()> {
+        // SAFETY: the range is exactly this mapping (rule 1) and no advice used here discards its contents.
+        unsafe { rustix::mm::madvise(self.base.as_ptr().cast::<c_void>(), self.len, advice) }
+    }
+
+    fn fits(&self, offset: usize, len: usize) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.len)
+    }
+
+    /// The address of `[offset, offset + len)`, which is within the mapping or a bug of the caller.
+    #[track_caller]
+    fn at(&self, offset: usize, len: usize) -> NonNull<u8> {
+        assert!(
+            self.fits(offset, len),
+            "bytes {offset}+{len} are outside memory {:?} of {} bytes",
+            self.label,
+            self.len
+        );
+        // SAFETY: `offset <= len` of one mapping, just checked, so the result stays inside or one past it.
+        unsafe { self.base.add(offset) }
+    }
+
+    #[track_caller]
+    fn word(&self, offset: usize) -> &AtomicU64 {
+        assert!(offset.is_multiple_of(align_of::<AtomicU64>()), "word at {offset} is not aligned");
+        let at = self.at(offset, size_of::<AtomicU64>());
+        // SAFETY: in bounds, aligned (mmap is page-aligned), mapped for as long as `self`, and only ever
+        // accessed atomically: control words are not part of any block.
+        unsafe { AtomicU64::from_ptr(at.as_ptr().cast::<u64>()) }
+    }
+
+    #[track_caller]
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        let from = self.at(offset, into.len());
+        // SAFETY: both ranges are valid for `into.len()` bytes; `into` is exclusive and so cannot overlap a
+        // mapping to which no references exist (rule 3).
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), into.as_mut_ptr(), into.len()) };
+    }
+
+    #[track_caller]
+    fn copy_to(&self, offset: usize, to: &Mapping, to_offset: usize, len: usize) {
+        let from = self.at(offset, len);
+        let to = to.at(to_offset, len);
+        // SAFETY: both ranges are in bounds; `copy` allows overlap, which two views of one file may have.
+        unsafe { std::ptr::copy(from.as_ptr(), to.as_ptr(), len) };
+    }
+
+    #[track_caller]
+    fn digest(&self, digest: &mut BlockDigest, offset: usize, len: usize) {
+        let at = self.at(offset, len);
+        // SAFETY: in bounds and mapped for the call; the caller owns the range by agreement (rule 4), so it is
+        // not written meanwhile, and the reference ends with the call (rule 3).
+        digest.update(unsafe { std::slice::from_raw_parts(at.as_ptr(), len) });
+    }
+}
+
+impl Drop for Mapping {
+    fn drop(&mut self) {
+        // SAFETY: this value owns the mapping (rule 1) and nothing refers to it any more.
+        let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
+        debug_assert!(unmapped.is_ok(), "munmap of a whole mapping cannot fail");
+    }
+}
+
+fn system(step: &'static str, label: &str, len: usize, errno: rustix::io::Errno) -> MemoryError {
+    MemoryError::System { step, label: label.to_owned(), len, source: errno.into() }
+}
+
+/// Zeroed host memory that peers on this machine may map read-only; clones share it.
+///
+/// Units: offsets and lengths in bytes. The memory lives until the last clone is gone, also when a transfer holds
+/// one. Pages are taken from the system at first touch; [`HostMemory::prefault`] takes them at once.
+///
+/// Bytes have no lock: two parties that write the same range at once leave a mixture. In Baton a KV block has one
+/// writer at any time, which the block pool guarantees.
+#[derive(Clone)]
+pub struct HostMemory(Arc<Mapping>);
+
+impl HostMemory {
+    /// Reserves `len` zeroed bytes; `label` shows in errors and in `/proc/PID/maps`.
+    ///
+    /// # Errors
+    /// When `len` is 0 or the system refuses the memory.
+    pub fn allocate(len: usize, label: &str) -> Result<Self, MemoryError> {
+        if len == 0 {
+            return Err(MemoryError::Empty { label: label.to_owned() });
+        }
+        let name: String = label.chars().filter(|c| *c != '\0').take(64).collect();
+        let file = rustix::fs::memfd_create(
+            format!("baton-{name}"),
+            MemfdFlags::CLOEXEC | MemfdFlags::ALLOW_SEALING,
+        )
+        .map_err(|errno| system("create", label, len, errno))?;
+        rustix::fs::ftruncate(&file, len as u64).map_err(|errno| system("size", label, len, errno))?;
+        let mapping = Mapping::new(file, len, ProtFlags::READ | ProtFlags::WRITE, label)?;
+        // From here on this mapping is the only one that can ever write the file, whoever gets the descriptor.
+        rustix::fs::fcntl_add_seals(
+            &mapping.file,
+            SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL,
+        )
+        .map_err(|errno| system("seal", label, len, errno))?;
+        Ok(Self(Arc::new(mapping)))
+    }
+
+    /// Takes every page from the system now instead of at first touch.
+    ///
+    /// # Errors
+    /// When there is not enough memory.
+    pub fn prefault(&self) -> Result<(), MemoryError> {
+        self.0
+            .advise(Advice::LinuxPopulateWrite)
+            .map_err(|errno| system("take", &self.0.label, self.0.len, errno))
+    }
+
+    /// Bytes.
+    #[expect(clippy::len_without_is_empty, reason = "memory of no bytes cannot be allocated")]
+    pub fn len(&self) -> usize {
+        self.0.len
+    }
+
+    /// What it was allocated for.
+    pub fn label(&self) -> &str {
+        &self.0.label
+    }
+
+    /// Whether `[offset, offset + len)` lies within.
+    pub fn fits(&self, offset: usize, len: usize) -> bool {
+        self.0.fits(offset, len)
+    }
+
+    /// Whether `other` is the same memory.
+    pub fn is_same(&self, other: &Self) -> bool {
+        Arc::ptr_eq(&self.0, &other.0)
+    }
+
+    /// Copies out.
+    ///
+    /// # Panics
+    /// When the range is not within: callers check what comes from elsewhere with [`HostMemory::fits`].
+    #[track_caller]
+    pub fn read(&self, offset: usize, into: &mut [u8]) {
+        self.0.read(offset, into);
+    }
+
+    /// Copies in.
+    ///
+    /// # Panics
+    /// When the range is not within.
+    #[track_caller]
+    pub fn write(&self, offset: usize, from: &[u8]) {
+        let to = self.0.at(offset, from.len());
+        // SAFETY: both ranges are valid for `from.len()` bytes, and no reference into a mapping exists that
+        // `from` could be (rule 3).
+        unsafe { std::ptr::copy_nonoverlapping(from.as_ptr(), to.as_ptr(), from.len()) };
+    }
+
+    /// Copies `len` bytes to another memory (or another place of this one).
+    ///
+    /// # Panics
+    /// When a range is not within its memory.
+    #[track_caller]
+    pub fn copy_to(&self, offset: usize, to: &HostMemory, to_offset: usize, len: usize) {
+        self.0.copy_to(offset, &to.0, to_offset, len);
+    }
+
+    /// Feeds a range, which nobody may write meanwhile, to a digest.
+    ///
+    /// # Panics
+    /// When the range is not within.
+    #[track_caller]
+    pub fn digest(&self, digest: &mut BlockDigest, offset: usize, len: usize) {
+        self.0.digest(digest, offset, len);
+    }
+
+    /// Publishes a control word: all writes before it are visible to who reads the word.
+    pub(crate) fn store_word(&self, offset: usize, value: u64) {
+        self.0.word(offset).store(value, Ordering::SeqCst);
+    }
+
+    /// Reads a control word back.
+    pub(crate) fn load_word(&self, offset: usize) -> u64 {
+        self.0.word(offset).load(Ordering::SeqCst)
+    }
+
+    /// The memory file, for passing to a peer: sealed, so that the peer can only read it.
+    pub(crate) fn file(&self) -> BorrowedFd<'_> {
+        self.0.file.as_fd()
+    }
+}
+
+impl fmt::Debug for HostMemory {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "HostMemory({:?}, {} bytes)", self.0.label, self.0.len)
+    }
+}
+
+/// A peer's [`HostMemory`], mapped read-only.
+#[derive(Clone)]
+pub(crate) struct PeerMemory(Arc<Mapping>);
+
+impl PeerMemory {
+    /// Maps what a peer passed, once it is certain that the peer cannot shrink it under us (SIGBUS).
+    pub(crate) fn map(file: OwnedFd, len: usize, label: &str) -> Result<Self, MemoryError> {
+        let unsealed = || MemoryError::Unsealed { label: label.to_owned(), len };
+        let seals = rustix::fs::fcntl_get_seals(&file).map_err(|_| unsealed())?;
+        let size = rustix::fs::fstat(&file).map_err(|errno| system("stat", label, len, errno))?.st_size;
+        if len == 0
+            || !seals.contains(SealFlags::SHRINK)
+            || usize::try_from(size).is_ok_and(|size| size < len)
+        {
+            return Err(unsealed());
+        }
+        Mapping::new(file, len, ProtFlags::READ, label).map(|mapping| Self(Arc::new(mapping)))
+    }
+
+    pub(crate) fn fits(&self, offset: usize, len: usize) -> bool {
+        self.0.fits(offset, len)
+    }
+
+    /// Copies out.
+    pub(crate) fn read(&self, offset: usize, into: &mut [u8]) {
+        self.0.read(offset, into);
+    }
+
+    /// Copies to own memory.
+    pub(crate) fn copy_to(&self, offset: usize, to: &HostMemory, to_offset: usize, len: usize) {
+        self.0.copy_to(offset, &to.0, to_offset, len);
+    }
+
+    /// Copies to own memory and feeds what was copied to `digest` while it is in cache.
+    pub(crate) fn copy_to_fused(
+        &self,
+        offset: usize,
+        to: &HostMemory,
+        to_offset: usize,
+        len: usize,
+        digest: &mut BlockDigest,
+    ) {
+        for start in (0..len).step_by(FUSE_BYTES) {
+            let piece = FUSE_BYTES.min(len - start);
+            self.0.copy_to(offset + start, &to.0, to_offset + start, piece);
+            // Own bytes are hashed, never the peer's: those could change between hashing and copying.
+            to.0.digest(digest, to_offset + start, piece);
+        }
+    }
+
+    /// Reads a control word; what was read before the call is not mixed with what comes after it.
+    pub(crate) fn load_word(&self, offset: usize) -> u64 {
+        // Orders the copies before this load: a word unchanged after a copy vouches for the copy.
+        fence(Ordering::Acquire);
+        // Relaxed plus a fence, because only relaxed loads are specified for read-only pages.
+        let value = self.0.word(offset).load(Ordering::Relaxed);
+        fence(Ordering::Acquire);
+        value
+    }
+}
+
+/// A range of some [`HostMemory`].
+#[derive(Clone, Copy)]
+pub(crate) struct Span<'a> {
+    pub(crate) memory: &'a HostMemory,
+    pub(crate) offset: usize,
+    pub(crate) len: usize,
+}
+
+/// Writes `head` and then `spans` to a socket with one system call; may write less than all.
+pub(crate) fn write_gathered<'a>(
+    socket: BorrowedFd<'_>,
+    head: &[u8],
+    spans: impl Iterator<Item = Span<'a>>,
+) -> io::Result<usize> {
+    let mut slices = Vec::with_capacity(spans.size_hint().1.unwrap_or(0) + 1);
+    if !head.is_empty() {
+        slices.push(IoSlice::new(head));
+    }
+    for span in spans {
+        let at = span.memory.0.at(span.offset, span.len);
+        // SAFETY: in bounds, and mapped while `span.memory` is borrowed; the slice is only handed to the kernel,
+        // which copies bytes that may change meanwhile (rule 4), and is gone when this function returns.
+        slices.push(IoSlice::new(unsafe { std::slice::from_raw_parts(at.as_ptr(), span.len) }));
+    }
+    rustix::io::writev(socket, &slices).map_err(Into::into)
+}
+
+/// Reads `head` and then `spans` from a socket with one system call; may read less than all, 0 is the end.
+pub(crate) fn read_scattered<'a>(
+    socket: BorrowedFd<'_>,
+    head: &'a mut [u8],
+    spans: impl Iterator<Item = Span<'a>>,
+) -> io::Result<usize> {
+    let mut slices = Vec::with_capacity(spans.size_hint().1.unwrap_or(0) + 1);
+    if !head.is_empty() {
+        slices.push(IoSliceMut::new(head));
+    }
+    for span in spans {
+        let at = span.memory.0.at(span.offset, span.len);
+        // SAFETY: in bounds, and mapped while `span.memory` is borrowed; the destination of a read is owned by
+        // its operation (rule 4), only the kernel writes through the slice, and it is gone when this returns.
+        slices.push(IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), span.len) }));
+    }
+    rustix::io::readv(socket, &mut slices).map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests;
