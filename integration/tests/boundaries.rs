@@ -14,7 +14,14 @@ const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("baton-router", &["baton-config", "baton-conductor"]),
     (
         "baton",
-        &["baton-config", "baton-conductor", "baton-transfer", "baton-engine", "baton-worker-agent", "baton-router"],
+        &[
+            "baton-config",
+            "baton-conductor",
+            "baton-transfer",
+            "baton-engine",
+            "baton-worker-agent",
+            "baton-router",
+        ],
     ),
     ("baton-integration", &["baton-config", "baton-conductor", "baton-transfer", "baton-engine"]),
 ];
@@ -31,13 +38,19 @@ fn crates_import_only_what_the_architecture_allows() {
     let packages = metadata["packages"].as_array().unwrap();
     let ours: BTreeSet<&str> = packages.iter().map(|p| p["name"].as_str().unwrap()).collect();
     let known: BTreeSet<&str> = MAY_IMPORT.iter().map(|(name, _)| *name).collect();
-    assert_eq!(ours, known, "a package came or went: say in MAY_IMPORT and ARCHITECTURE.md what it may import");
+    assert_eq!(
+        ours, known,
+        "a package came or went: say in MAY_IMPORT and ARCHITECTURE.md what it may import"
+    );
     for package in packages {
         let name = package["name"].as_str().unwrap();
         let (_, allowed) = MAY_IMPORT.iter().find(|(known, _)| *known == name).unwrap();
         for dependency in package["dependencies"].as_array().unwrap() {
             let dependency = dependency["name"].as_str().unwrap();
-            assert!(!ours.contains(dependency) || allowed.contains(&dependency), "{name} must not import {dependency}");
+            assert!(
+                !ours.contains(dependency) || allowed.contains(&dependency),
+                "{name} must not import {dependency}"
+            );
         }
     }
 }
