@@ -8,8 +8,10 @@
 pub mod agent;
 pub mod digest;
 pub mod error;
+pub mod layout;
 #[expect(unsafe_code, reason = "maps memory and hands it to the kernel")]
 pub mod memory;
+pub mod plan;
 pub mod session;
 pub mod wire;
 

@@ -1,0 +1,116 @@
+//! How the numbers of a KV block are laid out: strides, and loop nests merged to the longest contiguous runs.
+//!
+//! A block is `[layers][2: K, V][tokens and heads][head_dim]` (see `docs/kv-layout.md`). Everything a copy between
+//! two blocks needs is four strides on either side, so a re-layout is never a list of runs: it is a [`Nest`] of at
+//! most three loops around one run, worked out in nanoseconds however many layers there are.
+
+use baton_config::{KvGeometry, KvLayout};
+
+/// Strides of a block, in numbers (not bytes), so that the two sides of a conversion can be compared.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Strides {
+    /// From a K or V plane to the next one; planes follow one another through all layers.
+    pub plane: usize,
+    /// From a head to the next one.
+    pub head: usize,
+    /// From a token to the next one.
+    pub token: usize,
+}
+
+impl Strides {
+    /// The strides of blocks of `geometry`.
+    pub fn of(geometry: &KvGeometry) -> Self {
+        let dims = geometry.head_dim as usize;
+        let heads = geometry.kv_heads as usize;
+        let tokens = geometry.block_tokens as usize;
+        let plane = tokens * heads * dims;
+        match geometry.layout {
+            KvLayout::Nhd => Self { plane, head: dims, token: heads * dims },
+            KvLayout::Hnd => Self { plane, head: tokens * dims, token: dims },
+        }
+    }
+}
+
+/// One loop of a [`Nest`]: `count` steps of `source` and `dest` numbers.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Axis {
+    /// Steps.
+    pub count: usize,
+    /// Numbers from one step to the next at the source.
+    pub source: usize,
+    /// Numbers from one step to the next at the destination.
+    pub dest: usize,
+}
+
+/// The loop that does nothing but run its body once.
+const ONCE: Axis = Axis { count: 1, source: 0, dest: 0 };
+
+/// Most loops around a run: planes, heads, tokens.
+const AXES: usize = 3;
+
+/// Contiguous runs that carry one piece of a source block into one destination block.
+///
+/// Runs come in the order of the destination and are as long as both sides allow: a loop whose step is the length of
+/// the run on both sides has become part of the run. Units: numbers from the start of the block.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Nest {
+    source: usize,
+    dest: usize,
+    run: usize,
+    axes: [Axis; AXES],
+}
+
+impl Nest {
+    /// The nest of `axes` (in any order) around runs of `run` numbers that start at `source` and `dest`.
+    pub fn new(source: usize, dest: usize, run: usize, axes: [Axis; AXES]) -> Self {
+        let mut sorted = axes;
+        sorted.sort_unstable_by_key(|axis| axis.dest);
+        let mut run = run;
+        let mut merged = [ONCE; AXES];
+        let mut used = 0;
+        for axis in sorted.into_iter().filter(|axis| axis.count != 1) {
+            if used == 0 && axis.source == run && axis.dest == run {
+                run *= axis.count;
+                continue;
+            }
+            let inner = merged[..used].last_mut();
+            match inner {
+                Some(inner)
+                    if axis.source == inner.source * inner.count && axis.dest == inner.dest * inner.count =>
+                {
+                    inner.count *= axis.count;
+                }
+                _ => {
+                    merged[used] = axis;
+                    used += 1;
+                }
+            }
+        }
+        Self { source, dest, run, axes: merged }
+    }
+
+    /// Numbers per run.
+    pub fn run_len(&self) -> usize {
+        self.run
+    }
+
+    /// Number of runs.
+    pub fn runs(&self) -> usize {
+        self.axes.iter().map(|axis| axis.count).product()
+    }
+
+    /// Calls `each(source, dest)` with the start of every run.
+    #[inline]
+    pub fn for_each(&self, mut each: impl FnMut(usize, usize)) {
+        let [inner, middle, outer] = self.axes;
+        for o in 0..outer.count {
+            let (source, dest) = (self.source + o * outer.source, self.dest + o * outer.dest);
+            for m in 0..middle.count {
+                let (source, dest) = (source + m * middle.source, dest + m * middle.dest);
+                for i in 0..inner.count {
+                    each(source + i * inner.source, dest + i * inner.dest);
+                }
+            }
+        }
+    }
+}

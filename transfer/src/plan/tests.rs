@@ -1,0 +1,248 @@
+use std::collections::BTreeMap;
+
+use half::bf16;
+use proptest::prelude::*;
+
+use super::*;
+
+/// A random geometry with the given layers, heads and head size.
+fn geometry(layers: u32, kv_heads: u32, head_dim: u32) -> impl Strategy<Value = KvGeometry> {
+    (1u32..=40, any::<bool>(), any::<bool>()).prop_map(move |(block_tokens, nhd, wide)| KvGeometry {
+        layers,
+        kv_heads,
+        head_dim,
+        block_tokens,
+        layout: if nhd { KvLayout::Nhd } else { KvLayout::Hnd },
+        dtype: if wide { Dtype::F32 } else { Dtype::Bf16 },
+    })
+}
+
+fn pair() -> impl Strategy<Value = (KvGeometry, KvGeometry)> {
+    (1u32..=3, 1u32..=4, prop_oneof![1u32..=9, Just(64), Just(128)])
+        .prop_flat_map(|(l, h, d)| (geometry(l, h, d), geometry(l, h, d)))
+}
+
+/// Reads one number of a block as the bits of an f32.
+fn number(g: &KvGeometry, block: &[u8], offset: usize) -> u32 {
+    match g.dtype {
+        Dtype::F32 => u32::from_le_bytes(block[offset..][..4].try_into().unwrap()),
+        Dtype::Bf16 => u32::from(u16::from_le_bytes(block[offset..][..2].try_into().unwrap())) << 16,
+    }
+}
+
+/// What a number whose f32 bits are `bits` must become at the destination, by the `half` crate.
+fn encode(source: &KvGeometry, dest: &KvGeometry, bits: u32) -> Vec<u8> {
+    match (source.dtype, dest.dtype) {
+        (_, Dtype::F32) => bits.to_le_bytes().to_vec(),
+        (Dtype::F32, Dtype::Bf16) => bf16::from_f32(f32::from_bits(bits)).to_le_bytes().to_vec(),
+        // A number whose format stays is moved, not read: even a signalling NaN keeps its bits.
+        (Dtype::Bf16, Dtype::Bf16) => ((bits >> 16) as u16).to_le_bytes().to_vec(),
+    }
+}
+
+/// The per-element copy that plans are measured against.
+fn naive(
+    source: &KvGeometry,
+    dest: &KvGeometry,
+    blocks: &[Vec<u8>],
+    tokens: Range<u32>,
+    arena: &mut [Vec<u8>],
+) {
+    for t in tokens {
+        let (from, to) = (&blocks[(t / source.block_tokens) as usize], t / dest.block_tokens);
+        for layer in 0..source.layers {
+            for kv in 0..2 {
+                for head in 0..source.kv_heads {
+                    let s = source.row_offset(layer, kv, t % source.block_tokens, head);
+                    let d = dest.row_offset(layer, kv, t % dest.block_tokens, head);
+                    for i in 0..source.head_dim as usize {
+                        let bits = number(source, from, s + i * source.dtype.size());
+                        let size = dest.dtype.size();
+                        arena[to as usize][d + i * size..][..size]
+                            .copy_from_slice(&encode(source, dest, bits));
+                    }
+                }
+            }
+        }
+    }
+}
+
+/// `count` blocks of pseudo-random bits: every number format's corner cases come up, NaN included.
+fn blocks(g: &KvGeometry, count: u32, seed: u64) -> Vec<Vec<u8>> {
+    let mut state = seed | 1;
+    let mut next = move || {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        (state >> 33) as u8
+    };
+    (0..count).map(|_| (0..g.block_bytes()).map(|_| next()).collect()).collect()
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn scatter_equals_a_copy_by_element(
+        (source, dest) in pair(),
+        (a, b) in (0u32..120, 0u32..120),
+        seed in any::<u64>(),
+    ) {
+        let tokens = a.min(b)..a.max(b);
+        let plan = RelayoutPlan::new(source, dest).unwrap();
+        let from = blocks(&source, source.blocks_for(120), seed);
+        let untouched = blocks(&dest, dest.blocks_for(120), !seed);
+        let (mut expected, mut got) = (untouched.clone(), untouched);
+        naive(&source, &dest, &from, tokens.clone(), &mut expected);
+        for index in plan.source_blocks(&tokens) {
+            plan.scatter(index, &from[index as usize], tokens.clone(), |block, offset, bytes| {
+                got[block as usize][offset..][..bytes.len()].copy_from_slice(bytes);
+            });
+        }
+        prop_assert!(got == expected, "{source} -> {dest}, tokens {tokens:?}");
+    }
+
+    #[test]
+    fn runs_are_as_long_as_both_sides_allow((source, dest) in pair(), index in 0u32..4, from in 0u32..100) {
+        let plan = RelayoutPlan::new(source, dest).unwrap();
+        for piece in plan.pieces(index, from..140) {
+            let len = piece.nest.run_len();
+            let mut by_dest = BTreeMap::new();
+            piece.nest.for_each(|s, d| assert!(by_dest.insert(d, s).is_none(), "a destination is written twice"));
+            prop_assert_eq!(by_dest.len(), piece.nest.runs());
+            // The last row of a plane and the first of the next may touch by accident where the orders differ.
+            let (source_plane, dest_plane) = (Strides::of(&source).plane, Strides::of(&dest).plane);
+            let at_edge = |s: usize, d: usize| s.is_multiple_of(source_plane) && d.is_multiple_of(dest_plane) && len < dest_plane;
+            for (d, s) in &by_dest {
+                let (s_end, d_end) = (s + len, d + len);
+                let touch = by_dest.get(&d_end) == Some(&s_end) && !at_edge(s_end, d_end);
+                prop_assert!(!touch, "{piece:?} has runs that touch");
+            }
+        }
+    }
+
+    #[test]
+    fn narrowing_agrees_with_the_half_crate(bits in any::<u32>()) {
+        let mut out = [[0; 2]];
+        convert::narrow(&[bits.to_le_bytes()], &mut out);
+        prop_assert_eq!(bf16::from_le_bytes(out[0]).to_bits(), bf16::from_f32(f32::from_bits(bits)).to_bits());
+    }
+}
+
+#[test]
+fn narrowing_rounds_ties_to_even_and_keeps_nan_and_infinity() {
+    for (bits, expected) in [
+        (0x3f80_8000, 0x3f80), // tie, even below
+        (0x3f81_8000, 0x3f82), // tie, even above
+        (0x3f80_8001, 0x3f81),
+        (0x7f7f_ffff, 0x7f80), // largest finite rounds to infinity
+        (0x7f80_0000, 0x7f80),
+        (0xff80_0000, 0xff80),
+        (0x7f80_0001, 0x7fc0), // a NaN whose payload is cut off must not become infinity
+        (0xffff_ffff, 0xffff),
+        (0x0000_8001, 0x0001), // subnormal
+    ] {
+        let mut out = [[0; 2]];
+        convert::narrow(&[u32::to_le_bytes(bits)], &mut out);
+        assert_eq!(u16::from_le_bytes(out[0]), expected, "{bits:08x}");
+    }
+}
+
+#[test]
+fn widening_is_exact_for_every_bf16() {
+    let all: Vec<[u8; 2]> = (0..=u16::MAX).map(u16::to_le_bytes).collect();
+    let mut wide = vec![[0; 4]; all.len()];
+    convert::widen(&all, &mut wide);
+    let mut back = vec![[0; 2]; all.len()];
+    for (bits, wide) in (0..=u16::MAX).zip(&wide) {
+        assert_eq!(u32::from_le_bytes(*wide), u32::from(bits) << 16);
+    }
+    convert::narrow(&wide, &mut back);
+    for (bits, back) in (0..=u16::MAX).zip(&back) {
+        let quiet = if bf16::from_bits(bits).is_nan() { bits | 0x40 } else { bits };
+        assert_eq!(u16::from_le_bytes(*back), quiet, "{bits:04x} must survive a round trip");
+    }
+}
+
+fn example(block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
+    KvGeometry { layers: 32, kv_heads: 8, head_dim: 128, block_tokens, layout, dtype }
+}
+
+#[test]
+fn run_lengths_are_those_of_the_documented_table() {
+    use Dtype::Bf16;
+    use KvLayout::{Hnd, Nhd};
+    let cases = [
+        // (source, dest, numbers per run, runs of the first piece)
+        ((16, Nhd), (16, Nhd), 32 * 2 * 16 * 8 * 128, 1),
+        ((16, Hnd), (16, Hnd), 32 * 2 * 16 * 8 * 128, 1),
+        ((32, Nhd), (16, Nhd), 16 * 8 * 128, 64),
+        ((32, Hnd), (16, Hnd), 16 * 128, 64 * 8),
+        ((32, Nhd), (16, Hnd), 128, 64 * 8 * 16),
+        ((1, Hnd), (16, Nhd), 8 * 128, 64),
+        ((1, Nhd), (16, Hnd), 128, 64 * 8),
+    ];
+    for ((a, from), (b, to), run, runs) in cases {
+        let plan = RelayoutPlan::new(example(a, from, Bf16), example(b, to, Bf16)).unwrap();
+        let piece = plan.pieces(0, 0..a).next().unwrap();
+        assert_eq!((piece.nest.run_len(), piece.nest.runs()), (run, runs), "{from}{a} -> {to}{b}");
+    }
+}
+
+#[test]
+fn direct_means_byte_for_byte() {
+    let nhd = example(16, KvLayout::Nhd, Dtype::Bf16);
+    let hnd = KvGeometry { layout: KvLayout::Hnd, ..nhd };
+    let direct = |a, b| RelayoutPlan::new(a, b).unwrap().is_direct();
+    assert!(direct(nhd, nhd));
+    assert!(!direct(nhd, hnd));
+    assert!(!direct(nhd, KvGeometry { dtype: Dtype::F32, ..nhd }));
+    assert!(!direct(nhd, KvGeometry { block_tokens: 32, ..nhd }));
+    let one = |g| KvGeometry { kv_heads: 1, ..g };
+    assert!(direct(one(nhd), one(hnd)), "with one head the two orders are the same");
+    let single = |g| KvGeometry { block_tokens: 1, ..g };
+    assert!(direct(single(nhd), single(hnd)), "with one token per block the two orders are the same");
+}
+
+#[test]
+fn what_cannot_be_reconciled_is_refused_with_both_geometries() {
+    let a = example(16, KvLayout::Nhd, Dtype::Bf16);
+    for b in
+        [KvGeometry { layers: 31, ..a }, KvGeometry { kv_heads: 4, ..a }, KvGeometry { head_dim: 64, ..a }]
+    {
+        let error = RelayoutPlan::new(a, b).unwrap_err();
+        assert_eq!(error, PlanError::Geometry { source_geometry: a, dest: b });
+        let text = error.to_string();
+        assert!(text.contains(&a.to_string()) && text.contains(&b.to_string()), "{text}");
+    }
+}
+
+#[test]
+fn impossible_geometries_are_refused_before_any_arithmetic_overflows() {
+    let good = example(16, KvLayout::Nhd, Dtype::F32);
+    for bad in [
+        KvGeometry { layers: 0, ..good },
+        KvGeometry { head_dim: 0, ..good },
+        KvGeometry { block_tokens: 0, ..good },
+        KvGeometry { block_tokens: u32::MAX, ..good },
+        KvGeometry {
+            layers: u32::MAX,
+            kv_heads: u32::MAX,
+            head_dim: u32::MAX,
+            block_tokens: u32::MAX,
+            ..good
+        },
+    ] {
+        assert_eq!(RelayoutPlan::new(bad, good), Err(PlanError::Impossible { geometry: bad }));
+        assert_eq!(RelayoutPlan::new(good, bad), Err(PlanError::Impossible { geometry: bad }));
+    }
+}
+
+#[test]
+fn indices_at_the_end_of_the_range_do_not_wrap() {
+    let plan =
+        RelayoutPlan::new(example(16, KvLayout::Nhd, Dtype::F32), example(7, KvLayout::Hnd, Dtype::F32))
+            .unwrap();
+    assert_eq!(plan.pieces(u32::MAX, 0..100).count(), 0);
+    assert_eq!(plan.pieces(u32::MAX, 0..u32::MAX).count(), 0);
+    assert_eq!(plan.source_blocks(&(5..5)), 0..0);
+    assert_eq!(plan.source_blocks(&(15..17)), 0..2);
+}
