@@ -6,6 +6,8 @@
 #![deny(unsafe_code)]
 
 pub mod agent;
+pub mod arena_memory;
+pub mod device;
 pub mod digest;
 pub mod error;
 pub mod layout;
@@ -13,14 +15,19 @@ pub mod layout;
 pub mod memory;
 pub mod plan;
 pub mod session;
+pub mod slab;
 pub mod wire;
 
 pub use agent::{
     Agent, AgentOptions, BackendKind, ConnectError, Integrity, RegionId, RegisterError, StartError,
 };
+pub use arena_memory::ArenaMemory;
+pub use device::{Device, DeviceError, EmulatedDevice};
 pub use digest::{BlockDigest, DigestSeed, block_digest};
 pub use error::{ErrorKind, LinkError, Refusal, TransferError};
 pub use memory::{HostMemory, MemoryError};
+pub use plan::{PlanError, RelayoutPlan};
 pub use session::{
     BlockRead, BlockSink, Descriptor, Destination, Expected, PathInfo, ReadReport, Session, SessionStats,
 };
+pub use slab::{Slab, SlabCounts, SlabError};

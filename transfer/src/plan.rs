@@ -17,15 +17,13 @@ use baton_config::{Dtype, KvGeometry, KvLayout};
 use crate::layout::{Axis, Nest, Strides};
 
 mod convert;
+mod scatter;
 #[cfg(test)]
 mod tests;
 
 /// Largest block a plan accepts, in bytes. Geometries come from peers, so sizes are bounded before use: 1 GiB is 64
 /// times the block of a 405B-parameter model at 32 tokens in f32.
 pub const BLOCK_MAX_BYTES: u64 = 1 << 30;
-
-/// Numbers converted at a time: in and out fit the first-level cache beside the rows of the block.
-const CONVERT_CHUNK: usize = 2048;
 
 /// Why there is no plan between two geometries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -166,33 +164,6 @@ impl RelayoutPlan {
         })
     }
 
-    /// Lays the numbers of source block `index` that belong to `tokens` out for the destination: calls
-    /// `place(dest_block, offset, bytes)` for every run, in the order of the destination.
-    ///
-    /// Nothing outside `tokens` is placed. `dest_block` counts destination blocks of the sequence, `offset` is in
-    /// bytes from the start of that block.
-    ///
-    /// # Panics
-    /// When `block` is not exactly one source block: a bug of the caller.
-    #[inline]
-    pub fn scatter(
-        &self,
-        index: u32,
-        block: &[u8],
-        tokens: Range<u32>,
-        mut place: impl FnMut(u32, usize, &[u8]),
-    ) {
-        assert_eq!(block.len(), self.source.block_bytes(), "scatter takes exactly one source block");
-        for piece in self.pieces(index, tokens) {
-            let place = |offset: usize, bytes: &[u8]| place(piece.dest_block, offset, bytes);
-            match self.conversion {
-                Conversion::Copy => copy_runs(&piece.nest, self.source.dtype.size(), block, place),
-                Conversion::Narrow => convert_runs::<4, 2>(&piece.nest, block, convert::narrow, place),
-                Conversion::Widen => convert_runs::<2, 4>(&piece.nest, block, convert::widen, place),
-            }
-        }
-    }
-
     /// The runs of `count` tokens from token `from` of a source block to token `to` of a destination block.
     fn nest(&self, from: u32, to: u32, count: u32) -> Nest {
         let (source, dest) = (&self.source_strides, &self.dest_strides);
@@ -220,29 +191,4 @@ fn check_possible(geometry: KvGeometry) -> Result<(), PlanError> {
         Some(1..=BLOCK_MAX_BYTES) => Ok(()),
         _ => Err(PlanError::Impossible { geometry }),
     }
-}
-
-#[inline]
-fn copy_runs(nest: &Nest, size: usize, block: &[u8], mut place: impl FnMut(usize, &[u8])) {
-    let bytes = nest.run_len() * size;
-    nest.for_each(|source, dest| place(dest * size, &block[source * size..][..bytes]));
-}
-
-/// Converts runs of numbers of `IN` bytes to numbers of `OUT` bytes through a buffer that stays in cache.
-#[inline]
-fn convert_runs<const IN: usize, const OUT: usize>(
-    nest: &Nest,
-    block: &[u8],
-    convert: impl Fn(&[[u8; IN]], &mut [[u8; OUT]]),
-    mut place: impl FnMut(usize, &[u8]),
-) {
-    let mut scratch = [[0; OUT]; CONVERT_CHUNK];
-    nest.for_each(|source, dest| {
-        let (run, _) = block[source * IN..][..nest.run_len() * IN].as_chunks::<IN>();
-        for (i, chunk) in run.chunks(CONVERT_CHUNK).enumerate() {
-            let converted = &mut scratch[..chunk.len()];
-            convert(chunk, converted);
-            place((dest + i * CONVERT_CHUNK) * OUT, converted.as_flattened());
-        }
-    });
 }

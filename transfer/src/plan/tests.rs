@@ -4,6 +4,7 @@ use half::bf16;
 use proptest::prelude::*;
 
 use super::*;
+use crate::memory::HostMemory;
 
 /// A random geometry with the given layers, heads and head size.
 fn geometry(layers: u32, kv_heads: u32, head_dim: u32) -> impl Strategy<Value = KvGeometry> {
@@ -77,6 +78,13 @@ fn blocks(g: &KvGeometry, count: u32, seed: u64) -> Vec<Vec<u8>> {
     (0..count).map(|_| (0..g.block_bytes()).map(|_| next()).collect()).collect()
 }
 
+/// Memory that holds `blocks` one after the other, from byte `at` on.
+fn memory(blocks: &[Vec<u8>], at: usize) -> HostMemory {
+    let memory = HostMemory::allocate(at + blocks.iter().map(Vec::len).sum::<usize>(), "blocks").unwrap();
+    memory.write(at, &blocks.concat());
+    memory
+}
+
 proptest! {
     #![proptest_config(ProptestConfig { cases: 192, failure_persistence: None, ..ProptestConfig::default() })]
 
@@ -92,10 +100,13 @@ proptest! {
         let untouched = blocks(&dest, dest.blocks_for(120), !seed);
         let (mut expected, mut got) = (untouched.clone(), untouched);
         naive(&source, &dest, &from, tokens.clone(), &mut expected);
+        let to = memory(&got, 192);
         for index in plan.source_blocks(&tokens) {
-            plan.scatter(index, &from[index as usize], tokens.clone(), |block, offset, bytes| {
-                got[block as usize][offset..][..bytes.len()].copy_from_slice(bytes);
-            });
+            let block = &from[index as usize];
+            plan.scatter(index, block, tokens.clone(), &to, |b| 192 + b as usize * dest.block_bytes());
+        }
+        for (block, bytes) in got.iter_mut().enumerate() {
+            to.read(192 + block * dest.block_bytes(), bytes);
         }
         prop_assert!(got == expected, "{source} -> {dest}, tokens {tokens:?}");
     }
