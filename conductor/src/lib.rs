@@ -1,2 +1,27 @@
-//! Placeholder: see ARCHITECTURE.md.
+//! The conductor: who is in the fleet, and how the rest of the fleet gets to know.
+//!
+//! ```text
+//!  worker ── Membership ──POST /v1/workers, keepalive──►┐
+//!                                                       │ registry ──► Store (embedded; later etcd)
+//!  router ◄── Client ◄──GET /v1/watch (NDJSON)──────────┘    ▲            │ watch
+//!                                                            └── mirror ◄─┘
+//! ```
+//!
+//! Invariants: one revision order; at most one live epoch per worker name; epochs only grow, also over restarts;
+//! a client's view is never emptied because the conductor is away; nothing here is on the path of a request.
+//!
+//! Called by `worker-agent` ([`Membership`]), `router` and the command line ([`Client`]), and the `conductor`
+//! subcommand ([`server::serve`]).
 #![forbid(unsafe_code)]
+
+pub mod api;
+pub mod client;
+mod dice;
+pub mod membership;
+pub mod record;
+pub mod server;
+
+pub use client::{Client, ClientOptions, View};
+pub use membership::{JoinError, Membership, MembershipOptions, Registration};
+pub use record::{Load, WorkerRecord, WorkerState};
+pub use server::{ConductorOptions, PoolOptions, ServeError, serve};

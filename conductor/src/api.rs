@@ -1,0 +1,280 @@
+//! The messages of the conductor's HTTP API.
+//!
+//! | method and path | request | answer |
+//! |---|---|---|
+//! | `GET /v1/workers` | - | [`Listing`] |
+//! | `GET /v1/watch?since=REV` | - | one [`WatchLine`] a line, without end |
+//! | `POST /v1/workers` | [`Register`] | 201 [`Registered`]; 409 `name_taken` with [`Holder`] |
+//! | `POST /v1/workers/{id}/keepalive` | [`Keepalive`] | [`Kept`]; 410 `lease_gone`, 409 `stale_epoch` |
+//! | `DELETE /v1/workers/{id}?epoch=N` | - | 204 |
+//! | `POST /v1/workers/{id}/drain` | - | [`Drained`] |
+//! | `GET /v1/pools` | - | [`PoolList`] |
+//! | `PUT /v1/pools/{name}/replicas` | [`Replicas`] | [`PoolStatus`] |
+//!
+//! Every error is an [`ErrorBody`]. Requests refuse unknown fields; answers may gain fields, so readers ignore those
+//! that they don't know.
+
+use std::sync::Arc;
+
+use baton_config::{Epoch, KvGeometry, PoolName, Role, WorkerId};
+use serde::{Deserialize, Serialize};
+
+use crate::record::{Load, WorkerRecord, WorkerState};
+
+/// Largest body of a request. Metadata of 64 KiB plus the rest of a registration fit.
+pub const BODY_MAX_BYTES: usize = 96 * 1024;
+/// Largest transfer metadata of a registration, as sent (base64).
+pub const TRANSFER_MAX_BYTES: usize = 64 * 1024;
+/// Milliseconds between heartbeat lines of a watch.
+pub const HEARTBEAT_INTERVAL_MS: u64 = 1_000;
+
+/// `POST /v1/workers`: a worker asks for a lease on its name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Register {
+    /// Name.
+    pub worker: WorkerId,
+    /// Random for each process, the same over all its registrations: 32 hex digits.
+    pub incarnation: String,
+    /// Pool; must be one of the fleet document.
+    pub pool: PoolName,
+    /// Role; must be the pool's.
+    pub role: Role,
+    /// Model id.
+    pub model: String,
+    /// Kind of engine.
+    pub engine: String,
+    /// KV geometry.
+    #[serde(default)]
+    pub kv: Option<KvGeometry>,
+    /// `host:port` on which the worker already listens.
+    pub address: String,
+    /// Transfer metadata, base64.
+    #[serde(default)]
+    pub transfer: String,
+    /// State to start in.
+    pub state: WorkerState,
+    /// Process id.
+    #[serde(default)]
+    pub pid: u32,
+}
+
+/// The lease was granted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Registered {
+    /// The new life's number.
+    pub epoch: Epoch,
+    /// Revision of the fleet at which the worker is visible.
+    pub revision: u64,
+    /// The lease ends so long after the last keepalive.
+    pub ttl_ms: u64,
+    /// Keep alive this often.
+    pub keepalive_ms: u64,
+    /// Whether an operator asked this process to drain (before a lost lease or a restart of the conductor).
+    pub drain: bool,
+}
+
+/// `POST /v1/workers/{id}/keepalive`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Keepalive {
+    /// The life that is kept alive.
+    pub epoch: Epoch,
+    /// State now; written to the store only when it changed.
+    pub state: WorkerState,
+    /// How busy it is.
+    #[serde(default)]
+    pub load: Option<Load>,
+}
+
+/// The lease goes on.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Kept {
+    /// The lease ends so long after this keepalive was sent.
+    pub ttl_ms: u64,
+    /// Whether an operator asked this worker to drain.
+    pub drain: bool,
+}
+
+/// `POST /v1/workers/{id}/drain` was noted.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Drained {
+    /// The worker.
+    pub worker: WorkerId,
+    /// Its current life.
+    pub epoch: Epoch,
+}
+
+/// `PUT /v1/pools/{name}/replicas`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Replicas {
+    /// Wanted number of workers.
+    pub replicas: u32,
+}
+
+/// A worker with its last reported load.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ListedWorker {
+    /// The record.
+    #[serde(flatten)]
+    pub record: Arc<WorkerRecord>,
+    /// Last reported load, once one was reported to this conductor.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub load: Option<Load>,
+    /// Milliseconds since the last keepalive that this conductor saw.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub seen_ms: Option<u64>,
+}
+
+/// `GET /v1/workers`: the whole fleet at one revision.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Listing {
+    /// Identity of the store's data: another value means that revisions can't be compared and entries may be missing.
+    pub instance: String,
+    /// Kind of store: `embedded`.
+    pub store: String,
+    /// Watch from here.
+    pub revision: u64,
+    /// Lease time of workers.
+    pub ttl_ms: u64,
+    /// Whether the store started less than one ttl ago, so that workers may not have found back yet.
+    pub warming: bool,
+    /// Live workers by name.
+    pub workers: Vec<ListedWorker>,
+    /// Workers asked to drain.
+    pub drain: Vec<WorkerId>,
+    /// Pools and their wanted sizes.
+    pub pools: Vec<PoolTarget>,
+}
+
+/// A pool of the fleet document and how many workers it should have.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolTarget {
+    /// Name.
+    pub name: PoolName,
+    /// What its workers do.
+    pub role: Role,
+    /// Wanted number of workers: an operator's, or else the fleet document's.
+    pub desired: u32,
+}
+
+/// `GET /v1/pools`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolList {
+    /// Revision shown.
+    pub revision: u64,
+    /// Pools by name.
+    pub pools: Vec<PoolStatus>,
+}
+
+/// A pool: what is wanted and what is there.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct PoolStatus {
+    /// Name.
+    pub name: PoolName,
+    /// What its workers do.
+    pub role: Role,
+    /// Wanted number of workers.
+    pub desired: u32,
+    /// Whether `desired` was set by an operator and overrides the fleet document.
+    pub operator_set: bool,
+    /// Least number that can be asked for.
+    pub min: u32,
+    /// Largest number that can be asked for.
+    pub max: u32,
+    /// Workers by state.
+    pub joining: u32,
+    /// Workers by state.
+    pub ready: u32,
+    /// Workers by state, and workers asked to drain that have not confirmed it.
+    pub draining: u32,
+}
+
+/// One line of `GET /v1/watch`.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "type", rename_all = "snake_case")]
+pub enum WatchLine {
+    /// Everything that changed at one revision.
+    Changes {
+        /// The revision; lines come in its order, and a later watch may resume after it.
+        revision: u64,
+        /// What changed.
+        changes: Vec<Change>,
+    },
+    /// Sent at once when a watch opens and each second: the conductor is alive and `revision` is the latest.
+    Heartbeat {
+        /// Identity of the store's data.
+        instance: String,
+        /// All changes up to here were sent.
+        revision: u64,
+    },
+    /// The history does not reach back to `since`: list again. The last line.
+    Compacted {
+        /// The latest revision.
+        revision: u64,
+    },
+}
+
+/// One change of the fleet.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(tag = "change", rename_all = "snake_case")]
+pub enum Change {
+    /// A worker registered or changed its state.
+    Put {
+        /// The whole new record.
+        worker: Arc<WorkerRecord>,
+    },
+    /// A worker left or lost its lease.
+    Delete {
+        /// Its name.
+        worker: WorkerId,
+    },
+    /// An operator asked a worker to drain, or that wish ended with the worker.
+    Drain {
+        /// Its name.
+        worker: WorkerId,
+        /// Whether it should drain.
+        drain: bool,
+    },
+    /// Another number of workers is wanted.
+    Desired {
+        /// The pool, as it is now.
+        pool: PoolTarget,
+    },
+}
+
+/// The body of every error answer.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorBody {
+    /// The error.
+    pub error: ErrorDetail,
+}
+
+/// What went wrong.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ErrorDetail {
+    /// For people.
+    pub message: String,
+    /// `invalid_request_error`, `conflict_error`, `not_found_error` or `unavailable_error`.
+    #[serde(rename = "type")]
+    pub kind: String,
+    /// For machines.
+    pub code: String,
+    /// With `name_taken`: who has the name.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub holder: Option<Holder>,
+}
+
+/// The live worker that has a name.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Holder {
+    /// The name.
+    pub worker: WorkerId,
+    /// Its life.
+    pub epoch: Epoch,
+    /// Where it listens.
+    pub address: String,
+    /// Its process id.
+    pub pid: u32,
+}
