@@ -34,7 +34,7 @@ pub struct Faults {
 
 impl Faults {
     pub(crate) fn new(source_name: impl Into<String>, mut list: Vec<Fault>) -> Self {
-        list.sort_by(|a, b| (a.at.is_none(), a.at).cmp(&(b.at.is_none(), b.at)));
+        list.sort_by_key(|fault| (fault.at.is_none(), fault.at));
         Self { source_name: source_name.into(), list }
     }
 

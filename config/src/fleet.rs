@@ -5,25 +5,39 @@
 //! one (`#[non_exhaustive]`). What the file left out was filled in from [`defaults`], the one table of defaults.
 //! What parses but is not part of this build is listed by [`Fleet::unsupported`].
 
+mod availability;
+mod check;
 pub mod conductor;
 pub mod defaults;
 pub mod engine;
+pub mod explain;
+pub mod listen;
+pub mod pairs;
 pub mod pool;
 pub mod router;
 pub mod transfer;
 
+use std::fs::File;
+use std::io::Read;
 use std::path::{Path, PathBuf};
 
+pub use availability::{Unsupported, accelerator_is_available};
 pub use conductor::{ConductorSpec, EtcdAuth, EtcdSpec, EtcdTls, StoreSpec};
-pub use engine::{EngineLimits, EngineSpec, ReferenceSpec, RemoteSpec, SimSpec};
+pub use engine::{EngineKind, EngineLimits, EngineSpec, ReferenceSpec, RemoteSpec, SimSpec};
+pub use listen::Listen;
+pub use pairs::PairPath;
 pub use pool::{Autoscale, KvCapacity, KvSpec, Pool, ScalerKind, WorkerLimits};
 pub use router::{
     AuthSpec, Disaggregation, Isolation, PolicyKind, PolicySpec, RouterLimits, RouterSpec, Slo,
 };
 pub use transfer::{BackendKind, Integrity, TransferPath, TransferSpec};
 
-use crate::fault::Faults;
+use crate::environment;
+use crate::fault::{Fault, Faults};
+use crate::model_shape::ModelShape;
 use crate::names::PoolName;
+use crate::reader::{Lookup, Reader, Resolved, Section, Text, read_scalar};
+use crate::yaml::{self, MAX_DOCUMENT_BYTES};
 
 /// A whole fleet document.
 #[derive(Debug, Clone, PartialEq)]
@@ -37,46 +51,36 @@ pub struct Fleet {
     pub router: RouterSpec,
     /// The pools, in the order of the file; at least one decodes.
     pub pools: Vec<Pool>,
+    source: String,
+    resolved: Vec<Resolved>,
+    unsupported: Vec<Unsupported>,
+    pairs: Vec<PairPath>,
 }
 
 /// The model a fleet serves.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct ModelSpec {
-    /// Name in answers and metrics; always accepted in requests.
+    /// Name in answers and metrics; always accepted in requests. The last part of `path` by default.
     pub id: String,
     /// A Hugging Face directory: `config.json`, `tokenizer.json`, `*.safetensors`.
     ///
     /// A relative path of the file is looked up in the fleet file's directory first, then in the working directory.
     pub path: PathBuf,
-    /// Further names accepted in requests; contains `id`, first.
+    /// All names accepted in requests; `id` is the first.
     pub served_as: Vec<String>,
+    /// The numbers of its `config.json`.
+    pub shape: ModelShape,
 }
 
-/// Where a part listens.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Listen {
-    /// The address; for a pool, that of its first replica, the next ones take the following ports.
-    pub address: std::net::SocketAddr,
-    /// Whether the file names it; `baton up` replaces unnamed ports by free ones (except the router's).
-    pub named: bool,
-}
-
-/// Something the document asks for that this build does not have.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Unsupported {
-    /// Where it is asked for, such as `pools[0].engine.kind`.
-    pub path: String,
-    /// Line and column, counted from 1; `None` when a default asks for it.
-    pub at: Option<crate::fault::Position>,
-    /// What is not there.
-    pub what: String,
-    /// What to write instead.
-    pub remedy: String,
-    /// Whether a fleet cannot start without it; otherwise it starts and simply goes without.
-    pub required: bool,
+/// What a document is checked against.
+pub struct Source<'e> {
+    /// How faults name the document, usually its path.
+    pub name: String,
+    /// Where relative paths are looked up first.
+    pub directory: Option<PathBuf>,
+    /// The environment for `${NAME}`.
+    pub environment: Lookup<'e>,
 }
 
 impl Fleet {
@@ -85,7 +89,17 @@ impl Fleet {
     /// # Errors
     /// Every fault of the document, together.
     pub fn load(path: &Path) -> Result<Self, Faults> {
-        Err(Faults::unreadable(path, "the parser is not part of this build yet"))
+        let unreadable = |e: std::io::Error| Faults::unreadable(path, format!("cannot be read: {e}"));
+        let mut bytes = Vec::new();
+        // One byte more than the limit is enough to be refused for its size.
+        let file = File::open(path).map_err(unreadable)?;
+        file.take(MAX_DOCUMENT_BYTES as u64 + 1).read_to_end(&mut bytes).map_err(unreadable)?;
+        let Ok(text) = String::from_utf8(bytes) else {
+            return Err(Faults::unreadable(path, "is not text (UTF-8)"));
+        };
+        let directory = path.parent().map(Path::to_owned);
+        let name = path.display().to_string();
+        Self::parse(&text, &Source { name, directory, environment: &environment::variable })
     }
 
     /// The fleet of `baton up` without an argument: [`defaults::LAPTOP_FLEET`].
@@ -93,7 +107,49 @@ impl Fleet {
     /// # Errors
     /// As [`Fleet::load`]; the model directory may be missing, for one.
     pub fn laptop() -> Result<Self, Faults> {
-        Err(Faults::unreadable(Path::new("laptop.yaml"), "the parser is not part of this build yet"))
+        let name = "the built-in fleet (laptop.yaml)".to_owned();
+        Self::parse(
+            defaults::LAPTOP_FLEET,
+            &Source { name, directory: None, environment: &environment::variable },
+        )
+    }
+
+    /// Reads a fleet document from text.
+    ///
+    /// # Errors
+    /// As [`Fleet::load`].
+    pub fn parse(text: &str, source: &Source<'_>) -> Result<Self, Faults> {
+        let failed = |faults: Vec<Fault>| Faults::new(source.name.clone(), faults);
+        let root = yaml::parse(text).map_err(|fault| failed(vec![fault]))?;
+        let reader = Reader::new(source.environment, source.directory.clone());
+        let mut document = Section::open(&reader, String::new(), root);
+        read_version(&mut document);
+        let model = ModelSpec::read(&mut document);
+        let conductor = ConductorSpec::read(document.section("conductor"));
+        let router = RouterSpec::read(document.section("router"));
+        let pools = pool::read_pools(&mut document);
+        drop(document);
+        check::names(&reader, &pools);
+        check::roles(&reader, &pools);
+        check::ports(&reader, &conductor, &router, &pools);
+        check::memory(&reader, model.as_ref(), &pools);
+        check::weights(&reader, model.as_ref(), &pools);
+        let pairs = pairs::plan(&reader, &pools);
+        let unsupported = availability::list(&reader, &conductor, &router, &pools);
+        let (faults, resolved) = reader.finish();
+        match model {
+            Some(model) if faults.is_empty() => Ok(Self {
+                model,
+                conductor,
+                router,
+                pools: pools.into_iter().map(|(_, pool)| pool).collect(),
+                source: source.name.clone(),
+                resolved,
+                unsupported,
+                pairs,
+            }),
+            _ => Err(failed(faults)),
+        }
     }
 
     /// The pool of that name.
@@ -101,8 +157,68 @@ impl Fleet {
         self.pools.iter().find(|pool| pool.name == *name)
     }
 
+    /// How the document was named: its path, usually.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Every value of the document with its origin, in the order it was read.
+    pub fn resolved(&self) -> &[Resolved] {
+        &self.resolved
+    }
+
     /// What the document asks for and this build does not have.
     pub fn unsupported(&self) -> &[Unsupported] {
-        &[]
+        &self.unsupported
+    }
+
+    /// The way KV blocks take between each prefill and each decode pool.
+    pub fn pairs(&self) -> &[PairPath] {
+        &self.pairs
+    }
+
+    /// Refuses a fleet that this build cannot start.
+    ///
+    /// # Errors
+    /// Everything it needs and this build does not have.
+    pub fn startable(&self) -> Result<(), Faults> {
+        let missing: Vec<Fault> =
+            self.unsupported.iter().filter(|u| u.required).map(Unsupported::fault).collect();
+        if missing.is_empty() { Ok(()) } else { Err(Faults::new(self.source.clone(), missing)) }
     }
 }
+
+fn read_version(document: &mut Section<'_, '_>) {
+    let expected = "1, the only version there is";
+    document.required("version", expected, |text| text.integer().filter(|version| *version == 1));
+}
+
+impl ModelSpec {
+    /// `None` if it is missing or at fault.
+    fn read(document: &mut Section<'_, '_>) -> Option<Self> {
+        const PATH_EXPECTED: &str = "the path of a model directory";
+        let reader = document.reader;
+        let Some(mut section) = document.section_if_given("model") else {
+            document.missing("model", "a section, such as { path: examples/models/tiny }");
+            return None;
+        };
+        let given = section.text("id", "a name");
+        let path = section.required("path", PATH_EXPECTED, Text::words).map(|path| reader.resolve(&path));
+        let id = given.or_else(|| {
+            let name = path.as_ref()?.file_name()?.to_string_lossy().into_owned();
+            reader.record(section.child("id"), &name, None);
+            Some(name)
+        });
+        let mut served_as: Vec<String> = id.iter().cloned().collect();
+        for (path, node) in section.list("served_as").unwrap_or_default() {
+            let name = read_scalar(reader, &path, node, "a name", Text::words);
+            served_as.extend(name.filter(|name| !served_as.contains(name)));
+        }
+        let path = path?;
+        let shape = check::model(&section, &path)?;
+        Some(Self { id: id?, path, served_as, shape })
+    }
+}
+
+#[cfg(test)]
+mod tests;

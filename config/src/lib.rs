@@ -6,13 +6,17 @@
 #![forbid(unsafe_code)]
 
 pub mod choice;
+pub mod environment;
 pub mod fault;
 pub mod fleet;
 pub mod geometry;
+pub mod model_shape;
 pub mod names;
 pub mod prefix;
 pub mod protocol;
+pub mod reader;
 pub mod units;
+mod yaml;
 
 pub use geometry::{Dtype, KvGeometry, KvLayout};
 pub use names::{Accelerator, Epoch, HandoffId, NameError, PoolName, Role, WorkerId};

@@ -1,9 +1,13 @@
 //! `conductor:` of the fleet document.
 
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::Listen;
+use super::defaults;
+use super::listen::{Listen, URL_EXPECTED, url};
+use crate::reader::{Section, Text, read_scalar};
+use crate::yaml::Value;
 
 /// The conductor.
 #[derive(Debug, Clone, PartialEq)]
@@ -66,4 +70,96 @@ pub struct EtcdAuth {
     pub user: String,
     /// File that holds the password.
     pub password_file: PathBuf,
+}
+
+impl ConductorSpec {
+    pub(super) fn read(mut section: Section<'_, '_>) -> Self {
+        let listen = Listen::read(&mut section, defaults::CONDUCTOR_LISTEN);
+        let mut endpoints = urls(&mut section, "endpoints");
+        if endpoints.is_empty() {
+            endpoints.push(format!("http://{}", reachable(listen.address)));
+            section.reader.record(section.child("endpoints"), &endpoints[0], None);
+        }
+        let lease_ttl = section.duration("lease_ttl_ms", 500..=600_000, defaults::LEASE_TTL);
+        let store = read_store(&mut section);
+        Self { listen, endpoints, store, lease_ttl }
+    }
+}
+
+/// The address a client on this machine uses for a listener.
+fn reachable(address: SocketAddr) -> SocketAddr {
+    let ip = match address.ip() {
+        IpAddr::V4(ip) if ip.is_unspecified() => IpAddr::V4(Ipv4Addr::LOCALHOST),
+        IpAddr::V6(ip) if ip.is_unspecified() => IpAddr::V6(Ipv6Addr::LOCALHOST),
+        ip => ip,
+    };
+    SocketAddr::new(ip, address.port())
+}
+
+/// A list of URLs; empty if it is missing or at fault.
+fn urls(section: &mut Section<'_, '_>, key: &'static str) -> Vec<String> {
+    let Some(items) = section.list(key) else { return Vec::new() };
+    items
+        .into_iter()
+        .filter_map(|(path, node)| read_scalar(section.reader, &path, node, URL_EXPECTED, url))
+        .collect()
+}
+
+/// `embedded`, `{ embedded: {...} }` or `{ etcd: {...} }`.
+fn read_store(section: &mut Section<'_, '_>) -> StoreSpec {
+    let embedded = StoreSpec::Embedded { state_file: None };
+    let path = section.child("store");
+    let reader = section.reader;
+    let Some(node) = section.take("store") else {
+        reader.record(path, "embedded", None);
+        return embedded;
+    };
+    if matches!(node.value, Value::Scalar { .. }) {
+        read_scalar(reader, &path, node, "`embedded`, or a section `etcd:` with endpoints", |text| {
+            (text.text == "embedded").then_some(())
+        });
+        return embedded;
+    }
+    reader.record(path.clone(), "a section", Some(node.at));
+    let mut store = Section::open(reader, path, node);
+    let etcd = store.section_if_given("etcd");
+    let embedded_section = store.section_if_given("embedded");
+    match (etcd, embedded_section) {
+        (Some(_), Some(_)) => {
+            reader.fault(&store.path, store.at, "has both `embedded` and `etcd`", "keep one of them");
+            embedded
+        }
+        (Some(etcd), None) => read_etcd(etcd),
+        (None, Some(mut section)) => StoreSpec::Embedded { state_file: section.file("state_file") },
+        (None, None) => embedded,
+    }
+}
+
+fn read_etcd(mut section: Section<'_, '_>) -> StoreSpec {
+    let given = section.has("endpoints");
+    let endpoints = urls(&mut section, "endpoints");
+    if !given {
+        section.missing("endpoints", "a list of URLs, such as [http://10.0.0.1:2379]");
+    }
+    let path = section.child("prefix");
+    let prefix = section.text("prefix", "a key prefix, such as /baton").unwrap_or_else(|| {
+        section.reader.record(path, defaults::ETCD_PREFIX, None);
+        defaults::ETCD_PREFIX.to_owned()
+    });
+    let tls = section.section_if_given("tls").and_then(|mut tls| {
+        let ca_file = tls.file("ca_file");
+        if ca_file.is_none() {
+            tls.missing("ca_file", "the path of a PEM file");
+        }
+        Some(EtcdTls { ca_file: ca_file?, cert_file: tls.file("cert_file"), key_file: tls.file("key_file") })
+    });
+    let auth = section.section_if_given("auth").and_then(|mut auth| {
+        let user = auth.required("user", "the user's name", Text::words);
+        let password_file = auth.file("password_file");
+        if password_file.is_none() {
+            auth.missing("password_file", "the path of a file that holds the password");
+        }
+        Some(EtcdAuth { user: user?, password_file: password_file? })
+    });
+    StoreSpec::Etcd(EtcdSpec { endpoints, prefix, tls, auth })
 }

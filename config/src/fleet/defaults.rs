@@ -1,8 +1,11 @@
 //! Every value a fleet document may leave out, in one table.
 
+use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
-use super::{BackendKind, Disaggregation, Integrity, Isolation, PolicyKind, ScalerKind, TransferPath};
+use super::{
+    BackendKind, Disaggregation, EngineKind, Integrity, Isolation, PolicyKind, ScalerKind, TransferPath,
+};
 use crate::geometry::{Dtype, KvLayout};
 use crate::names::Accelerator;
 use crate::units::Bytes;
@@ -63,6 +66,8 @@ pub const WORKER_IN_FLIGHT: u32 = 1024;
 /// `pools[].limits.body`: token ids of a long prompt as JSON.
 pub const WORKER_BODY: Bytes = Bytes(16 << 20);
 
+/// `pools[].engine.kind`; its `threads` default to the cores of the machine.
+pub const ENGINE: EngineKind = EngineKind::Reference;
 /// `pools[].engine.prefill_chunk`, in tokens.
 pub const PREFILL_CHUNK: u32 = 256;
 /// `pools[].engine.max_batch`, in sequences.
@@ -103,6 +108,10 @@ pub const BACKENDS: &[BackendKind] = &[BackendKind::Shm, BackendKind::Tcp];
 pub const INTEGRITY: Integrity = Integrity::Digest;
 /// `pools[].transfer.streams`.
 pub const STREAMS: usize = 4;
+/// `pools[].transfer.bind`.
+pub const TRANSFER_BIND: IpAddr = IpAddr::V4(Ipv4Addr::LOCALHOST);
+/// `pools[].transfer.port`: any free one; peers learn it through the conductor.
+pub const TRANSFER_PORT: u16 = 0;
 /// `pools[].transfer.staging`.
 pub const STAGING: Bytes = Bytes(16 << 20);
 /// `pools[].transfer.connect_timeout_ms`.

@@ -3,6 +3,11 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::defaults;
+use super::listen::{URL_EXPECTED, url};
+use crate::choice::choice;
+use crate::reader::Section;
+
 /// What computes tokens in a pool.
 #[derive(Debug, Clone, PartialEq)]
 #[non_exhaustive]
@@ -20,17 +25,6 @@ pub enum EngineSpec {
 }
 
 impl EngineSpec {
-    /// Its word in the document.
-    pub fn kind(&self) -> &'static str {
-        match self {
-            Self::Reference(_) => "reference",
-            Self::Sim(_) => "sim",
-            Self::Vllm(_) => "vllm",
-            Self::Sglang(_) => "sglang",
-            Self::Openai(_) => "openai",
-        }
-    }
-
     /// The batching limits of an in-process engine; `None` for servers, which have their own.
     pub fn limits(&self) -> Option<&EngineLimits> {
         match self {
@@ -96,4 +90,90 @@ pub struct RemoteSpec {
     pub url: String,
     /// File that holds its API key.
     pub api_key_file: Option<PathBuf>,
+}
+
+choice! {
+    /// The kinds of [`EngineSpec`].
+    EngineKind {
+        /// [`EngineSpec::Reference`].
+        Reference => "reference",
+        /// [`EngineSpec::Sim`].
+        Sim => "sim",
+        /// [`EngineSpec::Vllm`].
+        Vllm => "vllm",
+        /// [`EngineSpec::Sglang`].
+        Sglang => "sglang",
+        /// [`EngineSpec::Openai`].
+        Openai => "openai",
+    }
+}
+
+impl EngineSpec {
+    /// Its kind.
+    pub fn kind(&self) -> EngineKind {
+        match self {
+            Self::Reference(_) => EngineKind::Reference,
+            Self::Sim(_) => EngineKind::Sim,
+            Self::Vllm(_) => EngineKind::Vllm,
+            Self::Sglang(_) => EngineKind::Sglang,
+            Self::Openai(_) => EngineKind::Openai,
+        }
+    }
+
+    pub(super) fn read(mut section: Section<'_, '_>) -> Self {
+        match section.choice("kind", defaults::ENGINE) {
+            EngineKind::Reference => {
+                let cores = std::thread::available_parallelism().map_or(1, std::num::NonZero::get) as u64;
+                let threads = section.integer("threads", 1..=1024, cores);
+                let threads = usize::try_from(threads).unwrap_or(1);
+                Self::Reference(ReferenceSpec { threads, limits: EngineLimits::read(&mut section) })
+            }
+            EngineKind::Sim => Self::Sim(SimSpec::read(&mut section)),
+            EngineKind::Vllm => Self::Vllm(RemoteSpec::read(&mut section)),
+            EngineKind::Sglang => Self::Sglang(RemoteSpec::read(&mut section)),
+            EngineKind::Openai => Self::Openai(RemoteSpec::read(&mut section)),
+        }
+    }
+}
+
+impl EngineLimits {
+    fn read(section: &mut Section<'_, '_>) -> Self {
+        Self {
+            prefill_chunk: section.count("prefill_chunk", 1..=1_000_000, defaults::PREFILL_CHUNK),
+            max_batch: section.count("max_batch", 1..=65_536, defaults::MAX_BATCH),
+            max_waiting: section.count("max_waiting", 1..=1_000_000, defaults::MAX_WAITING),
+            prefix_cache: section.flag("prefix_cache", defaults::PREFIX_CACHE),
+        }
+    }
+}
+
+impl SimSpec {
+    fn read(section: &mut Section<'_, '_>) -> Self {
+        const MOST: u64 = 3_600_000_000;
+        let mut cost = |key, default| section.duration(key, 0..=MOST, default);
+        let prefill_base = cost("prefill_us_base", defaults::SIM_PREFILL_BASE);
+        let prefill_per_token = cost("prefill_us_per_token", defaults::SIM_PREFILL_PER_TOKEN);
+        let prefill_per_token2 = cost("prefill_ns_per_token2", defaults::SIM_PREFILL_PER_TOKEN2);
+        let decode_base = cost("decode_us_base", defaults::SIM_DECODE_BASE);
+        let decode_per_seq = cost("decode_us_per_seq", defaults::SIM_DECODE_PER_SEQ);
+        let decode_per_context_token =
+            cost("decode_ns_per_context_token", defaults::SIM_DECODE_PER_CONTEXT_TOKEN);
+        Self {
+            prefill_base,
+            prefill_per_token,
+            prefill_per_token2,
+            decode_base,
+            decode_per_seq,
+            decode_per_context_token,
+            seed: section.integer("seed", 0..=u64::MAX, defaults::SIM_SEED),
+            limits: EngineLimits::read(section),
+        }
+    }
+}
+
+impl RemoteSpec {
+    fn read(section: &mut Section<'_, '_>) -> Self {
+        let url = section.required("url", URL_EXPECTED, url).unwrap_or_default();
+        Self { url, api_key_file: section.file("api_key_file") }
+    }
 }

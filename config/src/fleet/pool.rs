@@ -2,11 +2,14 @@
 
 use std::time::Duration;
 
-use super::{EngineSpec, Listen, TransferSpec};
+use super::{EngineSpec, Listen, TransferSpec, defaults};
 use crate::choice::choice;
-use crate::geometry::{Dtype, KvLayout};
+use crate::geometry::{Dtype, KvGeometry, KvLayout};
+use crate::model_shape::ModelShape;
 use crate::names::{Accelerator, PoolName, Role};
+use crate::reader::{Section, Text};
 use crate::units::Bytes;
+use crate::yaml::Node;
 
 /// Workers of one kind.
 #[derive(Debug, Clone, PartialEq)]
@@ -60,6 +63,20 @@ pub enum KvCapacity {
     Blocks(u32),
 }
 
+impl KvSpec {
+    /// The geometry of a block for a model.
+    pub fn geometry(&self, model: &ModelShape) -> KvGeometry {
+        KvGeometry {
+            layers: model.layers,
+            kv_heads: model.kv_heads,
+            head_dim: model.head_dim,
+            block_tokens: self.block_tokens,
+            layout: self.layout,
+            dtype: self.dtype,
+        }
+    }
+}
+
 impl KvCapacity {
     /// The number of blocks of `block_bytes` each.
     pub fn blocks(self, block_bytes: usize) -> u32 {
@@ -108,4 +125,140 @@ pub struct WorkerLimits {
     pub body: Bytes,
     /// How long work in flight may take to end once the worker drains.
     pub drain_grace: Duration,
+}
+
+/// Longest pool name: `-` and four digits of a replica still make a worker name.
+const POOL_NAME_MAX: usize = 58;
+
+impl Pool {
+    /// Reads one pool; `first_port` is the default port of its first replica.
+    ///
+    /// `None` if its name or role is missing or at fault.
+    pub(super) fn read(mut section: Section<'_, '_>, first_port: u16) -> Option<Self> {
+        let name = section.required("name", "a name of at most 58 characters of a-z, 0-9 and '-'", pool_name);
+        if !section.has("role") {
+            section.missing("role", "prefill, decode or both");
+        }
+        let role = section.choice_if_given::<Role>("role");
+        let accelerator = section.choice("accelerator", defaults::ACCELERATOR);
+        let engine = EngineSpec::read(section.section("engine"));
+        let kv = KvSpec::read(section.section("kv"));
+        let transfer = TransferSpec::read(section.section("transfer"), accelerator);
+        let listen = Listen::read(&mut section, &format!("127.0.0.1:{first_port}"));
+        let advertise = section.optional("advertise", "a host name or address, without a port", host);
+        let replicas = section.count("replicas", 0..=1024, defaults::REPLICAS);
+        let autoscale =
+            section.section_if_given("autoscale").map(|section| Autoscale::read(section, replicas));
+        let limits = WorkerLimits::read(section.section("limits"));
+        let pool = Self {
+            name: name?,
+            role: role?,
+            accelerator,
+            engine,
+            kv,
+            transfer,
+            listen,
+            advertise,
+            replicas,
+            autoscale,
+            limits,
+        };
+        if u32::from(listen.address.port()) + pool.ports().saturating_sub(1) > u32::from(u16::MAX) {
+            let problem = format!("leaves too few ports above it for {} replicas", pool.ports());
+            let path = section.child("listen");
+            let at = section.reader.position(&path).or(section.at);
+            section.reader.fault(&path, at, problem, "use a lower port");
+        }
+        Some(pool)
+    }
+
+    /// Ports its workers may take, from that of `listen` on.
+    pub(super) fn ports(&self) -> u32 {
+        self.replicas.max(self.autoscale.as_ref().map_or(0, |scale| scale.max)).max(1)
+    }
+}
+
+fn pool_name(text: &Text) -> Option<PoolName> {
+    text.text.parse().ok().filter(|name: &PoolName| name.as_str().len() <= POOL_NAME_MAX)
+}
+
+fn host(text: &Text) -> Option<String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '.' | '-');
+    let is_v6 = text.text.parse::<std::net::Ipv6Addr>().is_ok();
+    text.words().filter(|host| is_v6 || host.chars().all(good))
+}
+
+impl KvSpec {
+    fn read(mut section: Section<'_, '_>) -> Self {
+        let block_tokens = section.count("block_tokens", 1..=1024, defaults::BLOCK_TOKENS);
+        let layout = section.choice("layout", defaults::KV_LAYOUT);
+        let dtype = section.choice("dtype", defaults::KV_DTYPE);
+        let capacity = if section.has("blocks") {
+            if section.has("memory") {
+                section.reader.fault(
+                    &section.path,
+                    section.at,
+                    "has both `memory` and `blocks`",
+                    "keep one of them: each says how large the KV cache is",
+                );
+                section.take("memory");
+            }
+            KvCapacity::Blocks(section.count("blocks", 2..=16_777_216, 2))
+        } else {
+            section.take("blocks");
+            KvCapacity::Memory(section.bytes("memory", Bytes(1 << 10)..=Bytes(1 << 44), defaults::KV_MEMORY))
+        };
+        Self { block_tokens, layout, dtype, capacity }
+    }
+}
+
+impl Autoscale {
+    fn read(mut section: Section<'_, '_>, replicas: u32) -> Self {
+        let min = section.count("min", 0..=1024, defaults::AUTOSCALE_MIN);
+        let max = section.count("max", 1..=1024, replicas.max(1));
+        let scaler = section.choice("scaler", defaults::SCALER);
+        let queue_wait =
+            section.section("target").duration("queue_wait_ms", 1..=600_000, defaults::QUEUE_WAIT);
+        if min > max {
+            let at = section.reader.position(&section.child("min")).or(section.at);
+            let problem = format!("is {min}, more than max, which is {max}");
+            section.reader.fault(&section.child("min"), at, problem, "lower min or raise max");
+        } else if !(min..=max).contains(&replicas) {
+            let problem =
+                format!("goes from {min} to {max}, which leaves out the {replicas} replicas of the pool");
+            section.reader.fault(&section.path, section.at, problem, "widen it or change replicas");
+        }
+        Self { min, max, scaler, queue_wait }
+    }
+}
+
+impl WorkerLimits {
+    fn read(mut section: Section<'_, '_>) -> Self {
+        Self {
+            in_flight: section.count("in_flight", 1..=1_000_000, defaults::WORKER_IN_FLIGHT),
+            body: section.bytes("body", Bytes(1 << 10)..=Bytes(1 << 30), defaults::WORKER_BODY),
+            drain_grace: section.duration("drain_grace_ms", 0..=86_400_000, defaults::DRAIN_GRACE),
+        }
+    }
+}
+
+/// Reads the list of pools; the ones with faults in their name or role are left out.
+pub(super) fn read_pools(document: &mut Section<'_, '_>) -> Vec<(String, Pool)> {
+    let reader = document.reader;
+    if !document.has("pools") {
+        document.missing("pools", "at least one pool, such as `- { name: all, role: both }`");
+    }
+    let items: Vec<(String, Node)> = document.list("pools").unwrap_or_default();
+    let mut next_port = u32::from(defaults::WORKER_PORT);
+    let mut pools = Vec::with_capacity(items.len());
+    for (path, node) in items {
+        let port = u16::try_from(next_port).unwrap_or(defaults::WORKER_PORT);
+        if let Some(pool) = Pool::read(Section::open(reader, path.clone(), node), port) {
+            if !pool.listen.named {
+                next_port += pool.ports();
+            }
+            pools.push((path, pool));
+        }
+    }
+    pools
 }

@@ -3,8 +3,9 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::Listen;
+use super::{Listen, defaults};
 use crate::choice::choice;
+use crate::reader::Section;
 use crate::units::Bytes;
 
 /// The router.
@@ -121,4 +122,69 @@ pub struct AuthSpec {
     pub keys_file: PathBuf,
     /// Who shares cached prefixes.
     pub isolation: Isolation,
+}
+
+impl RouterSpec {
+    pub(super) fn read(mut section: Section<'_, '_>) -> Self {
+        let listen = Listen::read(&mut section, defaults::ROUTER_LISTEN);
+        let policy = PolicySpec::read(section.section("policy"));
+        let limits = RouterLimits::read(section.section("limits"));
+        let disaggregation = section.choice("disaggregation", defaults::DISAGGREGATION);
+        let auth = section.section_if_given("auth").and_then(AuthSpec::read);
+        if limits.queue > limits.in_flight {
+            section.reader.fault(
+                "router.limits.queue",
+                section.reader.position("router.limits.queue"),
+                format!(
+                    "is {}, more than the {} requests in flight it counts into",
+                    limits.queue, limits.in_flight
+                ),
+                "lower router.limits.queue or raise router.limits.in_flight",
+            );
+        }
+        Self { listen, policy, limits, disaggregation, auth }
+    }
+}
+
+impl PolicySpec {
+    fn read(mut section: Section<'_, '_>) -> Self {
+        let kind = section.choice("kind", defaults::POLICY);
+        let seed = section.integer("seed", 0..=u64::MAX, defaults::POLICY_SEED);
+        let mut slo = section.section("slo");
+        let ttft = slo.duration("ttft_ms", 1..=3_600_000, defaults::SLO_TTFT);
+        let itl = slo.duration("itl_ms", 1..=3_600_000, defaults::SLO_ITL);
+        Self { kind, seed, slo: Slo { ttft, itl } }
+    }
+}
+
+impl RouterLimits {
+    fn read(mut section: Section<'_, '_>) -> Self {
+        Self {
+            body: section.bytes("body", Bytes(1 << 10)..=Bytes(1 << 30), defaults::ROUTER_BODY),
+            queue: section.count("queue", 0..=1_000_000, defaults::ROUTER_QUEUE),
+            in_flight: section.count("in_flight", 1..=1_000_000, defaults::ROUTER_IN_FLIGHT),
+            connections: section.count("connections", 1..=1_000_000, defaults::ROUTER_CONNECTIONS),
+            header_timeout: section.duration("header_timeout_ms", 100..=600_000, defaults::HEADER_TIMEOUT),
+            body_timeout: section.duration("body_timeout_ms", 100..=600_000, defaults::BODY_TIMEOUT),
+            queue_timeout: section.duration("queue_timeout_ms", 1..=3_600_000, defaults::QUEUE_TIMEOUT),
+            request_timeout: section.duration(
+                "request_timeout_ms",
+                100..=86_400_000,
+                defaults::REQUEST_TIMEOUT,
+            ),
+            drain_settle: section.duration("drain_settle_ms", 0..=600_000, defaults::DRAIN_SETTLE),
+            drain_grace: section.duration("drain_grace_ms", 0..=86_400_000, defaults::DRAIN_GRACE),
+        }
+    }
+}
+
+impl AuthSpec {
+    fn read(mut section: Section<'_, '_>) -> Option<Self> {
+        let keys_file = section.file("keys_file");
+        if keys_file.is_none() {
+            section.missing("keys_file", "the path of the file of keys");
+        }
+        let isolation = section.choice("isolation", defaults::ISOLATION);
+        Some(Self { keys_file: keys_file?, isolation })
+    }
 }

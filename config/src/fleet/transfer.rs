@@ -1,9 +1,13 @@
 //! `pools[].transfer:` of the fleet document.
 
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 use std::time::Duration;
 
+use super::defaults;
+use super::listen::{ADDRESS_EXPECTED, address};
 use crate::choice::choice;
+use crate::names::Accelerator;
+use crate::reader::{Section, Text, read_choice};
 use crate::units::{ByteRate, Bytes};
 
 choice! {
@@ -62,10 +66,12 @@ pub struct TransferSpec {
     pub integrity: Integrity,
     /// TCP streams per peer.
     pub streams: usize,
-    /// Address the transfer agent listens on; the port is chosen free.
+    /// Address the transfer agent listens on.
     pub bind: IpAddr,
-    /// Address peers connect to; `bind` without.
-    pub advertise: Option<IpAddr>,
+    /// Port of the first replica, the next ones take the following ports; 0 is any free one.
+    pub port: u16,
+    /// Address peers connect to, if not the one it listens on; the port of the first replica, as above.
+    pub advertise: Option<SocketAddr>,
     /// Registered host memory that blocks of a device pass through.
     pub staging: Bytes,
     /// Copy speed of the emulated device; unlimited without.
@@ -74,4 +80,108 @@ pub struct TransferSpec {
     pub connect_timeout: Duration,
     /// Time a transfer may go without progress.
     pub stall_timeout: Duration,
+}
+
+impl TransferSpec {
+    pub(super) fn read(mut section: Section<'_, '_>, accelerator: Accelerator) -> Self {
+        let path = section.choice("path", defaults::TRANSFER_PATH);
+        if let Some((problem, remedy)) = path_fault(path, accelerator) {
+            let name = section.child("path");
+            section.reader.fault(&name, section.reader.position(&name), problem, remedy);
+        }
+        let backends = read_backends(&mut section);
+        let provider = section.text("provider", "the name of a libfabric provider, like efa");
+        let integrity = section.choice("integrity", defaults::INTEGRITY);
+        let streams = section.integer("streams", 1..=64, defaults::STREAMS as u64);
+        let bind = ip(&mut section, "bind");
+        let port = section.count("port", 0..=65_535, u32::from(defaults::TRANSFER_PORT));
+        let advertise = section.optional("advertise", ADDRESS_EXPECTED, address);
+        let staging = section.bytes("staging", Bytes(4 << 10)..=Bytes(1 << 40), defaults::STAGING);
+        let device_bandwidth = section
+            .optional("device_bandwidth", "a rate, like 8GiB/s", |text| text.text.parse::<ByteRate>().ok());
+        if device_bandwidth.is_some() && accelerator != Accelerator::Simulated {
+            let name = section.child("device_bandwidth");
+            let problem =
+                format!("sets the speed of an emulated device, but the accelerator is {accelerator}");
+            let remedy = "remove it, or set accelerator: simulated";
+            section.reader.fault(&name, section.reader.position(&name), problem, remedy);
+        }
+        Self {
+            path,
+            backends,
+            provider,
+            integrity,
+            streams: usize::try_from(streams).unwrap_or(defaults::STREAMS),
+            bind,
+            port: u16::try_from(port).unwrap_or(defaults::TRANSFER_PORT),
+            advertise,
+            staging,
+            device_bandwidth,
+            connect_timeout: section.duration("connect_timeout_ms", 10..=60_000, defaults::CONNECT_TIMEOUT),
+            stall_timeout: section.duration("stall_timeout_ms", 10..=600_000, defaults::STALL_TIMEOUT),
+        }
+    }
+}
+
+fn ip(section: &mut Section<'_, '_>, key: &'static str) -> IpAddr {
+    let default = defaults::TRANSFER_BIND;
+    section.value(key, "an IP address, like 10.0.0.7", default, |text: &Text| text.text.parse().ok())
+}
+
+/// Why memory of this kind cannot take that path, and what can.
+fn path_fault(path: TransferPath, accelerator: Accelerator) -> Option<(String, &'static str)> {
+    match (path, accelerator) {
+        (TransferPath::GpuDirect, Accelerator::Cpu | Accelerator::Simulated | Accelerator::Trainium) => {
+            let problem =
+                format!("is gpu_direct, but the KV cache is not in GPU memory (accelerator: {accelerator})");
+            Some((problem, "write path: auto, or accelerator: cuda"))
+        }
+        (TransferPath::Direct, Accelerator::Simulated) => Some((
+            "is direct, but the network cannot reach the memory of an emulated device".to_owned(),
+            "write path: host_buffered, or accelerator: cpu",
+        )),
+        (TransferPath::Auto | TransferPath::HostBuffered, _)
+        | (TransferPath::GpuDirect, Accelerator::Cuda)
+        | (TransferPath::Direct, Accelerator::Cpu | Accelerator::Cuda | Accelerator::Trainium) => None,
+    }
+}
+
+fn read_backends(section: &mut Section<'_, '_>) -> Vec<BackendKind> {
+    let path = section.child("backends");
+    let reader = section.reader;
+    let given = section.has("backends");
+    let at = section.at;
+    let Some(items) = section.list("backends") else {
+        if !given {
+            let words: Vec<String> = defaults::BACKENDS.iter().map(ToString::to_string).collect();
+            reader.record(path, format!("[{}]", words.join(", ")), None);
+        }
+        return defaults::BACKENDS.to_vec();
+    };
+    let mut backends: Vec<BackendKind> = Vec::with_capacity(items.len());
+    let empty = items.is_empty();
+    for (path, node) in items {
+        let at = node.at;
+        match read_choice(reader, &path, node) {
+            Some(backend) if backends.contains(&backend) => {
+                reader.fault(
+                    &path,
+                    Some(at),
+                    format!("names {backend} again"),
+                    "name each backend once, best first",
+                );
+            }
+            Some(backend) => backends.push(backend),
+            None => {}
+        }
+    }
+    if empty {
+        reader.fault(
+            &path,
+            at,
+            "is empty",
+            "name at least one backend, or remove the key: the default is [shm, tcp]",
+        );
+    }
+    if backends.is_empty() { defaults::BACKENDS.to_vec() } else { backends }
 }

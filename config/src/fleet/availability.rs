@@ -1,0 +1,133 @@
+//! What parses but is not part of this build: the one table to shorten when something gets built.
+
+use super::{BackendKind, ConductorSpec, EngineKind, PolicyKind, Pool, RouterSpec, StoreSpec, TransferPath};
+use crate::choice::Choice;
+use crate::fault::{Fault, Position};
+use crate::names::Accelerator;
+use crate::reader::Reader;
+
+/// Something the document asks for that this build does not have.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct Unsupported {
+    /// Where it is asked for, such as `pools[0].engine.kind`.
+    pub path: String,
+    /// Line and column; `None` when a default asks for it.
+    pub at: Option<Position>,
+    /// What is not there.
+    pub what: String,
+    /// What to write instead, or what happens without it.
+    pub remedy: String,
+    /// Whether a fleet cannot start without it; otherwise it starts and goes without.
+    pub required: bool,
+}
+
+impl Unsupported {
+    pub(super) fn fault(&self) -> Fault {
+        let problem = format!("{} is not available in this build", self.what);
+        Fault { path: self.path.clone(), at: self.at, problem, remedy: self.remedy.clone() }
+    }
+}
+
+impl EngineKind {
+    /// Whether this build has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Reference | Self::Sim => true,
+            Self::Vllm | Self::Sglang | Self::Openai => false,
+        }
+    }
+}
+
+impl BackendKind {
+    /// Whether this build has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::Shm | Self::Tcp => true,
+            Self::Libfabric | Self::Ucx | Self::File | Self::Object => false,
+        }
+    }
+}
+
+impl PolicyKind {
+    /// Whether this build has it.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::RoundRobin | Self::Random | Self::LeastLoaded | Self::PowerOfTwo => true,
+            Self::KvAware | Self::Prefix => false,
+        }
+    }
+}
+
+/// Whether this build can keep a KV cache there.
+pub fn accelerator_is_available(accelerator: Accelerator) -> bool {
+    match accelerator {
+        Accelerator::Cpu | Accelerator::Simulated => true,
+        Accelerator::Cuda | Accelerator::Trainium => false,
+    }
+}
+
+/// Gathers everything of a document that is not part of this build.
+pub(super) fn list(
+    reader: &Reader<'_>,
+    conductor: &ConductorSpec,
+    router: &RouterSpec,
+    pools: &[(String, Pool)],
+) -> Vec<Unsupported> {
+    let mut out = Vec::new();
+    let mut push = |path: &str, what: String, remedy: &str, required: bool| {
+        let at = reader.position(path);
+        out.push(Unsupported { path: path.to_owned(), at, what, remedy: remedy.to_owned(), required });
+    };
+    if let StoreSpec::Etcd(_) = conductor.store {
+        push("conductor.store", "the etcd store".to_owned(), "write store: embedded", true);
+    }
+    let policy = router.policy.kind;
+    if !policy.is_available() {
+        let what = format!("the policy {policy}");
+        push("router.policy.kind", what, "use least_loaded, power_of_two, round_robin or random", true);
+    }
+    if router.auth.is_some() {
+        let remedy = "remove the section and let only trusted clients reach the router";
+        push("router.auth.keys_file", "authentication".to_owned(), remedy, true);
+    }
+    for (path, pool) in pools {
+        let engine = pool.engine.kind();
+        if !engine.is_available() {
+            let what = format!("the engine {}", engine.word());
+            push(&format!("{path}.engine.kind"), what, "use kind: reference or kind: sim", true);
+        }
+        if !accelerator_is_available(pool.accelerator) {
+            let what = format!("the accelerator {}", pool.accelerator);
+            let remedy = "use accelerator: cpu, or simulated for an emulated device";
+            push(&format!("{path}.accelerator"), what, remedy, true);
+        }
+        if pool.transfer.path == TransferPath::GpuDirect {
+            push(
+                &format!("{path}.transfer.path"),
+                "the path gpu_direct".to_owned(),
+                "write path: auto",
+                true,
+            );
+        }
+        backends(path, pool, &mut push);
+        if pool.autoscale.is_some() {
+            let remedy = "the replicas stay as they are until `baton scale` changes them";
+            push(&format!("{path}.autoscale.max"), "autoscaling".to_owned(), remedy, false);
+        }
+    }
+    out
+}
+
+fn backends(path: &str, pool: &Pool, push: &mut impl FnMut(&str, String, &str, bool)) {
+    let available: Vec<&str> =
+        pool.transfer.backends.iter().filter(|b| b.is_available()).map(|b| b.word()).collect();
+    for (i, backend) in pool.transfer.backends.iter().enumerate().filter(|(_, b)| !b.is_available()) {
+        let remedy = match available.as_slice() {
+            [] => "add tcp or shm to the list".to_owned(),
+            names => format!("passed over: {} will be used", names.join(" or ")),
+        };
+        let what = format!("the backend {backend}");
+        push(&format!("{path}.transfer.backends[{i}]"), what, &remedy, available.is_empty());
+    }
+}
