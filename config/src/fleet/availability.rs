@@ -53,8 +53,8 @@ impl PolicyKind {
     /// Whether this build has it.
     pub fn is_available(self) -> bool {
         match self {
-            Self::RoundRobin | Self::Random | Self::LeastLoaded | Self::PowerOfTwo => true,
-            Self::KvAware | Self::Prefix => false,
+            Self::KvAware | Self::RoundRobin | Self::Random | Self::LeastLoaded | Self::PowerOfTwo => true,
+            Self::Prefix => false,
         }
     }
 }
@@ -85,7 +85,12 @@ pub(super) fn list(
     let policy = router.policy.kind;
     if !policy.is_available() {
         let what = format!("the policy {policy}");
-        push("router.policy.kind", what, "use least_loaded, power_of_two, round_robin or random", true);
+        push(
+            "router.policy.kind",
+            what,
+            "use kv_aware, least_loaded, power_of_two, round_robin or random",
+            true,
+        );
     }
     if router.auth.is_some() {
         let remedy = "remove the section and let only trusted clients reach the router";

@@ -132,7 +132,7 @@ pub(super) fn ports(
     );
     for (i, (path, address, count)) in taken.iter().enumerate() {
         // Parts that listen on every interface are usually on hosts of their own: they cannot be judged here.
-        if address.ip().is_unspecified() {
+        if address.ip().is_unspecified() || address.port() == 0 {
             continue;
         }
         let range = |address: &SocketAddr, count: u32| {

@@ -23,7 +23,7 @@ pub const ETCD_PREFIX: &str = "/baton";
 /// `router.listen`.
 pub const ROUTER_LISTEN: &str = "127.0.0.1:8080";
 /// `router.policy.kind`.
-pub const POLICY: PolicyKind = PolicyKind::LeastLoaded;
+pub const POLICY: PolicyKind = PolicyKind::KvAware;
 /// `router.policy.seed`.
 pub const POLICY_SEED: u64 = 0;
 /// `router.policy.slo.ttft_ms`.

@@ -8,7 +8,8 @@ use crate::reader::{Section, Text};
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[non_exhaustive]
 pub struct Listen {
-    /// The address; for a pool, that of its first replica, the next ones take the following ports.
+    /// The address; for a pool, that of its first replica, the next ones take the following ports. Port 0 is any
+    /// free one.
     pub address: SocketAddr,
     /// Whether the file names it; `baton up` replaces unnamed ports by free ones (except the router's).
     pub named: bool,
@@ -40,7 +41,7 @@ pub(super) fn address(text: &Text) -> Option<SocketAddr> {
         Some(port) => format!("127.0.0.1:{port}"),
         None => text.text.clone(),
     };
-    numeric.parse().ok().filter(|address: &SocketAddr| address.port() != 0)
+    numeric.parse().ok()
 }
 
 /// A plain `http` or `https` URL without credentials.

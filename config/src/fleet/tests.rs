@@ -111,8 +111,6 @@ fn names_what_is_not_in_this_build() {
     expect![[r#"
         fleet.yaml:9:10: conductor.store: the etcd store is not available in this build
           remedy: write store: embedded
-        fleet.yaml:12:19: router.policy.kind: the policy kv_aware is not available in this build
-          remedy: use least_loaded, power_of_two, round_robin or random
         fleet.yaml:14:22: router.auth.keys_file: authentication is not available in this build
           remedy: remove the section and let only trusted clients reach the router
         fleet.yaml:18:18: pools[0].accelerator: the accelerator trainium is not available in this build
@@ -125,7 +123,7 @@ fn names_what_is_not_in_this_build() {
           remedy: use kind: reference or kind: sim
         fleet.yaml:29:23: pools[1].transfer.path: the path gpu_direct is not available in this build
           remedy: write path: auto
-        8 faults in fleet.yaml"#]]
+        7 faults in fleet.yaml"#]]
     .assert_eq(&missing.to_string());
     let passed_over: Vec<&str> =
         fleet.unsupported().iter().filter(|u| !u.required).map(|u| u.what.as_str()).collect();
