@@ -10,6 +10,8 @@ pub mod arena_memory;
 pub mod device;
 pub mod digest;
 pub mod error;
+pub mod export;
+pub mod import;
 pub mod layout;
 #[expect(unsafe_code, reason = "maps memory and hands it to the kernel")]
 pub mod memory;
@@ -25,6 +27,8 @@ pub use arena_memory::ArenaMemory;
 pub use device::{Device, DeviceError, EmulatedDevice};
 pub use digest::{BlockDigest, DigestSeed, block_digest};
 pub use error::{ErrorKind, LinkError, Refusal, TransferError};
+pub use export::{ExportBlock, ExportError, ExportOptions, Exporter, ExporterError};
+pub use import::{ImportOptions, Importer, Pull, PullCause, PullError, PullReport};
 pub use memory::{HostMemory, MemoryError};
 pub use plan::{PlanError, RelayoutPlan};
 pub use session::{

@@ -1,0 +1,436 @@
+//! The giving side: makes finished blocks of the arena readable under a handoff, and takes them back.
+//!
+//! ```text
+//! host arena     block ──digest in place──► granted where it is
+//! device arena   block ──copy in chunks──► staging slot ──digest each chunk while it is in cache──► granted in the slab
+//! ```
+//!
+//! Every exported block has an owner, its handoff, and an end: [`Exporter::acked`], [`Exporter::release`], or
+//! [`Exporter::sweep`] once the handoff has shown no life for the lease. Several copies run at a time, on threads that
+//! may block, so that the copy engine, hashing and serving overlap.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use baton_config::protocol::TicketBlock;
+use baton_config::{Epoch, HandoffId, KvGeometry};
+use futures_util::{StreamExt, TryStreamExt, stream};
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+use crate::agent::{Agent, Integrity, RegionId, RegisterError};
+use crate::arena_memory::ArenaMemory;
+use crate::device::{Device, DeviceError};
+use crate::digest::{BlockDigest, DigestSeed};
+use crate::memory::{HostMemory, MemoryError};
+use crate::session::Descriptor;
+use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError, Slot, SlotState};
+
+#[cfg(test)]
+mod tests;
+
+/// Jobs of one call that run at a time: one copies while others hash, and none starves the other handoffs.
+const JOBS_IN_FLIGHT: usize = 3;
+
+/// Bytes worth a job of their own: less costs more in scheduling than it gains in overlap.
+const JOB_MIN_BYTES: usize = 512 << 10;
+
+/// Bytes copied before they are hashed: they are still in the second-level cache then.
+const CHUNK_BYTES: usize = 128 << 10;
+
+/// How an exporter runs.
+#[derive(Debug, Clone)]
+pub struct ExportOptions {
+    /// Staging slots for a device arena, each of one block. Host arenas need none.
+    pub slots: usize,
+    /// Whether digests are computed; without, tickets carry 0.
+    pub integrity: Integrity,
+    /// Longest a handoff keeps its blocks without a sign of life.
+    pub lease: Duration,
+}
+
+impl Default for ExportOptions {
+    fn default() -> Self {
+        Self { slots: 32, integrity: Integrity::Digest, lease: Duration::from_secs(30) }
+    }
+}
+
+/// A finished block of the arena.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct ExportBlock {
+    /// Its index in the sequence.
+    pub index: u32,
+    /// Its number in the arena.
+    pub block: u32,
+}
+
+/// Why there is no exporter.
+#[derive(Debug, thiserror::Error)]
+pub enum ExporterError {
+    /// No memory for the staging slab.
+    #[error("cannot set up staging for exports")]
+    Memory(#[from] MemoryError),
+    /// The agent takes no more regions.
+    #[error("cannot register the memory of exports")]
+    Register(#[from] RegisterError),
+}
+
+/// Why blocks were not published; none of the call were.
+#[derive(Debug, thiserror::Error)]
+pub enum ExportError {
+    /// The staging slab is too small for the call, or full until the deadline: offer fewer blocks, or try later.
+    #[error("no staging for exported blocks")]
+    Staging(#[from] SlabError),
+    /// The device failed to copy.
+    #[error("an exported block could not be copied from its device")]
+    Device(#[from] DeviceError),
+    /// The blocks were not ready for the peer before the deadline.
+    #[error("exported blocks were not ready before the deadline")]
+    Deadline,
+    /// The handoff was released meanwhile: forget it.
+    #[error("the handoff was released while its blocks were being exported")]
+    Released,
+    /// The exporter is shutting down.
+    #[error("exports are shutting down")]
+    Closed,
+}
+
+/// Makes blocks of one arena readable; clones share it.
+#[derive(Clone)]
+pub struct Exporter(Arc<Inner>);
+
+struct Inner {
+    agent: Agent,
+    geometry: KvGeometry,
+    source: Source,
+    region: RegionId,
+    options: ExportOptions,
+    jobs: TaskTracker,
+    books: Mutex<Books>,
+}
+
+/// Where peers read from.
+#[derive(Clone)]
+enum Source {
+    InPlace(HostMemory),
+    Staged { device: Arc<dyn Device>, slab: Slab },
+}
+
+#[derive(Default)]
+struct Books {
+    handoffs: HashMap<HandoffId, Export>,
+    /// Tells a handoff from one of the same name that was released before.
+    next_life: u64,
+}
+
+struct Export {
+    life: u64,
+    /// Calls of `publish` under way.
+    publishing: usize,
+    blocks: BTreeMap<u32, Published>,
+    expires: Instant,
+}
+
+/// A block peers may read; dropping it gives its slot back.
+struct Published {
+    descriptor: Descriptor,
+    _slot: Option<Slot>,
+}
+
+/// A block on its way to being published.
+struct Prepared {
+    index: u32,
+    offset: usize,
+    digest: u64,
+    slot: Option<Slot>,
+}
+
+impl Exporter {
+    /// Registers `memory` itself, or a slab to stage it through, with `agent`.
+    ///
+    /// # Errors
+    /// When there is no memory for the slab or the agent takes no more regions.
+    pub fn new(
+        agent: Agent,
+        memory: ArenaMemory,
+        geometry: KvGeometry,
+        options: ExportOptions,
+    ) -> Result<Self, ExporterError> {
+        let (source, registered) = match memory {
+            ArenaMemory::Host(memory) => (Source::InPlace(memory.clone()), memory),
+            ArenaMemory::Device(device) => {
+                let slab = Slab::new(options.slots, geometry.block_bytes(), "export staging")?;
+                let memory = slab.memory().clone();
+                (Source::Staged { device, slab }, memory)
+            }
+        };
+        let region = agent.register(registered)?;
+        let (jobs, books) = (TaskTracker::new(), Mutex::default());
+        Ok(Self(Arc::new(Inner { agent, geometry, source, region, options, jobs, books })))
+    }
+
+    /// Most blocks one call of [`Exporter::publish`] takes: half the slab, so that one call fills while another is read.
+    pub fn max_blocks(&self) -> usize {
+        match &self.0.source {
+            Source::InPlace(_) => usize::MAX,
+            Source::Staged { slab, .. } => slab.slots().div_ceil(2),
+        }
+    }
+
+    /// Makes `blocks` readable under `handoff` and says where they are, in the order given.
+    ///
+    /// The blocks must stay as they are until this returns, and in a host arena until they are acknowledged or
+    /// released. Slots of all blocks are waited for together, behind whoever asked before. Dropping the future
+    /// publishes nothing.
+    ///
+    /// # Errors
+    /// [`ExportError`]; nothing was published then.
+    ///
+    /// # Panics
+    /// When a block is not in the arena.
+    pub async fn publish(
+        &self,
+        handoff: HandoffId,
+        epoch: Epoch,
+        blocks: &[ExportBlock],
+        deadline: Instant,
+    ) -> Result<Vec<TicketBlock>, ExportError> {
+        let publishing = Publishing::begin(&self.0, handoff);
+        let slots = self.slots(blocks.len(), deadline).await?;
+        let jobs = self.0.jobs_of(handoff, epoch, blocks, slots);
+        let prepare = stream::iter(jobs)
+            .map(|job| self.0.run(job))
+            .buffered(JOBS_IN_FLIGHT)
+            .try_collect::<Vec<Vec<Prepared>>>();
+        let prepared =
+            tokio::time::timeout_at(deadline, prepare).await.map_err(|_| ExportError::Deadline)??;
+        publishing.finish(prepared.into_iter().flatten().collect())
+    }
+
+    /// One slot for each of `count` blocks, or none where the arena needs no staging.
+    async fn slots(&self, count: usize, deadline: Instant) -> Result<Vec<Option<Slot>>, SlabError> {
+        let Source::Staged { slab, .. } = &self.0.source else {
+            return Ok(std::iter::repeat_with(|| None).take(count).collect());
+        };
+        let slots = self.max_blocks();
+        if count > slots {
+            return Err(SlabError::TooMany { asked: count, slots });
+        }
+        Ok(slab.acquire(count, deadline).await?.into_iter().map(Some).collect())
+    }
+
+    /// The peer is done with these blocks: their place may be used again.
+    pub fn acked(&self, handoff: HandoffId, indices: impl IntoIterator<Item = u32>) {
+        let mut books = self.0.books();
+        let Some(export) = books.handoffs.get_mut(&handoff) else { return };
+        export.expires = Instant::now() + self.0.options.lease;
+        let done: Vec<Published> = indices.into_iter().filter_map(|i| export.blocks.remove(&i)).collect();
+        // UNGRANT
+        drop(done);
+    }
+
+    /// The handoff showed life: its lease starts anew.
+    pub fn touch(&self, handoff: HandoffId) {
+        if let Some(export) = self.0.books().handoffs.get_mut(&handoff) {
+            export.expires = Instant::now() + self.0.options.lease;
+        }
+    }
+
+    /// Withdraws everything published under `handoff`; a call of [`Exporter::publish`] under way fails.
+    ///
+    /// Done when nothing of this agent reads the blocks for a peer any more. Slots are given back then and not before,
+    /// also when the future is dropped after its first poll.
+    pub async fn release(&self, handoff: HandoffId) {
+        let withdrawn = {
+            let mut books = self.0.books();
+            let withdrawn = books.handoffs.remove(&handoff);
+            self.0.agent.revoke(handoff);
+            withdrawn
+        };
+        drop(withdrawn);
+    }
+
+    /// Releases every handoff whose lease is over and says which.
+    pub async fn sweep(&self, now: Instant) -> Vec<HandoffId> {
+        let over = |export: &Export| export.publishing == 0 && export.expires <= now;
+        let expired: Vec<HandoffId> = {
+            let books = self.0.books();
+            books.handoffs.iter().filter(|(_, export)| over(export)).map(|(handoff, _)| *handoff).collect()
+        };
+        for handoff in &expired {
+            self.release(*handoff).await;
+        }
+        expired
+    }
+
+    /// Checks the books of the slab; all zeros without one.
+    ///
+    /// # Errors
+    /// When a slot is lost or counted twice: a bug.
+    pub fn audit(&self) -> Result<SlabCounts, SlabAuditError> {
+        match &self.0.source {
+            Source::InPlace(_) => Ok(SlabCounts::default()),
+            Source::Staged { slab, .. } => slab.audit(),
+        }
+    }
+
+    /// Blocks published now.
+    pub fn published(&self) -> usize {
+        self.0.books().handoffs.values().map(|export| export.blocks.len()).sum()
+    }
+
+    /// Withdraws everything and waits for copies under way.
+    pub async fn close(&self) {
+        self.0.jobs.close();
+        let handoffs: Vec<HandoffId> = self.0.books().handoffs.keys().copied().collect();
+        for handoff in handoffs {
+            self.release(handoff).await;
+        }
+        self.0.jobs.wait().await;
+    }
+}
+
+/// A call of `publish` under way, in the books until it ends one way or another.
+struct Publishing<'a> {
+    inner: &'a Inner,
+    handoff: HandoffId,
+    life: u64,
+}
+
+impl<'a> Publishing<'a> {
+    fn begin(inner: &'a Inner, handoff: HandoffId) -> Self {
+        let mut books = inner.books();
+        let expires = Instant::now() + inner.options.lease;
+        books.next_life += 1;
+        let life = books.next_life;
+        let export = books.handoffs.entry(handoff).or_insert_with(|| Export {
+            life,
+            publishing: 0,
+            blocks: BTreeMap::new(),
+            expires,
+        });
+        export.publishing += 1;
+        export.expires = expires;
+        Self { inner, handoff, life: export.life }
+    }
+
+    /// Grants the blocks, unless the handoff was released since the call began.
+    fn finish(self, prepared: Vec<Prepared>) -> Result<Vec<TicketBlock>, ExportError> {
+        let mut books = self.inner.books();
+        let export = books.handoffs.get_mut(&self.handoff).filter(|export| export.life == self.life);
+        let export = export.ok_or(ExportError::Released)?;
+        export.expires = Instant::now() + self.inner.options.lease;
+        let (mut tickets, mut descriptors) = (Vec::new(), Vec::new());
+        for Prepared { index, offset, digest, slot } in prepared {
+            let offset = offset as u64;
+            let descriptor = Descriptor { region: self.inner.region, offset, len: self.inner.block_len() };
+            if let Some(slot) = &slot {
+                slot.set_state(SlotState::Published);
+            }
+            tickets.push(TicketBlock { index, region: descriptor.region.0, offset, digest });
+            descriptors.push(descriptor);
+            export.blocks.insert(index, Published { descriptor, _slot: slot });
+        }
+        self.inner.agent.grant(self.handoff, descriptors);
+        drop(books);
+        Ok(tickets)
+    }
+}
+
+impl Drop for Publishing<'_> {
+    fn drop(&mut self) {
+        let mut books = self.inner.books();
+        let Some(export) = books.handoffs.get_mut(&self.handoff).filter(|export| export.life == self.life)
+        else {
+            return;
+        };
+        export.publishing -= 1;
+        if export.publishing == 0 && export.blocks.is_empty() {
+            books.handoffs.remove(&self.handoff);
+        }
+    }
+}
+
+/// What runs on a thread that may block.
+type Job = Box<dyn FnOnce() -> Result<Vec<Prepared>, DeviceError> + Send>;
+
+impl Inner {
+    fn books(&self) -> MutexGuard<'_, Books> {
+        self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn block_len(&self) -> u32 {
+        // Plans refuse blocks over `plan::BLOCK_MAX_BYTES`, which is less.
+        u32::try_from(self.geometry.block_bytes()).unwrap_or(u32::MAX)
+    }
+
+    /// Splits the work of a call into jobs of neighbouring blocks.
+    fn jobs_of(
+        &self,
+        handoff: HandoffId,
+        epoch: Epoch,
+        blocks: &[ExportBlock],
+        slots: Vec<Option<Slot>>,
+    ) -> Vec<Job> {
+        let bytes = self.geometry.block_bytes();
+        let per_job = JOB_MIN_BYTES.div_ceil(bytes);
+        let mut slots = slots.into_iter();
+        let job = |blocks: &[ExportBlock]| -> Job {
+            let (source, integrity) = (self.source.clone(), self.options.integrity);
+            let work: Vec<(ExportBlock, Option<Slot>)> = blocks.iter().copied().zip(slots.by_ref()).collect();
+            Box::new(move || {
+                let prepare = |(block, slot): (ExportBlock, Option<Slot>)| {
+                    let seed = DigestSeed { handoff, epoch, index: block.index };
+                    let mut digest = (integrity == Integrity::Digest).then(|| BlockDigest::new(seed));
+                    let offset =
+                        source.prepare(block.block as usize * bytes, bytes, slot.as_ref(), &mut digest)?;
+                    let digest = digest.map_or(0, |digest| digest.finish());
+                    Ok(Prepared { index: block.index, offset, digest, slot })
+                };
+                work.into_iter().map(prepare).collect()
+            })
+        };
+        blocks.chunks(per_job).map(job).collect()
+    }
+
+    async fn run(&self, job: Job) -> Result<Vec<Prepared>, ExportError> {
+        match self.jobs.spawn_blocking(job).await {
+            Ok(prepared) => Ok(prepared?),
+            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
+            Err(_) => Err(ExportError::Closed),
+        }
+    }
+}
+
+impl Source {
+    /// Brings the block at `at` to where peers read it, digesting it on the way, and says where that is.
+    fn prepare(
+        &self,
+        at: usize,
+        len: usize,
+        slot: Option<&Slot>,
+        digest: &mut Option<BlockDigest>,
+    ) -> Result<usize, DeviceError> {
+        let mut feed = |memory: &HostMemory, offset, len| {
+            if let Some(digest) = digest {
+                memory.digest(digest, offset, len);
+            }
+        };
+        match (self, slot) {
+            (Self::Staged { device, .. }, Some(slot)) => {
+                for start in (0..len).step_by(CHUNK_BYTES) {
+                    let chunk = CHUNK_BYTES.min(len - start);
+                    device.copy_to_host(at + start, slot.memory(), slot.offset() + start, chunk)?;
+                    feed(slot.memory(), slot.offset() + start, chunk);
+                }
+                Ok(slot.offset())
+            }
+            (Self::InPlace(memory), _) => {
+                feed(memory, at, len);
+                Ok(at)
+            }
+            (Self::Staged { .. }, None) => unreachable!("every staged block was given a slot"),
+        }
+    }
+}

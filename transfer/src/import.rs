@@ -1,0 +1,397 @@
+//! The taking side: reads a peer's blocks and lays their tokens out in the own arena.
+//!
+//! ```text
+//! equal blocks, host arena     peer ──► destination block, verified there
+//! other blocks, host arena     peer ──► verified in the session's buffer ──re-layout──► destination blocks
+//! device arena                 the same into staging slots, each copied to the device while the next are read
+//! ```
+//!
+//! Rules on which the block pool relies:
+//!
+//! 1. Only bytes of tokens that were asked for are written, and on the re-layout path only after the digest of their
+//!    whole source block was verified. On the direct path a block that fails leaves garbage in its destination.
+//! 2. [`PullReport::upto`] and [`PullError::upto`] never count a token whose bytes were not verified *and* in place.
+//! 3. Destination blocks belong to the pull until its future has returned or was dropped. Both fence: afterwards nothing
+//!    of this pull writes the arena any more. Dropping may block for the rest of one copy to the device.
+//! 4. A destination block in a device arena is written whole, the tokens outside the range with what they were.
+//!    Nobody else may write any token of such a block during the pull.
+
+use std::collections::BTreeSet;
+use std::ops::Range;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use baton_config::protocol::TicketBlock;
+use baton_config::{Bytes, Epoch, HandoffId, KvGeometry};
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+use crate::agent::RegionId;
+use crate::arena_memory::ArenaMemory;
+use crate::device::DeviceError;
+use crate::digest::DigestSeed;
+use crate::error::TransferError;
+use crate::memory::{HostMemory, MemoryError};
+use crate::plan::{PlanError, RelayoutPlan};
+use crate::session::{BlockRead, BlockSink, Descriptor, Destination, Expected, Session};
+use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError};
+
+mod fence;
+mod staged;
+#[cfg(test)]
+mod tests;
+
+/// How an importer runs.
+#[derive(Debug, Clone)]
+pub struct ImportOptions {
+    /// Staging slots for a device arena, each of one block. Host arenas need none.
+    pub slots: usize,
+}
+
+impl Default for ImportOptions {
+    fn default() -> Self {
+        Self { slots: 32 }
+    }
+}
+
+/// What to pull.
+#[derive(Debug, Clone)]
+pub struct Pull {
+    /// The handoff the blocks are granted under.
+    pub handoff: HandoffId,
+    /// The life of the peer that computed them.
+    pub epoch: Epoch,
+    /// Geometry of the peer's blocks.
+    pub source: KvGeometry,
+    /// The peer's blocks, as its tickets name them. Those without a wanted token are not read.
+    pub blocks: Vec<TicketBlock>,
+    /// The wanted tokens, by position in the sequence.
+    pub tokens: Range<u32>,
+    /// Own blocks of the sequence, from token 0 on, at least up to the last wanted token.
+    pub dest_blocks: Vec<u32>,
+}
+
+/// What a pull did.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct PullReport {
+    /// Every wanted token before this one is verified and in place: the end of the range, unless the peer's block
+    /// of this token was not among [`Pull::blocks`].
+    pub upto: u32,
+    /// Bytes read from the peer.
+    pub bytes: Bytes,
+    /// From the call to the last token in place.
+    pub elapsed: Duration,
+}
+
+/// A pull that stopped early. A further pull may go on from `upto`.
+#[derive(Debug, thiserror::Error)]
+#[error("the pull of KV blocks stopped at token {upto}")]
+pub struct PullError {
+    /// Every wanted token before this one is verified and in place.
+    pub upto: u32,
+    /// Bytes read from the peer and verified.
+    pub bytes: Bytes,
+    /// Why it stopped.
+    #[source]
+    pub cause: PullCause,
+}
+
+/// Why a pull stopped.
+#[derive(Debug, thiserror::Error)]
+pub enum PullCause {
+    /// The transfer failed. The blocks of an [`TransferError::Integrity`] are named by their index in the sequence.
+    #[error(transparent)]
+    Transfer(#[from] TransferError),
+    /// No staging for the device: pull less at once, or later.
+    #[error("no staging for imported blocks")]
+    Staging(#[from] SlabError),
+    /// The device failed to copy.
+    #[error("an imported block could not be copied to its device")]
+    Device(#[from] DeviceError),
+    /// The importer is shutting down.
+    #[error("imports are shutting down")]
+    Closed,
+}
+
+/// Pulls blocks of peers into one arena.
+#[derive(Debug)]
+pub struct Importer {
+    memory: ArenaMemory,
+    geometry: KvGeometry,
+    slab: Option<Slab>,
+    jobs: TaskTracker,
+}
+
+impl Importer {
+    /// An importer into `memory`, whose blocks have `geometry`.
+    ///
+    /// # Errors
+    /// When there is no memory for the staging of a device arena.
+    pub fn new(
+        memory: ArenaMemory,
+        geometry: KvGeometry,
+        options: &ImportOptions,
+    ) -> Result<Self, MemoryError> {
+        let slab = match &memory {
+            ArenaMemory::Host(_) => None,
+            ArenaMemory::Device(_) => {
+                Some(Slab::new(options.slots, geometry.block_bytes(), "import staging")?)
+            }
+        };
+        Ok(Self { memory, geometry, slab, jobs: TaskTracker::new() })
+    }
+
+    /// The plan from a peer's blocks to own ones, to refuse a peer early.
+    ///
+    /// # Errors
+    /// When the two cannot be reconciled; the message shows both.
+    pub fn plan(&self, source: KvGeometry) -> Result<RelayoutPlan, PlanError> {
+        RelayoutPlan::new(source, self.geometry)
+    }
+
+    /// Reads what is wanted from the peer and puts it in place; see the rules of this module.
+    ///
+    /// # Errors
+    /// [`PullError`], with how far it came.
+    ///
+    /// # Panics
+    /// When [`Pull::dest_blocks`] ends before the range or names a block outside the arena: a bug of the caller.
+    pub async fn pull(
+        &self,
+        session: &Session,
+        pull: Pull,
+        deadline: Instant,
+    ) -> Result<PullReport, PullError> {
+        let start = Instant::now();
+        let mut progress = Progress { upto: pull.tokens.start, bytes: Bytes(0) };
+        let done = self.pull_into(session, &pull, deadline, &mut progress).await;
+        let Progress { upto, bytes } = progress;
+        match done {
+            Ok(()) => Ok(PullReport { upto, bytes, elapsed: start.elapsed() }),
+            Err(cause) => Err(PullError { upto, bytes, cause }),
+        }
+    }
+
+    async fn pull_into(
+        &self,
+        session: &Session,
+        pull: &Pull,
+        deadline: Instant,
+        progress: &mut Progress,
+    ) -> Result<(), PullCause> {
+        let plan = self
+            .plan(pull.source)
+            .map_err(|_| TransferError::Geometry { from: pull.source, to: self.geometry })?;
+        if session.epoch() != pull.epoch {
+            let (worker, current) = (session.peer().clone(), Some(session.epoch()));
+            return Err(TransferError::Stale { worker, ticket: pull.epoch, current }.into());
+        }
+        self.check_table(pull);
+        let (blocks, tokens) = in_reach(&plan, pull);
+        let reader =
+            Reader { session, handoff: pull.handoff, dest_blocks: &pull.dest_blocks, tokens, plan, deadline };
+        match (&self.memory, &self.slab) {
+            (ArenaMemory::Device(device), Some(slab)) => {
+                staged::pull(&reader, &blocks, (device, slab), &self.jobs, progress).await
+            }
+            (memory, _) => reader.read_to_arena(&blocks, memory, progress).await,
+        }
+    }
+
+    fn check_table(&self, pull: &Pull) {
+        let blocks = self.memory.len() / self.geometry.block_bytes();
+        let needed = self.geometry.blocks_for(pull.tokens.end) as usize;
+        assert!(
+            pull.tokens.is_empty() || pull.dest_blocks.len() >= needed,
+            "tokens up to {} take {needed} blocks, the table has {}",
+            pull.tokens.end,
+            pull.dest_blocks.len()
+        );
+        for block in &pull.dest_blocks {
+            assert!((*block as usize) < blocks, "block {block} is outside the arena of {blocks} blocks");
+        }
+    }
+
+    /// Checks the books of the slab; all zeros without one.
+    ///
+    /// # Errors
+    /// When a slot is lost or counted twice: a bug.
+    pub fn audit(&self) -> Result<SlabCounts, SlabAuditError> {
+        self.slab.as_ref().map_or_else(|| Ok(SlabCounts::default()), Slab::audit)
+    }
+
+    /// Waits for copies to the device that are under way.
+    pub async fn close(&self) {
+        self.jobs.close();
+        self.jobs.wait().await;
+    }
+}
+
+/// The blocks to read, by rising index and without a gap, and the wanted tokens they hold: what lies behind a block
+/// that was not named could not be reported as in place.
+fn in_reach(plan: &RelayoutPlan, pull: &Pull) -> (Vec<TicketBlock>, Range<u32>) {
+    let wanted = plan.source_blocks(&pull.tokens);
+    let mut named: Vec<TicketBlock> =
+        pull.blocks.iter().filter(|block| wanted.contains(&block.index)).cloned().collect();
+    named.sort_by_key(|block| block.index);
+    named.dedup_by_key(|block| block.index);
+    let gapless = wanted.zip(named).take_while(|(index, block)| *index == block.index);
+    let blocks: Vec<TicketBlock> = gapless.map(|(_, block)| block).collect();
+    let last = blocks.last().map(|block| plan.tokens_of(block.index, &pull.tokens).end);
+    (blocks, pull.tokens.start..last.unwrap_or(pull.tokens.start))
+}
+
+/// How far a pull is.
+#[derive(Debug, Clone, Copy)]
+struct Progress {
+    upto: u32,
+    bytes: Bytes,
+}
+
+/// What one pull reads with.
+struct Reader<'a> {
+    session: &'a Session,
+    handoff: HandoffId,
+    dest_blocks: &'a [u32],
+    /// The wanted tokens that the blocks to read hold.
+    tokens: Range<u32>,
+    plan: RelayoutPlan,
+    deadline: Instant,
+}
+
+/// Blocks that a read brought: verified and in place.
+#[derive(Debug, Default)]
+struct Placed {
+    indices: BTreeSet<u32>,
+    bytes: u64,
+}
+
+impl Reader<'_> {
+    /// Reads `blocks` to a host arena.
+    async fn read_to_arena(
+        &self,
+        blocks: &[TicketBlock],
+        memory: &ArenaMemory,
+        progress: &mut Progress,
+    ) -> Result<(), PullCause> {
+        let ArenaMemory::Host(memory) = memory else { unreachable!("a device arena has a slab") };
+        let bytes = self.plan.dest().block_bytes();
+        let dest_at = |block: u32| self.dest_blocks[block as usize] as usize * bytes;
+        let mut placed = Placed::default();
+        let done = self.read(blocks, memory, &dest_at, &mut placed).await;
+        progress.bytes = Bytes(placed.bytes);
+        for index in self.plan.source_blocks(&self.tokens) {
+            if !placed.indices.contains(&index) {
+                break;
+            }
+            progress.upto = self.plan.tokens_of(index, &self.tokens).end;
+        }
+        Ok(done?)
+    }
+
+    /// Reads `blocks`, by rising index, to where `dest_at` says in `memory`, and notes in `placed` what is there.
+    async fn read(
+        &self,
+        blocks: &[TicketBlock],
+        memory: &HostMemory,
+        dest_at: &(dyn Fn(u32) -> usize + Sync),
+        placed: &mut Placed,
+    ) -> Result<(), TransferError> {
+        let (direct, other): (Vec<TicketBlock>, Vec<TicketBlock>) =
+            blocks.iter().cloned().partition(|block| self.is_direct(block.index));
+        self.read_direct(&direct, memory, dest_at, placed).await?;
+        self.read_relayout(&other, memory, dest_at, placed).await
+    }
+
+    /// Whether the peer's block is, byte for byte and with all its tokens wanted, the own block.
+    fn is_direct(&self, index: u32) -> bool {
+        let tokens = self.plan.tokens_of(index, &self.tokens);
+        self.plan.is_direct() && tokens.len() == self.plan.source().block_tokens as usize
+    }
+
+    async fn read_direct(
+        &self,
+        blocks: &[TicketBlock],
+        memory: &HostMemory,
+        dest_at: &(dyn Fn(u32) -> usize + Sync),
+        placed: &mut Placed,
+    ) -> Result<(), TransferError> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let reads: Vec<BlockRead> = blocks.iter().map(|b| self.block_read(b, dest_at(b.index))).collect();
+        let into = Destination::Memory(memory);
+        let done = self.session.read(self.handoff, &reads, into, self.deadline).await;
+        let good = |position: &usize| match &done {
+            Ok(_) => true,
+            Err(TransferError::Integrity { corrupt, .. }) => !corrupt.contains(position),
+            Err(_) => false,
+        };
+        let indices: Vec<u32> = (0..blocks.len()).filter(good).map(|i| blocks[i].index).collect();
+        self.note(placed, indices);
+        done.map(|_| ()).map_err(|error| in_sequence(error, blocks))
+    }
+
+    async fn read_relayout(
+        &self,
+        blocks: &[TicketBlock],
+        memory: &HostMemory,
+        dest_at: &(dyn Fn(u32) -> usize + Sync),
+        placed: &mut Placed,
+    ) -> Result<(), TransferError> {
+        if blocks.is_empty() {
+            return Ok(());
+        }
+        let reads: Vec<BlockRead> = blocks.iter().map(|b| self.block_read(b, 0)).collect();
+        let landed = blocks.iter().map(|_| AtomicBool::new(false)).collect();
+        let sink = Relayout { reader: self, blocks, memory, dest_at, landed };
+        let into = Destination::Sink(&sink);
+        let done = self.session.read(self.handoff, &reads, into, self.deadline).await;
+        let landed = sink.landed.iter().zip(blocks).filter(|(landed, _)| landed.load(Ordering::Acquire));
+        self.note(placed, landed.map(|(_, block)| block.index).collect());
+        done.map(|_| ()).map_err(|error| in_sequence(error, blocks))
+    }
+
+    fn note(&self, placed: &mut Placed, indices: Vec<u32>) {
+        placed.bytes += indices.len() as u64 * self.plan.source().block_bytes() as u64;
+        placed.indices.extend(indices);
+    }
+
+    fn block_read(&self, block: &TicketBlock, to: usize) -> BlockRead {
+        // Plans refuse blocks over `plan::BLOCK_MAX_BYTES`, which is less.
+        let len = u32::try_from(self.plan.source().block_bytes()).unwrap_or(u32::MAX);
+        let source = Descriptor { region: RegionId(block.region), offset: block.offset, len };
+        let seed = DigestSeed { handoff: self.handoff, epoch: self.session.epoch(), index: block.index };
+        BlockRead { source, to, expected: Some(Expected { seed, digest: block.digest }) }
+    }
+}
+
+/// Lays verified blocks out as they come.
+struct Relayout<'a> {
+    reader: &'a Reader<'a>,
+    blocks: &'a [TicketBlock],
+    memory: &'a HostMemory,
+    dest_at: &'a (dyn Fn(u32) -> usize + Sync),
+    landed: Vec<AtomicBool>,
+}
+
+impl BlockSink for Relayout<'_> {
+    fn block(&self, position: usize, bytes: &[u8]) {
+        let Reader { plan, tokens, .. } = self.reader;
+        plan.scatter(self.blocks[position].index, bytes, tokens.clone(), self.memory, self.dest_at);
+        self.landed[position].store(true, Ordering::Release);
+    }
+}
+
+/// Names the blocks of an integrity error by their index in the sequence instead of their position in one read.
+fn in_sequence(error: TransferError, blocks: &[TicketBlock]) -> TransferError {
+    let index_of = |position: usize| blocks.get(position).map_or(position, |block| block.index as usize);
+    match error {
+        TransferError::Integrity { worker, index, corrupt } => TransferError::Integrity {
+            worker,
+            index: index_of(index),
+            corrupt: corrupt.into_iter().map(index_of).collect(),
+        },
+        other => other,
+    }
+}
