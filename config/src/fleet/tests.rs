@@ -64,6 +64,20 @@ fn the_smallest_fleet_is_three_lines() {
 }
 
 #[test]
+fn flow_sections_may_end_in_a_comma() {
+    let pools = "router: { listen: 127.0.0.1:0, disaggregation: always }
+pools:
+  - { name: p, role: prefill, accelerator: simulated, transfer: { device_bandwidth: 8MB/s, port: 4000 }, }
+  - { name: d, role: decode, transfer: { advertise: \"127.0.0.1:9\" }, }
+";
+    let fleet = parse(&with_head(pools)).unwrap();
+    assert_eq!(fleet.router.listen.address.port(), 0, "any free port");
+    assert_eq!(fleet.router.disaggregation, Disaggregation::Always);
+    assert_eq!(fleet.pools[0].transfer.device_bandwidth.unwrap().0, 8_000_000);
+    assert_eq!(fleet.pools[1].transfer.advertise, Some("127.0.0.1:9".parse().unwrap()));
+}
+
+#[test]
 fn the_laptop_fleet_has_two_geometries() {
     let fleet = parse(defaults::LAPTOP_FLEET).unwrap();
     let [prefill, decode] = fleet.pools.as_slice() else { panic!("two pools") };
