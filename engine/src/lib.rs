@@ -24,9 +24,11 @@
 //! Called by the worker agent, which owns the engine's thread and the memory below the arena.
 
 pub mod arena;
+pub mod block_pool;
 pub mod engine;
 pub mod executor;
 pub mod memory;
+mod mix;
 pub mod sampler;
 
 pub use arena::{Arena, BlockId};
