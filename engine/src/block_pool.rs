@@ -25,6 +25,7 @@ use std::collections::HashMap;
 use baton_config::prefix::BlockHash;
 use baton_config::protocol::{BlockCounts, KvEvent};
 
+pub(crate) use self::audit::Hold;
 pub use self::audit::PoolAuditError;
 use self::events::EventLog;
 use self::lru::Lru;

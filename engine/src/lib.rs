@@ -27,9 +27,11 @@ pub mod arena;
 pub mod block_pool;
 pub mod engine;
 pub mod executor;
+pub mod logits_digest;
 pub mod memory;
 mod mix;
 pub mod sampler;
+pub mod sim;
 
 pub use arena::{Arena, BlockId};
 pub use engine::{Engine, EngineEvent, EngineLimits, SeqId, SequenceSpec};

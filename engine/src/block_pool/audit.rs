@@ -61,18 +61,11 @@ impl BlockPool {
     pub(crate) fn hold(&self, block: BlockId) -> Hold {
         match self.states[block.0 as usize] {
             State::Free => Hold::Nobody,
-            State::Owned { owner, stage } => Hold::Owner {
-                owner,
-                quarantined: stage == Stage::Quarantined,
-                valid: stage == Stage::Valid,
-            },
+            State::Owned { owner, stage } => {
+                Hold::Owner { owner, quarantined: stage == Stage::Quarantined, valid: stage == Stage::Valid }
+            }
             State::Shared { references, .. } => Hold::Shared { references },
         }
-    }
-
-    /// Number of blocks.
-    pub(crate) fn total(&self) -> u32 {
-        self.states.len() as u32
     }
 
     fn blocks(&self) -> impl Iterator<Item = (BlockId, &State)> {

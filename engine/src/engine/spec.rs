@@ -2,6 +2,8 @@
 
 use baton_config::protocol::Sampling;
 
+use crate::sampler::RangeError;
+
 /// What becomes of a sequence once its prompt is computed.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub enum Purpose {
@@ -119,15 +121,8 @@ pub enum SubmitError {
     #[error("{0} must be at least 1")]
     Empty(&'static str),
     /// A sampling value out of range.
-    #[error("{field} is {value}, must be {allowed}")]
-    BadSampling {
-        /// Name of the field.
-        field: &'static str,
-        /// As given.
-        value: f64,
-        /// What is accepted.
-        allowed: &'static str,
-    },
+    #[error(transparent)]
+    BadSampling(#[from] RangeError),
     /// Too many wait already: retry elsewhere or later.
     #[error("{waiting} sequences are waiting already")]
     QueueFull {

@@ -1,0 +1,126 @@
+//! From a submission to having blocks.
+
+use std::time::Instant;
+
+use super::sequence::{Phase, Sequence};
+use super::{Engine, EngineEvent, Purpose, SeqId, SequenceSpec, SubmitError};
+use crate::sampler;
+
+impl Engine {
+    /// Takes a sequence; it waits until a step has room for it, oldest first.
+    ///
+    /// # Errors
+    /// When it can never be served, or too many wait.
+    pub fn submit(&mut self, id: SeqId, spec: SequenceSpec, now: Instant) -> Result<(), SubmitError> {
+        self.check(id, &spec)?;
+        let sequence = Sequence::new(self.next_order, spec, now);
+        self.next_order += 1;
+        self.waiting.insert(sequence.order, id);
+        self.sequences.insert(id, sequence);
+        Ok(())
+    }
+
+    fn check(&self, id: SeqId, spec: &SequenceSpec) -> Result<(), SubmitError> {
+        if self.sequences.contains_key(&id) || self.quarantine.contains_key(&id) {
+            return Err(SubmitError::Duplicate(id));
+        }
+        if spec.generated as usize >= spec.tokens.len() {
+            return Err(SubmitError::Empty("prompt"));
+        }
+        if spec.max_tokens == 0 && spec.purpose != Purpose::Export {
+            return Err(SubmitError::Empty("max_tokens"));
+        }
+        let limit = self.sequence_limit_tokens();
+        if spec.tokens.len() >= limit as usize {
+            return Err(SubmitError::TooLong { tokens: spec.tokens.len(), limit });
+        }
+        let vocab = self.executor.model().vocab;
+        if let Some(token) = spec.tokens.iter().copied().find(|token| *token >= vocab) {
+            return Err(SubmitError::BadToken { token, vocab });
+        }
+        sampler::check(&spec.sampling, vocab)?;
+        if self.waiting.len() >= self.limits.max_waiting_sequences as usize {
+            return Err(SubmitError::QueueFull { waiting: self.waiting.len() as u32 });
+        }
+        Ok(())
+    }
+
+    /// Prompt and output of one sequence at most: what the model takes and the blocks hold.
+    pub(super) fn sequence_limit_tokens(&self) -> u32 {
+        let held = u64::from(self.arena.blocks()) * u64::from(self.block_tokens());
+        u64::from(self.executor.model().max_context).min(held) as u32
+    }
+
+    /// Gives blocks to those who wait, in order, until one finds no room.
+    pub(super) fn admit(&mut self, now: Instant, events: &mut Vec<EngineEvent>) {
+        while let Some((order, id)) = self.waiting.first_key_value().map(|(order, id)| (*order, *id)) {
+            let Some(cached_blocks) = self.room_for(id) else { return };
+            self.waiting.remove(&order);
+            self.place(id, cached_blocks);
+            let block_tokens = self.block_tokens();
+            let Some(sequence) = self.sequences.get_mut(&id) else { return };
+            if !sequence.announced {
+                sequence.announced = true;
+                sequence.reported = sequence.computed;
+                events.push(EngineEvent::Admitted {
+                    id,
+                    cached_tokens: cached_blocks * block_tokens,
+                    blocks: sequence.blocks.clone(),
+                    queued: now.saturating_duration_since(sequence.submitted),
+                });
+            }
+        }
+    }
+
+    /// Whether a waiting sequence can start now: the number of its leading blocks that are cached, `None` without room.
+    fn room_for(&mut self, id: SeqId) -> Option<u32> {
+        let block_tokens = self.block_tokens();
+        let sequence = self.sequences.get_mut(&id)?;
+        let batch_full = self.running.len() >= self.limits.max_batch_sequences as usize;
+        if batch_full && sequence.purpose != Purpose::Import {
+            return None;
+        }
+        let cached = if self.limits.prefix_cache {
+            // At least the last token is computed: its logits give the next one.
+            let full = (sequence.len() - 1) / block_tokens;
+            self.pool.cached_prefix(sequence.hashes(block_tokens, full))
+        } else {
+            Default::default()
+        };
+        let needed = sequence.len().div_ceil(block_tokens) - cached.blocks;
+        // Some blocks are left to those who run already: a newcomer must not be preempted by their very next tokens.
+        const POOL_BLOCKS_PER_SPARE: u32 = 64;
+        let spare = (self.running.len() as u32).min(self.arena.blocks() / POOL_BLOCKS_PER_SPARE + 1);
+        (needed + spare <= self.pool.available() - cached.evictable).then_some(cached.blocks)
+    }
+
+    /// Gives a sequence its blocks, of which the first `cached_blocks` are in the prefix cache.
+    fn place(&mut self, id: SeqId, cached_blocks: u32) {
+        let block_tokens = self.block_tokens();
+        let Some(sequence) = self.sequences.get_mut(&id) else { return };
+        let shared: Vec<_> = sequence
+            .hashes(block_tokens, cached_blocks)
+            .iter()
+            .map_while(|hash| self.pool.share(*hash))
+            .collect();
+        assert_eq!(shared.len(), cached_blocks as usize, "{id}: the cached prefix was counted just now");
+        sequence.blocks = shared;
+        while (sequence.blocks.len() as u32) < sequence.len().div_ceil(block_tokens) {
+            let reserved = self.pool.reserve(id);
+            let Some(block) = reserved else { unreachable!("{id}: the room was counted just now") };
+            sequence.blocks.push(block);
+        }
+        sequence.settled = cached_blocks;
+        sequence.computed = cached_blocks * block_tokens;
+        if sequence.purpose == Purpose::Import {
+            // From now on the owner may write at any moment.
+            for block in &sequence.blocks[cached_blocks as usize..] {
+                self.pool.fill(*block, id);
+            }
+            sequence.phase = Phase::Importing;
+        } else {
+            sequence.phase = Phase::Running;
+            self.running.insert(sequence.order, id);
+        }
+    }
+}

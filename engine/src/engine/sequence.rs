@@ -1,0 +1,147 @@
+//! One sequence: its tokens, its blocks, how far it is.
+
+use std::time::Instant;
+
+use baton_config::prefix::BlockHash;
+use baton_config::protocol::Sampling;
+
+use super::{Purpose, SeqId, SequenceSpec};
+use crate::arena::BlockId;
+use crate::block_pool::BlockPool;
+use crate::sampler::History;
+
+/// Where a sequence stands. Who is waiting or running is also listed, in order, in the engine.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Phase {
+    /// Holds no blocks.
+    Waiting,
+    /// An import: has blocks for its prompt, which the owner writes.
+    Importing,
+    /// Computes: `tokens[computed..]` are due.
+    Running,
+    /// An export with its first token emitted: nobody writes its blocks any more.
+    Held,
+}
+
+/// What is kept of the running digest of logits bits.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Digest {
+    Off,
+    On(Option<u64>),
+}
+
+#[derive(Debug)]
+pub(super) struct Sequence {
+    /// Grows from submission to submission: the age of the sequence, kept over preemptions.
+    pub(super) order: u64,
+    pub(super) phase: Phase,
+    /// What was asked for, until an import is given up or complete: from then on it generates.
+    pub(super) purpose: Purpose,
+    /// Prompt and output. All but the last have their KV computed, or will have.
+    pub(super) tokens: Vec<u32>,
+    /// Tokens submitted.
+    pub(super) prompt: u32,
+    pub(super) max_tokens: u32,
+    pub(super) sampling: Sampling,
+    pub(super) history: History,
+    pub(super) digest: Digest,
+    pub(super) submitted: Instant,
+    /// Whether the owner was told of the admission.
+    pub(super) announced: bool,
+    /// Prompt tokens the owner was told to be in place.
+    pub(super) reported: u32,
+    /// KV of `tokens[..computed]` is in place.
+    pub(super) computed: u32,
+    /// Block table from position 0.
+    pub(super) blocks: Vec<BlockId>,
+    /// Leading blocks that are complete: shared, or valid where another block has the same content.
+    pub(super) settled: u32,
+    salt: u64,
+    /// Chain hashes of the first full blocks; computed as needed.
+    hashes: Vec<BlockHash>,
+}
+
+impl Sequence {
+    pub(super) fn new(order: u64, spec: SequenceSpec, now: Instant) -> Self {
+        let (prompt, output) = spec.tokens.split_at(spec.tokens.len() - spec.generated as usize);
+        Self {
+            order,
+            phase: Phase::Waiting,
+            purpose: spec.purpose,
+            history: History::new(&spec.sampling, prompt, output),
+            prompt: spec.tokens.len() as u32,
+            tokens: spec.tokens,
+            max_tokens: spec.max_tokens,
+            sampling: spec.sampling,
+            digest: if spec.logits_digest { Digest::On(None) } else { Digest::Off },
+            submitted: now,
+            announced: false,
+            reported: 0,
+            computed: 0,
+            blocks: Vec::new(),
+            settled: 0,
+            salt: spec.cache_salt,
+            hashes: Vec::new(),
+        }
+    }
+
+    pub(super) fn len(&self) -> u32 {
+        self.tokens.len() as u32
+    }
+
+    /// Tokens emitted.
+    pub(super) fn emitted(&self) -> u32 {
+        self.len() - self.prompt
+    }
+
+    /// Tokens to compute before the next one can be chosen.
+    pub(super) fn due(&self) -> u32 {
+        self.len() - self.computed
+    }
+
+    /// Chain hashes of the first `count` blocks, which must be full.
+    pub(super) fn hashes(&mut self, block_tokens: u32, count: u32) -> &[BlockHash] {
+        let (block_tokens, count) = (block_tokens as usize, count as usize);
+        while self.hashes.len() < count {
+            let at = self.hashes.len() * block_tokens;
+            let parent = self.hashes.last().copied().unwrap_or(BlockHash::root(self.salt));
+            self.hashes.push(parent.child(&self.tokens[at..at + block_tokens]));
+        }
+        &self.hashes[..count]
+    }
+
+    /// Completes the blocks of `tokens[..upto]` that are full, and puts them into the prefix cache if there is one.
+    pub(super) fn settle(
+        &mut self,
+        id: SeqId,
+        pool: &mut BlockPool,
+        publish: Option<BlockTokens>,
+        upto: u32,
+    ) {
+        while self.settled < upto {
+            let index = self.settled;
+            let block = self.blocks[index as usize];
+            pool.complete(block, id);
+            if let Some(BlockTokens(block_tokens)) = publish {
+                let root = BlockHash::root(self.salt);
+                let hashes = self.hashes(block_tokens, index + 1);
+                let parent = if index == 0 { root } else { hashes[index as usize - 1] };
+                pool.publish(block, id, parent, hashes[index as usize]);
+            }
+            self.settled += 1;
+        }
+    }
+
+    /// Gives all blocks back; the KV is to be computed again.
+    pub(super) fn drop_blocks(&mut self, id: SeqId, pool: &mut BlockPool) {
+        for block in self.blocks.drain(..).rev() {
+            pool.release(block, id);
+        }
+        self.computed = 0;
+        self.settled = 0;
+    }
+}
+
+/// Tokens per block, where blocks are published under their hash.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct BlockTokens(pub(super) u32);
