@@ -23,6 +23,8 @@
 //!
 //! Called by the worker agent, which owns the engine's thread and the memory below the arena.
 
+#![deny(unsafe_code)]
+
 pub mod arena;
 pub mod block_pool;
 pub mod engine;
@@ -30,6 +32,7 @@ pub mod executor;
 pub mod logits_digest;
 pub mod memory;
 mod mix;
+pub mod reference;
 pub mod sampler;
 pub mod sim;
 
@@ -37,3 +40,4 @@ pub use arena::{Arena, BlockId};
 pub use engine::{Engine, EngineEvent, EngineLimits, SeqId, SequenceSpec};
 pub use executor::{BatchItem, ExecuteError, Executor, Forward, ModelInfo};
 pub use memory::{HeapMemory, KvMemory};
+pub use reference::Reference;
