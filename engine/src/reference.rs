@@ -23,7 +23,10 @@ mod attention;
 mod checkpoint;
 mod config;
 mod forward;
-#[expect(unsafe_code, reason = "vector instructions are reached through pointers; the rules are in the module")]
+#[expect(
+    unsafe_code,
+    reason = "vector instructions are reached through pointers; the rules are in the module"
+)]
 mod kernel;
 mod load;
 mod load_error;

@@ -85,9 +85,7 @@ impl Context<'_> {
         let mut pieces: Vec<(Span<'_>, Range<usize>)> = Vec::new();
         for span in self.spans {
             pieces.extend(
-                (0..span.count)
-                    .step_by(TOKENS)
-                    .map(|first| (*span, first..span.count.min(first + TOKENS))),
+                (0..span.count).step_by(TOKENS).map(|first| (*span, first..span.count.min(first + TOKENS))),
             );
         }
         let columns = self.shape.kv_columns();
@@ -211,7 +209,8 @@ impl Context<'_> {
             self.load_tile(scratch, piece, tile_start, keys);
             // Queries before this one see nothing of the tile; those from `whole` on see all of it.
             let first = tile_start.saturating_sub(first_position);
-            let whole = (tile_start + PANEL - 1).saturating_sub(first_position).clamp(first, piece.queries.len());
+            let whole =
+                (tile_start + PANEL - 1).saturating_sub(first_position).clamp(first, piece.queries.len());
             for query in first..whole {
                 let valid = first_position + query + 1 - tile_start;
                 self.attend_rows(scratch, query * group..(query + 1) * group, valid, scale);

@@ -143,7 +143,9 @@ impl Checkpoint {
         file.read_exact(&mut length).map_err(unreadable)?;
         let header_len = u64::from_le_bytes(length);
         if header_len > MAX_HEADER_BYTES || header_len > size - 8 {
-            let problem = format!("a header of {header_len} bytes in a file of {size} (cut short, or a Git LFS pointer)");
+            let problem = format!(
+                "a header of {header_len} bytes in a file of {size} (cut short, or a Git LFS pointer)"
+            );
             return Err(damaged(problem));
         }
         let mut header = vec![0; header_len as usize];
@@ -157,17 +159,16 @@ impl Checkpoint {
             if name == "__metadata__" {
                 continue;
             }
-            let Header { dtype, shape, data_offsets: (start, end) } =
-                serde_json::from_value(value).map_err(|error| damaged(format!("tensor `{name}`: {error}")))?;
+            let Header { dtype, shape, data_offsets: (start, end) } = serde_json::from_value(value)
+                .map_err(|error| damaged(format!("tensor `{name}`: {error}")))?;
             if start > end || end > size - data {
-                let problem = format!(
-                    "tensor `{name}` ends at byte {end} of {} (the file is cut short)",
-                    size - data
-                );
+                let problem =
+                    format!("tensor `{name}` ends at byte {end} of {} (the file is cut short)", size - data);
                 return Err(damaged(problem));
             }
             ranges.push((start, end, name.clone()));
-            let entry = Entry { file: index, dtype, shape, start: data + start, len: end - start, taken: false };
+            let entry =
+                Entry { file: index, dtype, shape, start: data + start, len: end - start, taken: false };
             if self.tensors.insert(name.clone(), entry).is_some() {
                 return Err(damaged(format!("tensor `{name}` is also in another file")));
             }
@@ -205,7 +206,11 @@ impl Checkpoint {
             }
         };
         if entry.shape != expected {
-            return Err(LoadError::TensorShape { name: name.to_owned(), expected, found: entry.shape.clone() });
+            return Err(LoadError::TensorShape {
+                name: name.to_owned(),
+                expected,
+                found: entry.shape.clone(),
+            });
         }
         let bytes = expected.iter().try_fold(size, |bytes: u64, n| bytes.checked_mul(*n));
         if bytes != Some(entry.len) {

@@ -71,7 +71,8 @@ impl Configuration {
             ));
         }
         let attention_bias = attention_bias.unwrap_or(false);
-        let max_context = reader.number("max_position_embeddings", u64::from(u32::MAX))?.unwrap_or(2048) as u32;
+        let max_context =
+            reader.number("max_position_embeddings", u64::from(u32::MAX))?.unwrap_or(2048) as u32;
         Ok(Self {
             architecture,
             max_context,
@@ -114,7 +115,11 @@ impl Fields<'_> {
 
     fn unsupported(&self, feature: &'static str, field: &str, remedy: &'static str) -> LoadError {
         let value = self.fields.get(field).map(short).unwrap_or_default();
-        LoadError::Unsupported { feature, found: format!("`{field}`: {value} in {}", self.path.display()), remedy }
+        LoadError::Unsupported {
+            feature,
+            found: format!("`{field}`: {value} in {}", self.path.display()),
+            remedy,
+        }
     }
 
     /// A positive whole number of at most `most`.
@@ -122,9 +127,8 @@ impl Fields<'_> {
         let Some(value) = self.get(field) else { return Ok(None) };
         match value.as_u64() {
             Some(number) if (1..=most).contains(&number) => Ok(Some(number)),
-            _ => {
-                Err(self.wrong(field, format!("is {}, but must be a whole number from 1 to {most}", short(value))))
-            }
+            _ => Err(self
+                .wrong(field, format!("is {}, but must be a whole number from 1 to {most}", short(value)))),
         }
     }
 
@@ -135,9 +139,9 @@ impl Fields<'_> {
     fn flag(&self, field: &str) -> Result<Option<bool>, LoadError> {
         self.get(field)
             .map(|value| {
-                value
-                    .as_bool()
-                    .ok_or_else(|| self.wrong(field, format!("is {}, but must be true or false", short(value))))
+                value.as_bool().ok_or_else(|| {
+                    self.wrong(field, format!("is {}, but must be true or false", short(value)))
+                })
             })
             .transpose()
     }
@@ -168,7 +172,8 @@ impl Fields<'_> {
             (Some(None), _) => Err(self.unsupported("this architecture", "architectures", REMEDY)),
             (_, Some(None)) => Err(self.unsupported("this model type", "model_type", REMEDY)),
             (Some(Some(a)), Some(Some(b))) if a.0 != b.0 => {
-                Err(self.wrong("model_type", format!("is {} but `architectures` says {}: correct one", b.1, a.2)))
+                Err(self
+                    .wrong("model_type", format!("is {} but `architectures` says {}: correct one", b.1, a.2)))
             }
             (Some(Some(known)), _) | (None, Some(Some(known))) => Ok(known.0),
         }
@@ -179,7 +184,8 @@ impl Fields<'_> {
         const OTHER: &str = "use a checkpoint without it";
         if self.get("quantization_config").is_some() || self.get("compression_config").is_some() {
             let remedy = "use the unquantised checkpoint (F32, BF16 or F16 weights)";
-            let field = ["quantization_config", "compression_config"][usize::from(self.get("quantization_config").is_none())];
+            let field = ["quantization_config", "compression_config"]
+                [usize::from(self.get("quantization_config").is_none())];
             return Err(self.unsupported("quantisation", field, remedy));
         }
         let experts = ["num_experts", "num_local_experts", "n_routed_experts", "moe_intermediate_size"];
@@ -226,7 +232,11 @@ impl Fields<'_> {
         if let Some(kinds) = self.get("layer_types") {
             let full = |kind: &Value| kind == "full_attention";
             if !kinds.as_array().is_some_and(|kinds| kinds.iter().all(full)) {
-                return Err(self.unsupported("a layer type other than full_attention", "layer_types", REMEDY));
+                return Err(self.unsupported(
+                    "a layer type other than full_attention",
+                    "layer_types",
+                    REMEDY,
+                ));
             }
         }
         let off = match self.flag("use_sliding_window")? {
@@ -265,7 +275,8 @@ impl Fields<'_> {
             let problem = format!("is {heads}, with heads of {head_dim} wider than {MAX_WIDTH}");
             return Err(self.wrong("num_attention_heads", problem));
         }
-        let epsilon = self.get("rms_norm_eps").map_or(Ok(1e-6), |value| self.positive("rms_norm_eps", value))?;
+        let epsilon =
+            self.get("rms_norm_eps").map_or(Ok(1e-6), |value| self.positive("rms_norm_eps", value))?;
         Ok(Shape {
             vocab: self.required("vocab_size", MAX_VOCAB)? as usize,
             hidden: hidden as usize,
@@ -281,7 +292,8 @@ impl Fields<'_> {
 
     /// The rotary base from `rope_parameters` or `rope_theta`; any scaling of the rotation is refused.
     fn rope_theta(&self) -> Result<f64, LoadError> {
-        const REMEDY: &str = "use a checkpoint without it (rope_type `default`); without scaling the positions would be wrong";
+        const REMEDY: &str =
+            "use a checkpoint without it (rope_type `default`); without scaling the positions would be wrong";
         let mut theta = self.get("rope_theta").map(|value| self.positive("rope_theta", value)).transpose()?;
         for field in ["rope_parameters", "rope_scaling"] {
             let Some(value) = self.get(field) else { continue };
@@ -293,7 +305,9 @@ impl Fields<'_> {
                     "rope_theta" => {
                         let inner = self.positive("rope_theta", value)?;
                         if theta.is_some_and(|outer| outer != inner) {
-                            let problem = format!("is given twice, the second time in `{field}` as {inner}: remove one");
+                            let problem = format!(
+                                "is given twice, the second time in `{field}` as {inner}: remove one"
+                            );
                             return Err(self.wrong("rope_theta", problem));
                         }
                         theta = Some(inner);
@@ -342,10 +356,12 @@ impl Fields<'_> {
         };
         ids.into_iter()
             .map(|id| {
-                id.as_u64().filter(|id| *id < vocab as u64).map(|id| id as u32).ok_or_else(|| LoadError::Field {
-                    path: path.clone(),
-                    field: "eos_token_id".to_owned(),
-                    problem: format!("is {}, but token ids of this model are below {vocab}", short(id)),
+                id.as_u64().filter(|id| *id < vocab as u64).map(|id| id as u32).ok_or_else(|| {
+                    LoadError::Field {
+                        path: path.clone(),
+                        field: "eos_token_id".to_owned(),
+                        problem: format!("is {}, but token ids of this model are below {vocab}", short(id)),
+                    }
                 })
             })
             .collect()

@@ -57,7 +57,13 @@ impl Runner {
     }
 
     /// Computes a checked batch.
-    pub(super) fn forward(&mut self, model: &Model, arena: &Arena, batch: &[BatchItem<'_>], out: &mut Forward) {
+    pub(super) fn forward(
+        &mut self,
+        model: &Model,
+        arena: &Arena,
+        batch: &[BatchItem<'_>],
+        out: &mut Forward,
+    ) {
         out.logits.clear();
         out.modelled = Duration::ZERO;
         let team = Arc::clone(&self.team);

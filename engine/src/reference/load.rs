@@ -84,7 +84,8 @@ impl LayerPlan {
         let shape = &configuration.shape;
         let prefix = format!("model.layers.{index}");
         let (query, kv) = (shape.query_columns(), shape.kv_columns());
-        let mut get = |name: &str, rows, depth| matrix(checkpoint, &format!("{prefix}.{name}.weight"), rows, depth);
+        let mut get =
+            |name: &str, rows, depth| matrix(checkpoint, &format!("{prefix}.{name}.weight"), rows, depth);
         let plan = Self {
             query: get("self_attn.q_proj", query, shape.hidden)?,
             key: get("self_attn.k_proj", kv, shape.hidden)?,

@@ -61,7 +61,9 @@ pub enum LoadError {
         remedy: &'static str,
     },
     /// A tensor's shape disagrees with the configuration.
-    #[error("tensor `{name}` has shape {found:?}, config.json calls for {expected:?}: weights and configuration are of different models")]
+    #[error(
+        "tensor `{name}` has shape {found:?}, config.json calls for {expected:?}: weights and configuration are of different models"
+    )]
     TensorShape {
         /// The tensor.
         name: String,

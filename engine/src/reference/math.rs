@@ -34,7 +34,8 @@ pub(super) fn exp(x: f32) -> f32 {
 pub(super) fn sin_cos(x: f64) -> (f64, f64) {
     const SHIFT: f64 = 6_755_399_441_055_744.0;
     // pi / 2 in three parts: the products with a quadrant number below 2^30 cancel exactly under fused multiply-add.
-    const PARTS: [f64; 3] = [1.570_796_326_794_896_6, 6.123_233_995_736_766e-17, -1.497_384_904_859_169_8e-33];
+    const PARTS: [f64; 3] =
+        [std::f64::consts::FRAC_PI_2, 6.123_233_995_736_766e-17, -1.497_384_904_859_169_8e-33];
     let shifted = x.mul_add(std::f64::consts::FRAC_2_PI, SHIFT);
     let n = shifted - SHIFT;
     let r = PARTS.iter().fold(x, |r, part| n.mul_add(-part, r));
@@ -323,7 +324,8 @@ impl Work for Finish<'_> {
 
     #[inline(always)]
     fn run(self) {
-        for ((total, state), out) in self.total.iter().zip(self.states).zip(self.out.chunks_exact_mut(self.stride))
+        for ((total, state), out) in
+            self.total.iter().zip(self.states).zip(self.out.chunks_exact_mut(self.stride))
         {
             for (out, total) in out[self.first..].iter_mut().zip(&total.0) {
                 *out = total / state.sum;

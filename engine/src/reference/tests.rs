@@ -98,8 +98,12 @@ fn logits_agree_with_transformers() {
             let largest = expected.iter().fold(0.0_f32, |m, x| m.max(x.abs()));
             let ours = plain(&mut model, Dtype::F32, &tokens);
             for (position, (ours, expected)) in ours.iter().zip(expected.chunks(vocab)).enumerate() {
-                let error = ours.iter().zip(expected).fold(0.0_f32, |m, (a, b)| m.max((a - b).abs())) / largest;
-                assert!(error <= 2e-5, "{name} prompt {prompt} position {position}: relative error {error:e}");
+                let error =
+                    ours.iter().zip(expected).fold(0.0_f32, |m, (a, b)| m.max((a - b).abs())) / largest;
+                assert!(
+                    error <= 2e-5,
+                    "{name} prompt {prompt} position {position}: relative error {error:e}"
+                );
                 let best = |row: &[f32]| (0..vocab).max_by(|a, b| row[*a].total_cmp(&row[*b]));
                 assert_eq!(best(ours), best(expected), "{name} prompt {prompt} position {position}");
             }
@@ -118,7 +122,13 @@ struct Run {
 
 /// Runs some sequences to their ends in random chunks and batches; every row of logits must have the expected bits.
 /// Gives the number of rows compared.
-fn run_randomly(model: &mut Reference, arena: &Arena, runs: &mut [Run], random: &mut Random, case: &str) -> usize {
+fn run_randomly(
+    model: &mut Reference,
+    arena: &Arena,
+    runs: &mut [Run],
+    random: &mut Random,
+    case: &str,
+) -> usize {
     let vocab = model.model().vocab as usize;
     let mut rows = 0;
     let mut out = Forward::default();
@@ -139,7 +149,13 @@ fn run_randomly(model: &mut Reference, arena: &Arena, runs: &mut [Run], random: 
             .map(|&(index, count, logits)| {
                 let run = &runs[index];
                 let (context, rest) = run.tokens.split_at(run.done);
-                BatchItem { context, tokens: &rest[..count], start: run.done as u32, blocks: &run.blocks, logits }
+                BatchItem {
+                    context,
+                    tokens: &rest[..count],
+                    start: run.done as u32,
+                    blocks: &run.blocks,
+                    logits,
+                }
             })
             .collect();
         model.forward(arena, &batch, &mut out).unwrap();
@@ -197,9 +213,7 @@ fn logits_do_not_depend_on_anything_but_the_tokens() {
                 .iter()
                 .map(|(tokens, expected)| Run {
                     tokens: tokens.clone(),
-                    blocks: (0..needed(tokens))
-                        .map(|_| free.swap_remove(random.below(free.len())))
-                        .collect(),
+                    blocks: (0..needed(tokens)).map(|_| free.swap_remove(random.below(free.len()))).collect(),
                     done: 0,
                     expected: expected.clone(),
                 })

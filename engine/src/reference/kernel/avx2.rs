@@ -47,11 +47,11 @@ unsafe fn accumulate<const ROWS: usize, const PAIRS: bool>(tile: &Tile, half: us
             // SAFETY: `lines` holds the 32 columns of this half for each of `depth` terms.
             let weights: [__m256; 4] = unsafe { load::<PAIRS>(lines) };
             lines = lines.wrapping_add(tile.width / 32 * per_half);
-            for row in 0..ROWS {
+            for (row, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: `left` has ROWS rows of PANEL numbers here.
                 let x = _mm256_set1_ps(unsafe { *left.add(row * PANEL + k) });
-                for v in 0..4 {
-                    sums[row][v] = _mm256_fmadd_ps(x, weights[v], sums[row][v]);
+                for (sum, &weight) in sums.iter_mut().zip(&weights) {
+                    *sum = _mm256_fmadd_ps(x, weight, *sum);
                 }
             }
         }
@@ -81,8 +81,7 @@ unsafe fn load<const PAIRS: bool>(lines: *const Line) -> [__m256; 4] {
     if PAIRS {
         let high = _mm256_set1_epi32(0xffff_0000_u32 as i32);
         // SAFETY: the first and second half of one line.
-        let (first, second) =
-            unsafe { (_mm256_load_si256(at.cast()), _mm256_load_si256(at.add(8).cast())) };
+        let (first, second) = unsafe { (_mm256_load_si256(at.cast()), _mm256_load_si256(at.add(8).cast())) };
         [
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(first)),
             _mm256_castsi256_ps(_mm256_slli_epi32::<16>(second)),

@@ -59,11 +59,11 @@ unsafe fn accumulate<const ROWS: usize, const VECTORS: usize, const PAIRS: bool>
             let weights: [__m512; VECTORS] = unsafe { load::<VECTORS, PAIRS>(lines) };
             // SAFETY: stays within, or one past the end of, the same slice.
             lines = unsafe { lines.add(if PAIRS { VECTORS / 2 } else { VECTORS }) };
-            for row in 0..ROWS {
+            for (row, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: `left` has ROWS rows of PANEL numbers here.
                 let x = _mm512_set1_ps(unsafe { *left.add(row * PANEL + k) });
-                for v in 0..VECTORS {
-                    sums[row][v] = _mm512_fmadd_ps(x, weights[v], sums[row][v]);
+                for (sum, &weight) in sums.iter_mut().zip(&weights) {
+                    *sum = _mm512_fmadd_ps(x, weight, *sum);
                 }
             }
         }

@@ -53,7 +53,7 @@ impl Case {
             Format::F32 => f32::from_bits(self.lines[k * per_k + column / 16].0[column % 16]),
             Format::Bf16 => {
                 let word = self.lines[k * per_k + column / 32].0[column % 16];
-                f32::from_bits(if column / 16 % 2 == 0 { word << 16 } else { word & 0xffff_0000 })
+                f32::from_bits(if (column / 16).is_multiple_of(2) { word << 16 } else { word & 0xffff_0000 })
             }
         }
     }
@@ -77,7 +77,8 @@ impl Case {
 fn every_instruction_set_computes_the_definition_to_the_bit() {
     for format in [Format::F32, Format::Bf16] {
         for width in [32, 64] {
-            for (rows, depth) in [(1, 1), (2, 64), (3, 65), (4, 127), (5, 128), (6, 129), (7, 256), (13, 300), (32, 80)]
+            for (rows, depth) in
+                [(1, 1), (2, 64), (3, 65), (4, 127), (5, 128), (6, 129), (7, 256), (13, 300), (32, 80)]
             {
                 let case = Case::new(rows as u64, rows, depth, width, format);
                 for isa in Isa::all() {

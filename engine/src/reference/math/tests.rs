@@ -61,11 +61,8 @@ fn softmax_over_tiles_is_the_softmax_over_all() {
     }
     let mut out = [0.0; PANEL];
     Finish { total: &total, states: &state, out: &mut out, stride: PANEL, first: 0 }.run();
-    let expected: f64 = scores
-        .iter()
-        .enumerate()
-        .map(|(i, s)| i as f64 * f64::from(s - largest).exp() / sum)
-        .sum();
+    let expected: f64 =
+        scores.iter().enumerate().map(|(i, s)| i as f64 * f64::from(s - largest).exp() / sum).sum();
     assert!((f64::from(out[0]) / expected - 1.0).abs() < 1e-5, "{} {expected}", out[0]);
 }
 
