@@ -50,7 +50,8 @@ const AXES: usize = 3;
 
 /// Contiguous runs that carry one piece of a source block into one destination block.
 ///
-/// Runs come in the order of the destination and are as long as both sides allow: a loop whose step is the length of
+/// Runs come in the order of the source, which is measurably faster than that of the destination (processors prefetch
+/// reads, and buffer writes), and are as long as both sides allow: a loop whose step is the length of
 /// the run on both sides has become part of the run. Units: numbers from the start of the block.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct Nest {
@@ -64,7 +65,7 @@ impl Nest {
     /// The nest of `axes` (in any order) around runs of `run` numbers that start at `source` and `dest`.
     pub fn new(source: usize, dest: usize, run: usize, axes: [Axis; AXES]) -> Self {
         let mut sorted = axes;
-        sorted.sort_unstable_by_key(|axis| axis.dest);
+        sorted.sort_unstable_by_key(|axis| axis.source);
         let mut run = run;
         let mut merged = [ONCE; AXES];
         let mut used = 0;
