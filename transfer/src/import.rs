@@ -17,12 +17,13 @@
 //!    Nobody else may write any token of such a block during the pull.
 
 use std::collections::BTreeSet;
+use std::future::Future;
 use std::ops::Range;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use baton_config::protocol::TicketBlock;
-use baton_config::{Bytes, Epoch, HandoffId, KvGeometry};
+use baton_config::{Bytes, Epoch, HandoffId, KvGeometry, WorkerId};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
@@ -33,7 +34,7 @@ use crate::digest::DigestSeed;
 use crate::error::TransferError;
 use crate::memory::{HostMemory, MemoryError};
 use crate::plan::{PlanError, RelayoutPlan};
-use crate::session::{BlockRead, BlockSink, Descriptor, Destination, Expected, Session};
+use crate::session::{BlockRead, BlockSink, Descriptor, Destination, Expected, ReadReport, Session};
 use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError};
 
 mod fence;
@@ -162,6 +163,15 @@ impl Importer {
         pull: Pull,
         deadline: Instant,
     ) -> Result<PullReport, PullError> {
+        self.pull_from(session, pull, deadline).await
+    }
+
+    async fn pull_from<P: Peer>(
+        &self,
+        session: &P,
+        pull: Pull,
+        deadline: Instant,
+    ) -> Result<PullReport, PullError> {
         let start = Instant::now();
         let mut progress = Progress { upto: pull.tokens.start, bytes: Bytes(0) };
         let done = self.pull_into(session, &pull, deadline, &mut progress).await;
@@ -172,9 +182,9 @@ impl Importer {
         }
     }
 
-    async fn pull_into(
+    async fn pull_into<P: Peer>(
         &self,
-        session: &Session,
+        session: &P,
         pull: &Pull,
         deadline: Instant,
         progress: &mut Progress,
@@ -183,7 +193,7 @@ impl Importer {
             .plan(pull.source)
             .map_err(|_| TransferError::Geometry { from: pull.source, to: self.geometry })?;
         if session.epoch() != pull.epoch {
-            let (worker, current) = (session.peer().clone(), Some(session.epoch()));
+            let (worker, current) = (session.worker().clone(), Some(session.epoch()));
             return Err(TransferError::Stale { worker, ticket: pull.epoch, current }.into());
         }
         self.check_table(pull);
@@ -241,6 +251,40 @@ fn in_reach(plan: &RelayoutPlan, pull: &Pull) -> (Vec<TicketBlock>, Range<u32>) 
     (blocks, pull.tokens.start..last.unwrap_or(pull.tokens.start))
 }
 
+/// What a pull asks of a [`Session`]; tests put a peer with faults in its place.
+trait Peer: Sync {
+    fn worker(&self) -> &WorkerId;
+    fn epoch(&self) -> Epoch;
+    /// Keeps the promises of [`Session::read`].
+    fn read(
+        &self,
+        handoff: HandoffId,
+        blocks: &[BlockRead],
+        into: Destination<'_>,
+        deadline: Instant,
+    ) -> impl Future<Output = Result<ReadReport, TransferError>> + Send;
+}
+
+impl Peer for Session {
+    fn worker(&self) -> &WorkerId {
+        self.peer()
+    }
+
+    fn epoch(&self) -> Epoch {
+        self.epoch()
+    }
+
+    async fn read(
+        &self,
+        handoff: HandoffId,
+        blocks: &[BlockRead],
+        into: Destination<'_>,
+        deadline: Instant,
+    ) -> Result<ReadReport, TransferError> {
+        self.read(handoff, blocks, into, deadline).await
+    }
+}
+
 /// How far a pull is.
 #[derive(Debug, Clone, Copy)]
 struct Progress {
@@ -249,8 +293,8 @@ struct Progress {
 }
 
 /// What one pull reads with.
-struct Reader<'a> {
-    session: &'a Session,
+struct Reader<'a, P> {
+    session: &'a P,
     handoff: HandoffId,
     dest_blocks: &'a [u32],
     /// The wanted tokens that the blocks to read hold.
@@ -266,7 +310,7 @@ struct Placed {
     bytes: u64,
 }
 
-impl Reader<'_> {
+impl<P: Peer> Reader<'_, P> {
     /// Reads `blocks` to a host arena.
     async fn read_to_arena(
         &self,
@@ -367,15 +411,15 @@ impl Reader<'_> {
 }
 
 /// Lays verified blocks out as they come.
-struct Relayout<'a> {
-    reader: &'a Reader<'a>,
+struct Relayout<'a, P> {
+    reader: &'a Reader<'a, P>,
     blocks: &'a [TicketBlock],
     memory: &'a HostMemory,
     dest_at: &'a (dyn Fn(u32) -> usize + Sync),
     landed: Vec<AtomicBool>,
 }
 
-impl BlockSink for Relayout<'_> {
+impl<P: Peer> BlockSink for Relayout<'_, P> {
     fn block(&self, position: usize, bytes: &[u8]) {
         let Reader { plan, tokens, .. } = self.reader;
         plan.scatter(self.blocks[position].index, bytes, tokens.clone(), self.memory, self.dest_at);

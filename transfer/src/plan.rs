@@ -17,6 +17,8 @@ use baton_config::{Dtype, KvGeometry, KvLayout};
 use crate::layout::{Axis, Nest, Strides};
 
 mod convert;
+#[cfg(test)]
+pub(crate) mod reference;
 mod scatter;
 #[cfg(test)]
 mod tests;

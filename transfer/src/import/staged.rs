@@ -12,15 +12,15 @@ use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
 use super::fence::Fence;
-use super::{Placed, Progress, PullCause, Reader};
+use super::{Peer, Placed, Progress, PullCause, Reader};
 use crate::device::{Device, DeviceError};
 use crate::error::TransferError;
 use crate::slab::{Slab, SlabError, Slot};
 
 /// Reads `blocks`, by rising index, into staging slots, a group at a time, and copies finished destination blocks to
 /// the device while the next group is read.
-pub(super) async fn pull(
-    reader: &Reader<'_>,
+pub(super) async fn pull<P: Peer>(
+    reader: &Reader<'_, P>,
     blocks: &[TicketBlock],
     (device, slab): (&Arc<dyn Device>, &Slab),
     jobs: &TaskTracker,
@@ -63,7 +63,7 @@ struct Budget {
 }
 
 impl Budget {
-    fn of(reader: &Reader<'_>, blocks: &[TicketBlock], slab: &Slab) -> Result<Self, SlabError> {
+    fn of<P: Peer>(reader: &Reader<'_, P>, blocks: &[TicketBlock], slab: &Slab) -> Result<Self, SlabError> {
         let of_block = |block: &TicketBlock| reader.plan.pieces(block.index, reader.tokens.clone()).count();
         let all: BTreeSet<u32> = blocks.iter().flat_map(|block| dest_of(reader, block)).collect();
         let widest = blocks.iter().map(of_block).max().unwrap_or(0);
@@ -78,7 +78,7 @@ impl Budget {
     }
 
     /// How many of `blocks` are read together: at least one.
-    fn group(&self, reader: &Reader<'_>, blocks: &[TicketBlock]) -> usize {
+    fn group<P: Peer>(&self, reader: &Reader<'_, P>, blocks: &[TicketBlock]) -> usize {
         let mut dest = BTreeSet::new();
         let fits = |block: &&TicketBlock| {
             dest.extend(dest_of(reader, block));
@@ -89,7 +89,7 @@ impl Budget {
 }
 
 /// The destination blocks that hold wanted tokens of a source block.
-fn dest_of(reader: &Reader<'_>, block: &TicketBlock) -> Vec<u32> {
+fn dest_of<P: Peer>(reader: &Reader<'_, P>, block: &TicketBlock) -> Vec<u32> {
     reader.plan.pieces(block.index, reader.tokens.clone()).map(|piece| piece.dest_block).collect()
 }
 
@@ -97,8 +97,8 @@ fn dest_of(reader: &Reader<'_>, block: &TicketBlock) -> Vec<u32> {
 type Landed = Result<Option<(u32, Slot)>, DeviceError>;
 
 /// The state of one pull through staging. Every slot is in `free`, in `open` or with a job.
-struct Stage<'a> {
-    reader: &'a Reader<'a>,
+struct Stage<'a, P> {
+    reader: &'a Reader<'a, P>,
     device: &'a Arc<dyn Device>,
     jobs: &'a TaskTracker,
     fence: Fence,
@@ -112,7 +112,7 @@ struct Stage<'a> {
     placed: Placed,
 }
 
-impl Stage<'_> {
+impl<P: Peer> Stage<'_, P> {
     /// Reads a group of source blocks into the slots of their destination blocks.
     async fn read_group(&mut self, group: &[TicketBlock]) -> Result<(), PullCause> {
         for dest in group.iter().flat_map(|block| dest_of(self.reader, block)) {
@@ -230,7 +230,7 @@ impl Stage<'_> {
     }
 
     fn late(&self) -> PullCause {
-        let (worker, moved) = (self.reader.session.peer().clone(), Bytes(self.placed.bytes));
+        let (worker, moved) = (self.reader.session.worker().clone(), Bytes(self.placed.bytes));
         TransferError::Deadline { worker, moved }.into()
     }
 }

@@ -1,1 +1,487 @@
+use std::future::{self, Future};
+use std::pin::{Pin, pin};
+use std::sync::{Arc, Condvar, Mutex};
+use std::task::{Context, Poll, Waker};
+use std::thread;
+
+use baton_config::{Dtype, KvLayout};
+use proptest::prelude::*;
+
 use super::*;
+use crate::device::{Device, EmulatedDevice};
+use crate::digest::block_digest;
+use crate::error::LinkError;
+use crate::plan::reference;
+
+const HANDOFF: HandoffId = HandoffId(7);
+const EPOCH: Epoch = Epoch(3);
+
+/// A peer whose blocks are at hand, with the faults a test asks for.
+struct FakePeer {
+    worker: WorkerId,
+    blocks: Vec<Vec<u8>>,
+    /// Positions (in the sequence) of blocks whose bytes are not those of the ticket.
+    corrupt: BTreeSet<u32>,
+    /// The link fails after so many blocks.
+    fails_after: Option<usize>,
+    reads: Mutex<Vec<u32>>,
+}
+
+impl FakePeer {
+    fn new(source: &KvGeometry, tokens: u32, seed: u64) -> Self {
+        Self {
+            worker: "peer".parse().unwrap(),
+            blocks: reference::blocks(source, source.blocks_for(tokens), seed),
+            corrupt: BTreeSet::new(),
+            fails_after: None,
+            reads: Mutex::default(),
+        }
+    }
+
+    fn tickets(&self) -> Vec<TicketBlock> {
+        let ticket = |(index, block): (u32, &Vec<u8>)| {
+            let seed = DigestSeed { handoff: HANDOFF, epoch: EPOCH, index };
+            let offset = u64::from(index) * block.len() as u64;
+            TicketBlock { index, region: 1, offset, digest: block_digest(seed, block) }
+        };
+        (0..).zip(&self.blocks).map(ticket).collect()
+    }
+}
+
+impl Peer for FakePeer {
+    fn worker(&self) -> &WorkerId {
+        &self.worker
+    }
+
+    fn epoch(&self) -> Epoch {
+        EPOCH
+    }
+
+    async fn read(
+        &self,
+        handoff: HandoffId,
+        blocks: &[BlockRead],
+        into: Destination<'_>,
+        _deadline: Instant,
+    ) -> Result<ReadReport, TransferError> {
+        assert_eq!(handoff, HANDOFF);
+        let mut bad = Vec::new();
+        for (position, read) in blocks.iter().enumerate() {
+            tokio::task::yield_now().await;
+            let worker = self.worker.clone();
+            if self.fails_after == Some(position) {
+                return Err(TransferError::Link { worker, moved: Bytes(0), source: LinkError::Closed });
+            }
+            let index = (read.source.offset / u64::from(read.source.len)) as u32;
+            self.reads.lock().unwrap().push(index);
+            let mut bytes = self.blocks[index as usize].clone();
+            if self.corrupt.contains(&index) {
+                bytes[0] ^= 1;
+            }
+            let expected = read.expected.unwrap();
+            let good = block_digest(expected.seed, &bytes) == expected.digest;
+            match into {
+                Destination::Memory(memory) => memory.write(read.to, &bytes),
+                Destination::Sink(sink) if good => sink.block(position, &bytes),
+                Destination::Sink(_) => {}
+            }
+            if !good {
+                bad.push(position);
+            }
+        }
+        match bad.first() {
+            Some(first) => {
+                Err(TransferError::Integrity { worker: self.worker.clone(), index: *first, corrupt: bad })
+            }
+            None => Ok(ReadReport { bytes: Bytes(0), elapsed: Duration::ZERO }),
+        }
+    }
+}
+
+fn geometry(block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
+    KvGeometry { layers: 2, kv_heads: 2, head_dim: 8, block_tokens, layout, dtype }
+}
+
+const NHD: KvLayout = KvLayout::Nhd;
+const HND: KvLayout = KvLayout::Hnd;
+
+/// An arena of `count` blocks of noise.
+fn arena(g: &KvGeometry, count: u32, device: bool) -> (ArenaMemory, Vec<Vec<u8>>) {
+    let noise = reference::blocks(g, count, 99);
+    let len = count as usize * g.block_bytes();
+    let memory = if device {
+        ArenaMemory::Device(Arc::new(EmulatedDevice::new(len, None).unwrap()))
+    } else {
+        ArenaMemory::Host(HostMemory::allocate(len, "arena").unwrap())
+    };
+    memory.write(0, &noise.concat());
+    (memory, noise)
+}
+
+fn contents(memory: &ArenaMemory) -> Vec<u8> {
+    let mut bytes = vec![0; memory.len()];
+    memory.read(0, &mut bytes);
+    bytes
+}
+
+/// A block table that visits every block of an arena of `count`, in a scattered order.
+fn table(count: u32, seed: u64) -> Vec<u32> {
+    let mut table: Vec<u32> = (0..count).collect();
+    let mut state = seed;
+    for i in (1..table.len()).rev() {
+        state = state.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+        table.swap(i, (state >> 33) as usize % (i + 1));
+    }
+    table
+}
+
+/// What the arena must hold after `tokens` were pulled.
+fn expected(
+    peer: &FakePeer,
+    (source, dest): (&KvGeometry, &KvGeometry),
+    tokens: Range<u32>,
+    noise: &[Vec<u8>],
+    table: &[u32],
+) -> Vec<u8> {
+    let mut by_sequence: Vec<Vec<u8>> = table.iter().map(|b| noise[*b as usize].clone()).collect();
+    reference::naive(source, dest, &peer.blocks, tokens, &mut by_sequence);
+    let mut arena = noise.to_vec();
+    for (block, bytes) in table.iter().zip(by_sequence) {
+        arena[*block as usize] = bytes;
+    }
+    arena.concat()
+}
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+fn pull_of(peer: &FakePeer, source: KvGeometry, tokens: Range<u32>, dest_blocks: Vec<u32>) -> Pull {
+    Pull { handoff: HANDOFF, epoch: EPOCH, source, blocks: peer.tickets(), tokens, dest_blocks }
+}
+
+fn block_on<F: Future>(future: F) -> F::Output {
+    tokio::runtime::Builder::new_current_thread().enable_time().build().unwrap().block_on(future)
+}
+
+fn any_geometry() -> impl Strategy<Value = KvGeometry> {
+    (1u32..=20, any::<bool>(), any::<bool>()).prop_map(|(tokens, nhd, wide)| {
+        geometry(tokens, if nhd { NHD } else { HND }, if wide { Dtype::F32 } else { Dtype::Bf16 })
+    })
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 96, failure_persistence: None, ..ProptestConfig::default() })]
+
+    #[test]
+    fn a_pull_places_exactly_the_wanted_tokens(
+        source in any_geometry(),
+        other in any_geometry(),
+        same in any::<bool>(),
+        device in any::<bool>(),
+        slots in 22usize..60,
+        (a, b) in (0u32..90, 0u32..90),
+        seed in any::<u64>(),
+    ) {
+        let dest = if same { source } else { other };
+        let tokens = a.min(b)..a.max(b);
+        let peer = FakePeer::new(&source, 90, seed);
+        let (memory, noise) = arena(&dest, dest.blocks_for(90), device);
+        let table = table(dest.blocks_for(90), seed);
+        let importer = Importer::new(memory.clone(), dest, &ImportOptions { slots }).unwrap();
+        let pull = pull_of(&peer, source, tokens.clone(), table.clone());
+        let report = block_on(importer.pull_from(&peer, pull, soon())).unwrap();
+
+        prop_assert_eq!(report.upto, tokens.end);
+        let want = expected(&peer, (&source, &dest), tokens.clone(), &noise, &table);
+        prop_assert!(contents(&memory) == want, "{source} -> {dest}, {tokens:?}, device {device}");
+        let mut reads = peer.reads.lock().unwrap().clone();
+        reads.sort_unstable();
+        let wanted: Vec<u32> = importer.plan(source).unwrap().source_blocks(&tokens).collect();
+        prop_assert_eq!(report.bytes.0, (wanted.len() * source.block_bytes()) as u64);
+        prop_assert_eq!(reads, wanted, "every block with a wanted token is read once, no other is");
+        let counts = importer.audit().unwrap();
+        prop_assert_eq!(counts.free, counts.total());
+    }
+
+    #[test]
+    fn a_pull_that_stops_has_what_it_says_and_a_further_one_goes_on(
+        source in any_geometry(),
+        other in any_geometry(),
+        same in any::<bool>(),
+        device in any::<bool>(),
+        corrupt in proptest::collection::btree_set(0u32..30, 0..3),
+        fails_after in proptest::option::of(0usize..8),
+        (start, len) in (0u32..40, 1u32..50),
+        seed in any::<u64>(),
+    ) {
+        let dest = if same { source } else { other };
+        let tokens = start..start + len;
+        let mut peer = FakePeer { corrupt, fails_after, ..FakePeer::new(&source, 90, seed) };
+        let (memory, noise) = arena(&dest, dest.blocks_for(90), device);
+        let table = table(dest.blocks_for(90), seed);
+        let importer = Importer::new(memory.clone(), dest, &ImportOptions { slots: 24 }).unwrap();
+        let pull = pull_of(&peer, source, tokens.clone(), table.clone());
+        let done = block_on(importer.pull_from(&peer, pull, soon()));
+        let upto = match &done {
+            Ok(report) => report.upto,
+            Err(error) => error.upto,
+        };
+        prop_assert!(tokens.start <= upto && upto <= tokens.end);
+        prop_assert_eq!(done.is_ok(), upto == tokens.end);
+        let mut read = importer.plan(source).unwrap().source_blocks(&tokens);
+        if let Some(first) = read.find(|index| peer.corrupt.contains(index)) {
+            let good = (first * source.block_tokens).max(tokens.start);
+            prop_assert!(upto <= good, "a corrupt block was counted");
+        }
+        if let Err(PullError { cause: PullCause::Transfer(TransferError::Integrity { index, corrupt, .. }), .. }) = &done {
+            prop_assert_eq!(*index, corrupt[0]);
+            prop_assert!(corrupt.iter().all(|i| peer.corrupt.contains(&(*i as u32))), "blocks are named by sequence");
+        }
+        // What was counted is there.
+        let holds = |memory: &ArenaMemory, upto: u32, peer: &FakePeer| {
+            let got = contents(memory);
+            let mut clean = got.chunks(dest.block_bytes()).map(<[u8]>::to_vec).collect::<Vec<_>>();
+            clean = expected(peer, (&source, &dest), tokens.start..upto, &clean, &table)
+                .chunks(dest.block_bytes())
+                .map(<[u8]>::to_vec)
+                .collect();
+            clean.concat() == got
+        };
+        prop_assert!(holds(&memory, upto, &peer));
+
+        peer.corrupt.clear();
+        peer.fails_after = None;
+        let rest = pull_of(&peer, source, upto..tokens.end, table.clone());
+        let report = block_on(importer.pull_from(&peer, rest, soon())).unwrap();
+        prop_assert_eq!(report.upto, tokens.end);
+        let want = expected(&peer, (&source, &dest), tokens.clone(), &noise, &table);
+        prop_assert!(contents(&memory) == want, "nothing but wanted tokens was written");
+        prop_assert!(holds(&memory, tokens.end, &peer));
+        prop_assert!(importer.audit().is_ok_and(|counts| counts.free == counts.total()));
+    }
+}
+
+#[test]
+fn blocks_behind_one_that_was_not_named_are_not_read() {
+    let (source, dest) = (geometry(8, NHD, Dtype::Bf16), geometry(4, HND, Dtype::Bf16));
+    for device in [false, true] {
+        let peer = FakePeer::new(&source, 64, 1);
+        let (memory, noise) = arena(&dest, 16, device);
+        let importer = Importer::new(memory.clone(), dest, &ImportOptions::default()).unwrap();
+        let mut pull = pull_of(&peer, source, 3..64, (0..16).collect());
+        pull.blocks.retain(|block| block.index != 4);
+        pull.blocks.reverse();
+        pull.blocks.extend(pull.blocks.clone());
+        let report = block_on(importer.pull_from(&peer, pull, soon())).unwrap();
+        assert_eq!(report.upto, 32);
+        assert_eq!(*peer.reads.lock().unwrap(), [0, 1, 2, 3]);
+        let table: Vec<u32> = (0..16).collect();
+        assert!(contents(&memory) == expected(&peer, (&source, &dest), 3..32, &noise, &table));
+    }
+}
+
+#[test]
+fn geometries_and_lives_that_do_not_match_are_refused_before_anything_is_read() {
+    let source = geometry(8, NHD, Dtype::Bf16);
+    let peer = FakePeer::new(&source, 16, 1);
+    let (memory, _) = arena(&source, 2, false);
+    let importer = Importer::new(memory, source, &ImportOptions::default()).unwrap();
+    let good = pull_of(&peer, source, 0..16, vec![0, 1]);
+
+    let other = KvGeometry { kv_heads: 4, ..source };
+    let pull = Pull { source: other, ..good.clone() };
+    let error = block_on(importer.pull_from(&peer, pull, soon())).unwrap_err();
+    let PullCause::Transfer(TransferError::Geometry { from, to }) = error.cause else { panic!("{error:?}") };
+    assert_eq!((from, to, error.upto), (other, source, 0));
+
+    let pull = Pull { epoch: Epoch(2), ..good };
+    let error = block_on(importer.pull_from(&peer, pull, soon())).unwrap_err();
+    let PullCause::Transfer(TransferError::Stale { ticket, current, .. }) = error.cause else {
+        panic!("{error:?}")
+    };
+    assert_eq!((ticket, current), (Epoch(2), Some(EPOCH)));
+    assert!(peer.reads.lock().unwrap().is_empty());
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pull_waits_for_staging_until_its_deadline() {
+    let (source, dest) = (geometry(8, NHD, Dtype::Bf16), geometry(8, HND, Dtype::Bf16));
+    let peer = FakePeer::new(&source, 64, 1);
+    let (memory, _) = arena(&dest, 8, true);
+    let importer = Importer::new(memory, dest, &ImportOptions { slots: 4 }).unwrap();
+    let held = importer.slab.as_ref().unwrap().acquire(4, soon()).await.unwrap();
+    let pull = || pull_of(&peer, source, 0..64, (0..8).collect());
+    let error = importer.pull_from(&peer, pull(), soon()).await.unwrap_err();
+    assert!(matches!(error.cause, PullCause::Staging(SlabError::Exhausted { .. })), "{error:?}");
+    drop(held);
+    assert_eq!(importer.pull_from(&peer, pull(), soon()).await.unwrap().upto, 64);
+
+    let narrow = geometry(1, HND, Dtype::Bf16);
+    let (memory, _) = arena(&narrow, 64, true);
+    let importer = Importer::new(memory, narrow, &ImportOptions { slots: 4 }).unwrap();
+    let pull = pull_of(&peer, source, 0..64, (0..64).collect());
+    let error = importer.pull_from(&peer, pull, soon()).await.unwrap_err();
+    assert!(matches!(error.cause, PullCause::Staging(SlabError::TooMany { .. })), "{error:?}");
+}
+
+/// A device whose copies from the host wait at a gate, or fail.
+#[derive(Debug)]
+struct GatedDevice {
+    inner: EmulatedDevice,
+    state: Mutex<Gate>,
+    changed: Condvar,
+    fails: bool,
+}
+
+#[derive(Debug, Default)]
+struct Gate {
+    open: bool,
+    waiting: usize,
+    copied: usize,
+}
+
+impl GatedDevice {
+    fn new(len: usize, fails: bool) -> Self {
+        let inner = EmulatedDevice::new(len, None).unwrap();
+        Self { inner, state: Mutex::default(), changed: Condvar::new(), fails }
+    }
+
+    fn wait_for(&self, mut met: impl FnMut(&Gate) -> bool) {
+        let state = self.state.lock().unwrap();
+        let limit = Duration::from_secs(20);
+        let (_state, timeout) = self.changed.wait_timeout_while(state, limit, |gate| !met(gate)).unwrap();
+        assert!(!timeout.timed_out(), "the gate did not move");
+    }
+
+    fn open(&self) {
+        self.state.lock().unwrap().open = true;
+        self.changed.notify_all();
+    }
+}
+
+impl Device for GatedDevice {
+    fn kind(&self) -> &'static str {
+        "gated"
+    }
+
+    fn len(&self) -> usize {
+        self.inner.len()
+    }
+
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        self.inner.read(offset, into);
+    }
+
+    fn write(&self, offset: usize, from: &[u8]) {
+        self.inner.write(offset, from);
+    }
+
+    fn copy_to_host(&self, at: usize, host: &HostMemory, to: usize, len: usize) -> Result<(), DeviceError> {
+        self.inner.copy_to_host(at, host, to, len)
+    }
+
+    fn copy_from_host(
+        &self,
+        offset: usize,
+        host: &HostMemory,
+        from: usize,
+        len: usize,
+    ) -> Result<(), DeviceError> {
+        if self.fails && offset >= 2 * len {
+            let source = "the copy engine is on fire".into();
+            return Err(DeviceError { kind: "gated", direction: "to", offset, len, source });
+        }
+        self.state.lock().unwrap().waiting += 1;
+        self.changed.notify_all();
+        self.wait_for(|gate| gate.open);
+        self.inner.copy_from_host(offset, host, from, len)?;
+        self.state.lock().unwrap().copied += 1;
+        self.changed.notify_all();
+        Ok(())
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
+async fn dropping_a_pull_returns_only_when_nothing_writes_the_arena_any_more() {
+    let g = geometry(8, NHD, Dtype::Bf16);
+    let peer = FakePeer::new(&g, 64, 1);
+    let device = Arc::new(GatedDevice::new(8 * g.block_bytes(), false));
+    let memory = ArenaMemory::Device(device.clone());
+    let importer = Importer::new(memory, g, &ImportOptions { slots: 16 }).unwrap();
+    let dropped = Arc::new(AtomicBool::new(false));
+    {
+        let mut pull =
+            Box::pin(importer.pull_from(&peer, pull_of(&peer, g, 0..64, (0..8).collect()), soon()));
+        // Poll until the first copy stands at the gate.
+        let stuck = future::poll_fn(|context| {
+            assert!(pull.as_mut().poll(context).is_pending());
+            if device.state.lock().unwrap().waiting > 0 { Poll::Ready(()) } else { poll_again(context) }
+        });
+        stuck.await;
+        let (opener, seen) = (device.clone(), dropped.clone());
+        let opener = thread::spawn(move || {
+            // Nothing can prove that a drop blocks for ever; it must not have returned before the gate opens.
+            thread::park_timeout(Duration::from_millis(50));
+            let early = seen.load(Ordering::SeqCst);
+            opener.open();
+            early
+        });
+        drop(pull);
+        dropped.store(true, Ordering::SeqCst);
+        let copied = device.state.lock().unwrap().copied;
+        assert!(copied >= 1, "the copy at the gate was let through");
+        assert!(!opener.join().unwrap(), "the drop returned while a copy was writing the arena");
+        importer.close().await;
+        assert_eq!(device.state.lock().unwrap().copied, copied, "a copy started after the drop");
+    }
+    assert!(importer.audit().is_ok_and(|counts| counts.free == counts.total()));
+}
+
+fn poll_again(context: &mut Context<'_>) -> Poll<()> {
+    context.waker().wake_by_ref();
+    Poll::Pending
+}
+
+#[tokio::test]
+async fn a_device_that_fails_stops_the_pull_at_what_is_in_place() {
+    let g = geometry(8, NHD, Dtype::Bf16);
+    let peer = FakePeer::new(&g, 64, 1);
+    let device = Arc::new(GatedDevice::new(8 * g.block_bytes(), true));
+    device.open();
+    let memory = ArenaMemory::Device(device);
+    let importer = Importer::new(memory, g, &ImportOptions { slots: 16 }).unwrap();
+    let pull = pull_of(&peer, g, 0..64, (0..8).collect());
+    let error = importer.pull_from(&peer, pull, soon()).await.unwrap_err();
+    assert!(matches!(error.cause, PullCause::Device(_)), "{error:?}");
+    assert_eq!(error.upto, 16);
+    assert!(importer.audit().is_ok_and(|counts| counts.free == counts.total()));
+}
+
+#[test]
+fn a_closed_fence_lets_nobody_in_and_waits_for_who_is() {
+    let fence = fence::Fence::default();
+    let inside = fence.enter().unwrap();
+    let closing = thread::spawn({
+        let close = fence.close_on_drop();
+        move || drop(close)
+    });
+    while fence.enter().is_some() {
+        thread::yield_now();
+    }
+    assert!(!closing.is_finished());
+    drop(inside);
+    closing.join().unwrap();
+    assert!(fence.enter().is_none());
+}
+
+#[test]
+#[should_panic(expected = "the table has 1")]
+fn a_block_table_that_ends_before_the_range_is_a_bug() {
+    let g = geometry(8, NHD, Dtype::Bf16);
+    let peer = FakePeer::new(&g, 16, 1);
+    let (memory, _) = arena(&g, 2, false);
+    let importer = Importer::new(memory, g, &ImportOptions::default()).unwrap();
+    let mut pull = pin!(importer.pull_from(&peer, pull_of(&peer, g, 0..16, vec![0]), soon()));
+    let _ = Pin::as_mut(&mut pull).poll(&mut Context::from_waker(Waker::noop()));
+}
