@@ -23,6 +23,7 @@ use crate::agent::{Agent, Integrity, RegionId, RegisterError};
 use crate::arena_memory::ArenaMemory;
 use crate::device::{Device, DeviceError};
 use crate::digest::{BlockDigest, DigestSeed};
+use crate::jobs;
 use crate::memory::{HostMemory, MemoryError};
 use crate::session::Descriptor;
 use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError, Slot, SlotState};
@@ -395,11 +396,7 @@ impl Inner {
     }
 
     async fn run(&self, job: Job) -> Result<Vec<Prepared>, ExportError> {
-        match self.jobs.spawn_blocking(job).await {
-            Ok(prepared) => Ok(prepared?),
-            Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-            Err(_) => Err(ExportError::Closed),
-        }
+        Ok(jobs::start(&self.jobs, job).await.ok_or(ExportError::Closed)??)
     }
 }
 

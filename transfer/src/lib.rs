@@ -12,6 +12,7 @@ pub mod digest;
 pub mod error;
 pub mod export;
 pub mod import;
+mod jobs;
 pub mod layout;
 #[expect(unsafe_code, reason = "maps memory and hands it to the kernel")]
 pub mod memory;

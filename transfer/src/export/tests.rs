@@ -1,1 +1,288 @@
+use std::future;
+use std::sync::Condvar;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::task::Poll;
+
+use baton_config::{Dtype, KvLayout};
+
 use super::*;
+use crate::agent::AgentOptions;
+use crate::device::EmulatedDevice;
+use crate::digest::block_digest;
+use crate::plan::reference;
+
+const HANDOFF: HandoffId = HandoffId(7);
+const EPOCH: Epoch = Epoch(3);
+const GEOMETRY: KvGeometry = KvGeometry {
+    layers: 2,
+    kv_heads: 2,
+    head_dim: 8,
+    block_tokens: 8,
+    layout: KvLayout::Nhd,
+    dtype: Dtype::Bf16,
+};
+
+fn soon() -> Instant {
+    Instant::now() + Duration::from_secs(20)
+}
+
+async fn agent() -> Agent {
+    let agent = Agent::start(AgentOptions::new("prefill".parse().unwrap())).await.unwrap();
+    agent.set_epoch(EPOCH);
+    agent
+}
+
+/// A device whose copies to the host wait while the gate is shut.
+#[derive(Debug)]
+struct GatedDevice {
+    inner: EmulatedDevice,
+    shut: Mutex<bool>,
+    changed: Condvar,
+    waiting: AtomicUsize,
+    fails: bool,
+}
+
+impl GatedDevice {
+    fn new(len: usize, shut: bool, fails: bool) -> Arc<Self> {
+        let inner = EmulatedDevice::new(len, None).unwrap();
+        let (shut, changed, waiting) = (Mutex::new(shut), Condvar::new(), AtomicUsize::new(0));
+        Arc::new(Self { inner, shut, changed, waiting, fails })
+    }
+
+    fn open(&self) {
+        *self.shut.lock().unwrap() = false;
+        self.changed.notify_all();
+    }
+}
+
+impl Device for GatedDevice {
+    fn kind(&self) -> &'static str {
+        "gated"
+    }
+
+    fn len(&self) -> usize {
+        self.inner.len()
+    }
+
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        self.inner.read(offset, into);
+    }
+
+    fn write(&self, offset: usize, from: &[u8]) {
+        self.inner.write(offset, from);
+    }
+
+    fn copy_to_host(
+        &self,
+        offset: usize,
+        host: &HostMemory,
+        to: usize,
+        len: usize,
+    ) -> Result<(), DeviceError> {
+        if self.fails {
+            let source = "the copy engine is on fire".into();
+            return Err(DeviceError { kind: "gated", direction: "from", offset, len, source });
+        }
+        self.waiting.fetch_add(1, Ordering::SeqCst);
+        let shut = self.shut.lock().unwrap();
+        let limit = Duration::from_secs(20);
+        let (_shut, timeout) = self.changed.wait_timeout_while(shut, limit, |shut| *shut).unwrap();
+        assert!(!timeout.timed_out(), "nobody opened the gate");
+        self.inner.copy_to_host(offset, host, to, len)
+    }
+
+    fn copy_from_host(
+        &self,
+        at: usize,
+        host: &HostMemory,
+        from: usize,
+        len: usize,
+    ) -> Result<(), DeviceError> {
+        self.inner.copy_from_host(at, host, from, len)
+    }
+}
+
+/// An exporter of an arena of 32 blocks of noise.
+async fn exporter(memory: ArenaMemory, slots: usize) -> (Exporter, Vec<Vec<u8>>) {
+    let noise = reference::blocks(&GEOMETRY, 32, 5);
+    memory.write(0, &noise.concat());
+    let options = ExportOptions { slots, ..ExportOptions::default() };
+    (Exporter::new(agent().await, memory, GEOMETRY, options).unwrap(), noise)
+}
+
+fn arena_len() -> usize {
+    32 * GEOMETRY.block_bytes()
+}
+
+async fn staged(slots: usize) -> (Exporter, Vec<Vec<u8>>) {
+    exporter(ArenaMemory::Device(Arc::new(EmulatedDevice::new(arena_len(), None).unwrap())), slots).await
+}
+
+fn blocks(range: std::ops::Range<u32>) -> Vec<ExportBlock> {
+    // Blocks lie anywhere in the arena.
+    range.map(|index| ExportBlock { index, block: index * 7 % 32 }).collect()
+}
+
+/// What a peer would read and digest.
+fn check(memory: &HostMemory, handoff: HandoffId, tickets: &[TicketBlock], noise: &[Vec<u8>]) {
+    for ticket in tickets {
+        let mut bytes = vec![0; GEOMETRY.block_bytes()];
+        memory.read(ticket.offset as usize, &mut bytes);
+        assert!(bytes == noise[(ticket.index * 7 % 32) as usize], "block {}", ticket.index);
+        let seed = DigestSeed { handoff, epoch: EPOCH, index: ticket.index };
+        assert_eq!(ticket.digest, block_digest(seed, &bytes));
+    }
+}
+
+fn slab_memory(exporter: &Exporter) -> HostMemory {
+    match &exporter.0.source {
+        Source::Staged { slab, .. } => slab.memory().clone(),
+        Source::InPlace(_) => panic!("a device arena is staged"),
+    }
+}
+
+#[tokio::test]
+async fn blocks_of_a_host_arena_are_published_where_they_are() {
+    let memory = HostMemory::allocate(arena_len(), "arena").unwrap();
+    let (exporter, noise) = exporter(ArenaMemory::Host(memory.clone()), 0).await;
+    let tickets = exporter.publish(HANDOFF, EPOCH, &blocks(0..20), soon()).await.unwrap();
+    let offsets: Vec<u64> = tickets.iter().map(|ticket| ticket.offset).collect();
+    let places = blocks(0..20).iter().map(|b| u64::from(b.block) * GEOMETRY.block_bytes() as u64).collect();
+    assert_eq!((offsets, exporter.published()), (places, 20));
+    check(&memory, HANDOFF, &tickets, &noise);
+    exporter.acked(HANDOFF, 0..5);
+    assert_eq!(exporter.published(), 15);
+    exporter.release(HANDOFF).await;
+    assert_eq!(exporter.published(), 0);
+}
+
+#[tokio::test]
+async fn blocks_of_a_device_are_published_from_slots_in_the_order_asked() {
+    let (exporter, noise) = staged(16).await;
+    let tickets = exporter.publish(HANDOFF, EPOCH, &blocks(3..11), soon()).await.unwrap();
+    assert_eq!(tickets.iter().map(|ticket| ticket.index).collect::<Vec<_>>(), (3..11).collect::<Vec<_>>());
+    check(&slab_memory(&exporter), HANDOFF, &tickets, &noise);
+    assert_eq!(exporter.audit().unwrap(), SlabCounts { free: 8, published: 8, ..SlabCounts::default() });
+    exporter.acked(HANDOFF, [3, 4, 3, 99]);
+    exporter.acked(HandoffId(8), [5]);
+    assert_eq!(exporter.audit().unwrap(), SlabCounts { free: 10, published: 6, ..SlabCounts::default() });
+    exporter.release(HANDOFF).await;
+    exporter.release(HANDOFF).await;
+    exporter.close().await;
+    assert_eq!(exporter.audit().unwrap().free, 16);
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_full_slab_holds_publishing_back_until_blocks_are_acknowledged() {
+    let (exporter, noise) = staged(8).await;
+    assert_eq!(exporter.max_blocks(), 4);
+    let error = exporter.publish(HANDOFF, EPOCH, &blocks(0..5), soon()).await.unwrap_err();
+    assert!(matches!(error, ExportError::Staging(SlabError::TooMany { asked: 5, slots: 4 })), "{error:?}");
+    exporter.publish(HANDOFF, EPOCH, &blocks(0..4), soon()).await.unwrap();
+    exporter.publish(HANDOFF, EPOCH, &blocks(4..8), soon()).await.unwrap();
+
+    let other = HandoffId(8);
+    let error = exporter.publish(other, EPOCH, &blocks(0..2), soon()).await.unwrap_err();
+    assert!(matches!(error, ExportError::Staging(SlabError::Exhausted { .. })), "{error:?}");
+
+    let asked = blocks(8..10);
+    let next = exporter.publish(other, EPOCH, &asked, soon());
+    tokio::pin!(next);
+    assert!(futures_util::poll!(next.as_mut()).is_pending());
+    exporter.acked(HANDOFF, [1]);
+    assert!(futures_util::poll!(next.as_mut()).is_pending(), "two slots are asked for, one is free");
+    exporter.acked(HANDOFF, [6]);
+    let tickets = next.await.unwrap();
+    check(&slab_memory(&exporter), other, &tickets, &noise);
+    exporter.close().await;
+    assert_eq!(exporter.audit().unwrap().free, 8);
+}
+
+/// Polls `publishing` until the device was asked for a copy.
+async fn until_copying<T>(device: &GatedDevice, mut publishing: std::pin::Pin<&mut impl Future<Output = T>>) {
+    future::poll_fn(|context| {
+        assert!(publishing.as_mut().poll(context).is_pending());
+        if device.waiting.load(Ordering::SeqCst) > 0 {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
+}
+
+#[tokio::test]
+async fn a_handoff_released_while_it_is_exported_publishes_nothing() {
+    let device = GatedDevice::new(arena_len(), true, false);
+    let (exporter, _) = exporter(ArenaMemory::Device(device.clone()), 8).await;
+    let asked = blocks(0..4);
+    let publishing = exporter.publish(HANDOFF, EPOCH, &asked, soon());
+    tokio::pin!(publishing);
+    until_copying(&device, publishing.as_mut()).await;
+    exporter.release(HANDOFF).await;
+    device.open();
+    assert!(matches!(publishing.await, Err(ExportError::Released)));
+    assert_eq!((exporter.published(), exporter.audit().unwrap().free), (0, 8));
+
+    // The same name again is another life.
+    assert_eq!(exporter.publish(HANDOFF, EPOCH, &asked, soon()).await.unwrap().len(), 4);
+    exporter.close().await;
+}
+
+#[tokio::test]
+async fn a_publish_that_is_dropped_publishes_nothing_and_gives_its_slots_back() {
+    let device = GatedDevice::new(arena_len(), true, false);
+    let (exporter, _) = exporter(ArenaMemory::Device(device.clone()), 8).await;
+    {
+        let asked = blocks(0..4);
+        let publishing = exporter.publish(HANDOFF, EPOCH, &asked, soon());
+        tokio::pin!(publishing);
+        until_copying(&device, publishing.as_mut()).await;
+    }
+    assert!(exporter.audit().unwrap().filling > 0, "a slot that is being written is not free");
+    device.open();
+    exporter.close().await;
+    assert_eq!((exporter.published(), exporter.audit().unwrap().free), (0, 8));
+    assert!(exporter.0.books().handoffs.is_empty());
+}
+
+#[tokio::test]
+async fn a_publish_ends_at_its_deadline_though_the_device_hangs() {
+    let device = GatedDevice::new(arena_len(), true, false);
+    let (exporter, _) = exporter(ArenaMemory::Device(device.clone()), 8).await;
+    let error = exporter.publish(HANDOFF, EPOCH, &blocks(0..4), Instant::now()).await.unwrap_err();
+    assert!(matches!(error, ExportError::Deadline), "{error:?}");
+    device.open();
+    exporter.close().await;
+    assert_eq!(exporter.audit().unwrap().free, 8);
+}
+
+#[tokio::test]
+async fn a_device_that_fails_publishes_nothing() {
+    let device = GatedDevice::new(arena_len(), false, true);
+    let (exporter, _) = exporter(ArenaMemory::Device(device), 8).await;
+    let error = exporter.publish(HANDOFF, EPOCH, &blocks(0..4), soon()).await.unwrap_err();
+    assert!(matches!(error, ExportError::Device(_)), "{error:?}");
+    exporter.close().await;
+    assert_eq!((exporter.published(), exporter.audit().unwrap().free), (0, 8));
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_lease_without_a_sign_of_life_ends() {
+    let (exporter, _) = staged(8).await;
+    let lease = exporter.0.options.lease;
+    let other = HandoffId(8);
+    exporter.publish(HANDOFF, EPOCH, &blocks(0..2), soon()).await.unwrap();
+    exporter.publish(other, EPOCH, &blocks(2..4), soon()).await.unwrap();
+    tokio::time::advance(lease / 2).await;
+    assert!(exporter.sweep(Instant::now()).await.is_empty());
+    exporter.touch(other);
+    tokio::time::advance(lease / 2).await;
+    assert_eq!(exporter.sweep(Instant::now()).await, [HANDOFF]);
+    assert_eq!(exporter.published(), 2);
+    exporter.acked(other, [2]);
+    tokio::time::advance(lease).await;
+    assert_eq!(exporter.sweep(Instant::now()).await, [other]);
+    exporter.close().await;
+    assert_eq!(exporter.audit().unwrap().free, 8);
+}

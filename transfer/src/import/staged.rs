@@ -1,13 +1,14 @@
 //! Pulls into a device arena: blocks take shape in staging slots and are copied to the device from there.
 
 use std::collections::{BTreeMap, BTreeSet};
+use std::future::Future;
+use std::pin::Pin;
 use std::sync::Arc;
 
 use baton_config::Bytes;
 use baton_config::protocol::TicketBlock;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
-use tokio::task::{JoinError, JoinHandle};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
@@ -15,6 +16,7 @@ use super::fence::Fence;
 use super::{Peer, Placed, Progress, PullCause, Reader};
 use crate::device::{Device, DeviceError};
 use crate::error::TransferError;
+use crate::jobs;
 use crate::slab::{Slab, SlabError, Slot};
 
 /// Reads `blocks`, by rising index, into staging slots, a group at a time, and copies finished destination blocks to
@@ -96,6 +98,9 @@ fn dest_of<P: Peer>(reader: &Reader<'_, P>, block: &TicketBlock) -> Vec<u32> {
 /// What a job on another thread gives back: the destination block it worked for, and its slot.
 type Landed = Result<Option<(u32, Slot)>, DeviceError>;
 
+/// A job on another thread.
+type Flight = Pin<Box<dyn Future<Output = Option<Landed>> + Send>>;
+
 /// The state of one pull through staging. Every slot is in `free`, in `open` or with a job.
 struct Stage<'a, P> {
     reader: &'a Reader<'a, P>,
@@ -106,7 +111,7 @@ struct Stage<'a, P> {
     /// Destination blocks taking shape.
     open: BTreeMap<u32, Slot>,
     /// Copies to the device under way.
-    flights: FuturesUnordered<JoinHandle<Landed>>,
+    flights: FuturesUnordered<Flight>,
     /// Destination blocks in place.
     flushed: BTreeSet<u32>,
     placed: Placed,
@@ -150,7 +155,7 @@ impl<P: Peer> Stage<'_, P> {
             return Ok(slot);
         }
         let (device, at, len) = (Arc::clone(self.device), self.arena_at(dest), plan.dest().block_bytes());
-        let load = self.jobs.spawn_blocking(move || {
+        let load = jobs::start(self.jobs, move || {
             device.copy_to_host(at, slot.memory(), slot.offset(), len)?;
             Ok(Some((dest, slot)))
         });
@@ -180,14 +185,14 @@ impl<P: Peer> Stage<'_, P> {
         start.max(tokens.start)..start.saturating_add(size).min(tokens.end)
     }
 
-    fn flush(&self, dest: u32, slot: Slot) -> JoinHandle<Landed> {
+    fn flush(&self, dest: u32, slot: Slot) -> Flight {
         let (device, fence) = (Arc::clone(self.device), self.fence.clone());
         let (at, len) = (self.arena_at(dest), self.reader.plan.dest().block_bytes());
-        self.jobs.spawn_blocking(move || {
+        Box::pin(jobs::start(self.jobs, move || {
             let Some(_inside) = fence.enter() else { return Ok(None) };
             device.copy_from_host(at, slot.memory(), slot.offset(), len)?;
             Ok(Some((dest, slot)))
-        })
+        }))
     }
 
     /// Waits for one copy to end.
@@ -235,11 +240,7 @@ impl<P: Peer> Stage<'_, P> {
     }
 }
 
-/// What a job did; a panic of it goes on here.
-fn joined(landed: Result<Landed, JoinError>) -> Result<Option<(u32, Slot)>, PullCause> {
-    match landed {
-        Ok(done) => Ok(done?),
-        Err(error) if error.is_panic() => std::panic::resume_unwind(error.into_panic()),
-        Err(_) => Err(PullCause::Closed),
-    }
+/// What a job did; it is lost when the runtime ends.
+fn joined(landed: Option<Landed>) -> Result<Option<(u32, Slot)>, PullCause> {
+    Ok(landed.ok_or(PullCause::Closed)??)
 }
