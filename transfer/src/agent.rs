@@ -1,13 +1,26 @@
-//! The transfer agent of a worker: its regions, its grants, its listener, its sessions with peers.
+//! The transfer agent of a worker: its regions, its grants, its listeners, its sessions with peers.
+
+mod dial;
+pub(crate) mod grants;
+pub(crate) mod server;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
+use tokio::net::TcpListener;
+use tokio_util::sync::DropGuard;
 
-use crate::error::{LinkError, Refusal};
+pub use self::grants::Revoked;
+
+use self::dial::Dialer;
+use self::server::Server;
+use crate::backend::{shm, tcp};
+use crate::error::Refusal;
 use crate::memory::HostMemory;
 use crate::session::{Descriptor, Session};
+use crate::stats::Stats;
+use crate::wire::Metadata;
 
 /// A way to move blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -160,34 +173,68 @@ pub enum ConnectError {
         worker: WorkerId,
         /// Every path that was tried or ruled out, with its reason.
         tried: String,
-        /// What broke on the last path tried.
-        #[source]
-        source: Option<LinkError>,
     },
 }
 
-/// A worker's end of all transfers. Clones share everything; the listener stops with [`Agent::close`] or the last clone.
+/// A worker's end of all transfers.
+///
+/// Clones share everything; serving stops with [`Agent::close`] or the last clone.
 #[derive(Clone)]
 pub struct Agent {
-    inner: Arc<Inner>,
-}
-
-struct Inner {
-    options: AgentOptions,
+    server: Arc<Server>,
+    dialer: Arc<Dialer>,
+    metadata: Arc<[u8]>,
+    address: SocketAddr,
+    _stop: Arc<DropGuard>,
 }
 
 impl Agent {
-    /// Binds the listener and starts serving; refuses sessions until [`Agent::set_epoch`].
+    /// Binds the listeners and starts serving; refuses sessions until [`Agent::set_epoch`].
     ///
     /// # Errors
     /// When the address is taken or nothing could ever reach this agent.
     pub async fn start(options: AgentOptions) -> Result<Self, StartError> {
-        Ok(Self { inner: Arc::new(Inner { options }) })
+        if options.backends.is_empty() {
+            return Err(StartError::NoBackend);
+        }
+        let wanted = SocketAddr::new(options.bind, options.port);
+        let bind_error = |source| StartError::Bind { address: wanted, source };
+        let listener = TcpListener::bind(wanted).await.map_err(bind_error)?;
+        let bound = listener.local_addr().map_err(bind_error)?;
+        let address = options.advertise.unwrap_or(bound);
+        if address.ip().is_unspecified() {
+            return Err(StartError::Advertise { address: bound });
+        }
+        let incarnation = dial::random_u128().map_err(bind_error)?;
+        let server = Arc::new(Server::new(options.worker.clone(), incarnation)?);
+        let mut backends = options.backends.clone();
+        if backends.contains(&BackendKind::Shm) {
+            match shm::serve::bind(incarnation) {
+                Ok(socket) => {
+                    server.tasks.spawn(shm::serve::listen(Arc::clone(&server), socket));
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "shared memory is not offered to peers");
+                    backends.retain(|backend| *backend != BackendKind::Shm);
+                }
+            }
+        }
+        server.tasks.spawn(tcp::serve::listen(Arc::clone(&server), listener));
+        let metadata = Metadata { incarnation, host: dial::host_id(), address, backends }.encode();
+        Ok(Self {
+            dialer: Arc::new(Dialer::new(options, Arc::clone(&server.counters))),
+            metadata: metadata.into(),
+            address: bound,
+            _stop: Arc::new(server.stop.clone().drop_guard()),
+            server,
+        })
     }
 
-    /// Enters a life: requests of any other are refused from now on, and sessions made in it are closed.
+    /// Enters a life: requests that mean any other are refused from now on, sessions and grants of the last end.
     pub fn set_epoch(&self, epoch: Epoch) {
-        let _ = epoch;
+        if self.server.enter(epoch) {
+            self.dialer.enter(epoch);
+        }
     }
 
     /// Offers memory to be read under grants.
@@ -195,26 +242,30 @@ impl Agent {
     /// # Errors
     /// When the table is full.
     pub fn register(&self, memory: HostMemory) -> Result<RegionId, RegisterError> {
-        let _ = memory;
-        Ok(RegionId(1))
+        self.server.register(memory)
     }
 
     /// What peers need to connect, to be published: opaque, small, without keys.
     pub fn metadata(&self) -> Vec<u8> {
-        Vec::new()
+        self.metadata.to_vec()
+    }
+
+    /// The address its TCP listener is bound to.
+    pub fn local_address(&self) -> SocketAddr {
+        self.address
     }
 
     /// Lets `descriptors` be read under `handoff`, in addition to what it has been granted before.
     pub fn grant(&self, handoff: HandoffId, descriptors: Vec<Descriptor>) {
-        let _ = (handoff, descriptors);
+        self.server.grant(handoff, &descriptors);
     }
 
-    /// Ends a grant: later reads are refused, running ones stop.
-    pub fn revoke(&self, handoff: HandoffId) {
-        let _ = handoff;
+    /// Ends a grant: later reads are refused, running ones stop. [`Revoked::settled`] waits for those.
+    pub fn revoke(&self, handoff: HandoffId) -> Revoked {
+        self.server.revoke(handoff)
     }
 
-    /// The session with `peer` in `epoch`, made if there is none.
+    /// The session with `peer` in `epoch`, made if there is none that works.
     ///
     /// # Errors
     /// [`ConnectError::Stale`] when the peer lives in another epoch; else when no path leads to it.
@@ -224,15 +275,50 @@ impl Agent {
         epoch: Epoch,
         metadata: &[u8],
     ) -> Result<Session, ConnectError> {
-        let _ = metadata;
-        Err(ConnectError::Stale { worker: peer.clone(), asked: epoch, current: None })
+        self.dialer.connect(peer, epoch, metadata, None).await
+    }
+
+    /// As [`Agent::connect`], over another backend than `avoid`: for a second try after [`TransferError::Integrity`].
+    ///
+    /// [`TransferError::Integrity`]: crate::error::TransferError::Integrity
+    ///
+    /// # Errors
+    /// As [`Agent::connect`], also when there is no other path.
+    pub async fn connect_avoiding(
+        &self,
+        peer: &WorkerId,
+        epoch: Epoch,
+        metadata: &[u8],
+        avoid: BackendKind,
+    ) -> Result<Session, ConnectError> {
+        self.dialer.connect(peer, epoch, metadata, Some(avoid)).await
+    }
+
+    /// Forgets the sessions with `peer`, which is gone; reads under way end by themselves.
+    pub fn disconnect(&self, peer: &WorkerId) {
+        self.dialer.forget(peer);
+    }
+
+    /// The sessions that are open now, for status pages.
+    pub fn sessions(&self) -> Vec<Session> {
+        self.dialer.sessions()
+    }
+
+    /// What was counted since the start.
+    pub fn stats(&self) -> Stats {
+        self.server.counters.snapshot()
     }
 
     /// The name it runs under.
     pub fn worker(&self) -> &WorkerId {
-        &self.inner.options.worker
+        &self.server.worker
     }
 
-    /// Stops the listener, closes every session and waits for all tasks.
-    pub async fn close(self) {}
+    /// Stops the listeners, closes every session and waits for all tasks.
+    pub async fn close(self) {
+        self.server.stop.cancel();
+        self.dialer.close();
+        self.server.tasks.close();
+        self.server.tasks.wait().await;
+    }
 }

@@ -7,6 +7,8 @@
 
 pub mod agent;
 pub mod arena_memory;
+mod backend;
+pub mod bench;
 pub mod device;
 pub mod digest;
 pub mod error;
@@ -19,10 +21,11 @@ pub mod memory;
 pub mod plan;
 pub mod session;
 pub mod slab;
+pub mod stats;
 pub mod wire;
 
 pub use agent::{
-    Agent, AgentOptions, BackendKind, ConnectError, Integrity, RegionId, RegisterError, StartError,
+    Agent, AgentOptions, BackendKind, ConnectError, Integrity, RegionId, RegisterError, Revoked, StartError,
 };
 pub use arena_memory::ArenaMemory;
 pub use device::{Device, DeviceError, EmulatedDevice};
@@ -36,3 +39,4 @@ pub use session::{
     BlockRead, BlockSink, Descriptor, Destination, Expected, PathInfo, ReadReport, Session, SessionStats,
 };
 pub use slab::{Slab, SlabCounts, SlabError};
+pub use stats::Stats;

@@ -1,14 +1,19 @@
 //! A session: reads from one peer in one epoch, over the path chosen for the pair.
 
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_config::{Bytes, Epoch, HandoffId, WorkerId};
-use tokio::time::Instant;
+use tokio::time::{Instant, timeout_at};
+use tokio_util::sync::CancellationToken;
 
-use crate::agent::{BackendKind, RegionId};
+use crate::agent::{BackendKind, Integrity, RegionId};
+use crate::backend::{Fault, Link, Pair, Progress, ReadJob};
 use crate::digest::DigestSeed;
-use crate::error::TransferError;
+use crate::error::{LinkError, Refusal, TransferError};
 use crate::memory::HostMemory;
+use crate::stats::{Counters, PathMeter};
+use crate::wire::MAX_READ_BYTES;
 
 /// Bytes of a peer's region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -95,40 +100,69 @@ pub struct SessionStats {
 
 /// Reads blocks of one peer in one epoch. Clones share everything.
 #[derive(Clone)]
-pub struct Session {
-    pub(crate) worker: WorkerId,
-    pub(crate) epoch: Epoch,
-    pub(crate) path: std::sync::Arc<PathInfo>,
+pub struct Session(Arc<Inner>);
+
+struct Inner {
+    pair: Pair,
+    path: PathInfo,
+    link: Link,
+    verify: bool,
+    counters: Arc<Counters>,
+    meter: PathMeter,
+    closed: CancellationToken,
 }
 
 impl Session {
+    pub(crate) fn new(
+        pair: Pair,
+        path: PathInfo,
+        link: Link,
+        integrity: Integrity,
+        counters: Arc<Counters>,
+        closed: CancellationToken,
+    ) -> Self {
+        let verify = integrity == Integrity::Digest;
+        Self(Arc::new(Inner { pair, path, link, verify, counters, meter: PathMeter::default(), closed }))
+    }
+
     /// The peer.
     pub fn peer(&self) -> &WorkerId {
-        &self.worker
+        &self.0.pair.to
     }
 
     /// The life of the peer this session belongs to.
     pub fn epoch(&self) -> Epoch {
-        self.epoch
+        self.0.pair.epoch
     }
 
     /// How blocks travel, and why so.
     pub fn path(&self) -> &PathInfo {
-        &self.path
+        &self.0.path
     }
 
     /// What was measured so far.
     pub fn stats(&self) -> SessionStats {
-        SessionStats::default()
+        self.0.meter.snapshot()
+    }
+
+    /// Whether a read may work. A `tcp` session opens new streams by itself; a `shm` session ends with its peer.
+    pub fn is_usable(&self) -> bool {
+        !self.0.closed.is_cancelled() && self.0.link.is_usable()
     }
 
     /// Reads blocks granted under `handoff`; done when every byte is in place and verified.
     ///
     /// Fencing: the destination is written only while this future is being polled. Once it has returned, with
-    /// whatever result, or was dropped, nothing of this read writes the destination any more.
+    /// whatever result, or was dropped, nothing of this read writes the destination any more, and its blocks may be
+    /// reused at once. A stream with bytes still under way is closed, so that they land nowhere.
+    ///
+    /// Reads of one session run side by side up to its number of streams, and then in order of arrival.
     ///
     /// # Errors
     /// Each variant of [`TransferError`] but `Geometry` says what to do next.
+    ///
+    /// # Panics
+    /// When a block's place is not within the destination memory, or a block has no bytes.
     pub async fn read(
         &self,
         handoff: HandoffId,
@@ -136,10 +170,69 @@ impl Session {
         into: Destination<'_>,
         deadline: Instant,
     ) -> Result<ReadReport, TransferError> {
-        let _ = (handoff, blocks, into, deadline);
-        Err(TransferError::Refused {
-            worker: self.worker.clone(),
-            refusal: crate::error::Refusal::Unavailable,
-        })
+        for block in blocks {
+            assert!(block.source.len > 0, "a block has bytes");
+            if let Destination::Memory(memory) = into {
+                assert!(memory.fits(block.to, block.source.len as usize), "{block:?} is outside {memory:?}");
+            }
+        }
+        let progress = Progress::new();
+        let job = ReadJob { handoff, blocks, into, verify: self.0.verify, progress: &progress };
+        let outcome = self.run(&job, deadline).await;
+        self.0.account(&outcome, &progress);
+        outcome
+    }
+
+    async fn run(&self, job: &ReadJob<'_>, deadline: Instant) -> Result<ReadReport, TransferError> {
+        let Inner { pair, link, closed, .. } = &*self.0;
+        let moved = || Bytes(job.progress.moved());
+        let worker = || pair.to.clone();
+        if job.blocks.is_empty() {
+            return Ok(ReadReport { bytes: Bytes(0), elapsed: job.progress.elapsed() });
+        }
+        if job.blocks.iter().any(|block| u64::from(block.source.len) > MAX_READ_BYTES) {
+            return Err(TransferError::Refused { worker: worker(), refusal: Refusal::TooLarge });
+        }
+        let outcome = tokio::select! {
+            biased;
+            () = closed.cancelled() => Err(LinkError::Closed.into()),
+            outcome = timeout_at(deadline, link.read(job)) => match outcome {
+                Ok(outcome) => outcome,
+                Err(_) => return Err(TransferError::Deadline { worker: worker(), moved: moved() }),
+            },
+        };
+        match outcome {
+            Ok(mut corrupt) if !corrupt.is_empty() => {
+                corrupt.sort_unstable();
+                Err(TransferError::Integrity { worker: worker(), index: corrupt[0], corrupt })
+            }
+            Ok(_) => Ok(ReadReport { bytes: moved(), elapsed: job.progress.elapsed() }),
+            Err(Fault::Stale(current)) => {
+                Err(TransferError::Stale { worker: worker(), ticket: pair.epoch, current })
+            }
+            Err(Fault::Refused(refusal)) => Err(TransferError::Refused { worker: worker(), refusal }),
+            Err(Fault::Link(source)) => Err(TransferError::Link { worker: worker(), moved: moved(), source }),
+        }
+    }
+}
+
+impl Inner {
+    fn account(&self, outcome: &Result<ReadReport, TransferError>, progress: &Progress) {
+        self.counters.read(self.path.backend, progress.moved());
+        match outcome {
+            Ok(report) => self.meter.record(report.bytes.0, report.elapsed, progress.first_byte()),
+            Err(error) => {
+                self.counters.error(error.kind());
+                if let TransferError::Integrity { corrupt, .. } = error {
+                    self.counters.checksum_mismatches(corrupt.len() as u64);
+                }
+            }
+        }
+    }
+}
+
+impl std::fmt::Debug for Session {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Session({} in epoch {} over {})", self.peer(), self.epoch(), self.path().backend)
     }
 }

@@ -4,7 +4,7 @@ const SEED: DigestSeed = DigestSeed { handoff: HandoffId(7), epoch: Epoch(3), in
 
 #[test]
 fn pieces_of_any_size_give_the_digest_of_the_whole() {
-    let bytes: Vec<u8> = (0..70_001u32).map(|i| (i * 31 >> 3) as u8).collect();
+    let bytes: Vec<u8> = (0..70_001u32).map(|i| ((i * 31) >> 3) as u8).collect();
     for len in [0, 1, 16, 17, 240, 241, 1024, 65_536, bytes.len()] {
         let whole = block_digest(SEED, &bytes[..len]);
         for piece in [1, 63, 64, 1000, 16 << 10] {

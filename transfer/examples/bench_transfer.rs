@@ -1,0 +1,40 @@
+//! Measures transfers between two processes: `cargo run --release --example bench_transfer`.
+//!
+//! Optional arguments: seconds per shape, TCP streams.
+#![expect(clippy::print_stdout, reason = "an example talks to its user")]
+
+use std::time::Duration;
+
+use baton_transfer::bench;
+
+#[tokio::main]
+async fn main() -> anyhow::Result<()> {
+    let arguments: Vec<String> = std::env::args().skip(1).collect();
+    if arguments.first().is_some_and(|first| first == "peer") {
+        return Ok(bench::serve_peer().await?);
+    }
+    let mut options = bench::BenchOptions::new(vec!["peer".into()]);
+    if let Some(seconds) = arguments.first() {
+        options.time_per_shape = Duration::from_secs_f64(seconds.parse()?);
+    }
+    if let Some(streams) = arguments.get(1) {
+        options.streams = streams.parse()?;
+    }
+    println!("backend     shape        integrity    p50 us    p99 us     GB/s   cpu s   raw us  ratio");
+    for row in bench::run(options).await? {
+        println!(
+            "{:7} {:5} x {:8} {:9} {:10.1} {:9.1} {:8.2} {:7.3} {:8.1} {:6.2}",
+            row.backend,
+            row.blocks,
+            row.block_bytes,
+            row.integrity,
+            row.p50_us,
+            row.p99_us,
+            row.gb_per_s,
+            row.cpu_s,
+            row.raw_p50_us,
+            row.ratio
+        );
+    }
+    Ok(())
+}

@@ -1,0 +1,155 @@
+//! Which bytes may be read under which handoff, and who is being served from them now.
+
+use std::collections::{BTreeMap, HashMap};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use baton_config::HandoffId;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+use tokio_util::task::task_tracker::TaskTrackerToken;
+
+use crate::agent::RegionId;
+use crate::error::Refusal;
+use crate::session::Descriptor;
+
+/// Live grants by handoff.
+#[derive(Debug, Default)]
+pub(crate) struct Grants(Mutex<HashMap<HandoffId, Grant>>);
+
+#[derive(Debug, Default)]
+struct Grant {
+    /// Length by start.
+    ranges: BTreeMap<(RegionId, u64), u32>,
+    revoked: CancellationToken,
+    serving: TaskTracker,
+}
+
+/// The right to serve one request; ends its grant's wait when dropped.
+#[derive(Debug)]
+pub(crate) struct Permit {
+    /// Fires when the grant ends: stop reading the memory.
+    pub(crate) revoked: CancellationToken,
+    _serving: TaskTrackerToken,
+}
+
+/// The end of a grant, to be awaited by who wants to reuse its memory at once.
+#[derive(Debug)]
+pub struct Revoked(TaskTracker);
+
+impl Revoked {
+    /// Waits until nothing of this agent reads the granted memory for a peer any more.
+    ///
+    /// A peer reading it over `shm` is not waited for: it checks the grant after copying and discards what it has.
+    pub async fn settled(self) {
+        self.0.wait().await;
+    }
+}
+
+impl Grants {
+    pub(crate) fn add(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
+        let mut table = self.lock();
+        let grant = table.entry(handoff).or_default();
+        grant.ranges.extend(descriptors.iter().map(|d| ((d.region, d.offset), d.len)));
+    }
+
+    pub(crate) fn revoke(&self, handoff: HandoffId) -> Revoked {
+        let grant = self.lock().remove(&handoff).unwrap_or_default();
+        grant.end()
+    }
+
+    /// Ends all of them and names them.
+    pub(crate) fn clear(&self) -> Vec<HandoffId> {
+        let ended = std::mem::take(&mut *self.lock());
+        ended
+            .into_iter()
+            .map(|(handoff, grant)| {
+                grant.end();
+                handoff
+            })
+            .collect()
+    }
+
+    /// Allows serving `blocks`, if every one lies inside a granted range.
+    pub(crate) fn permit(&self, handoff: HandoffId, blocks: &[Descriptor]) -> Result<Permit, Refusal> {
+        let table = self.lock();
+        let grant = table.get(&handoff).ok_or(Refusal::NotGranted)?;
+        if !blocks.iter().all(|block| grant.covers(block)) {
+            return Err(Refusal::OutsideGrant);
+        }
+        Ok(Permit { revoked: grant.revoked.clone(), _serving: grant.serving.token() })
+    }
+
+    fn lock(&self) -> MutexGuard<'_, HashMap<HandoffId, Grant>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Grant {
+    fn covers(&self, block: &Descriptor) -> bool {
+        let start = (block.region, block.offset);
+        let Some(((region, from), len)) = self.ranges.range(..=start).next_back() else { return false };
+        let end = block.offset.checked_add(u64::from(block.len));
+        *region == block.region && end.is_some_and(|end| end <= from + u64::from(*len))
+    }
+
+    fn end(self) -> Revoked {
+        self.revoked.cancel();
+        self.serving.close();
+        Revoked(self.serving)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Duration;
+
+    use super::*;
+
+    const ID: HandoffId = HandoffId(1);
+
+    fn at(region: u32, offset: u64, len: u32) -> Descriptor {
+        Descriptor { region: RegionId(region), offset, len }
+    }
+
+    #[test]
+    fn only_what_lies_inside_a_granted_range_is_permitted() {
+        let grants = Grants::default();
+        grants.add(ID, &[at(1, 100, 50), at(1, 200, 50)]);
+        grants.add(ID, &[at(2, 0, 10)]);
+        for good in [at(1, 100, 50), at(1, 110, 5), at(1, 249, 1), at(2, 0, 10)] {
+            assert!(grants.permit(ID, &[good]).is_ok(), "{good:?}");
+        }
+        for bad in [at(1, 99, 2), at(1, 149, 2), at(1, 160, 1), at(2, 0, 11), at(3, 0, 1), at(1, u64::MAX, 1)]
+        {
+            let refused = grants.permit(ID, &[at(1, 100, 1), bad]);
+            assert_eq!(refused.unwrap_err(), Refusal::OutsideGrant, "{bad:?}");
+        }
+        assert_eq!(grants.permit(HandoffId(2), &[at(1, 100, 1)]).unwrap_err(), Refusal::NotGranted);
+    }
+
+    #[tokio::test]
+    async fn revoking_refuses_later_reads_and_knows_of_running_ones() {
+        let grants = Grants::default();
+        grants.add(ID, &[at(1, 0, 10)]);
+        let permit = grants.permit(ID, &[at(1, 0, 10)]).unwrap();
+        let revoked = grants.revoke(ID);
+        assert_eq!(grants.permit(ID, &[at(1, 0, 10)]).unwrap_err(), Refusal::NotGranted);
+        assert!(permit.revoked.is_cancelled(), "the running read is told to stop");
+        let settled = revoked.settled();
+        tokio::pin!(settled);
+        assert!(futures_util::poll!(settled.as_mut()).is_pending(), "it is still running");
+        drop(permit);
+        tokio::time::timeout(Duration::from_secs(5), settled).await.unwrap();
+        grants.revoke(HandoffId(9)).settled().await;
+    }
+
+    #[test]
+    fn a_new_life_ends_every_grant() {
+        let grants = Grants::default();
+        grants.add(ID, &[at(1, 0, 10)]);
+        let permit = grants.permit(ID, &[at(1, 0, 1)]).unwrap();
+        assert_eq!(grants.clear(), [ID]);
+        assert!(permit.revoked.is_cancelled());
+        assert!(grants.permit(ID, &[at(1, 0, 1)]).is_err());
+    }
+}

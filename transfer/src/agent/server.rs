@@ -1,0 +1,180 @@
+//! What the listeners of an agent ask before they serve: who is admitted, in which life, which bytes.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, PoisonError, RwLock};
+
+use baton_config::{Epoch, HandoffId, WorkerId};
+use tokio::sync::Semaphore;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use super::grants::{Grants, Permit, Revoked};
+use super::{RegionId, RegisterError};
+use crate::backend::shm::control::Control;
+use crate::error::Refusal;
+use crate::memory::{HostMemory, MemoryError};
+use crate::session::Descriptor;
+use crate::stats::Counters;
+use crate::wire::Hello;
+
+/// Most regions of one agent: few large ones, blocks are ranges of them.
+const MAX_REGIONS: usize = 1024;
+/// Most connections served at once.
+const MAX_CONNECTIONS: usize = 4096;
+/// Most peers whose newest life is remembered.
+const MAX_PEERS: usize = 16 << 10;
+
+/// The serving half of an agent.
+pub(crate) struct Server {
+    pub(crate) worker: WorkerId,
+    pub(crate) incarnation: u128,
+    pub(crate) counters: Arc<Counters>,
+    pub(crate) tasks: TaskTracker,
+    pub(crate) stop: CancellationToken,
+    pub(crate) connections: Arc<Semaphore>,
+    pub(crate) control: Control,
+    life: Mutex<Option<Life>>,
+    regions: RwLock<Arc<[HostMemory]>>,
+    grants: Grants,
+    /// The newest life seen of each peer: an older one is a process that should be dead.
+    peers: Mutex<HashMap<WorkerId, Epoch>>,
+}
+
+/// One life of this worker.
+#[derive(Debug, Clone)]
+pub(crate) struct Life {
+    pub(crate) epoch: Epoch,
+    /// Fires when the worker enters another life or the agent closes.
+    pub(crate) ended: CancellationToken,
+}
+
+/// Why a connection or a request is turned away.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Denial {
+    /// It means another life than the current one.
+    Stale,
+    Refused(Refusal),
+}
+
+impl Server {
+    pub(crate) fn new(worker: WorkerId, incarnation: u128) -> Result<Self, MemoryError> {
+        Ok(Self {
+            worker,
+            incarnation,
+            counters: Arc::default(),
+            tasks: TaskTracker::new(),
+            stop: CancellationToken::new(),
+            connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            control: Control::new()?,
+            life: Mutex::new(None),
+            regions: RwLock::new(Arc::new([])),
+            grants: Grants::default(),
+            peers: Mutex::default(),
+        })
+    }
+
+    /// Enters a life; whether it is a new one.
+    pub(crate) fn enter(&self, epoch: Epoch) -> bool {
+        let mut life = self.life.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(current) = life.as_ref() {
+            if epoch == current.epoch {
+                return false;
+            }
+            current.ended.cancel();
+        }
+        self.control.set_epoch(epoch);
+        for handoff in self.grants.clear() {
+            self.control.revoke(handoff);
+        }
+        *life = Some(Life { epoch, ended: self.stop.child_token() });
+        true
+    }
+
+    pub(crate) fn life(&self) -> Option<Life> {
+        self.life.lock().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn epoch(&self) -> Option<Epoch> {
+        self.life().map(|life| life.epoch)
+    }
+
+    /// Decides on a connection that means to reach `hello.to` in `epoch`.
+    pub(crate) fn admit(&self, epoch: Epoch, hello: &Hello) -> Result<Life, Denial> {
+        if hello.to != self.worker {
+            return Err(Denial::Refused(Refusal::WrongWorker));
+        }
+        let life = self.life().ok_or(Denial::Refused(Refusal::Unavailable))?;
+        if life.epoch != epoch || self.is_older_life(hello) {
+            self.counters.stale_refused();
+            return Err(Denial::Stale);
+        }
+        // After the epoch: a restarted peer should be told it is stale, which it can act on.
+        if hello.incarnation != self.incarnation {
+            return Err(Denial::Refused(Refusal::WrongIncarnation));
+        }
+        Ok(life)
+    }
+
+    fn is_older_life(&self, hello: &Hello) -> bool {
+        let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
+        if peers.len() >= MAX_PEERS && !peers.contains_key(&hello.from) {
+            return false;
+        }
+        let newest = peers.entry(hello.from.clone()).or_insert(hello.from_epoch);
+        *newest = (*newest).max(hello.from_epoch);
+        hello.from_epoch < *newest
+    }
+
+    pub(crate) fn register(&self, memory: HostMemory) -> Result<RegionId, RegisterError> {
+        let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
+        if regions.len() >= MAX_REGIONS {
+            return Err(RegisterError::Full { limit: MAX_REGIONS });
+        }
+        *regions = regions.iter().cloned().chain([memory]).collect();
+        Ok(RegionId(regions.len() as u32))
+    }
+
+    pub(crate) fn region(&self, id: RegionId) -> Option<HostMemory> {
+        region(&self.regions(), id).cloned()
+    }
+
+    /// The region table as it is now; [`region`] looks into it.
+    pub(crate) fn regions(&self) -> Arc<[HostMemory]> {
+        self.regions.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    pub(crate) fn grant(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
+        self.grants.add(handoff, descriptors);
+        self.control.grant(handoff);
+    }
+
+    pub(crate) fn revoke(&self, handoff: baton_config::HandoffId) -> Revoked {
+        self.control.revoke(handoff);
+        self.grants.revoke(handoff)
+    }
+
+    /// Allows serving `blocks` out of `regions`.
+    pub(crate) fn permit(
+        &self,
+        regions: &[HostMemory],
+        handoff: HandoffId,
+        blocks: &[Descriptor],
+    ) -> Result<Permit, Denial> {
+        let inside = |block: &Descriptor| {
+            let offset = usize::try_from(block.offset);
+            region(regions, block.region)
+                .is_some_and(|memory| offset.is_ok_and(|offset| memory.fits(offset, block.len as usize)))
+        };
+        match self.grants.permit(handoff, blocks) {
+            // Who has no grant learns nothing about regions.
+            Err(Refusal::NotGranted) => Err(Denial::Refused(Refusal::NotGranted)),
+            _ if !blocks.iter().all(inside) => Err(Denial::Refused(Refusal::OutsideRegion)),
+            permit => permit.map_err(Denial::Refused),
+        }
+    }
+}
+
+/// Region `id` of a table; they are numbered from 1.
+pub(crate) fn region(regions: &[HostMemory], id: RegionId) -> Option<&HostMemory> {
+    regions.get((id.0 as usize).checked_sub(1)?)
+}

@@ -1,0 +1,155 @@
+//! The ways blocks move. Each has a serving side, run by the agent, and a link, owned by a session.
+
+pub(crate) mod frames;
+pub(crate) mod shm;
+pub(crate) mod tcp;
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use baton_config::{Epoch, HandoffId, WorkerId};
+use tokio::time::Instant;
+
+use crate::digest::BlockDigest;
+use crate::error::{LinkError, Refusal};
+use crate::session::{BlockRead, Destination};
+use crate::wire::{self, Header, Hello, WireError};
+
+/// How long a peer may take to answer a connection and its handshake.
+pub(crate) const CONNECT_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Who connects to whom.
+#[derive(Debug, Clone)]
+pub(crate) struct Pair {
+    pub(crate) from: WorkerId,
+    pub(crate) from_epoch: Epoch,
+    pub(crate) to: WorkerId,
+    pub(crate) epoch: Epoch,
+    pub(crate) incarnation: u128,
+}
+
+impl Pair {
+    /// The first frame of every connection of the pair.
+    pub(crate) fn hello(&self) -> Vec<u8> {
+        let hello = Hello {
+            from: self.from.clone(),
+            from_epoch: self.from_epoch,
+            to: self.to.clone(),
+            incarnation: self.incarnation,
+        };
+        wire::encode_frame(wire::Kind::Hello, self.epoch, 0, &hello.encode())
+    }
+}
+
+/// One read, as a link sees it.
+pub(crate) struct ReadJob<'a> {
+    pub(crate) handoff: HandoffId,
+    pub(crate) blocks: &'a [BlockRead],
+    pub(crate) into: Destination<'a>,
+    pub(crate) verify: bool,
+    pub(crate) progress: &'a Progress,
+}
+
+impl ReadJob<'_> {
+    /// The digest to compute for a block, where one is to be verified.
+    pub(crate) fn digest(&self, index: usize) -> Option<BlockDigest> {
+        let expected = self.blocks[index].expected.filter(|_| self.verify)?;
+        Some(BlockDigest::new(expected.seed))
+    }
+
+    /// Whether a finished digest is the expected one; none to check is good.
+    pub(crate) fn is_good(&self, index: usize, digest: Option<&BlockDigest>) -> bool {
+        match (digest, self.blocks[index].expected) {
+            (Some(digest), Some(expected)) => digest.finish() == expected.digest,
+            _ => true,
+        }
+    }
+}
+
+/// What a read has moved so far; outlives the read's future, so that a deadline can report it.
+#[derive(Debug)]
+pub(crate) struct Progress {
+    started: Instant,
+    moved: AtomicU64,
+    first_byte_ns: AtomicU64,
+}
+
+impl Progress {
+    pub(crate) fn new() -> Self {
+        Self { started: Instant::now(), moved: AtomicU64::new(0), first_byte_ns: AtomicU64::new(0) }
+    }
+
+    pub(crate) fn add(&self, bytes: usize) {
+        if self.moved.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
+            let ns = self.started.elapsed().as_nanos() as u64;
+            self.first_byte_ns.store(ns, Ordering::Relaxed);
+        }
+    }
+
+    pub(crate) fn moved(&self) -> u64 {
+        self.moved.load(Ordering::Relaxed)
+    }
+
+    pub(crate) fn elapsed(&self) -> Duration {
+        self.started.elapsed()
+    }
+
+    pub(crate) fn first_byte(&self) -> Duration {
+        Duration::from_nanos(self.first_byte_ns.load(Ordering::Relaxed))
+    }
+}
+
+/// Why a link could not be made or a read on it failed.
+#[derive(Debug)]
+pub(crate) enum Fault {
+    Stale(Option<Epoch>),
+    Refused(Refusal),
+    Link(LinkError),
+}
+
+impl Fault {
+    pub(crate) fn protocol(error: WireError) -> Self {
+        match error {
+            WireError::Version(_) => Self::Refused(Refusal::Version),
+            other => Self::Link(LinkError::Protocol(other)),
+        }
+    }
+
+    /// What a `Refused` frame means.
+    pub(crate) fn refused(header: &Header) -> Self {
+        match wire::decode_refusal(header) {
+            Ok(refusal) => Self::Refused(refusal),
+            Err(current) => Self::Stale(current),
+        }
+    }
+}
+
+impl From<LinkError> for Fault {
+    fn from(error: LinkError) -> Self {
+        Self::Link(error)
+    }
+}
+
+/// A session's end of a path.
+pub(crate) enum Link {
+    Shm(shm::link::ShmLink),
+    Tcp(tcp::link::TcpLink),
+}
+
+impl Link {
+    /// Positions of the blocks that failed their digest; all others are in place.
+    pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
+        match self {
+            Self::Shm(link) => link.read(job).await,
+            Self::Tcp(link) => link.read(job).await,
+        }
+    }
+
+    /// Whether a read may work: `tcp` opens new streams by itself, `shm` ends with its peer.
+    pub(crate) fn is_usable(&self) -> bool {
+        match self {
+            Self::Shm(link) => link.is_alive(),
+            Self::Tcp(_) => true,
+        }
+    }
+}

@@ -1,0 +1,147 @@
+//! The control memory of an agent: its epoch and its live grants, for readers who share no lock with it.
+//!
+//! Layout, in 64-bit words: 0 the epoch (0: none), 8 to 15 unused, then [`SLOTS`] grant words. A grant word is the
+//! low half of the handoff id (never 0) and lies within [`PROBES`] words of the place the high half points to.
+//! Only the agent writes; a reader that finds its word before and after a copy knows that the grant, and so the
+//! memory under it, stood in between.
+
+use std::sync::{Mutex, PoisonError};
+
+use baton_config::{Epoch, HandoffId};
+
+use crate::memory::{HostMemory, MemoryError, PeerMemory};
+
+const SLOTS: usize = 16 << 10;
+const PROBES: usize = 64;
+const EPOCH_WORD: usize = 0;
+const FIRST_SLOT_WORD: usize = 16;
+const WORD_BYTES: usize = 8;
+const CONTROL_BYTES: usize = (FIRST_SLOT_WORD + SLOTS) * WORD_BYTES;
+
+/// The owner's side.
+pub(crate) struct Control {
+    memory: HostMemory,
+    /// Serializes writers; readers need no lock.
+    writing: Mutex<()>,
+}
+
+impl Control {
+    pub(crate) fn new() -> Result<Self, MemoryError> {
+        Ok(Self { memory: HostMemory::allocate(CONTROL_BYTES, "control")?, writing: Mutex::new(()) })
+    }
+
+    pub(crate) fn memory(&self) -> &HostMemory {
+        &self.memory
+    }
+
+    pub(crate) fn set_epoch(&self, epoch: Epoch) {
+        self.memory.store_word(EPOCH_WORD, epoch.0);
+    }
+
+    pub(crate) fn grant(&self, handoff: HandoffId) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut free = None;
+        for offset in slots(handoff) {
+            match self.memory.load_word(offset) {
+                word if word == token(handoff) => return,
+                0 => free = free.or(Some(offset)),
+                _ => {}
+            }
+        }
+        match free {
+            Some(offset) => self.memory.store_word(offset, token(handoff)),
+            // Readers over shm are refused and go another way; thousands of live handoffs must collide for this.
+            None => tracing::warn!(%handoff, "no room to show a grant in shared memory"),
+        }
+    }
+
+    pub(crate) fn revoke(&self, handoff: HandoffId) {
+        let _writing = self.writing.lock().unwrap_or_else(PoisonError::into_inner);
+        for offset in slots(handoff) {
+            if self.memory.load_word(offset) == token(handoff) {
+                self.memory.store_word(offset, 0);
+            }
+        }
+    }
+}
+
+/// The readers' side.
+pub(crate) struct PeerControl(PeerMemory);
+
+impl PeerControl {
+    pub(crate) fn new(memory: PeerMemory) -> Option<Self> {
+        memory.fits(0, CONTROL_BYTES).then_some(Self(memory))
+    }
+
+    pub(crate) fn epoch(&self) -> Epoch {
+        Epoch(self.0.load_word(EPOCH_WORD * WORD_BYTES))
+    }
+
+    /// Where the grant of `handoff` shows now.
+    pub(crate) fn find(&self, handoff: HandoffId) -> Option<Shown> {
+        let token = token(handoff);
+        slots(handoff).find(|offset| self.0.load_word(*offset) == token).map(|offset| Shown { offset, token })
+    }
+
+    /// Whether a grant still shows where it was found.
+    pub(crate) fn is_shown(&self, shown: &Shown) -> bool {
+        self.0.load_word(shown.offset) == shown.token
+    }
+}
+
+/// A grant found in a peer's control memory.
+pub(crate) struct Shown {
+    offset: usize,
+    token: u64,
+}
+
+fn token(handoff: HandoffId) -> u64 {
+    handoff.0 as u64 | 1
+}
+
+fn slots(handoff: HandoffId) -> impl Iterator<Item = usize> {
+    let start = (handoff.0 >> 64) as usize % SLOTS;
+    (0..PROBES).map(move |probe| (FIRST_SLOT_WORD + (start + probe) % SLOTS) * WORD_BYTES)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn pair() -> (Control, PeerControl) {
+        let control = Control::new().unwrap();
+        let file = control.memory().file().try_clone_to_owned().unwrap();
+        let peer = PeerMemory::map(file, CONTROL_BYTES, "peer").unwrap();
+        (control, PeerControl::new(peer).unwrap())
+    }
+
+    #[test]
+    fn a_reader_sees_the_epoch_and_grants_come_and_go() {
+        let (control, peer) = pair();
+        let id = HandoffId(0xabc << 64 | 0x123);
+        control.set_epoch(Epoch(7));
+        assert_eq!(peer.epoch(), Epoch(7));
+        assert!(peer.find(id).is_none());
+        control.grant(id);
+        control.grant(id);
+        let shown = peer.find(id).unwrap();
+        assert!(peer.is_shown(&shown));
+        control.revoke(id);
+        assert!(!peer.is_shown(&shown) && peer.find(id).is_none());
+    }
+
+    /// Many handoffs that start at one slot, and others next to them, never hide or end each other.
+    #[test]
+    fn colliding_grants_do_not_disturb_each_other() {
+        let (control, peer) = pair();
+        let id = |n: u128| HandoffId((SLOTS as u128 - 3) << 64 | n << 1);
+        (1..=PROBES as u128).for_each(|n| control.grant(id(n)));
+        assert!((1..=PROBES as u128).all(|n| peer.find(id(n)).is_some()));
+        control.grant(id(1000));
+        assert!(peer.find(id(1000)).is_none(), "a full neighbourhood shows nothing more");
+        control.revoke(id(5));
+        assert!((1..=PROBES as u128).all(|n| peer.find(id(n)).is_some() == (n != 5)));
+        control.grant(id(1000));
+        assert!(peer.find(id(1000)).is_some());
+    }
+}

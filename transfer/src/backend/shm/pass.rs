@@ -1,0 +1,88 @@
+//! Frames with a file descriptor beside them, over a Unix socket.
+
+use std::io::{self, IoSlice, IoSliceMut};
+use std::mem::MaybeUninit;
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
+
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer, SendAncillaryMessage,
+    SendFlags, recvmsg, sendmsg,
+};
+use tokio::io::Interest;
+use tokio::net::UnixStream;
+
+use crate::backend::Fault;
+use crate::error::LinkError;
+use crate::wire::{HEADER_BYTES, Header, Kind, WireError, decode_len};
+
+/// Sends a whole frame and `file` beside it.
+pub(crate) async fn send(stream: &UnixStream, frame: &[u8], file: BorrowedFd<'_>) -> io::Result<()> {
+    let mut sent = 0;
+    while sent < frame.len() {
+        let send = || {
+            let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+            let mut control = SendAncillaryBuffer::new(&mut space);
+            let files = [file];
+            // The descriptor goes with the first bytes; what a full buffer left over goes without.
+            if sent == 0 {
+                control.push(SendAncillaryMessage::ScmRights(&files));
+            }
+            let bytes = [IoSlice::new(&frame[sent..])];
+            sendmsg(stream.as_fd(), &bytes, &mut control, SendFlags::NOSIGNAL).map_err(io::Error::from)
+        };
+        sent += stream.async_io(Interest::WRITABLE, send).await?;
+    }
+    Ok(())
+}
+
+/// Receives the answer to a handshake or a map request: its header, and the memory and its length.
+pub(crate) async fn receive(stream: &UnixStream, wanted: Kind) -> Result<(Header, OwnedFd, usize), Fault> {
+    let mut bytes = [0; HEADER_BYTES + 8];
+    let mut file = None;
+    let (mut received, mut needed) = (0, HEADER_BYTES);
+    while received < needed {
+        let receive = || receive_once(stream.as_fd(), &mut bytes[received..needed], &mut file);
+        match stream.async_io(Interest::READABLE, receive).await {
+            Ok(0) => return Err(LinkError::Closed.into()),
+            Ok(count) => received += count,
+            Err(error) => return Err(LinkError::io("receiving a descriptor")(error).into()),
+        }
+        if received == HEADER_BYTES {
+            let header = header_of(&bytes)?;
+            if header.kind == Kind::Refused {
+                return Err(Fault::refused(&header));
+            }
+            if header.kind != wanted || header.len != 8 {
+                return Err(Fault::protocol(WireError::Kind));
+            }
+            needed = HEADER_BYTES + 8;
+        }
+    }
+    let (head, payload) = bytes.split_at(HEADER_BYTES);
+    let header = header_of(&bytes)?;
+    let head = head.first_chunk().ok_or(LinkError::Closed)?;
+    header.verify(head, payload).map_err(Fault::protocol)?;
+    let len = decode_len(payload).map_err(Fault::protocol)?;
+    let len = usize::try_from(len).map_err(|_| Fault::protocol(WireError::Field))?;
+    let file = file.ok_or(Fault::protocol(WireError::Short))?;
+    Ok((header, file, len))
+}
+
+fn header_of(bytes: &[u8]) -> Result<Header, Fault> {
+    let head = bytes.first_chunk().ok_or(LinkError::Closed)?;
+    Header::decode(head).map_err(Fault::protocol)
+}
+
+fn receive_once(socket: BorrowedFd<'_>, bytes: &mut [u8], file: &mut Option<OwnedFd>) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+    let mut control = RecvAncillaryBuffer::new(&mut space);
+    let mut slices = [IoSliceMut::new(bytes)];
+    let message = recvmsg(socket, &mut slices, &mut control, RecvFlags::CMSG_CLOEXEC)?;
+    for message in control.drain() {
+        if let RecvAncillaryMessage::ScmRights(files) = message {
+            // At most one fits the buffer; any other was closed by the kernel.
+            *file = files.last().or(file.take());
+        }
+    }
+    Ok(message.bytes)
+}

@@ -1,0 +1,120 @@
+//! The owning side of `shm`: passes memory to readers on this host.
+
+use std::os::fd::AsFd;
+use std::sync::Arc;
+
+use rustix::process::geteuid;
+use tokio::io::AsyncWriteExt;
+use tokio::net::{UnixListener, UnixStream};
+use tokio::time::timeout;
+
+use super::pass;
+use crate::agent::server::{Denial, Life, Server};
+use crate::backend::CONNECT_TIMEOUT;
+use crate::backend::frames::FrameReader;
+use crate::backend::tcp::serve::refusal;
+use crate::error::{LinkError, Refusal};
+use crate::memory::HostMemory;
+use crate::wire::{self, Hello, Kind, WireError};
+
+/// Binds the socket of this process.
+pub(crate) fn bind(incarnation: u128) -> std::io::Result<UnixListener> {
+    let address = super::socket_address(incarnation)?;
+    let listener = std::os::unix::net::UnixListener::bind_addr(&address)?;
+    listener.set_nonblocking(true)?;
+    UnixListener::from_std(listener)
+}
+
+/// Accepts readers until the agent stops.
+pub(crate) async fn listen(server: Arc<Server>, listener: UnixListener) {
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = server.stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let Ok((stream, _)) = accepted else {
+            tokio::time::sleep(crate::backend::tcp::serve::ACCEPT_PAUSE).await;
+            continue;
+        };
+        let Ok(slot) = Arc::clone(&server.connections).try_acquire_owned() else { continue };
+        let mut connection = Connection { server: Arc::clone(&server), stream, frames: FrameReader::new() };
+        server.tasks.spawn(async move {
+            if let Err(error) = connection.run().await {
+                tracing::debug!(error = &error as &dyn std::error::Error, "shared memory reader ended");
+            }
+            drop(slot);
+        });
+    }
+}
+
+struct Connection {
+    server: Arc<Server>,
+    stream: UnixStream,
+    frames: FrameReader,
+}
+
+impl Connection {
+    async fn run(&mut self) -> Result<(), LinkError> {
+        let Some(life) = timeout(CONNECT_TIMEOUT, self.welcome()).await.map_err(|_| LinkError::Closed)??
+        else {
+            return Ok(());
+        };
+        loop {
+            let frame = tokio::select! {
+                biased;
+                () = life.ended.cancelled() => return Ok(()),
+                frame = self.frames.next(&mut self.stream) => frame?,
+            };
+            let Some((header, payload)) = frame else { return Ok(()) };
+            if header.kind != Kind::Map {
+                return Err(LinkError::Protocol(WireError::Kind));
+            }
+            let region = wire::decode_map(&payload).map_err(LinkError::Protocol)?;
+            match self.server.region(region) {
+                Some(memory) => self.pass(Kind::Mapped, &life, header.seq, &memory).await?,
+                None => self.refuse(Denial::Refused(Refusal::OutsideRegion), header.seq).await?,
+            }
+        }
+    }
+
+    async fn welcome(&mut self) -> Result<Option<Life>, LinkError> {
+        let Some((header, payload)) = self.frames.next(&mut self.stream).await? else { return Ok(None) };
+        if header.kind != Kind::Hello {
+            return Err(LinkError::Protocol(WireError::Kind));
+        }
+        let hello = Hello::decode(&payload).map_err(LinkError::Protocol)?;
+        let credentials = self.stream.peer_cred().map_err(LinkError::io("asking who connects"))?;
+        let admitted = match credentials.uid() == geteuid().as_raw() {
+            true => self.server.admit(header.epoch, &hello),
+            false => Err(Denial::Refused(Refusal::Unavailable)),
+        };
+        match admitted {
+            Ok(life) => {
+                let server = Arc::clone(&self.server);
+                self.pass(Kind::Welcome, &life, 0, server.control.memory()).await?;
+                Ok(Some(life))
+            }
+            Err(denial) => {
+                self.refuse(denial, 0).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn pass(
+        &mut self,
+        kind: Kind,
+        life: &Life,
+        seq: u64,
+        memory: &HostMemory,
+    ) -> Result<(), LinkError> {
+        let frame = wire::encode_frame(kind, life.epoch, seq, &(memory.len() as u64).to_le_bytes());
+        pass::send(&self.stream, &frame, memory.file().as_fd()).await.map_err(LinkError::io("passing memory"))
+    }
+
+    async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
+        let bytes = refusal(&self.server, denial, seq);
+        self.stream.write_all(&bytes).await.map_err(LinkError::io("sending a refusal"))
+    }
+}

@@ -1,0 +1,234 @@
+//! The reading side of `tcp`: a pool of streams to one peer.
+
+use std::net::SocketAddr;
+use std::ops::Range;
+use std::os::fd::AsFd;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::TcpStream;
+use tokio::sync::Semaphore;
+use tokio::time::timeout;
+
+use super::receive::Receiver;
+use crate::backend::frames::FrameReader;
+use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
+use crate::error::LinkError;
+use crate::session::BlockRead;
+use crate::wire::{self, HEADER_BYTES, Header, Kind, MAX_READ_BLOCKS, WireError};
+
+/// Bytes worth a stream of their own.
+const STRIPE_BYTES: u64 = 8 << 20;
+/// Bytes asked for at once; the next request is under way while they arrive.
+const REQUEST_BYTES: u64 = 8 << 20;
+/// Bytes received between two turns of other tasks.
+const YIELD_BYTES: usize = 4 << 20;
+
+/// The streams of one session.
+pub(crate) struct TcpLink {
+    pair: Pair,
+    address: SocketAddr,
+    streams: usize,
+    /// Permits to use a stream, given in the order they were asked for.
+    slots: Semaphore,
+    idle: Mutex<Vec<Stream>>,
+}
+
+/// A connection past its handshake, with no answer outstanding.
+struct Stream {
+    socket: TcpStream,
+    next_seq: u64,
+}
+
+impl TcpLink {
+    /// Opens the first stream, which proves that the peer is there and in the epoch meant.
+    pub(crate) async fn open(pair: Pair, address: SocketAddr, streams: usize) -> Result<Self, Fault> {
+        let streams = streams.clamp(1, 64);
+        let first = Stream::open(&pair, address).await?;
+        let idle = Mutex::new(vec![first]);
+        Ok(Self { pair, address, streams, slots: Semaphore::new(streams), idle })
+    }
+
+    pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
+        let stripes = plan_stripes(job.blocks, self.streams);
+        // The semaphore is never closed; were it, the link would be.
+        let slots = self.slots.acquire_many(stripes.len() as u32).await;
+        let _slots = slots.map_err(|_| LinkError::Closed)?;
+        match self.try_read(job, &stripes).await {
+            // An idle stream can have died unnoticed. A new one tells why, or works.
+            Err(Fault::Link(_)) if job.progress.moved() == 0 => {
+                self.idle().clear();
+                self.try_read(job, &stripes).await
+            }
+            outcome => outcome,
+        }
+    }
+
+    async fn try_read(&self, job: &ReadJob<'_>, stripes: &[Range<usize>]) -> Result<Vec<usize>, Fault> {
+        if let [only] = stripes {
+            return self.read_stripe(job, only.clone()).await;
+        }
+        let reads = stripes.iter().map(|stripe| self.read_stripe(job, stripe.clone()));
+        Ok(futures_util::future::try_join_all(reads).await?.concat())
+    }
+
+    async fn read_stripe(&self, job: &ReadJob<'_>, stripe: Range<usize>) -> Result<Vec<usize>, Fault> {
+        let idle = self.idle().pop();
+        let mut stream = match idle {
+            Some(stream) => stream,
+            None => Stream::open(&self.pair, self.address).await?,
+        };
+        let corrupt = stream.read(job, stripe, &self.pair).await?;
+        // Only a stream that gave every byte asked for is used again; dropping it closes it.
+        self.idle().push(stream);
+        Ok(corrupt)
+    }
+
+    fn idle(&self) -> MutexGuard<'_, Vec<Stream>> {
+        self.idle.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Stream {
+    async fn open(pair: &Pair, address: SocketAddr) -> Result<Self, Fault> {
+        let connect = async {
+            let mut socket = TcpStream::connect(address).await.map_err(LinkError::io("connecting"))?;
+            super::tune(&socket);
+            socket.write_all(&pair.hello()).await.map_err(LinkError::io("sending a hello"))?;
+            let answer = FrameReader::new().next(&mut socket).await.map_err(|error| match error {
+                LinkError::Protocol(error) => Fault::protocol(error),
+                other => Fault::Link(other),
+            })?;
+            let (header, _) = answer.ok_or(LinkError::Closed)?;
+            match header.kind {
+                Kind::Welcome if header.epoch == pair.epoch => Ok(Self { socket, next_seq: 1 }),
+                Kind::Refused => Err(Fault::refused(&header)),
+                _ => Err(Fault::protocol(WireError::Kind)),
+            }
+        };
+        timeout(CONNECT_TIMEOUT, connect)
+            .await
+            .unwrap_or_else(|_| Err(LinkError::io("connecting")(std::io::ErrorKind::TimedOut.into()).into()))
+    }
+
+    /// Reads `blocks` of the job with one request ahead of the answer being received.
+    async fn read(
+        &mut self,
+        job: &ReadJob<'_>,
+        blocks: Range<usize>,
+        pair: &Pair,
+    ) -> Result<Vec<usize>, Fault> {
+        let mut receiver = Receiver::new(job, blocks.clone());
+        let first = self.ask(job, blocks.start..blocks.end, pair).await?;
+        let mut asked = first.end;
+        let mut receiving = first;
+        loop {
+            let ahead = match asked < blocks.end {
+                true => Some(self.ask(job, asked..blocks.end, pair).await?),
+                false => None,
+            };
+            let outstanding = if ahead.is_some() { 2 } else { 1 };
+            let seq = self.next_seq - outstanding;
+            self.receive(&mut receiver, job, receiving, seq, pair).await?;
+            let Some(next) = ahead else { return Ok(receiver.corrupt) };
+            asked = next.end;
+            receiving = next;
+        }
+    }
+
+    /// Asks for as many of `blocks` as one request takes, and says which.
+    async fn ask(
+        &mut self,
+        job: &ReadJob<'_>,
+        blocks: Range<usize>,
+        pair: &Pair,
+    ) -> Result<Range<usize>, Fault> {
+        let mut total = 0;
+        let fits = |read: &&BlockRead| {
+            let first = total == 0;
+            total += u64::from(read.source.len);
+            first || total <= REQUEST_BYTES
+        };
+        let count = job.blocks[blocks.clone()].iter().take(MAX_READ_BLOCKS).take_while(fits).count();
+        let asked = blocks.start..blocks.start + count;
+        let sources = job.blocks[asked.clone()].iter().map(|read| read.source);
+        let payload = wire::encode_read(job.handoff, sources);
+        let frame = wire::encode_frame(Kind::Read, pair.epoch, self.next_seq, &payload);
+        self.next_seq += 1;
+        self.socket.write_all(&frame).await.map_err(LinkError::io("asking for blocks"))?;
+        Ok(asked)
+    }
+
+    /// Receives the answer to one request.
+    async fn receive(
+        &mut self,
+        receiver: &mut Receiver<'_>,
+        job: &ReadJob<'_>,
+        blocks: Range<usize>,
+        seq: u64,
+        pair: &Pair,
+    ) -> Result<(), Fault> {
+        let total: usize = job.blocks[blocks.clone()].iter().map(|read| read.source.len as usize).sum();
+        let mut head = [0; HEADER_BYTES];
+        let (mut headed, mut received, mut unyielded) = (0, 0, 0);
+        let socket = &self.socket;
+        while received < total {
+            let until = blocks.end;
+            let filled = socket
+                .async_io(Interest::READABLE, || receiver.fill(socket.as_fd(), &mut head[headed..], until))
+                .await
+                .map_err(LinkError::io("receiving blocks"))?;
+            if filled == 0 {
+                return Err(LinkError::Closed.into());
+            }
+            let of_head = filled.min(HEADER_BYTES - headed);
+            headed += of_head;
+            if of_head > 0 && headed == HEADER_BYTES {
+                check_answer(&head, total, seq, pair)?;
+            }
+            receiver.advance(filled - of_head);
+            received += filled - of_head;
+            unyielded += filled;
+            if unyielded >= YIELD_BYTES {
+                unyielded = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        debug_assert_eq!(receiver.next_block(), blocks.end, "an answer ends with its last block");
+        Ok(())
+    }
+}
+
+/// Whether `head` starts the `Data` of request `seq`.
+fn check_answer(head: &[u8; HEADER_BYTES], total: usize, seq: u64, pair: &Pair) -> Result<(), Fault> {
+    let header = Header::decode(head).map_err(Fault::protocol)?;
+    header.verify(head, &[]).map_err(Fault::protocol)?;
+    match header.kind {
+        Kind::Refused => Err(Fault::refused(&header)),
+        Kind::Data if header.epoch != pair.epoch => Err(Fault::Stale(Some(header.epoch))),
+        Kind::Data if header.seq == seq && header.len as usize == total => Ok(()),
+        _ => Err(Fault::protocol(WireError::Field)),
+    }
+}
+
+/// Shares blocks out to at most `streams` streams, in runs of about equal bytes, each worth its stream.
+fn plan_stripes(blocks: &[BlockRead], streams: usize) -> Vec<Range<usize>> {
+    let total: u64 = blocks.iter().map(|read| u64::from(read.source.len)).sum();
+    let wanted = (total / STRIPE_BYTES).clamp(1, streams as u64);
+    let mut stripes = Vec::with_capacity(wanted as usize);
+    let (mut start, mut bytes) = (0, 0);
+    for (at, read) in blocks.iter().enumerate() {
+        bytes += u64::from(read.source.len);
+        if bytes >= total.div_ceil(wanted) {
+            stripes.push(start..at + 1);
+            (start, bytes) = (at + 1, 0);
+        }
+    }
+    if start < blocks.len() {
+        stripes.push(start..blocks.len());
+    }
+    stripes
+}
+
+#[cfg(test)]
+mod tests;

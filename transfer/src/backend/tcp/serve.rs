@@ -1,0 +1,217 @@
+//! The serving side of `tcp`: admits connections and answers reads out of region memory.
+
+use std::io;
+use std::os::fd::AsFd;
+use std::sync::Arc;
+use std::time::Duration;
+
+use tokio::io::{AsyncWriteExt, Interest};
+use tokio::net::{TcpListener, TcpStream};
+use tokio::time::timeout;
+
+use crate::agent::server::{Denial, Life, Server, region};
+use crate::backend::CONNECT_TIMEOUT;
+use crate::backend::frames::FrameReader;
+use crate::error::{LinkError, Refusal};
+use crate::memory::{Span, write_gathered};
+use crate::session::Descriptor;
+use crate::wire::{self, Header, Hello, Kind, WireError};
+
+/// How long a peer may leave an answer lying before its stream is closed.
+const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// Wait after a failed accept: out of descriptors, most likely.
+pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+/// Most bytes handed to the system at once, so that streams take turns.
+const GATHER_BYTES: usize = 1 << 20;
+
+/// Accepts connections until the agent stops.
+pub(crate) async fn listen(server: Arc<Server>, listener: TcpListener) {
+    loop {
+        let accepted = tokio::select! {
+            biased;
+            () = server.stop.cancelled() => return,
+            accepted = listener.accept() => accepted,
+        };
+        let (stream, peer) = match accepted {
+            Ok(accepted) => accepted,
+            Err(error) => {
+                tracing::warn!(%error, "cannot accept a transfer connection");
+                tokio::time::sleep(ACCEPT_PAUSE).await;
+                continue;
+            }
+        };
+        let Ok(slot) = Arc::clone(&server.connections).try_acquire_owned() else {
+            tracing::warn!(%peer, "too many transfer connections, one was turned away");
+            continue;
+        };
+        let connection = Connection::new(Arc::clone(&server), stream);
+        server.tasks.spawn(async move {
+            if let Err(error) = connection.run().await {
+                tracing::debug!(%peer, error = &error as &dyn std::error::Error, "transfer stream ended");
+            }
+            drop(slot);
+        });
+    }
+}
+
+struct Connection {
+    server: Arc<Server>,
+    stream: TcpStream,
+    frames: FrameReader,
+}
+
+impl Connection {
+    fn new(server: Arc<Server>, stream: TcpStream) -> Self {
+        super::tune(&stream);
+        Self { server, stream, frames: FrameReader::new() }
+    }
+
+    async fn run(mut self) -> Result<(), LinkError> {
+        let Some(life) = timeout(CONNECT_TIMEOUT, self.welcome()).await.map_err(|_| LinkError::Closed)??
+        else {
+            return Ok(());
+        };
+        loop {
+            let frame = tokio::select! {
+                biased;
+                () = life.ended.cancelled() => return Ok(()),
+                frame = self.frames.next(&mut self.stream) => frame?,
+            };
+            let Some((header, payload)) = frame else { return Ok(()) };
+            if header.kind != Kind::Read {
+                return Err(LinkError::Protocol(WireError::Kind));
+            }
+            let read = wire::Read::decode(&payload).map_err(LinkError::Protocol)?;
+            self.answer(&life, &header, &read).await?;
+        }
+    }
+
+    /// The handshake; `None` when the connection was refused, which the peer has been told.
+    async fn welcome(&mut self) -> Result<Option<Life>, LinkError> {
+        let Some((header, payload)) = self.frames.next(&mut self.stream).await? else { return Ok(None) };
+        if header.kind != Kind::Hello {
+            return Err(LinkError::Protocol(WireError::Kind));
+        }
+        let hello = Hello::decode(&payload).map_err(LinkError::Protocol)?;
+        match self.server.admit(header.epoch, &hello) {
+            Ok(life) => {
+                let welcome = wire::encode_frame(Kind::Welcome, life.epoch, 0, &[]);
+                self.stream.write_all(&welcome).await.map_err(LinkError::io("sending a welcome"))?;
+                Ok(Some(life))
+            }
+            Err(denial) => {
+                self.refuse(denial, 0).await?;
+                Ok(None)
+            }
+        }
+    }
+
+    async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
+        let bytes = refusal(&self.server, denial, seq);
+        self.stream.write_all(&bytes).await.map_err(LinkError::io("sending a refusal"))
+    }
+
+    async fn answer(&mut self, life: &Life, header: &Header, read: &wire::Read) -> Result<(), LinkError> {
+        if header.epoch != life.epoch {
+            self.server.counters.stale_refused();
+            return self.refuse(Denial::Stale, header.seq).await;
+        }
+        let regions = self.server.regions();
+        let permit = match self.server.permit(&regions, read.handoff, &read.blocks) {
+            Ok(permit) => permit,
+            Err(denial) => return self.refuse(denial, header.seq).await,
+        };
+        let len = read.blocks.iter().map(|block| block.len).sum();
+        let head = Header { kind: Kind::Data, code: 0, len, epoch: life.epoch, seq: header.seq }.encode(&[]);
+        let span = |block: &Descriptor| {
+            let memory = region(&regions, block.region)?;
+            Some(Span { memory, offset: block.offset as usize, len: block.len as usize })
+        };
+        let Some(spans) = read.blocks.iter().map(span).collect::<Option<Vec<_>>>() else {
+            return self.refuse(Denial::Refused(Refusal::OutsideRegion), header.seq).await;
+        };
+        let send = send(&self.stream, &head, &spans);
+        let sent = tokio::select! {
+            biased;
+            sent = timeout(STALL_TIMEOUT, send) => sent.map_err(|_| LinkError::Closed)?,
+            // The memory is about to be reused: rather no answer than a wrong one.
+            () = permit.revoked.cancelled() => Err(LinkError::Closed),
+            () = life.ended.cancelled() => Err(LinkError::Closed),
+        };
+        self.server.counters.served(sent?);
+        Ok(())
+    }
+}
+
+/// What a denied peer is told.
+pub(crate) fn refusal(server: &Server, denial: Denial, seq: u64) -> [u8; wire::HEADER_BYTES] {
+    let refusal = match denial {
+        Denial::Stale => None,
+        Denial::Refused(refusal) => Some(refusal),
+    };
+    wire::encode_refusal(refusal, server.epoch(), seq)
+}
+
+/// Sends a header and blocks; the bytes of blocks sent.
+async fn send(stream: &TcpStream, head: &[u8], spans: &[Span<'_>]) -> Result<u64, LinkError> {
+    let mut cursor = Gather { head, spans, within: 0 };
+    // The socket has room more often than not: try before asking the reactor.
+    let mut wrote = cursor.write(stream);
+    let mut total = 0;
+    loop {
+        match wrote {
+            Ok(0) => return Err(LinkError::Closed),
+            Ok(bytes) => {
+                total += bytes as u64;
+                cursor.advance(bytes);
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(LinkError::io("sending blocks")(error)),
+        }
+        if cursor.is_done() {
+            return Ok(total - wire::HEADER_BYTES as u64);
+        }
+        wrote = stream.async_io(Interest::WRITABLE, || cursor.write(stream)).await;
+    }
+}
+
+/// What is still to be sent.
+struct Gather<'a> {
+    head: &'a [u8],
+    spans: &'a [Span<'a>],
+    /// Bytes of the first span already sent.
+    within: usize,
+}
+
+impl Gather<'_> {
+    fn write(&self, stream: &TcpStream) -> io::Result<usize> {
+        let mut room = GATHER_BYTES;
+        let spans = self.spans.iter().enumerate().map_while(|(i, span)| {
+            let skip = if i == 0 { self.within } else { 0 };
+            let len = (span.len - skip).min(room);
+            room -= len;
+            (len > 0).then_some(Span { memory: span.memory, offset: span.offset + skip, len })
+        });
+        write_gathered(stream.as_fd(), self.head, spans)
+    }
+
+    fn advance(&mut self, mut bytes: usize) {
+        let of_head = bytes.min(self.head.len());
+        self.head = &self.head[of_head..];
+        bytes -= of_head;
+        while let Some((first, rest)) = self.spans.split_first() {
+            let left = first.len - self.within;
+            if bytes < left {
+                self.within += bytes;
+                return;
+            }
+            bytes -= left;
+            self.within = 0;
+            self.spans = rest;
+        }
+    }
+
+    fn is_done(&self) -> bool {
+        self.head.is_empty() && self.spans.is_empty()
+    }
+}

@@ -1,0 +1,133 @@
+//! Counters of an agent and decaying means of a session.
+
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::Duration;
+
+use baton_config::Bytes;
+
+use crate::agent::BackendKind;
+use crate::error::ErrorKind;
+use crate::session::SessionStats;
+
+/// Weight of the newest value in a decaying mean.
+const NEWEST: f64 = 0.2;
+/// Smallest read that says something about bandwidth.
+const BANDWIDTH_MIN_BYTES: u64 = 64 << 10;
+
+/// What an agent has counted since it started.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Stats {
+    read: [u64; BackendKind::ALL.len()],
+    errors: [u64; ErrorKind::ALL.len()],
+    served: u64,
+    /// Blocks that failed their digest.
+    pub checksum_mismatches: u64,
+    /// Requests and sessions refused here because they meant another life, of this worker or of the peer.
+    pub stale_refused: u64,
+}
+
+impl Stats {
+    /// Bytes of blocks read over `backend`.
+    pub fn read_bytes(&self, backend: BackendKind) -> Bytes {
+        Bytes(self.read[backend as usize])
+    }
+
+    /// Reads that ended in an error of `kind`.
+    pub fn errors(&self, kind: ErrorKind) -> u64 {
+        self.errors[kind as usize]
+    }
+
+    /// Bytes of blocks sent to peers; what peers take over `shm` is not seen here.
+    pub fn served_bytes(&self) -> Bytes {
+        Bytes(self.served)
+    }
+}
+
+/// The counters behind [`Stats`].
+#[derive(Debug, Default)]
+pub(crate) struct Counters {
+    read: [AtomicU64; BackendKind::ALL.len()],
+    errors: [AtomicU64; ErrorKind::ALL.len()],
+    served: AtomicU64,
+    checksum_mismatches: AtomicU64,
+    stale_refused: AtomicU64,
+}
+
+impl Counters {
+    pub(crate) fn read(&self, backend: BackendKind, bytes: u64) {
+        self.read[backend as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn error(&self, kind: ErrorKind) {
+        self.errors[kind as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn served(&self, bytes: u64) {
+        self.served.fetch_add(bytes, Ordering::Relaxed);
+    }
+
+    pub(crate) fn checksum_mismatches(&self, blocks: u64) {
+        self.checksum_mismatches.fetch_add(blocks, Ordering::Relaxed);
+    }
+
+    pub(crate) fn stale_refused(&self) {
+        self.stale_refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn snapshot(&self) -> Stats {
+        let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
+        Stats {
+            read: std::array::from_fn(|i| get(&self.read[i])),
+            errors: std::array::from_fn(|i| get(&self.errors[i])),
+            served: get(&self.served),
+            checksum_mismatches: get(&self.checksum_mismatches),
+            stale_refused: get(&self.stale_refused),
+        }
+    }
+}
+
+/// Bandwidth and latency of a path, as decaying means.
+#[derive(Debug, Default)]
+pub(crate) struct PathMeter(std::sync::Mutex<SessionStats>);
+
+impl PathMeter {
+    pub(crate) fn record(&self, bytes: u64, elapsed: Duration, first_byte: Duration) {
+        let mut stats = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let seconds = elapsed.as_secs_f64();
+        if bytes >= BANDWIDTH_MIN_BYTES && seconds > 0.0 {
+            stats.bytes_per_second = Some(decay(stats.bytes_per_second, bytes as f64 / seconds));
+        }
+        let latency = decay(stats.latency.map(|mean| mean.as_secs_f64()), first_byte.as_secs_f64());
+        stats.latency = Some(Duration::from_secs_f64(latency));
+        stats.bytes = Bytes(stats.bytes.0 + bytes);
+    }
+
+    pub(crate) fn snapshot(&self) -> SessionStats {
+        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+    }
+}
+
+fn decay(mean: Option<f64>, newest: f64) -> f64 {
+    mean.map_or(newest, |mean| mean + NEWEST * (newest - mean))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn means_follow_the_newest_values_and_small_reads_say_nothing_about_bandwidth() {
+        let meter = PathMeter::default();
+        meter.record(4096, Duration::from_micros(20), Duration::from_micros(20));
+        assert_eq!(meter.snapshot().bytes_per_second, None);
+        assert_eq!(meter.snapshot().latency, Some(Duration::from_micros(20)));
+        for _ in 0..40 {
+            meter.record(1 << 20, Duration::from_millis(1), Duration::from_micros(100));
+        }
+        let stats = meter.snapshot();
+        let bandwidth = stats.bytes_per_second.unwrap();
+        assert!((bandwidth / (1_048_576.0 * 1000.0) - 1.0).abs() < 1e-6, "{bandwidth}");
+        assert!(stats.latency.unwrap() > Duration::from_micros(99));
+        assert_eq!(stats.bytes, Bytes(4096 + (40 << 20)));
+    }
+}
