@@ -200,8 +200,9 @@ impl Exporter {
         let publishing = Publishing::begin(&self.0, handoff);
         let slots = self.slots(blocks.len(), deadline).await?;
         let jobs = self.0.jobs_of(handoff, epoch, blocks, slots);
+        // Collected first: a closure in the stream would make the compiler lose sight of the future being `Send`.
+        let jobs: Vec<_> = jobs.into_iter().map(|job| self.0.run(job)).collect();
         let prepare = stream::iter(jobs)
-            .map(|job| self.0.run(job))
             .buffered(JOBS_IN_FLIGHT)
             .try_collect::<Vec<Vec<Prepared>>>();
         let prepared =

@@ -146,7 +146,7 @@ impl<P: Peer> Stage<'_, P> {
     }
 
     /// Fills a slot with what its block holds now, if tokens outside the range share the block.
-    async fn with_other_tokens(&self, dest: u32, slot: Slot) -> Result<Slot, PullCause> {
+    async fn with_other_tokens(&mut self, dest: u32, slot: Slot) -> Result<Slot, PullCause> {
         let plan = &self.reader.plan;
         let tokens = &self.reader.tokens;
         let start = u64::from(dest) * u64::from(plan.dest().block_tokens);
