@@ -1,2 +1,39 @@
-//! Placeholder: see ARCHITECTURE.md.
+//! The router of Baton: one OpenAI-compatible endpoint in front of a fleet of prefill and decode workers.
+//!
+//! ```text
+//! client --HTTP--> server -> gateway -> request (parse, validate) -> model (template, tokenize)
+//!                                |
+//!                                v
+//!        fleet (who is there) -> schedule (choose P and D) -> dispatch (both calls, replay)
+//!                                                                 |
+//! client <--SSE/JSON-- answer (detokenize, stop strings, encode) <+
+//! ```
+//!
+//! Invariants: requests begun = ok + client errors + refused + failed + in flight (`account`); the tokens of a stream
+//! are at every moment a prefix of what one undisturbed engine would have produced (`dispatch`); text shown is always
+//! a prefix of the text of all tokens (`model::decode`, `stop`). What is absent: this crate never sees KV bytes,
+//! tickets or transfer metadata, and no file but `reply` knows a status code.
 #![forbid(unsafe_code)]
+
+mod account;
+mod admit;
+mod answer;
+mod body;
+mod clock;
+mod dispatch;
+mod fleet;
+mod gateway;
+mod metrics;
+mod model;
+mod options;
+mod reply;
+mod request;
+mod routes;
+mod schedule;
+mod server;
+mod stop;
+
+pub use fleet::{Member, Roster, RosterFeed};
+pub use model::ModelError;
+pub use options::{Disaggregation, Limits, ModelOptions, Policy, RouterOptions, Timeouts};
+pub use server::{ServeError, Stop, serve_with};

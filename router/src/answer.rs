@@ -1,0 +1,85 @@
+//! From generated tokens to the bytes of an answer.
+
+mod choice;
+mod encode;
+mod events;
+mod whole;
+
+use std::convert::Infallible;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::task::{Context, Poll};
+
+use bytes::Bytes;
+use futures_util::stream::{self, BoxStream, StreamExt as _};
+use hyper::body::{Body, Frame, SizeHint};
+
+use crate::dispatch::{DispatchError, Dispatcher};
+use crate::model::Model;
+pub(crate) use choice::{ChoiceSpec, Delta};
+pub(crate) use encode::{Api, ChunkWriter, Head, Meter};
+pub(crate) use events::EventStream;
+pub(crate) use whole::collect;
+
+/// Choices of one request that are generated at the same time; further ones follow as these end.
+const CHOICES_AT_ONCE: usize = 16;
+
+/// Deltas of all choices of a request, as they come.
+pub(crate) type Deltas = BoxStream<'static, Result<Delta, DispatchError>>;
+
+/// Begins all choices of a request.
+pub(crate) fn deltas(dispatcher: &Arc<Dispatcher>, model: &Arc<Model>, mut specs: Vec<ChoiceSpec>) -> Deltas {
+    if specs.len() == 1
+        && let Some(spec) = specs.pop()
+    {
+        return choice::run(Arc::clone(dispatcher), Arc::clone(model), spec);
+    }
+    let (dispatcher, model) = (Arc::clone(dispatcher), Arc::clone(model));
+    let runs =
+        stream::iter(specs).map(move |spec| choice::run(Arc::clone(&dispatcher), Arc::clone(&model), spec));
+    runs.flatten_unordered(CHOICES_AT_ONCE).boxed()
+}
+
+/// The body of any answer.
+#[derive(Debug)]
+pub(crate) enum AnswerBody {
+    /// All at once.
+    Full(Option<Bytes>),
+    /// As it is generated.
+    Events(Pin<Box<EventStream>>),
+}
+
+impl AnswerBody {
+    /// A body that is complete.
+    pub(crate) fn full(bytes: Bytes) -> Self {
+        Self::Full(Some(bytes))
+    }
+}
+
+impl Body for AnswerBody {
+    type Data = Bytes;
+    type Error = Infallible;
+
+    fn poll_frame(
+        self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+        match self.get_mut() {
+            Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
+            Self::Events(events) => {
+                events.as_mut().poll_bytes(cx).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+            }
+        }
+    }
+
+    fn is_end_stream(&self) -> bool {
+        matches!(self, Self::Full(None))
+    }
+
+    fn size_hint(&self) -> SizeHint {
+        match self {
+            Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
+            Self::Events(_) => SizeHint::default(),
+        }
+    }
+}

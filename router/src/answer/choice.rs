@@ -1,0 +1,160 @@
+//! One choice: tokens become text, stop strings end it, log-probabilities and reports travel along.
+
+use std::sync::Arc;
+
+use baton_config::protocol::{FinishReason, TokenLogprob};
+use futures_util::stream::{self, StreamExt as _};
+use tokio::time::Instant;
+
+use super::Deltas;
+use crate::dispatch::{DispatchError, Dispatcher, Generation, Job, Progress, Trace};
+use crate::metrics::Metrics;
+use crate::model::{Decoder, Model};
+use crate::stop::StopMatcher;
+
+/// What to generate as one choice.
+#[derive(Debug)]
+pub(crate) struct ChoiceSpec {
+    /// Its number in the answer.
+    pub(crate) index: u32,
+    pub(crate) job: Job,
+    pub(crate) stop: Vec<String>,
+    /// Text that comes before the generated one.
+    pub(crate) echo: Option<String>,
+    /// Every token is passed on at once, with its id and digest.
+    pub(crate) every_token: bool,
+    /// When the request began.
+    pub(crate) started: Instant,
+}
+
+/// News of one choice.
+#[derive(Debug, Default)]
+pub(crate) struct Delta {
+    pub(crate) index: u32,
+    pub(crate) text: String,
+    pub(crate) tokens: Vec<u32>,
+    /// One per token, where asked for.
+    pub(crate) logprobs: Vec<(u32, TokenLogprob)>,
+    /// After the last of `tokens`, where asked for.
+    pub(crate) logits_digest: Option<u64>,
+    /// With the last delta.
+    pub(crate) end: Option<End>,
+}
+
+/// The end of a choice.
+#[derive(Debug)]
+pub(crate) struct End {
+    pub(crate) reason: FinishReason,
+    pub(crate) trace: Trace,
+    /// Milliseconds from the request to the first token.
+    pub(crate) ttft_ms: Option<f64>,
+}
+
+/// A choice being generated.
+struct Run {
+    generation: Generation,
+    spec: ChoiceSpec,
+    metrics: Arc<Metrics>,
+    decoder: Decoder,
+    stops: StopMatcher,
+    /// What is known and not passed on yet.
+    pending: Delta,
+    piece: String,
+    first_at: Option<Instant>,
+    last_at: Option<Instant>,
+}
+
+/// The deltas of one choice; nothing is sent before the first poll.
+pub(super) fn run(dispatcher: Arc<Dispatcher>, model: Arc<Model>, mut spec: ChoiceSpec) -> Deltas {
+    let metrics = Arc::clone(&dispatcher.metrics);
+    let pending = Delta { index: spec.index, text: spec.echo.take().unwrap_or_default(), ..Delta::default() };
+    let run = Run {
+        generation: Generation::new(dispatcher, spec.job.clone()),
+        stops: StopMatcher::new(std::mem::take(&mut spec.stop)),
+        decoder: Decoder::new(Arc::clone(&model.vocabulary)),
+        spec,
+        metrics,
+        pending,
+        piece: String::new(),
+        first_at: None,
+        last_at: None,
+    };
+    stream::unfold(Some(run), |run| async move {
+        let mut run = run?;
+        match run.next().await {
+            Ok(delta) if delta.end.is_some() => Some((Ok(delta), None)),
+            Ok(delta) => Some((Ok(delta), Some(run))),
+            Err(error) => Some((Err(error), None)),
+        }
+    })
+    .boxed()
+}
+
+impl Run {
+    async fn next(&mut self) -> Result<Delta, DispatchError> {
+        loop {
+            match self.generation.next().await? {
+                Progress::Token { token, logprob, logits_digest } => {
+                    self.clock();
+                    self.pending.tokens.push(token);
+                    self.pending.logprobs.extend(logprob.map(|logprob| (token, logprob)));
+                    self.pending.logits_digest = logits_digest.or(self.pending.logits_digest);
+                    if self.push_text(token) {
+                        return Ok(self.end(FinishReason::Stop));
+                    }
+                    if self.spec.every_token || !self.pending.text.is_empty() {
+                        return Ok(self.take());
+                    }
+                }
+                Progress::Finished(reason) => {
+                    self.piece.clear();
+                    self.decoder.finish(&mut self.piece);
+                    let stopped = self.stops.push(&self.piece, &mut self.pending.text);
+                    if !stopped {
+                        self.stops.finish(&mut self.pending.text);
+                    }
+                    return Ok(self.end(if stopped { FinishReason::Stop } else { reason }));
+                }
+            }
+        }
+    }
+
+    /// Adds the text of a token; whether a stop string ended it.
+    fn push_text(&mut self, token: u32) -> bool {
+        // An end token is no part of the text, even if it is an ordinary one.
+        if self.spec.job.end_tokens.contains(&token) {
+            return false;
+        }
+        self.piece.clear();
+        self.decoder.push(token, &mut self.piece);
+        self.stops.push(&self.piece, &mut self.pending.text)
+    }
+
+    fn clock(&mut self) {
+        let now = Instant::now();
+        match self.last_at.replace(now) {
+            Some(last) => self.metrics.itl.observe(now.duration_since(last).as_secs_f64()),
+            None => {
+                self.first_at = Some(now);
+                self.metrics.ttft.observe(now.duration_since(self.spec.started).as_secs_f64());
+            }
+        }
+        self.metrics.completion_tokens.inc();
+    }
+
+    fn take(&mut self) -> Delta {
+        let next = Delta { index: self.spec.index, ..Delta::default() };
+        std::mem::replace(&mut self.pending, next)
+    }
+
+    fn end(&mut self, reason: FinishReason) -> Delta {
+        let mut delta = self.take();
+        let ttft = self.first_at.map(|at| at.duration_since(self.spec.started));
+        delta.end = Some(End {
+            reason,
+            trace: self.generation.trace().clone(),
+            ttft_ms: ttft.map(|ttft| ttft.as_secs_f64() * 1000.0),
+        });
+        delta
+    }
+}

@@ -1,0 +1,63 @@
+//! An answer that is sent as a whole.
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use serde_json::{Value, json};
+
+use super::Deltas;
+use super::choice::{Delta, End};
+use super::encode::{Api, Head, Meter, baton_object, chat_logprobs, completion_logprobs, reason_name};
+use crate::dispatch::DispatchError;
+
+/// Waits for all choices and writes the answer.
+pub(crate) async fn collect(
+    mut deltas: Deltas,
+    head: &Head,
+    mut meter: Meter,
+    choices: usize,
+) -> Result<Bytes, DispatchError> {
+    let mut wholes: Vec<Delta> = Vec::new();
+    wholes.resize_with(choices, Delta::default);
+    while let Some(delta) = deltas.next().await {
+        let delta = delta?;
+        meter.add(&delta);
+        let whole = &mut wholes[delta.index as usize];
+        whole.index = delta.index;
+        whole.text.push_str(&delta.text);
+        whole.tokens.extend(delta.tokens);
+        whole.logprobs.extend(delta.logprobs);
+        whole.logits_digest = delta.logits_digest.or(whole.logits_digest);
+        whole.end = delta.end.or(whole.end.take());
+    }
+    let object = match head.api {
+        Api::Chat => "chat.completion",
+        Api::Completions => "text_completion",
+    };
+    let choices: Vec<Value> = wholes.into_iter().map(|whole| choice(head, whole)).collect();
+    let answer = json!({
+        "id": head.id, "object": object, "created": head.created, "model": head.model,
+        "system_fingerprint": null, "choices": choices, "usage": meter.usage()
+    });
+    Ok(Bytes::from(answer.to_string()))
+}
+
+fn choice(head: &Head, whole: Delta) -> Value {
+    let reason = whole.end.as_ref().map(|end: &End| reason_name(end.reason));
+    let mut choice = json!({ "index": whole.index, "finish_reason": reason, "logprobs": null });
+    if head.logprobs {
+        choice["logprobs"] = match head.api {
+            Api::Chat => chat_logprobs(&head.vocabulary, &whole.logprobs),
+            Api::Completions => completion_logprobs(&head.vocabulary, &whole.logprobs, &mut 0),
+        };
+    }
+    if let Some(object) = baton_object(head.debug, &whole.tokens, whole.logits_digest, whole.end.as_ref()) {
+        choice["baton"] = object;
+    }
+    match head.api {
+        Api::Chat => {
+            choice["message"] = json!({ "role": "assistant", "content": whole.text, "refusal": null });
+        }
+        Api::Completions => choice["text"] = Value::String(whole.text),
+    }
+    choice
+}

@@ -1,0 +1,357 @@
+//! Brings one generation to workers and keeps it going: placement, both calls at once, replay when a worker is lost.
+//!
+//! A [`Generation`] is pulled, never pushed: a client that reads slowly makes it read slowly, which the worker feels;
+//! dropping it closes both connections, which cancels the request on both sides.
+
+mod attempt;
+mod call;
+mod lines;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+
+use baton_config::protocol::{FinishReason, PrefillReport, Sampling, TokenLogprob};
+use baton_config::{Epoch, HandoffId, WorkerId};
+use tokio::time::Instant;
+use tokio_util::task::TaskTracker;
+
+use crate::fleet::{Fleet, Worker};
+use crate::metrics::{Metrics, MoveReason};
+use crate::options::Timeouts;
+use crate::schedule::{self, Candidate, Rules, Snapshot, Work};
+use attempt::{Attempt, Event, Lost, Pair};
+pub(crate) use call::Caller;
+
+/// Workers that are tried before the first token.
+const ATTEMPTS_MAX: usize = 4;
+/// Times a stream may move after its first token.
+const MIGRATIONS_MAX: u32 = 3;
+/// Bandwidth assumed between two workers that have measured none, in bytes per second.
+const DEFAULT_BANDWIDTH: f64 = 1e9;
+/// Between two looks for a replacement worker, besides changes of the view.
+const RETRY_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
+
+/// What all generations share.
+#[derive(Debug)]
+pub(crate) struct Dispatcher {
+    pub(crate) fleet: Arc<Fleet>,
+    pub(crate) caller: Caller,
+    pub(crate) rules: Rules,
+    pub(crate) timeouts: Timeouts,
+    pub(crate) metrics: Arc<Metrics>,
+    /// Owns what is left to do after a generation ended.
+    pub(crate) tracker: TaskTracker,
+    pub(crate) vocab: u32,
+    tickets: AtomicU64,
+}
+
+/// One choice to generate.
+#[derive(Debug, Clone)]
+pub(crate) struct Job {
+    pub(crate) request_id: String,
+    pub(crate) prompt: Arc<[u32]>,
+    pub(crate) max_tokens: u32,
+    pub(crate) sampling: Sampling,
+    pub(crate) logits_digest: bool,
+    /// The model's own end tokens, unless ignored, and the request's.
+    pub(crate) end_tokens: Arc<[u32]>,
+}
+
+/// The next thing that happened to a generation.
+#[derive(Debug)]
+pub(crate) enum Progress {
+    /// A token.
+    Token { token: u32, logprob: Option<TokenLogprob>, logits_digest: Option<u64> },
+    /// The end.
+    Finished(FinishReason),
+}
+
+/// Why a generation could not be brought to its end.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum DispatchError {
+    /// No worker is there.
+    #[error("no worker can serve")]
+    NoWorker,
+    /// Every worker is full.
+    #[error("all workers are full")]
+    Overloaded,
+    /// A worker says that no worker can ever serve this.
+    #[error("refused by a worker")]
+    Refused,
+    /// Too many workers were lost, or the stream cannot be replayed.
+    #[error("worker lost")]
+    WorkerLost,
+    /// The system gives no random numbers.
+    #[error("no entropy")]
+    Entropy,
+}
+
+/// Where a generation ran and what its prefill took.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Trace {
+    /// The prefill worker of the first placement that gave a token, if not the decode worker itself.
+    pub(crate) prefill: Option<WorkerId>,
+    /// The decode worker that served last.
+    pub(crate) decode: Option<WorkerId>,
+    /// What the first decode worker said of its prefill.
+    pub(crate) report: Option<PrefillReport>,
+    /// Moves after the first token.
+    pub(crate) migrations: u32,
+}
+
+impl Dispatcher {
+    /// A dispatcher over `fleet`.
+    pub(crate) fn new(
+        fleet: Arc<Fleet>,
+        caller: Caller,
+        rules: Rules,
+        timeouts: Timeouts,
+        metrics: Arc<Metrics>,
+        vocab: u32,
+    ) -> Self {
+        let tracker = TaskTracker::new();
+        Self { fleet, caller, rules, timeouts, metrics, tracker, vocab, tickets: AtomicU64::new(0) }
+    }
+
+    /// Chooses workers for `tokens` among those not in `avoid`.
+    fn choose(&self, tokens: u32, avoid: &[(WorkerId, Epoch)]) -> Option<Pair> {
+        let workers = self.fleet.workers();
+        let now = Instant::now();
+        let ready = |worker: &Arc<Worker>| worker.member.ready;
+        let well =
+            |worker: &Arc<Worker>| !worker.is_down(now) && worker.silent_for(now) < self.timeouts.frozen;
+        let avoided = |worker: &Arc<Worker>| {
+            avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
+        };
+        let candidates = |fits: &dyn Fn(&Arc<Worker>) -> bool| -> Vec<Candidate> {
+            let fitting = workers.iter().enumerate().filter(|(_, worker)| ready(worker) && fits(worker));
+            fitting.map(|(key, worker)| candidate(key, worker)).collect()
+        };
+        let mut decode = candidates(&|w| w.member.role.decodes() && !avoided(w) && well(w));
+        if decode.is_empty() {
+            // Rather one that may be down than none.
+            decode = candidates(&|w| w.member.role.decodes() && !avoided(w));
+        }
+        let prefill = candidates(&|w| w.member.role.prefills() && well(w));
+        let work = Work { tokens, ticket: self.tickets.fetch_add(1, Ordering::Relaxed) };
+        let transfer_s =
+            |prefill: usize, decode: usize| transfer_s(&workers[prefill], &workers[decode], tokens);
+        let choice = schedule::choose(&Snapshot { decode, prefill }, work, self.rules, &transfer_s)?;
+        Some(Pair {
+            decode: Arc::clone(&workers[choice.decode]),
+            prefill: choice.prefill.map(|key| Arc::clone(&workers[key])),
+        })
+    }
+}
+
+fn candidate(key: usize, worker: &Worker) -> Candidate {
+    let load = worker.load();
+    Candidate {
+        key,
+        requests: load.requests,
+        prefill_tokens: load.prefill_tokens,
+        prefill_tokens_per_s: load.prefill_tokens_per_s,
+        itl_ms: load.itl_ms,
+        kv_used: load.kv_used,
+    }
+}
+
+fn transfer_s(prefill: &Worker, decode: &Worker, tokens: u32) -> f64 {
+    let Some(geometry) = &prefill.member.kv else { return 0.0 };
+    let bytes = geometry.token_bytes().0 as f64 * f64::from(tokens);
+    let measured = decode.bandwidth_from(&prefill.member.worker);
+    bytes / measured.unwrap_or(DEFAULT_BANDWIDTH)
+}
+
+/// One choice being generated.
+#[derive(Debug)]
+pub(crate) struct Generation {
+    dispatcher: Arc<Dispatcher>,
+    job: Job,
+    /// Every token received; with the prompt, all that a replay needs.
+    sent: Vec<u32>,
+    attempt: Option<Attempt>,
+    /// Workers that failed this generation, in the life in which they did.
+    failed: Vec<(WorkerId, Epoch)>,
+    overloaded: bool,
+    /// Set while a stream that had begun looks for another worker.
+    moving: Option<(MoveReason, Instant)>,
+    trace: Trace,
+}
+
+impl Generation {
+    /// A generation that begins when first asked for progress.
+    pub(crate) fn new(dispatcher: Arc<Dispatcher>, job: Job) -> Self {
+        Self {
+            dispatcher,
+            job,
+            sent: Vec::new(),
+            attempt: None,
+            failed: Vec::new(),
+            overloaded: false,
+            moving: None,
+            trace: Trace::default(),
+        }
+    }
+
+    /// Where it ran so far.
+    pub(crate) fn trace(&self) -> &Trace {
+        &self.trace
+    }
+
+    /// Waits for the next token or the end.
+    pub(crate) async fn next(&mut self) -> Result<Progress, DispatchError> {
+        loop {
+            let attempt = match &mut self.attempt {
+                Some(attempt) => attempt,
+                None => {
+                    let placed = self.place().await?;
+                    self.attempt.insert(placed)
+                }
+            };
+            match attempt.next().await {
+                Ok(Event::Token { token, logprob, logits_digest }) => {
+                    if token >= self.dispatcher.vocab || self.sent.len() >= self.job.max_tokens as usize {
+                        self.lost(Lost::protocol("a token beyond the vocabulary or the limit"))?;
+                        continue;
+                    }
+                    if let Some((reason, _)) = self.moving.take() {
+                        self.dispatcher.metrics.migrated(reason, true);
+                    }
+                    self.sent.push(token);
+                    return Ok(Progress::Token { token, logprob, logits_digest });
+                }
+                Ok(Event::Prefilled(report)) => self.prefilled(report),
+                Ok(Event::Finished(reason)) => {
+                    if let Some(attempt) = self.attempt.take() {
+                        attempt.linger(&self.dispatcher.tracker);
+                    }
+                    return Ok(Progress::Finished(reason));
+                }
+                Err(lost) => {
+                    self.lost(lost)?;
+                    if let Some(reason) = self.already_ended() {
+                        return Ok(Progress::Finished(reason));
+                    }
+                }
+            }
+        }
+    }
+
+    fn prefilled(&mut self, report: PrefillReport) {
+        if let Some(why) = &report.fallback {
+            self.dispatcher.metrics.fallbacks.inc();
+            tracing::warn!(
+                request = self.job.request_id,
+                decode = ?self.trace.decode,
+                prefill = ?self.trace.prefill,
+                why,
+                "handoff given up; the decode worker prefilled"
+            );
+        }
+        self.trace.report.get_or_insert(report);
+    }
+
+    /// The end that the lost worker did not get to say: nothing is left to generate.
+    fn already_ended(&self) -> Option<FinishReason> {
+        let last = self.sent.last()?;
+        if self.job.end_tokens.contains(last) {
+            return Some(FinishReason::Stop);
+        }
+        (self.sent.len() >= self.job.max_tokens as usize).then_some(FinishReason::Length)
+    }
+
+    /// Takes leave of the worker that failed and decides whether there may be another one.
+    fn lost(&mut self, lost: Lost) -> Result<(), DispatchError> {
+        let Some(attempt) = self.attempt.take() else { return Err(DispatchError::WorkerLost) };
+        let worker = Arc::clone(&attempt.pair.decode);
+        drop(attempt);
+        let sent = self.sent.len();
+        tracing::warn!(
+            request = self.job.request_id,
+            worker = %worker.member.worker,
+            epoch = %worker.member.epoch,
+            sent,
+            why = %lost,
+            "worker failed a request"
+        );
+        if lost.unreachable() {
+            worker.mark_down(Instant::now());
+        }
+        if matches!(lost, Lost::Refused(_)) && sent == 0 {
+            return Err(DispatchError::Refused);
+        }
+        self.overloaded |= matches!(lost, Lost::Overloaded);
+        self.failed.push((worker.member.worker.clone(), worker.member.epoch));
+        if sent == 0 {
+            return if self.failed.len() < ATTEMPTS_MAX { Ok(()) } else { Err(self.exhausted()) };
+        }
+        if self.already_ended().is_some() {
+            return Ok(());
+        }
+        let reason = lost.reason();
+        // A running digest of logits cannot be taken up by a worker that did not compute its beginning.
+        if self.job.logits_digest || self.trace.migrations >= MIGRATIONS_MAX {
+            self.dispatcher.metrics.migrated(reason, false);
+            return Err(DispatchError::WorkerLost);
+        }
+        self.trace.migrations += 1;
+        let patience = Instant::now() + self.dispatcher.timeouts.replacement;
+        self.moving = Some((reason, patience));
+        // Only the last one is avoided for good: an earlier one may have recovered.
+        let last = self.failed.len() - 1;
+        self.failed.drain(..last);
+        Ok(())
+    }
+
+    fn exhausted(&self) -> DispatchError {
+        if self.overloaded {
+            DispatchError::Overloaded
+        } else if self.failed.is_empty() {
+            DispatchError::NoWorker
+        } else {
+            DispatchError::WorkerLost
+        }
+    }
+
+    /// Finds workers and sends both calls.
+    async fn place(&mut self) -> Result<Attempt, DispatchError> {
+        let mut changes = self.dispatcher.fleet.changes();
+        loop {
+            let tokens = u32::try_from(self.job.prompt.len() + self.sent.len()).unwrap_or(u32::MAX);
+            if let Some(pair) = self.dispatcher.choose(tokens, &self.failed) {
+                return self.open(pair);
+            }
+            let Some((reason, patience)) = self.moving else { return Err(self.exhausted()) };
+            if Instant::now() >= patience {
+                self.dispatcher.metrics.migrated(reason, false);
+                return Err(DispatchError::WorkerLost);
+            }
+            changes.mark_unchanged();
+            let _ = tokio::time::timeout(RETRY_EVERY, changes.changed()).await;
+        }
+    }
+
+    fn open(&mut self, pair: Pair) -> Result<Attempt, DispatchError> {
+        let decision = if pair.prefill.is_some() { "disaggregated" } else { "local" };
+        self.dispatcher.metrics.dispatched(decision);
+        self.trace.decode = Some(pair.decode.member.worker.clone());
+        if self.sent.is_empty() {
+            self.trace.prefill = pair.prefill.as_ref().map(|worker| worker.member.worker.clone());
+        }
+        let handoff = match &pair.prefill {
+            Some(_) => Some(new_handoff_id()?),
+            None => None,
+        };
+        Ok(Attempt::open(&self.dispatcher, &self.job, &self.sent, pair, handoff))
+    }
+}
+
+fn new_handoff_id() -> Result<HandoffId, DispatchError> {
+    let mut bytes = [0; 16];
+    getrandom::fill(&mut bytes).map_err(|error| {
+        tracing::error!(%error, "no random numbers from the system");
+        DispatchError::Entropy
+    })?;
+    Ok(HandoffId(u128::from_le_bytes(bytes)))
+}

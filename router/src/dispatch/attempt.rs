@@ -1,0 +1,381 @@
+//! One attempt at a generation: a decode worker, perhaps a prefill worker, both called at once.
+
+use std::fmt;
+use std::future::Future;
+use std::pin::Pin;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_config::HandoffId;
+use baton_config::protocol::{
+    FailureCode, FinishReason, GenerateEvent, GenerateRequest, HandoffRef, PrefillReply, PrefillReport,
+    PrefillRequest, TokenLogprob,
+};
+use bytes::Bytes;
+use futures_util::FutureExt as _;
+use http_body_util::BodyExt as _;
+use hyper::body::Incoming;
+use hyper_util::client::legacy::ResponseFuture;
+use tokio::time::{Instant, Sleep};
+use tokio_util::task::TaskTracker;
+
+use super::call::{self, CallError, Caller};
+use super::lines::{LineError, Lines};
+use super::{Dispatcher, Job};
+use crate::fleet::{Occupied, Worker};
+use crate::metrics::{Metrics, MoveReason};
+use crate::options::Timeouts;
+
+/// How often a stream without tokens looks whether its worker still lives.
+const TICK: Duration = Duration::from_millis(250);
+/// For the body of an error answer, and for what is left after the last token.
+const LINGER: Duration = Duration::from_secs(2);
+
+/// The workers of an attempt.
+#[derive(Debug)]
+pub(super) struct Pair {
+    pub(super) decode: Arc<Worker>,
+    pub(super) prefill: Option<Arc<Worker>>,
+}
+
+/// What a worker sent.
+#[derive(Debug)]
+pub(super) enum Event {
+    Token { token: u32, logprob: Option<TokenLogprob>, logits_digest: Option<u64> },
+    Prefilled(PrefillReport),
+    Finished(FinishReason),
+}
+
+/// Why an attempt ended without an end.
+#[derive(Debug, thiserror::Error)]
+pub(super) enum Lost {
+    /// Never connected.
+    #[error("cannot connect: {0}")]
+    Unreachable(String),
+    /// The connection broke, or ended early.
+    #[error("connection lost: {0}")]
+    Broken(String),
+    /// Nothing for too long.
+    #[error("no progress for {} ms", .0.as_millis())]
+    Silent(Duration),
+    /// The worker is full.
+    #[error("overloaded")]
+    Overloaded,
+    /// The worker is leaving, or in another life than the view says.
+    #[error("unavailable: {0}")]
+    Unavailable(String),
+    /// The worker says that this can never be served.
+    #[error("refused: {0}")]
+    Refused(String),
+    /// The engine broke.
+    #[error("engine failed: {0}")]
+    Engine(String),
+    /// Bytes that are not of the protocol.
+    #[error("not the protocol: {0}")]
+    Protocol(String),
+}
+
+impl Lost {
+    /// A breach of the protocol.
+    pub(super) fn protocol(what: &str) -> Self {
+        Self::Protocol(what.to_owned())
+    }
+
+    /// Whether others should keep away from the worker for a while.
+    pub(super) fn unreachable(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Broken(_) | Self::Silent(_))
+    }
+
+    /// The label of the migration that follows.
+    pub(super) fn reason(&self) -> MoveReason {
+        match self {
+            Self::Unreachable(_) | Self::Broken(_) => MoveReason::Connection,
+            Self::Silent(_) => MoveReason::Timeout,
+            Self::Overloaded | Self::Unavailable(_) | Self::Refused(_) | Self::Engine(_) => {
+                MoveReason::Worker
+            }
+            Self::Protocol(_) => MoveReason::Protocol,
+        }
+    }
+
+    fn of_code(code: FailureCode, message: String) -> Self {
+        match code {
+            FailureCode::Refused => Self::Refused(message),
+            FailureCode::Overloaded => Self::Overloaded,
+            FailureCode::Unavailable => Self::Unavailable(message),
+            FailureCode::Engine => Self::Engine(message),
+        }
+    }
+}
+
+/// The whole chain of causes on one line, for the log.
+fn chain(error: &dyn std::error::Error) -> String {
+    let mut text = error.to_string();
+    let mut cause = error.source();
+    while let Some(error) = cause {
+        text.push_str(": ");
+        text.push_str(&error.to_string());
+        cause = error.source();
+    }
+    text
+}
+
+impl From<CallError> for Lost {
+    fn from(error: CallError) -> Self {
+        match error {
+            CallError::Connect(_) => Self::Unreachable(chain(&error)),
+            CallError::Broken(_) => Self::Broken(chain(&error)),
+            CallError::Refused { code, message, .. } => Self::of_code(code, message),
+            CallError::Protocol(_) => Self::Protocol(chain(&error)),
+        }
+    }
+}
+
+impl From<LineError> for Lost {
+    fn from(error: LineError) -> Self {
+        Self::Protocol(chain(&error))
+    }
+}
+
+/// The call to the prefill worker, until it answers.
+type PrefillCall = Pin<Box<dyn Future<Output = ()> + Send>>;
+
+/// The call to the decode worker, until its answer begins.
+type Opening = Pin<Box<dyn Future<Output = Result<Incoming, Lost>> + Send>>;
+
+/// The answer of the decode worker.
+enum Source {
+    /// Not begun.
+    Opening(Opening),
+    /// Streaming.
+    Open(Incoming),
+}
+
+/// One attempt.
+pub(super) struct Attempt {
+    pub(super) pair: Pair,
+    source: Source,
+    lines: Lines,
+    occupied: Occupied,
+    prefill: Option<PrefillCall>,
+    timeouts: Timeouts,
+    progress_at: Instant,
+    begun: bool,
+    tick: Pin<Box<Sleep>>,
+}
+
+impl fmt::Debug for Attempt {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("Attempt")
+            .field("pair", &self.pair)
+            .field("begun", &self.begun)
+            .finish_non_exhaustive()
+    }
+}
+
+impl Attempt {
+    /// Sends both calls.
+    pub(super) fn open(
+        dispatcher: &Dispatcher,
+        job: &Job,
+        sent: &[u32],
+        pair: Pair,
+        handoff: Option<HandoffId>,
+    ) -> Self {
+        let mut tokens = Vec::with_capacity(job.prompt.len() + sent.len());
+        tokens.extend_from_slice(&job.prompt);
+        tokens.extend_from_slice(sent);
+        let uncached = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        let generated = u32::try_from(sent.len()).unwrap_or(u32::MAX);
+        let remote = handoff.zip(pair.prefill.as_ref());
+        let mut generate = GenerateRequest {
+            request_id: job.request_id.clone(),
+            tokens,
+            generated,
+            max_tokens: job.max_tokens - generated,
+            sampling: job.sampling.clone(),
+            cache_salt: 0,
+            logits_digest: job.logits_digest,
+            handoff: remote.map(|(id, prefill)| HandoffRef {
+                id,
+                own_epoch: pair.decode.member.epoch,
+                peer: prefill.peer(),
+            }),
+        };
+        let call = dispatcher.caller.post(pair.decode.authority(), "/v1/generate", encode(&generate));
+        let source = Source::Opening(Box::pin(opened(call)));
+        let prefill = remote.map(|(id, prefill)| {
+            let request = PrefillRequest {
+                request_id: job.request_id.clone(),
+                tokens: std::mem::take(&mut generate.tokens),
+                generated,
+                sampling: job.sampling.clone(),
+                cache_salt: 0,
+                logits_digest: job.logits_digest,
+                handoff: HandoffRef { id, own_epoch: prefill.member.epoch, peer: pair.decode.peer() },
+            };
+            let body = encode(&request);
+            let occupied = prefill.occupy(uncached);
+            let (caller, metrics) = (dispatcher.caller.clone(), Arc::clone(&dispatcher.metrics));
+            let call = call_prefill(caller, metrics, Arc::clone(prefill), body, occupied);
+            Box::pin(call) as PrefillCall
+        });
+        let occupied = pair.decode.occupy(if prefill.is_some() { 0 } else { uncached });
+        Self {
+            pair,
+            source,
+            lines: Lines::default(),
+            occupied,
+            prefill,
+            timeouts: dispatcher.timeouts.clone(),
+            progress_at: Instant::now(),
+            begun: false,
+            tick: Box::pin(tokio::time::sleep(TICK)),
+        }
+    }
+
+    /// Waits for the next event.
+    pub(super) async fn next(&mut self) -> Result<Event, Lost> {
+        loop {
+            if let Some(event) = self.lines.next_event()? {
+                self.progress_at = Instant::now();
+                return self.take(event);
+            }
+            tokio::select! {
+                biased;
+                read = read(&mut self.source, &mut self.lines) => read?,
+                () = wait(&mut self.prefill), if self.prefill.is_some() => self.prefill = None,
+                () = self.tick.as_mut() => self.check_progress()?,
+            }
+        }
+    }
+
+    fn take(&mut self, event: GenerateEvent) -> Result<Event, Lost> {
+        match event {
+            GenerateEvent::Token { token, logprob, logits_digest } => {
+                if !self.begun {
+                    self.begun = true;
+                    self.occupied.prefilled();
+                }
+                Ok(Event::Token { token, logprob, logits_digest })
+            }
+            GenerateEvent::Prefilled(report) => Ok(Event::Prefilled(report)),
+            GenerateEvent::Finished { reason } => Ok(Event::Finished(reason)),
+            GenerateEvent::Failed { code, message } => Err(Lost::of_code(code, message)),
+        }
+    }
+
+    fn check_progress(&mut self) -> Result<(), Lost> {
+        let now = Instant::now();
+        self.tick.as_mut().reset(now + TICK);
+        let quiet = now.duration_since(self.progress_at);
+        let patience = if self.begun { self.timeouts.progress } else { self.timeouts.first_token };
+        let frozen =
+            quiet >= self.timeouts.frozen && self.pair.decode.silent_for(now) >= self.timeouts.frozen;
+        if quiet >= patience || frozen { Err(Lost::Silent(quiet)) } else { Ok(()) }
+    }
+
+    /// Lets what is left of a finished attempt end by itself, so that its connections can be used again.
+    pub(super) fn linger(self, tracker: &TaskTracker) {
+        let Self { source, prefill, occupied, .. } = self;
+        drop(occupied);
+        let body = match source {
+            Source::Open(mut body) => match body.frame().now_or_never() {
+                Some(None) => None,
+                _ => Some(body),
+            },
+            Source::Opening(_) => None,
+        };
+        if body.is_none() && prefill.is_none() {
+            return;
+        }
+        tracker.spawn(async move {
+            let rest = async move {
+                if let Some(mut body) = body {
+                    while let Some(Ok(_)) = body.frame().await {}
+                }
+                if let Some(prefill) = prefill {
+                    prefill.await;
+                }
+            };
+            let _ = tokio::time::timeout(LINGER, rest).await;
+        });
+    }
+}
+
+/// Reads the next piece of the answer; safe to drop at any await and call again.
+async fn read(source: &mut Source, lines: &mut Lines) -> Result<(), Lost> {
+    match source {
+        Source::Opening(call) => {
+            let body = call.as_mut().await?;
+            *source = Source::Open(body);
+            Ok(())
+        }
+        Source::Open(body) => match body.frame().await {
+            Some(Ok(frame)) => {
+                if let Some(data) = frame.data_ref() {
+                    lines.push(data)?;
+                }
+                Ok(())
+            }
+            Some(Err(error)) => Err(Lost::Broken(chain(&error))),
+            None if lines.is_mid_line() => Err(Lost::Broken("the stream ended within a line".to_owned())),
+            None => Err(Lost::Broken("the stream ended without an end".to_owned())),
+        },
+    }
+}
+
+/// Waits for the head of the answer and, if that is an error, for its body.
+async fn opened(call: ResponseFuture) -> Result<Incoming, Lost> {
+    let response = call.await.map_err(call::sort)?;
+    match tokio::time::timeout(LINGER, call::accepted(response)).await {
+        Ok(accepted) => Ok(accepted?),
+        Err(_) => Err(Lost::protocol("an error answer without an end")),
+    }
+}
+
+async fn wait(call: &mut Option<PrefillCall>) {
+    match call {
+        Some(call) => call.as_mut().await,
+        None => std::future::pending().await,
+    }
+}
+
+fn encode<T: serde::Serialize>(message: &T) -> Bytes {
+    match serde_json::to_vec(message) {
+        Ok(bytes) => Bytes::from(bytes),
+        Err(error) => {
+            // Only non-finite numbers could do this and they are refused at the edge; the worker will refuse this too.
+            tracing::error!(%error, "a message could not be written");
+            Bytes::new()
+        }
+    }
+}
+
+/// Calls the prefill worker and sees to its answer; the decode worker needs no help to get over its failure.
+async fn call_prefill(
+    caller: Caller,
+    metrics: Arc<Metrics>,
+    worker: Arc<Worker>,
+    body: Bytes,
+    occupied: Occupied,
+) {
+    let _occupied = occupied;
+    let answer = async {
+        let response = caller.post(worker.authority(), "/v1/prefill", body).await.map_err(call::sort)?;
+        let bytes = call::read_whole(call::accepted(response).await?).await?;
+        serde_json::from_slice::<PrefillReply>(&bytes).map_err(CallError::Protocol)
+    };
+    match answer.await {
+        Ok(reply) => {
+            tracing::debug!(worker = %worker.member.worker, outcome = ?reply.outcome, "prefill done");
+        }
+        Err(error) => {
+            metrics.prefill_failures.inc();
+            if matches!(error, CallError::Connect(_)) {
+                worker.mark_down(Instant::now());
+            }
+            tracing::warn!(worker = %worker.member.worker, error = chain(&error), "prefill failed");
+        }
+    }
+}

@@ -1,0 +1,124 @@
+//! HTTP calls to workers.
+
+use std::time::Duration;
+
+use baton_config::protocol::{FailureCode, WorkerError, WorkerStatus};
+use bytes::Bytes;
+use http::header::CONTENT_TYPE;
+use http::uri::Authority;
+use http::{HeaderValue, Method, Request, Response, StatusCode, Uri};
+use http_body_util::{BodyExt as _, Full, Limited};
+use hyper::body::Incoming;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::client::legacy::{Client, ResponseFuture};
+use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+/// Idle connections kept per worker.
+const IDLE_CONNECTIONS: usize = 256;
+/// How long an idle connection is kept.
+const IDLE_FOR: Duration = Duration::from_secs(30);
+/// Largest answer that is read as a whole.
+const ANSWER_MAX_BYTES: usize = 4 << 20;
+
+/// Why a call to a worker failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum CallError {
+    /// No connection.
+    #[error("cannot connect")]
+    Connect(#[source] hyper_util::client::legacy::Error),
+    /// The connection broke.
+    #[error("the connection broke")]
+    Broken(#[source] Box<dyn std::error::Error + Send + Sync>),
+    /// The worker answered with an error.
+    #[error("answered {status}: {message}")]
+    Refused {
+        /// The status.
+        status: StatusCode,
+        /// Its cause.
+        code: FailureCode,
+        /// For the log.
+        message: String,
+    },
+    /// The answer is not of the protocol.
+    #[error("not an answer of the protocol")]
+    Protocol(#[source] serde_json::Error),
+}
+
+/// The connections to all workers.
+#[derive(Debug, Clone)]
+pub(crate) struct Caller {
+    client: Client<HttpConnector, Full<Bytes>>,
+}
+
+impl Caller {
+    /// A caller that gives up connecting after `connect`.
+    pub(crate) fn new(connect: Duration) -> Self {
+        let mut connector = HttpConnector::new();
+        connector.set_connect_timeout(Some(connect));
+        connector.set_nodelay(true);
+        let client = Client::builder(TokioExecutor::new())
+            .pool_timer(TokioTimer::new())
+            .pool_idle_timeout(IDLE_FOR)
+            .pool_max_idle_per_host(IDLE_CONNECTIONS)
+            .build(connector);
+        Self { client }
+    }
+
+    /// Begins a POST; the future resolves when the head of the answer is there.
+    pub(super) fn post(&self, authority: &Authority, path: &'static str, body: Bytes) -> ResponseFuture {
+        let mut request = Request::new(Full::new(body));
+        *request.method_mut() = Method::POST;
+        *request.uri_mut() = uri(authority, path);
+        request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+        self.client.request(request)
+    }
+
+    /// `GET /v1/state`.
+    pub(crate) async fn state(&self, authority: &Authority) -> Result<WorkerStatus, CallError> {
+        let mut request = Request::new(Full::default());
+        *request.uri_mut() = uri(authority, "/v1/state");
+        let response = self.client.request(request).await.map_err(sort)?;
+        let body = accepted(response).await?;
+        let bytes = read_whole(body).await?;
+        serde_json::from_slice(&bytes).map_err(CallError::Protocol)
+    }
+}
+
+fn uri(authority: &Authority, path: &'static str) -> Uri {
+    let mut parts = http::uri::Parts::default();
+    parts.scheme = Some(http::uri::Scheme::HTTP);
+    parts.authority = Some(authority.clone());
+    parts.path_and_query = Some(http::uri::PathAndQuery::from_static(path));
+    // All three parts are there, which is all that can go wrong.
+    Uri::from_parts(parts).unwrap_or_default()
+}
+
+/// Tells a refused connection from one that broke later.
+pub(super) fn sort(error: hyper_util::client::legacy::Error) -> CallError {
+    if error.is_connect() { CallError::Connect(error) } else { CallError::Broken(Box::new(error)) }
+}
+
+/// The body of a good answer, or the error that the answer is.
+pub(super) async fn accepted(response: Response<Incoming>) -> Result<Incoming, CallError> {
+    let status = response.status();
+    if status.is_success() {
+        return Ok(response.into_body());
+    }
+    let bytes = read_whole(response.into_body()).await?;
+    let error = serde_json::from_slice::<WorkerError>(&bytes);
+    let code = match (&error, status) {
+        (Ok(error), _) => error.code,
+        (Err(_), StatusCode::TOO_MANY_REQUESTS) => FailureCode::Overloaded,
+        (Err(_), StatusCode::SERVICE_UNAVAILABLE | StatusCode::CONFLICT) => FailureCode::Unavailable,
+        (Err(_), status) if status.is_client_error() => FailureCode::Refused,
+        (Err(_), _) => FailureCode::Engine,
+    };
+    let message = error.map_or_else(|_| String::new(), |error| error.message);
+    Err(CallError::Refused { status, code, message })
+}
+
+/// Reads a body of bounded size.
+pub(super) async fn read_whole(body: Incoming) -> Result<Bytes, CallError> {
+    let collected = Limited::new(body, ANSWER_MAX_BYTES).collect().await.map_err(CallError::Broken)?;
+    Ok(collected.to_bytes())
+}

@@ -1,0 +1,389 @@
+//! From a request's head to its answer.
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+
+use bytes::Bytes;
+use futures_util::StreamExt as _;
+use http::{Request, Response, StatusCode};
+use hyper::body::Incoming;
+use serde_json::json;
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
+
+use crate::account::Entry;
+use crate::admit::{Gate, Place};
+use crate::answer::{self, AnswerBody, Api, ChoiceSpec, ChunkWriter, EventStream, Head, Meter};
+use crate::body;
+use crate::clock::unix_seconds;
+use crate::dispatch::{DispatchError, Dispatcher, Job};
+use crate::metrics::Metrics;
+use crate::model::{Model, PromptError, TemplateError};
+use crate::options::{Limits, Timeouts};
+use crate::reply::{self, Refusal};
+use crate::request::{self, Ask, Bounds, Input, Prompt};
+use crate::routes::Route;
+
+/// Bodies larger than this are parsed and tokenized on a thread of their own, so that nobody else waits.
+const INLINE_MAX_BYTES: usize = 8 << 10;
+
+/// Everything a connection needs to answer requests.
+#[derive(Debug)]
+pub(crate) struct Gateway {
+    pub(crate) model: Arc<Model>,
+    pub(crate) dispatcher: Arc<Dispatcher>,
+    pub(crate) metrics: Arc<Metrics>,
+    pub(crate) gate: Gate,
+    pub(crate) limits: Limits,
+    pub(crate) timeouts: Timeouts,
+    /// Large bodies being parsed and tokenized at once.
+    pub(crate) tokenizing: Arc<Semaphore>,
+    /// Off as soon as the router was asked to stop.
+    pub(crate) accepting: AtomicBool,
+}
+
+/// A request whose prompts are tokens.
+struct Prepared {
+    ask: Ask,
+    prompts: Vec<Tokenized>,
+}
+
+/// One prompt.
+struct Tokenized {
+    tokens: Vec<u32>,
+    echo: Option<String>,
+}
+
+impl Gateway {
+    /// Answers one request. Never fails: what goes wrong is an answer too.
+    pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<AnswerBody> {
+        let path = request.uri().path();
+        let route = Route::of_path(path);
+        let entry = Entry::open(Arc::clone(&self.metrics), route);
+        if let Err(refused) = route.check(request.method(), path) {
+            let response = refused.response();
+            entry.refused(&refused);
+            return response;
+        }
+        let response = match route {
+            Route::Chat => return self.generate(Api::Chat, request, entry).await,
+            Route::Completions => return self.generate(Api::Completions, request, entry).await,
+            Route::Models => self.models(),
+            Route::Model => match self.one_model(path) {
+                Ok(response) => response,
+                Err(refused) => {
+                    entry.refused(&refused);
+                    return refused.response();
+                }
+            },
+            Route::Live => reply::text(true, "text/plain", "ok\n".to_owned()),
+            Route::Health | Route::Ready => self.readiness(),
+            Route::Metrics | Route::Other => {
+                reply::text(true, "text/plain; version=0.0.4", self.metrics.render())
+            }
+        };
+        entry.answered(response.status().as_u16());
+        response
+    }
+
+    fn readiness(&self) -> Response<AnswerBody> {
+        let (ready, why) = if !self.accepting.load(Ordering::Acquire) {
+            (false, "draining\n")
+        } else if !self.dispatcher.fleet.can_serve() {
+            (false, "no worker can serve\n")
+        } else {
+            (true, "ok\n")
+        };
+        reply::text(ready, "text/plain", why.to_owned())
+    }
+
+    fn model_object(&self, name: &str) -> serde_json::Value {
+        json!({
+            "id": name, "object": "model", "created": 0, "owned_by": "baton", "root": self.model.id,
+            "max_model_len": self.model.max_context
+        })
+    }
+
+    fn models(&self) -> Response<AnswerBody> {
+        let data: Vec<_> = self.model.names.iter().map(|name| self.model_object(name)).collect();
+        let body = json!({ "object": "list", "data": data });
+        reply::json(StatusCode::OK, Bytes::from(body.to_string()))
+    }
+
+    fn one_model(&self, path: &str) -> Result<Response<AnswerBody>, Refusal> {
+        let name = path.strip_prefix("/v1/models/").unwrap_or_default();
+        let name = percent_decoded(name);
+        self.check_model(&name)?;
+        Ok(reply::json(StatusCode::OK, Bytes::from(self.model_object(&name).to_string())))
+    }
+
+    fn check_model(&self, name: &str) -> Result<(), Refusal> {
+        if self.model.names.iter().any(|known| known == name) {
+            return Ok(());
+        }
+        Err(Refusal::UnknownModel { model: name.to_owned() })
+    }
+
+    async fn generate(
+        self: Arc<Self>,
+        api: Api,
+        request: Request<Incoming>,
+        entry: Entry,
+    ) -> Response<AnswerBody> {
+        let started = Instant::now();
+        let begun = self.begin(api, request, started).await;
+        let (prepared, place) = match begun {
+            Ok(begun) => begun,
+            Err(refused) => {
+                let response = refused.response();
+                entry.refused(&refused);
+                return response;
+            }
+        };
+        self.answer(api, prepared, started, (entry, place)).await
+    }
+
+    /// Everything before workers are involved.
+    async fn begin(
+        self: &Arc<Self>,
+        api: Api,
+        request: Request<Incoming>,
+        _started: Instant,
+    ) -> Result<(Prepared, Place), Refusal> {
+        body::check_head(request.headers(), self.limits.body)?;
+        self.gate.check()?;
+        let bytes = body::read(request.into_body(), self.limits.body, self.timeouts.body).await?;
+        let place = self.gate.enter().await?;
+        let prepared = if bytes.len() <= INLINE_MAX_BYTES {
+            self.prepare(api, &bytes)?
+        } else {
+            let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
+            let this = Arc::clone(self);
+            tokio::task::spawn_blocking(move || this.prepare(api, &bytes)).await.map_err(|error| {
+                tracing::error!(%error, "preparing a request panicked");
+                Refusal::Internal
+            })??
+        };
+        Ok((prepared, place))
+    }
+
+    /// Parses, validates and tokenizes.
+    fn prepare(&self, api: Api, bytes: &[u8]) -> Result<Prepared, Refusal> {
+        let bounds = Bounds {
+            vocab: self.model.vocab,
+            choices: self.limits.choices,
+            messages: self.limits.messages,
+        };
+        let mut ask = match api {
+            Api::Chat => request::parse_chat(bytes, &bounds)?,
+            Api::Completions => request::parse_completions(bytes, &bounds)?,
+        };
+        self.check_model(&ask.model)?;
+        let input = std::mem::replace(&mut ask.input, Input::Prompts(Vec::new()));
+        let prompts = match input {
+            Input::Chat(messages) => {
+                let tokens = self.model.chat_tokens(&messages).map_err(|e| prompt_refusal(&e, "messages"))?;
+                vec![Tokenized { tokens, echo: None }]
+            }
+            Input::Prompts(prompts) => {
+                let tokenize = |prompt| self.tokenize(prompt, ask.echo);
+                prompts.into_iter().map(tokenize).collect::<Result<_, _>>()?
+            }
+        };
+        for prompt in &prompts {
+            self.check_context(api, prompt.tokens.len(), ask.max_tokens)?;
+        }
+        Ok(Prepared { ask, prompts })
+    }
+
+    fn tokenize(&self, prompt: Prompt, echo: bool) -> Result<Tokenized, Refusal> {
+        match prompt {
+            Prompt::Text(text) => {
+                let tokens = self.model.text_tokens(&text).map_err(|e| prompt_refusal(&e, "prompt"))?;
+                Ok(Tokenized { tokens, echo: echo.then_some(text) })
+            }
+            Prompt::Tokens(tokens) => {
+                let echo = echo.then(|| self.model.vocabulary.decode(&tokens));
+                Ok(Tokenized { tokens, echo })
+            }
+        }
+    }
+
+    fn check_context(&self, api: Api, prompt: usize, max_tokens: Option<u32>) -> Result<(), Refusal> {
+        let limit = u64::from(self.model.max_context);
+        let wanted = u64::from(max_tokens.unwrap_or(1));
+        if prompt as u64 + wanted <= limit {
+            return Ok(());
+        }
+        let param = if api == Api::Chat { "messages" } else { "prompt" };
+        let message = format!(
+            "This model's maximum context length is {limit} tokens. However, you requested {} tokens ({prompt} in the \
+             prompt, {wanted} in the completion). Please reduce the prompt or the completion length.",
+            prompt as u64 + wanted
+        );
+        Err(Refusal::ContextLength { message, param })
+    }
+
+    /// Generates all choices and answers.
+    async fn answer(
+        self: Arc<Self>,
+        api: Api,
+        prepared: Prepared,
+        started: Instant,
+        held: (Entry, Place),
+    ) -> Response<AnswerBody> {
+        let Prepared { ask, prompts } = prepared;
+        let Ok(head) = self.head(api, &ask) else {
+            let (entry, _place) = held;
+            entry.refused(&Refusal::Internal);
+            return Refusal::Internal.response();
+        };
+        let prompt_tokens: u64 = prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
+        self.metrics.prompt_tokens.inc_by(prompt_tokens);
+        let meter = Meter::new(prompt_tokens, ask.n);
+        let specs = self.specs(&ask, prompts, &head.id, started);
+        let choices = specs.len();
+        let mut deltas = answer::deltas(&self.dispatcher, &self.model, specs);
+        if !ask.stream {
+            let (entry, _place) = held;
+            return match answer::collect(deltas, &head, meter, choices).await {
+                Ok(body) => {
+                    entry.answered(200);
+                    reply::json(StatusCode::OK, body)
+                }
+                Err(error) => {
+                    let refused = refusal(&error);
+                    entry.refused(&refused);
+                    refused.response()
+                }
+            };
+        }
+        // The status is decided by the first token: no error may hide inside a 200 that has not begun.
+        match deltas.next().await {
+            Some(Ok(first)) => {
+                let writer = ChunkWriter::new(head, choices);
+                let events = EventStream::new(deltas, first, writer, meter, held);
+                reply::event_stream(AnswerBody::Events(Box::pin(events)))
+            }
+            other => {
+                let refused = match other {
+                    Some(Err(error)) => refusal(&error),
+                    _ => Refusal::Internal,
+                };
+                let (entry, _place) = held;
+                entry.refused(&refused);
+                refused.response()
+            }
+        }
+    }
+
+    fn head(&self, api: Api, ask: &Ask) -> Result<Head, getrandom::Error> {
+        let mut random = [0; 12];
+        getrandom::fill(&mut random)?;
+        let kind = if api == Api::Chat { "chatcmpl" } else { "cmpl" };
+        let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        Ok(Head {
+            api,
+            id: format!("{kind}-{hex}"),
+            created: unix_seconds(),
+            model: ask.model.clone(),
+            logprobs: ask.sampling.logprobs.is_some(),
+            debug: ask.debug,
+            include_usage: ask.include_usage,
+            vocabulary: Arc::clone(&self.model.vocabulary),
+        })
+    }
+
+    fn specs(&self, ask: &Ask, prompts: Vec<Tokenized>, id: &str, started: Instant) -> Vec<ChoiceSpec> {
+        let mut end_tokens = ask.sampling.stop_tokens.clone();
+        if !ask.sampling.ignore_eos {
+            end_tokens.extend_from_slice(&self.model.eos);
+        }
+        let end_tokens: Arc<[u32]> = end_tokens.into();
+        let mut specs = Vec::with_capacity(prompts.len() * ask.n as usize);
+        for prompt in prompts {
+            let room = self.model.max_context - u32::try_from(prompt.tokens.len()).unwrap_or(0);
+            let tokens: Arc<[u32]> = prompt.tokens.into();
+            for choice in 0..ask.n {
+                let index = u32::try_from(specs.len()).unwrap_or(u32::MAX);
+                let mut sampling = ask.sampling.clone();
+                sampling.seed = sampling.seed.wrapping_add(u64::from(choice));
+                let job = Job {
+                    request_id: format!("{id}-{index}"),
+                    prompt: Arc::clone(&tokens),
+                    max_tokens: ask.max_tokens.map_or(room, |asked| asked.min(room)),
+                    sampling,
+                    logits_digest: ask.debug.logits_digest,
+                    end_tokens: Arc::clone(&end_tokens),
+                };
+                specs.push(ChoiceSpec {
+                    index,
+                    job,
+                    stop: ask.stop.clone(),
+                    echo: prompt.echo.clone(),
+                    every_token: ask.debug.token_ids || ask.debug.logits_digest,
+                    started,
+                });
+            }
+        }
+        specs
+    }
+}
+
+/// What a client is told of a generation that failed.
+pub(crate) fn refusal(error: &DispatchError) -> Refusal {
+    match error {
+        DispatchError::NoWorker => Refusal::NoWorker,
+        DispatchError::Overloaded => Refusal::WorkersBusy,
+        DispatchError::Refused => Refusal::malformed("The model's workers cannot serve this request."),
+        DispatchError::WorkerLost => Refusal::WorkerLost,
+        DispatchError::Entropy => Refusal::Internal,
+    }
+}
+
+fn prompt_refusal(error: &PromptError, param: &'static str) -> Refusal {
+    match error {
+        PromptError::NoTemplate => {
+            Refusal::coded(param, "no_chat_template", "This model has no chat template; use /v1/completions.")
+        }
+        PromptError::Template(TemplateError::Refused(why)) => Refusal::invalid(
+            param,
+            format!("The model's chat template refuses these messages: {}.", reply::quoted(why)),
+        ),
+        PromptError::Template(TemplateError::Broken(cause)) => {
+            // The error names the template's line; it may quote values, which the log must not see.
+            tracing::warn!(line = cause.line(), kind = %cause.kind(), "the chat template failed on a request");
+            Refusal::invalid(param, "The model's chat template cannot render these messages.")
+        }
+        PromptError::Tokenizer(message) => {
+            tracing::error!(message, "the tokenizer failed on a request");
+            Refusal::Internal
+        }
+        PromptError::Empty => Refusal::coded(
+            param,
+            "empty_prompt",
+            format!("'{param}' must not be empty: this model has no token to begin with."),
+        ),
+    }
+}
+
+/// Undoes percent-encoding, as clients apply it to model ids with slashes.
+fn percent_decoded(text: &str) -> String {
+    let bytes = text.as_bytes();
+    let mut out = Vec::with_capacity(bytes.len());
+    let mut at = 0;
+    while at < bytes.len() {
+        let hex = (bytes[at] == b'%').then(|| text.get(at + 1..at + 3)).flatten();
+        match hex.and_then(|hex| u8::from_str_radix(hex, 16).ok()) {
+            Some(byte) => {
+                out.push(byte);
+                at += 3;
+            }
+            None => {
+                out.push(bytes[at]);
+                at += 1;
+            }
+        }
+    }
+    String::from_utf8_lossy(&out).into_owned()
+}

@@ -1,0 +1,237 @@
+//! The router's metrics: names are a contract with dashboards, all exported from the start.
+
+use prometheus::{
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, Opts, Registry,
+    TextEncoder,
+};
+
+use crate::reply::Outcome;
+use crate::routes::Route;
+
+/// Upper bounds of the latency histograms, in seconds.
+const LATENCY_BOUNDS_S: [f64; 16] =
+    [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0];
+
+/// Handles of every metric of one router.
+#[derive(Debug)]
+pub(crate) struct Metrics {
+    registry: Registry,
+    requests: IntCounterVec,
+    ended: IntCounterVec,
+    pub(crate) started: IntCounter,
+    pub(crate) in_flight: IntGauge,
+    pub(crate) queue_depth: IntGauge,
+    pub(crate) connections: IntGauge,
+    rejected: IntCounterVec,
+    pub(crate) ttft: Histogram,
+    pub(crate) itl: Histogram,
+    migrations: IntCounterVec,
+    pub(crate) view_age: Gauge,
+    disagg: IntCounterVec,
+    pub(crate) prompt_tokens: IntCounter,
+    pub(crate) completion_tokens: IntCounter,
+    pub(crate) prefill_failures: IntCounter,
+    pub(crate) fallbacks: IntCounter,
+}
+
+/// Why a stream moved to another worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum MoveReason {
+    /// The connection broke.
+    Connection,
+    /// No token for too long.
+    Timeout,
+    /// The worker said it cannot go on.
+    Worker,
+    /// The worker sent something that is not the protocol.
+    Protocol,
+}
+
+impl MoveReason {
+    const ALL: [Self; 4] = [Self::Connection, Self::Timeout, Self::Worker, Self::Protocol];
+
+    /// The label.
+    pub(crate) fn label(self) -> &'static str {
+        match self {
+            Self::Connection => "connection",
+            Self::Timeout => "timeout",
+            Self::Worker => "worker",
+            Self::Protocol => "protocol",
+        }
+    }
+}
+
+/// Collects constructors so that a metric that cannot be registered is one error at start.
+struct Maker<'a>(&'a Registry);
+
+impl Maker<'_> {
+    fn add<C: prometheus::core::Collector + Clone + 'static>(
+        &self,
+        made: prometheus::Result<C>,
+    ) -> prometheus::Result<C> {
+        let collector = made?;
+        self.0.register(Box::new(collector.clone()))?;
+        Ok(collector)
+    }
+
+    fn counter(&self, name: &str, help: &str) -> prometheus::Result<IntCounter> {
+        self.add(IntCounter::new(name, help))
+    }
+
+    fn counters(&self, name: &str, help: &str, labels: &[&str]) -> prometheus::Result<IntCounterVec> {
+        self.add(IntCounterVec::new(Opts::new(name, help), labels))
+    }
+
+    fn gauge(&self, name: &str, help: &str) -> prometheus::Result<IntGauge> {
+        self.add(IntGauge::new(name, help))
+    }
+
+    fn latency(&self, name: &str, help: &str) -> prometheus::Result<Histogram> {
+        let opts = HistogramOpts::new(name, help).buckets(LATENCY_BOUNDS_S.to_vec());
+        self.add(Histogram::with_opts(opts))
+    }
+}
+
+impl Metrics {
+    /// Registers everything and sets the known label values to zero.
+    pub(crate) fn new() -> prometheus::Result<Self> {
+        let registry = Registry::new();
+        let make = Maker(&registry);
+        let metrics = Self {
+            requests: make.counters(
+                "baton_router_requests_total",
+                "Requests ended, by route and status code (499: the client left).",
+                &["route", "code"],
+            )?,
+            ended: make.counters(
+                "baton_router_requests_ended_total",
+                "Requests ended, by who is to blame: ok, client_error, refused, failed.",
+                &["outcome"],
+            )?,
+            started: make.counter("baton_router_requests_started_total", "Requests begun.")?,
+            in_flight: make.gauge("baton_router_inflight", "Requests begun and not ended.")?,
+            queue_depth: make.gauge("baton_router_queue_depth", "Requests waiting for a place.")?,
+            connections: make.gauge("baton_router_connections", "Client connections open.")?,
+            rejected: make.counters(
+                "baton_router_rejected_total",
+                "Requests turned away, by reason.",
+                &["reason"],
+            )?,
+            ttft: make.latency(
+                "baton_router_ttft_seconds",
+                "From the request's head to the first token, per choice.",
+            )?,
+            itl: make.latency("baton_router_itl_seconds", "Between two tokens of a stream.")?,
+            migrations: make.counters(
+                "baton_router_migrations_total",
+                "Streams whose worker was lost, by reason and result.",
+                &["reason", "result"],
+            )?,
+            view_age: make
+                .add(Gauge::new("baton_router_view_age_seconds", "Age of the cached view of the fleet."))?,
+            disagg: make.counters(
+                "baton_router_disagg_total",
+                "Dispatches, by where the prompt is prefilled: disaggregated or local.",
+                &["decision"],
+            )?,
+            prompt_tokens: make.counter("baton_router_prompt_tokens_total", "Prompt tokens dispatched.")?,
+            completion_tokens: make.counter("baton_router_completion_tokens_total", "Tokens generated.")?,
+            prefill_failures: make.counter(
+                "baton_router_prefill_call_failures_total",
+                "Calls to prefill workers that failed; the decode worker then prefills.",
+            )?,
+            fallbacks: make.counter(
+                "baton_router_handoff_fallbacks_total",
+                "Handoffs given up by the decode worker, which then prefilled itself.",
+            )?,
+            registry: registry.clone(),
+        };
+        make.gauge("baton_router_index_blocks", "Blocks in the prefix index.")?;
+        make.counter("baton_router_index_gaps_total", "Gaps seen in KV event streams.")?;
+        metrics.set_labels();
+        Ok(metrics)
+    }
+
+    fn set_labels(&self) {
+        for route in Route::ALL {
+            self.requests.with_label_values(&[route.label(), "200"]);
+        }
+        for outcome in [Outcome::Ok, Outcome::ClientError, Outcome::Refused, Outcome::Failed] {
+            self.ended.with_label_values(&[outcome_label(outcome)]);
+        }
+        for reason in ["queue_full", "workers_busy", "no_worker"] {
+            self.rejected.with_label_values(&[reason]);
+        }
+        for reason in MoveReason::ALL {
+            for result in ["moved", "lost"] {
+                self.migrations.with_label_values(&[reason.label(), result]);
+            }
+        }
+        for decision in ["disaggregated", "local"] {
+            self.disagg.with_label_values(&[decision]);
+        }
+    }
+
+    /// Books the end of a request.
+    pub(crate) fn request_ended(&self, route: Route, code: u16, outcome: Outcome) {
+        self.requests.with_label_values(&[route.label(), code_label(code)]).inc();
+        self.ended.with_label_values(&[outcome_label(outcome)]).inc();
+    }
+
+    /// Books a request that was turned away.
+    pub(crate) fn rejected(&self, reason: &'static str) {
+        self.rejected.with_label_values(&[reason]).inc();
+    }
+
+    /// Books a stream whose worker was lost.
+    pub(crate) fn migrated(&self, reason: MoveReason, moved: bool) {
+        let result = if moved { "moved" } else { "lost" };
+        self.migrations.with_label_values(&[reason.label(), result]).inc();
+    }
+
+    /// Books one dispatch.
+    pub(crate) fn dispatched(&self, decision: &'static str) {
+        self.disagg.with_label_values(&[decision]).inc();
+    }
+
+    /// The text exposition format.
+    pub(crate) fn render(&self) -> String {
+        let mut out = Vec::new();
+        match TextEncoder::new().encode(&self.registry.gather(), &mut out) {
+            Ok(()) => String::from_utf8_lossy(&out).into_owned(),
+            Err(error) => {
+                tracing::error!(%error, "metrics could not be rendered");
+                String::new()
+            }
+        }
+    }
+}
+
+fn outcome_label(outcome: Outcome) -> &'static str {
+    match outcome {
+        Outcome::Ok => "ok",
+        Outcome::ClientError => "client_error",
+        Outcome::Refused => "refused",
+        Outcome::Failed => "failed",
+    }
+}
+
+/// Codes this router answers with; anything else would be a label without bound.
+fn code_label(code: u16) -> &'static str {
+    match code {
+        200 => "200",
+        400 => "400",
+        404 => "404",
+        405 => "405",
+        408 => "408",
+        413 => "413",
+        415 => "415",
+        429 => "429",
+        431 => "431",
+        499 => "499",
+        500 => "500",
+        502 => "502",
+        503 => "503",
+        _ => "other",
+    }
+}

@@ -1,0 +1,236 @@
+//! Turns what went wrong into HTTP: the only file that knows status codes and the error body of the OpenAI API.
+
+use bytes::Bytes;
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::{Response, StatusCode};
+
+use crate::answer::AnswerBody;
+
+/// Longest text of a request that an error message repeats, in characters.
+const QUOTE_MAX_CHARS: usize = 100;
+
+/// An answer other than the one asked for, as the client sees it.
+///
+/// Messages are public: they name what the client sent, never what happened inside.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub(crate) enum Refusal {
+    /// A field is missing, of the wrong type, out of range or not supported.
+    Invalid { message: String, param: Option<String>, code: Option<&'static str> },
+    /// Prompt and answer do not fit the model.
+    ContextLength { message: String, param: &'static str },
+    /// No model of that name.
+    UnknownModel { model: String },
+    /// No such path.
+    UnknownPath { method: String, path: String },
+    /// The path exists, the method does not.
+    Method { method: String, path: String, allow: &'static str },
+    /// The body did not arrive in time.
+    SlowBody,
+    /// The body is larger than allowed.
+    TooLarge { limit: u64 },
+    /// The body is not plain JSON.
+    MediaType { message: String },
+    /// All places and the queue are taken.
+    Overloaded { retry_after_s: u32 },
+    /// Every worker refused for want of room.
+    WorkersBusy,
+    /// No worker can serve.
+    NoWorker,
+    /// The worker died and the request could not be moved.
+    WorkerLost,
+    /// A fault of the router itself.
+    Internal,
+}
+
+/// Who is to blame for the end of a request, for the books.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Outcome {
+    /// Answered as asked.
+    Ok,
+    /// The client asked for something impossible, or left.
+    ClientError,
+    /// Turned away for want of room or workers.
+    Refused,
+    /// Broke on our side.
+    Failed,
+}
+
+/// The label of a request whose client left before the end.
+pub(crate) const CLIENT_LEFT: u16 = 499;
+
+impl Refusal {
+    /// A 400 about `param`.
+    pub(crate) fn invalid(param: impl Into<String>, message: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), param: Some(param.into()), code: None }
+    }
+
+    /// A 400 about `param` with a machine-readable code.
+    pub(crate) fn coded(param: impl Into<String>, code: &'static str, message: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), param: Some(param.into()), code: Some(code) }
+    }
+
+    /// A 400 about the body as a whole.
+    pub(crate) fn malformed(message: impl Into<String>) -> Self {
+        Self::Invalid { message: message.into(), param: None, code: None }
+    }
+
+    /// The status code.
+    pub(crate) fn status(&self) -> StatusCode {
+        match self {
+            Self::Invalid { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
+            Self::UnknownModel { .. } | Self::UnknownPath { .. } => StatusCode::NOT_FOUND,
+            Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
+            Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
+            Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::MediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
+            Self::Overloaded { .. } | Self::WorkersBusy => StatusCode::TOO_MANY_REQUESTS,
+            Self::NoWorker => StatusCode::SERVICE_UNAVAILABLE,
+            Self::WorkerLost => StatusCode::BAD_GATEWAY,
+            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+        }
+    }
+
+    /// The error body.
+    pub(crate) fn body(&self) -> Bytes {
+        let (kind, code) = match self {
+            Self::Invalid { code, .. } => ("invalid_request_error", *code),
+            Self::ContextLength { .. } => ("invalid_request_error", Some("context_length_exceeded")),
+            Self::UnknownModel { .. } => ("invalid_request_error", Some("model_not_found")),
+            Self::UnknownPath { .. } => ("invalid_request_error", Some("unknown_url")),
+            Self::Method { .. } => ("invalid_request_error", Some("method_not_supported")),
+            Self::SlowBody => ("invalid_request_error", Some("request_timeout")),
+            Self::TooLarge { .. } => ("invalid_request_error", Some("request_too_large")),
+            Self::MediaType { .. } => ("invalid_request_error", Some("unsupported_media_type")),
+            Self::Overloaded { .. } | Self::WorkersBusy => ("rate_limit_error", Some("overloaded")),
+            Self::NoWorker => ("server_error", Some("no_worker")),
+            Self::WorkerLost => ("server_error", Some("worker_lost")),
+            Self::Internal => ("server_error", Some("internal_error")),
+        };
+        let param = match self {
+            Self::Invalid { param, .. } => param.as_deref(),
+            Self::ContextLength { param, .. } => Some(*param),
+            Self::UnknownModel { .. } => Some("model"),
+            _ => None,
+        };
+        let body = serde_json::json!({
+            "error": { "message": self.message(), "type": kind, "param": param, "code": code }
+        });
+        Bytes::from(body.to_string())
+    }
+
+    fn message(&self) -> String {
+        match self {
+            Self::Invalid { message, .. }
+            | Self::ContextLength { message, .. }
+            | Self::MediaType { message } => message.clone(),
+            Self::UnknownModel { model } => {
+                format!("The model '{}' does not exist. GET /v1/models lists what is served.", quoted(model))
+            }
+            Self::UnknownPath { method, path } => {
+                format!("Unknown request URL: {} {}.", quoted(method), quoted(path))
+            }
+            Self::Method { method, path, allow } => {
+                format!("Method {} is not allowed on {}; use {allow}.", quoted(method), quoted(path))
+            }
+            Self::SlowBody => "The request body did not arrive in time.".to_owned(),
+            Self::TooLarge { limit } => {
+                format!("The request body is larger than the limit of {limit} bytes.")
+            }
+            Self::Overloaded { .. } => "The service is at its limit of requests. Try again later.".to_owned(),
+            Self::WorkersBusy => "All workers are at their limit. Try again later.".to_owned(),
+            Self::NoWorker => "No worker can serve this model now. Try again later.".to_owned(),
+            Self::WorkerLost => {
+                "The worker that served this request was lost and it could not be moved to another one."
+                    .to_owned()
+            }
+            Self::Internal => "The service failed to answer this request.".to_owned(),
+        }
+    }
+
+    /// The whole answer.
+    pub(crate) fn response(&self) -> Response<AnswerBody> {
+        let mut response = json(self.status(), self.body());
+        let headers = response.headers_mut();
+        match self {
+            Self::Overloaded { retry_after_s } => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(*retry_after_s));
+            }
+            Self::WorkersBusy | Self::NoWorker => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(1));
+            }
+            Self::Method { allow, .. } => {
+                headers.insert(ALLOW, HeaderValue::from_static(allow));
+            }
+            // The rest of the body is never read: the connection cannot be used again.
+            Self::SlowBody | Self::TooLarge { .. } => {
+                headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
+            }
+            _ => {}
+        }
+        response
+    }
+
+    /// Who is to blame.
+    pub(crate) fn outcome(&self) -> Outcome {
+        outcome(self.status().as_u16())
+    }
+
+    /// The label of `baton_router_rejected_total`, for requests that were turned away.
+    pub(crate) fn rejected_reason(&self) -> Option<&'static str> {
+        match self {
+            Self::Overloaded { .. } => Some("queue_full"),
+            Self::WorkersBusy => Some("workers_busy"),
+            Self::NoWorker => Some("no_worker"),
+            _ => None,
+        }
+    }
+}
+
+/// Who is to blame for a request that ended with this status.
+pub(crate) fn outcome(status: u16) -> Outcome {
+    match status {
+        ..400 => Outcome::Ok,
+        429 | 503 => Outcome::Refused,
+        400..500 => Outcome::ClientError,
+        _ => Outcome::Failed,
+    }
+}
+
+/// `text` cut to a length fit for a message.
+pub(crate) fn quoted(text: &str) -> String {
+    if text.chars().nth(QUOTE_MAX_CHARS).is_none() {
+        return text.to_owned();
+    }
+    let cut: String = text.chars().take(QUOTE_MAX_CHARS).collect();
+    format!("{cut}...")
+}
+
+/// A JSON answer.
+pub(crate) fn json(status: StatusCode, body: Bytes) -> Response<AnswerBody> {
+    let mut response = Response::new(AnswerBody::full(body));
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// A plain-text answer, for probes and metrics.
+pub(crate) fn text(ready: bool, content_type: &'static str, body: String) -> Response<AnswerBody> {
+    let mut response = Response::new(AnswerBody::full(Bytes::from(body)));
+    *response.status_mut() = if ready { StatusCode::OK } else { StatusCode::SERVICE_UNAVAILABLE };
+    response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static(content_type));
+    response
+}
+
+/// A server-sent event stream.
+pub(crate) fn event_stream(body: AnswerBody) -> Response<AnswerBody> {
+    let mut response = Response::new(body);
+    let headers = response.headers_mut();
+    headers.insert(CONTENT_TYPE, HeaderValue::from_static("text/event-stream"));
+    headers.insert(CACHE_CONTROL, HeaderValue::from_static("no-cache"));
+    // Reverse proxies of the nginx family buffer answers unless told not to.
+    headers.insert("x-accel-buffering", HeaderValue::from_static("no"));
+    response
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,227 @@
+//! Parses and validates request bodies into [`Ask`], with the name of the field at fault in every refusal.
+
+mod chat;
+mod completions;
+mod fields;
+mod sampling;
+
+use baton_config::protocol::Sampling;
+
+use crate::reply::Refusal;
+use fields::Fields;
+
+pub(crate) use chat::Message;
+pub(crate) use completions::Prompt;
+
+/// A valid request: nothing in it needs checking again, except that the prompt fits the model once tokenized.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Ask {
+    /// The model under the name that the client used.
+    pub(crate) model: String,
+    /// What to go on from.
+    pub(crate) input: Input,
+    /// Answer as server-sent events.
+    pub(crate) stream: bool,
+    /// With `stream`: end with a chunk that carries the usage.
+    pub(crate) include_usage: bool,
+    /// Choices per prompt.
+    pub(crate) n: u32,
+    /// Tokens to generate at most; the rest of the context where absent.
+    pub(crate) max_tokens: Option<u32>,
+    /// How tokens are chosen; choice `i` adds `i` to the seed.
+    pub(crate) sampling: Sampling,
+    /// End before any of these texts.
+    pub(crate) stop: Vec<String>,
+    /// Begin the text with the prompt (completions only).
+    pub(crate) echo: bool,
+    /// The debugging extension.
+    pub(crate) debug: Debug,
+}
+
+/// What to go on from.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) enum Input {
+    /// A conversation.
+    Chat(Vec<Message>),
+    /// Prompts, each answered by itself.
+    Prompts(Vec<Prompt>),
+}
+
+/// The request field `baton`: what else each choice reports.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub(crate) struct Debug {
+    /// The field was there: each choice ends with where it ran and what its parts took.
+    pub(crate) report: bool,
+    /// Token ids beside the text.
+    pub(crate) token_ids: bool,
+    /// The running digest of the logits bits after each token.
+    pub(crate) logits_digest: bool,
+}
+
+/// The bounds that depend on the model and the configuration.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Bounds {
+    /// Token ids are below this.
+    pub(crate) vocab: u32,
+    /// Prompts times `n`.
+    pub(crate) choices: u32,
+    /// Messages of one chat.
+    pub(crate) messages: usize,
+}
+
+/// Tokens of a completion whose request does not say how many (OpenAI's default).
+const COMPLETION_DEFAULT_TOKENS: u32 = 16;
+/// Most texts in `stop`.
+const STOP_MAX: usize = 4;
+/// Longest text in `stop`, in bytes.
+const STOP_MAX_BYTES: usize = 1024;
+
+/// Engine fields that never pass: with a forged one a client could reach into another request or worker.
+const INTERNAL_FIELDS: [&str; 10] = [
+    "kv_transfer_params",
+    "bootstrap_host",
+    "bootstrap_port",
+    "bootstrap_room",
+    "request_id",
+    "rid",
+    "data_parallel_rank",
+    "cache_salt",
+    "nvext",
+    "disaggregated_params",
+];
+
+/// Parses the body of `POST /v1/chat/completions`.
+pub(crate) fn parse_chat(body: &[u8], bounds: &Bounds) -> Result<Ask, Refusal> {
+    let mut fields = Fields::parse_body(body)?;
+    let model = model_name(&mut fields)?;
+    let messages = chat::messages(&mut fields, bounds.messages)?;
+    chat::refuse_unsupported(&mut fields)?;
+    let newer = fields.integer("max_completion_tokens", 1, i64::from(u32::MAX))?;
+    let older = fields.integer("max_tokens", 1, i64::from(u32::MAX))?;
+    let n = choices(&mut fields, 1, bounds)?;
+    let mut sampling = sampling::common(&mut fields, bounds)?;
+    sampling.logprobs = sampling::chat_logprobs(&mut fields)?;
+    let ask = common(
+        &mut fields,
+        Ask {
+            model,
+            input: Input::Chat(messages),
+            stream: false,
+            include_usage: false,
+            n,
+            max_tokens: newer.or(older).map(saturate),
+            sampling,
+            stop: Vec::new(),
+            echo: false,
+            debug: Debug::default(),
+        },
+    )?;
+    fields.finish(&INTERNAL_FIELDS)?;
+    Ok(ask)
+}
+
+/// Parses the body of `POST /v1/completions`.
+pub(crate) fn parse_completions(body: &[u8], bounds: &Bounds) -> Result<Ask, Refusal> {
+    let mut fields = Fields::parse_body(body)?;
+    let model = model_name(&mut fields)?;
+    let prompts = completions::prompts(&mut fields, bounds)?;
+    let max_tokens = fields.integer("max_tokens", 1, i64::from(u32::MAX))?;
+    let n = choices(&mut fields, prompts.len(), bounds)?;
+    completions::refuse_unsupported(&mut fields, n)?;
+    let mut sampling = sampling::common(&mut fields, bounds)?;
+    sampling.logprobs = sampling::completion_logprobs(&mut fields)?;
+    let echo = fields.boolean("echo")?.unwrap_or(false);
+    if echo && sampling.logprobs.is_some() {
+        return Err(Refusal::invalid("echo", "'echo' together with 'logprobs' is not supported."));
+    }
+    let ask = common(
+        &mut fields,
+        Ask {
+            model,
+            input: Input::Prompts(prompts),
+            stream: false,
+            include_usage: false,
+            n,
+            max_tokens: Some(max_tokens.map_or(COMPLETION_DEFAULT_TOKENS, saturate)),
+            sampling,
+            stop: Vec::new(),
+            echo,
+            debug: Debug::default(),
+        },
+    )?;
+    fields.finish(&INTERNAL_FIELDS)?;
+    Ok(ask)
+}
+
+fn saturate(value: i64) -> u32 {
+    u32::try_from(value).unwrap_or(u32::MAX)
+}
+
+fn model_name(fields: &mut Fields<'_>) -> Result<String, Refusal> {
+    match fields.string("model")? {
+        Some(model) if !model.is_empty() => Ok(model),
+        Some(_) => Err(Refusal::invalid("model", "'model' must not be empty.")),
+        None => Err(Refusal::coded("model", "missing_required_parameter", "'model' is required.")),
+    }
+}
+
+/// Reads `n`, bounded so that one request cannot become more generations than allowed.
+fn choices(fields: &mut Fields<'_>, prompts: usize, bounds: &Bounds) -> Result<u32, Refusal> {
+    let n = fields.integer("n", 1, i64::from(bounds.choices))?.map_or(1, saturate);
+    if u64::from(n) * prompts as u64 > u64::from(bounds.choices) {
+        let message = format!(
+            "{prompts} prompts with {n} choices each are more than the limit of {} choices a request.",
+            bounds.choices
+        );
+        return Err(Refusal::invalid("n", message));
+    }
+    Ok(n)
+}
+
+/// The fields that both APIs share.
+fn common(fields: &mut Fields<'_>, mut ask: Ask) -> Result<Ask, Refusal> {
+    ask.stream = fields.boolean("stream")?.unwrap_or(false);
+    if let Some(mut options) = fields.object("stream_options")? {
+        if !ask.stream {
+            return Err(Refusal::invalid(
+                "stream_options",
+                "'stream_options' is only allowed when 'stream' is true.",
+            ));
+        }
+        ask.include_usage = options.boolean("include_usage")?.unwrap_or(false);
+        options.boolean("include_obfuscation")?;
+        options.finish(&[])?;
+    }
+    ask.stop = stop(fields)?;
+    if let Some(mut debug) = fields.object("baton")? {
+        ask.debug = Debug {
+            report: true,
+            token_ids: debug.boolean("token_ids")?.unwrap_or(false),
+            logits_digest: debug.boolean("logits_digest")?.unwrap_or(false),
+        };
+        debug.finish(&[])?;
+    }
+    for name in ["user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"] {
+        fields.string(name)?;
+    }
+    fields.boolean("store")?;
+    fields.metadata("metadata")?;
+    Ok(ask)
+}
+
+fn stop(fields: &mut Fields<'_>) -> Result<Vec<String>, Refusal> {
+    let stops = fields.strings("stop", STOP_MAX)?.unwrap_or_default();
+    for stop in &stops {
+        if stop.is_empty() {
+            return Err(Refusal::invalid("stop", "'stop' must not contain an empty string."));
+        }
+        if stop.len() > STOP_MAX_BYTES {
+            let message = format!("Each text of 'stop' may have at most {STOP_MAX_BYTES} bytes.");
+            return Err(Refusal::invalid("stop", message));
+        }
+    }
+    Ok(stops)
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,330 @@
+//! Reads the fields of one JSON object, each once, with errors that name the field.
+//!
+//! Values stay unparsed slices of the body until the field they belong to is read with its type. A key that occurs
+//! twice is refused: whoever reads the body next might take the other one.
+
+use std::borrow::Cow;
+use std::collections::HashSet;
+use std::fmt;
+
+use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
+use serde_json::value::RawValue;
+
+use crate::reply::{Refusal, quoted};
+
+/// Most fields of one object.
+const FIELDS_MAX: usize = 256;
+/// Longest text of a JSON parser's message that is passed on, in characters.
+const PARSER_MESSAGE_MAX_CHARS: usize = 200;
+
+/// The fields of an object that were not read yet.
+#[derive(Debug)]
+pub(super) struct Fields<'a> {
+    /// Where the object is, for messages: empty at the top, else like `messages[0]`.
+    path: String,
+    entries: Vec<(Cow<'a, str>, &'a RawValue)>,
+}
+
+struct Entries<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
+
+/// A key, borrowed where it holds no escapes.
+struct Key<'a>(Cow<'a, str>);
+
+impl<'de> Deserialize<'de> for Key<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct KeyVisitor;
+        impl<'de> Visitor<'de> for KeyVisitor {
+            type Value = Key<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("a key")
+            }
+            fn visit_borrowed_str<E>(self, v: &'de str) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Borrowed(v)))
+            }
+            fn visit_str<E>(self, v: &str) -> Result<Key<'de>, E> {
+                Ok(Key(Cow::Owned(v.to_owned())))
+            }
+        }
+        deserializer.deserialize_str(KeyVisitor)
+    }
+}
+
+impl<'de> Deserialize<'de> for Entries<'de> {
+    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
+        struct MapVisitor;
+        impl<'de> Visitor<'de> for MapVisitor {
+            type Value = Entries<'de>;
+            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+                f.write_str("an object")
+            }
+            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<'de>, A::Error> {
+                let mut entries = Vec::new();
+                while let Some(Key(key)) = map.next_key::<Key<'de>>()? {
+                    if entries.len() == FIELDS_MAX {
+                        return Err(serde::de::Error::custom(format_args!("more than {FIELDS_MAX} fields")));
+                    }
+                    entries.push((key, map.next_value::<&'de RawValue>()?));
+                }
+                Ok(Entries(entries))
+            }
+        }
+        deserializer.deserialize_map(MapVisitor)
+    }
+}
+
+/// An array of at most so many unparsed values.
+struct Items<'a>(Vec<&'a RawValue>);
+
+/// Deserializes [`Items`] with a bound, so that a long array costs no memory before it is refused.
+struct ItemsUpTo(usize);
+
+impl<'de> serde::de::DeserializeSeed<'de> for ItemsUpTo {
+    type Value = Items<'de>;
+    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Items<'de>, D::Error> {
+        deserializer.deserialize_seq(self)
+    }
+}
+
+impl<'de> Visitor<'de> for ItemsUpTo {
+    type Value = Items<'de>;
+    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("an array")
+    }
+    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items<'de>, A::Error> {
+        let mut items = Vec::new();
+        while let Some(item) = seq.next_element::<&'de RawValue>()? {
+            if items.len() == self.0 {
+                return Err(serde::de::Error::custom(format_args!("more than {} elements", self.0)));
+            }
+            items.push(item);
+        }
+        Ok(Items(items))
+    }
+}
+
+/// What kind of value a slice of JSON is, for messages.
+pub(super) fn kind(raw: &RawValue) -> &'static str {
+    match raw.get().as_bytes().first() {
+        Some(b'"') => "a string",
+        Some(b'[') => "an array",
+        Some(b'{') => "an object",
+        Some(b't' | b'f') => "a boolean",
+        Some(b'n') => "null",
+        _ => "a number",
+    }
+}
+
+fn parser_message(error: &serde_json::Error) -> String {
+    error.to_string().chars().take(PARSER_MESSAGE_MAX_CHARS).collect()
+}
+
+impl<'a> Fields<'a> {
+    /// The fields of a request body.
+    pub(super) fn parse_body(body: &'a [u8]) -> Result<Self, Refusal> {
+        if body.is_empty() {
+            return Err(Refusal::malformed("The request body is empty; a JSON object is expected."));
+        }
+        let text = std::str::from_utf8(body)
+            .map_err(|_| Refusal::malformed("The request body is not valid UTF-8."))?;
+        let Entries(entries) = serde_json::from_str(text).map_err(|error| {
+            if error.is_data() && !text.trim_start().starts_with('{') {
+                return Refusal::malformed("The request body must be a JSON object.");
+            }
+            Refusal::malformed(format!("The request body is not valid JSON: {}.", parser_message(&error)))
+        })?;
+        Self::new(String::new(), entries)
+    }
+
+    /// The fields of a nested object at `path`.
+    pub(super) fn parse(path: String, raw: &'a RawValue) -> Result<Self, Refusal> {
+        if !raw.get().starts_with('{') {
+            let message = format!("'{path}' must be an object, not {}.", kind(raw));
+            return Err(Refusal::coded(path, "invalid_type", message));
+        }
+        match serde_json::from_str(raw.get()) {
+            Ok(Entries(entries)) => Self::new(path, entries),
+            Err(error) => {
+                let message = format!("'{path}' is not valid: {}.", parser_message(&error));
+                Err(Refusal::invalid(path, message))
+            }
+        }
+    }
+
+    fn new(path: String, entries: Vec<(Cow<'a, str>, &'a RawValue)>) -> Result<Self, Refusal> {
+        let mut seen = HashSet::with_capacity(entries.len());
+        if let Some((twice, _)) = entries.iter().find(|(key, _)| !seen.insert(key.as_ref())) {
+            let name = join(&path, &quoted(twice));
+            let message = format!("'{name}' occurs more than once.");
+            return Err(Refusal::coded(name, "duplicate_key", message));
+        }
+        Ok(Self { path, entries })
+    }
+
+    /// The full name of a field of this object.
+    pub(super) fn name(&self, field: &str) -> String {
+        join(&self.path, field)
+    }
+
+    /// Takes a field; one that is `null` counts as absent.
+    pub(super) fn take(&mut self, field: &str) -> Option<&'a RawValue> {
+        let at = self.entries.iter().position(|(key, _)| key == field)?;
+        let (_, raw) = self.entries.swap_remove(at);
+        (raw.get() != "null").then_some(raw)
+    }
+
+    fn mistyped(&self, field: &str, expected: &str, raw: &RawValue) -> Refusal {
+        let name = self.name(field);
+        let message = format!("'{name}' must be {expected}, not {}.", kind(raw));
+        Refusal::coded(name, "invalid_type", message)
+    }
+
+    /// Takes a boolean.
+    pub(super) fn boolean(&mut self, field: &str) -> Result<Option<bool>, Refusal> {
+        let Some(raw) = self.take(field) else { return Ok(None) };
+        match raw.get() {
+            "true" => Ok(Some(true)),
+            "false" => Ok(Some(false)),
+            _ => Err(self.mistyped(field, "a boolean", raw)),
+        }
+    }
+
+    /// Takes an integer in `min..=max`.
+    pub(super) fn integer(&mut self, field: &str, min: i64, max: i64) -> Result<Option<i64>, Refusal> {
+        let Some(raw) = self.take(field) else { return Ok(None) };
+        let name = self.name(field);
+        if kind(raw) != "a number" {
+            return Err(self.mistyped(field, "an integer", raw));
+        }
+        let Ok(value) = raw.get().parse::<i128>() else {
+            let message = format!("'{name}' must be an integer, not {}.", quoted(raw.get()));
+            return Err(Refusal::coded(name, "invalid_type", message));
+        };
+        if value < i128::from(min) {
+            let message = format!("'{name}' must be at least {min}, not {value}.");
+            return Err(Refusal::coded(name, "integer_below_min_value", message));
+        }
+        match i64::try_from(value) {
+            Ok(fits) if fits <= max => Ok(Some(fits)),
+            _ => {
+                let message = format!("'{name}' must be at most {max}, not {value}.");
+                Err(Refusal::coded(name, "integer_above_max_value", message))
+            }
+        }
+    }
+
+    /// Takes a number in `min..=max`.
+    pub(super) fn number(&mut self, field: &str, min: f64, max: f64) -> Result<Option<f32>, Refusal> {
+        let Some(raw) = self.take(field) else { return Ok(None) };
+        if kind(raw) != "a number" {
+            return Err(self.mistyped(field, "a number", raw));
+        }
+        let name = self.name(field);
+        match serde_json::from_str::<f64>(raw.get()) {
+            Ok(value) if (min..=max).contains(&value) => Ok(Some(value as f32)),
+            Ok(value) if value < min => {
+                let message = format!("'{name}' must be at least {min}, not {value}.");
+                Err(Refusal::coded(name, "decimal_below_min_value", message))
+            }
+            _ => {
+                let message = format!("'{name}' must be at most {max}, not {}.", quoted(raw.get()));
+                Err(Refusal::coded(name, "decimal_above_max_value", message))
+            }
+        }
+    }
+
+    /// Takes a string.
+    pub(super) fn string(&mut self, field: &str) -> Result<Option<String>, Refusal> {
+        let Some(raw) = self.take(field) else { return Ok(None) };
+        if kind(raw) != "a string" {
+            return Err(self.mistyped(field, "a string", raw));
+        }
+        string_at(&self.name(field), raw).map(Some)
+    }
+
+    /// Takes a string or an array of at most `max` strings.
+    pub(super) fn strings(&mut self, field: &str, max: usize) -> Result<Option<Vec<String>>, Refusal> {
+        let Some(raw) = self.take(field) else { return Ok(None) };
+        let name = self.name(field);
+        match kind(raw) {
+            "a string" => Ok(Some(vec![string_at(&name, raw)?])),
+            "an array" => {
+                let items = items_at(&name, raw, max)?;
+                let text = |(i, item): (usize, &&RawValue)| string_at(&format!("{name}[{i}]"), item);
+                items.iter().enumerate().map(text).collect::<Result<_, _>>().map(Some)
+            }
+            _ => Err(self.mistyped(field, "a string or an array of strings", raw)),
+        }
+    }
+
+    /// Takes an array of at most `max` values.
+    pub(super) fn items(&mut self, field: &str, max: usize) -> Result<Option<Vec<&'a RawValue>>, Refusal> {
+        let Some(raw) = self.take(field) else { return Ok(None) };
+        if kind(raw) != "an array" {
+            return Err(self.mistyped(field, "an array", raw));
+        }
+        items_at(&self.name(field), raw, max).map(Some)
+    }
+
+    /// Takes an object.
+    pub(super) fn object(&mut self, field: &str) -> Result<Option<Fields<'a>>, Refusal> {
+        let Some(raw) = self.take(field) else { return Ok(None) };
+        Fields::parse(self.name(field), raw).map(Some)
+    }
+
+    /// Takes a map of strings as OpenAI bounds it: 16 pairs, keys of 64 and values of 512 characters.
+    pub(super) fn metadata(&mut self, field: &str) -> Result<(), Refusal> {
+        let Some(mut object) = self.object(field)? else { return Ok(()) };
+        let name = self.name(field);
+        if object.entries.len() > 16 {
+            return Err(Refusal::invalid(name, format!("'{field}' may have at most 16 pairs.")));
+        }
+        for key in object.keys() {
+            let value = object.string(&key)?.unwrap_or_default();
+            if key.chars().count() > 64 || value.chars().count() > 512 {
+                let message = format!("Keys of '{field}' may have at most 64 characters, values 512.");
+                return Err(Refusal::invalid(name, message));
+            }
+        }
+        Ok(())
+    }
+
+    /// The names of the fields left.
+    pub(super) fn keys(&self) -> Vec<String> {
+        self.entries.iter().map(|(key, _)| key.to_string()).collect()
+    }
+
+    /// Refuses fields that nobody read, except `ignored` ones and those that are `null`.
+    pub(super) fn finish(self, ignored: &[&str]) -> Result<(), Refusal> {
+        let unknown =
+            self.entries.iter().find(|(key, raw)| !ignored.contains(&key.as_ref()) && raw.get() != "null");
+        let Some((key, _)) = unknown else { return Ok(()) };
+        let name = join(&self.path, &quoted(key));
+        let message = format!("'{name}' is not a known parameter.");
+        Err(Refusal::coded(name, "unknown_parameter", message))
+    }
+}
+
+fn join(path: &str, field: &str) -> String {
+    if path.is_empty() { field.to_owned() } else { format!("{path}.{field}") }
+}
+
+/// Parses a string, refusing lone surrogates and the like.
+pub(super) fn string_at(name: &str, raw: &RawValue) -> Result<String, Refusal> {
+    if kind(raw) != "a string" {
+        let message = format!("'{name}' must be a string, not {}.", kind(raw));
+        return Err(Refusal::coded(name, "invalid_type", message));
+    }
+    serde_json::from_str(raw.get())
+        .map_err(|error| Refusal::invalid(name, format!("'{name}' is not a valid string: {error}.")))
+}
+
+/// Parses an array of at most `max` values.
+pub(super) fn items_at<'a>(name: &str, raw: &'a RawValue, max: usize) -> Result<Vec<&'a RawValue>, Refusal> {
+    let mut deserializer = serde_json::Deserializer::from_str(raw.get());
+    serde::de::DeserializeSeed::deserialize(ItemsUpTo(max), &mut deserializer).map(|items| items.0).map_err(
+        |_| {
+            let message = format!("'{name}' may have at most {max} elements.");
+            Refusal::coded(name, "array_above_max_length", message)
+        },
+    )
+}

@@ -1,0 +1,85 @@
+//! What a prefill would cost, here or there.
+
+use super::Candidate;
+
+/// Prefill speed assumed of a worker that has measured none: what the reference engine does on two cores with the
+/// tiny model, within a factor of two.
+const DEFAULT_PREFILL_TOKENS_PER_S: f64 = 2000.0;
+/// Prompt tokens a decode worker computes between two of its decode steps.
+const CHUNK_TOKENS: f64 = 256.0;
+/// What a handoff costs besides moving bytes: two calls more and one round trip of tickets.
+const HANDOFF_S: f64 = 0.002;
+/// Time between tokens assumed of a worker that has measured none.
+const DEFAULT_ITL_S: f64 = 0.02;
+/// Tokens that a new request makes all others of its batch wait for, in the cost of a decode worker.
+const DECODE_HORIZON_TOKENS: f64 = 4.0;
+
+/// Which part a worker plays.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Side {
+    Prefill = 0,
+    Decode = 1,
+}
+
+/// One worker's prefill of the work, in seconds.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Prefill {
+    /// Before it begins.
+    pub(crate) queue_s: f64,
+    /// Once begun.
+    pub(crate) compute_s: f64,
+}
+
+impl Prefill {
+    /// Predicts the prefill of `tokens` on a worker that plays `side`.
+    ///
+    /// On the decode side each chunk waits for a decode step of the requests already running.
+    pub(crate) fn on(candidate: &Candidate, tokens: u32, side: Side) -> Self {
+        let speed = candidate.prefill_tokens_per_s.unwrap_or(DEFAULT_PREFILL_TOKENS_PER_S);
+        let step_s = match side {
+            Side::Decode if candidate.requests > 0 => itl_s(candidate),
+            Side::Decode | Side::Prefill => 0.0,
+        };
+        let seconds = |tokens: f64| tokens / speed + (tokens / CHUNK_TOKENS).ceil() * step_s;
+        Self { queue_s: seconds(candidate.prefill_tokens as f64), compute_s: seconds(f64::from(tokens)) }
+    }
+
+    /// From now to the end of the prompt.
+    pub(crate) fn total_s(&self) -> f64 {
+        self.queue_s + self.compute_s
+    }
+}
+
+/// Both ways to the first token.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub(crate) struct Timing {
+    /// On the prefill worker.
+    pub(crate) prefill: Prefill,
+    /// On the decode worker itself.
+    pub(crate) decode: Prefill,
+    /// Moving the KV cache from one to the other.
+    pub(crate) transfer_s: f64,
+}
+
+impl Timing {
+    /// To the first token when the prefill worker computes the prompt.
+    pub(crate) fn remote_s(&self) -> f64 {
+        self.prefill.total_s() + self.transfer_s + HANDOFF_S
+    }
+}
+
+/// Conditional disaggregation: whether the prefill worker brings the first token sooner than the decode worker itself.
+pub(crate) fn remote_is_sooner(timing: &Timing) -> bool {
+    timing.remote_s() < timing.decode.total_s()
+}
+
+/// What one more request costs on a decode worker: those that share its batch, more where blocks are short.
+pub(crate) fn decode_cost_s(decode: &Candidate) -> f64 {
+    let crowd = f64::from(decode.requests);
+    let scarcity = 1.0 / (1.0 - decode.kv_used.clamp(0.0, 0.99));
+    crowd * itl_s(decode) * DECODE_HORIZON_TOKENS * 0.1 * scarcity
+}
+
+fn itl_s(candidate: &Candidate) -> f64 {
+    candidate.itl_ms.map_or(DEFAULT_ITL_S, |ms| ms / 1000.0)
+}

@@ -1,0 +1,189 @@
+//! The listener: accepts, serves, drains.
+
+mod connection;
+
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::thread::available_parallelism;
+use std::time::Duration;
+
+use tokio::net::{TcpListener, TcpStream};
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::admit::Gate;
+use crate::dispatch::{Caller, Dispatcher};
+use crate::fleet::{Fleet, Keeper, RosterFeed};
+use crate::gateway::Gateway;
+use crate::metrics::Metrics;
+use crate::model::{Model, ModelError};
+use crate::options::RouterOptions;
+use crate::schedule::Rules;
+
+/// After an accept that failed for want of something (file descriptors, say).
+const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
+
+/// Why a router could not start or ended badly.
+#[derive(Debug, thiserror::Error)]
+pub enum ServeError {
+    /// The model directory cannot be served.
+    #[error("the model cannot be served")]
+    Model(#[from] ModelError),
+    /// The metrics could not be set up.
+    #[error("metrics could not be set up")]
+    Metrics(#[from] prometheus::Error),
+    /// The listener is unusable.
+    #[error("the listener is unusable")]
+    Listener(#[source] std::io::Error),
+}
+
+/// How a router is told to stop.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    /// Finish what is in flight, then end: the first signal.
+    pub drain: CancellationToken,
+    /// End now: the second signal.
+    pub now: CancellationToken,
+}
+
+/// Serves until told to stop, with the fleet as `feed` has it.
+///
+/// # Errors
+/// When the model directory is not usable; a router that has begun to serve ends without an error.
+pub async fn serve_with(
+    options: RouterOptions,
+    feed: RosterFeed,
+    listener: TcpListener,
+    stop: Stop,
+) -> Result<(), ServeError> {
+    let address = listener.local_addr().map_err(ServeError::Listener)?;
+    let model_options = options.model.clone();
+    let model = tokio::task::spawn_blocking(move || Model::load(&model_options))
+        .await
+        .map_err(|panicked| ServeError::Listener(std::io::Error::other(panicked)))??;
+    let metrics = Arc::new(Metrics::new()?);
+    let fleet = Arc::new(Fleet::new());
+    let caller = Caller::new(options.timeouts.connect);
+    let background = TaskTracker::new();
+    let ended = CancellationToken::new();
+    let keeper = Keeper {
+        fleet: Arc::clone(&fleet),
+        feed,
+        caller: caller.clone(),
+        metrics: Arc::clone(&metrics),
+        tracker: background.clone(),
+        stop: ended.clone(),
+    };
+    background.spawn(keeper.run());
+    let gateway = Arc::new(gateway(&options, model, fleet, caller, metrics));
+    tracing::info!(%address, model = gateway.model.id, "router serves");
+    let server = Server {
+        connections: Arc::new(Semaphore::new(options.limits.connections as usize)),
+        tracker: TaskTracker::new(),
+        closing: CancellationToken::new(),
+        abort: stop.now.child_token(),
+        gateway,
+    };
+    server.run(listener, &stop).await;
+    ended.cancel();
+    background.close();
+    background.wait().await;
+    Ok(())
+}
+
+fn gateway(
+    options: &RouterOptions,
+    model: Model,
+    fleet: Arc<Fleet>,
+    caller: Caller,
+    metrics: Arc<Metrics>,
+) -> Gateway {
+    let rules = Rules { policy: options.policy, disaggregation: options.disaggregation, seed: options.seed };
+    let dispatcher =
+        Dispatcher::new(fleet, caller, rules, options.timeouts.clone(), Arc::clone(&metrics), model.vocab);
+    let limits = &options.limits;
+    Gateway {
+        model: Arc::new(model),
+        dispatcher: Arc::new(dispatcher),
+        gate: Gate::new(limits.in_flight, limits.queue, options.timeouts.queue, Arc::clone(&metrics)),
+        metrics,
+        limits: limits.clone(),
+        timeouts: options.timeouts.clone(),
+        tokenizing: Arc::new(Semaphore::new(available_parallelism().map_or(2, usize::from))),
+        accepting: AtomicBool::new(true),
+    }
+}
+
+struct Server {
+    gateway: Arc<Gateway>,
+    connections: Arc<Semaphore>,
+    tracker: TaskTracker,
+    /// Connections end after the request they are at.
+    closing: CancellationToken,
+    /// Connections end at once.
+    abort: CancellationToken,
+}
+
+impl Server {
+    /// Accepts until told to drain, then sees the connections out.
+    async fn run(self, listener: TcpListener, stop: &Stop) {
+        tokio::select! {
+            biased;
+            () = stop.now.cancelled() => {}
+            () = stop.drain.cancelled() => {}
+            () = self.accept(&listener) => {}
+        }
+        // Readiness goes off while the listener still answers, so that a balancer can look away first.
+        self.gateway.accepting.store(false, Ordering::Release);
+        tracing::info!("router drains");
+        let timeouts = &self.gateway.timeouts;
+        tokio::select! {
+            biased;
+            () = stop.now.cancelled() => {}
+            () = tokio::time::sleep(timeouts.settle) => {}
+            () = self.accept(&listener) => {}
+        }
+        drop(listener);
+        self.closing.cancel();
+        self.tracker.close();
+        tokio::select! {
+            biased;
+            () = stop.now.cancelled() => tracing::warn!(connections = self.tracker.len(), "router ends at once"),
+            () = self.tracker.wait() => {}
+            () = tokio::time::sleep(timeouts.grace) => {
+                tracing::warn!(connections = self.tracker.len(), "grace is over");
+            }
+        }
+        self.abort.cancel();
+        self.tracker.wait().await;
+        self.gateway.dispatcher.tracker.close();
+        self.gateway.dispatcher.tracker.wait().await;
+    }
+
+    async fn accept(&self, listener: &TcpListener) {
+        loop {
+            // The permit first: what cannot be served yet waits in the kernel's queue.
+            let Ok(permit) = Arc::clone(&self.connections).acquire_owned().await else { return };
+            match listener.accept().await {
+                Ok((stream, _)) => self.start(stream, permit),
+                Err(error) => {
+                    tracing::warn!(%error, "accept failed");
+                    tokio::time::sleep(ACCEPT_PAUSE).await;
+                }
+            }
+        }
+    }
+
+    fn start(&self, stream: TcpStream, permit: OwnedSemaphorePermit) {
+        let connection = connection::Connection {
+            gateway: Arc::clone(&self.gateway),
+            closing: self.closing.clone(),
+            abort: self.abort.clone(),
+        };
+        self.tracker.spawn(async move {
+            connection.serve(stream).await;
+            drop(permit);
+        });
+    }
+}
