@@ -55,6 +55,8 @@ pub(crate) struct Job {
     pub(crate) logits_digest: bool,
     /// The model's own end tokens, unless ignored, and the request's.
     pub(crate) end_tokens: Arc<[u32]>,
+    /// When it is given up.
+    pub(crate) deadline: Instant,
 }
 
 /// The next thing that happened to a generation.
@@ -81,6 +83,9 @@ pub(crate) enum DispatchError {
     /// Too many workers were lost, or the stream cannot be replayed.
     #[error("worker lost")]
     WorkerLost,
+    /// The request's time is over.
+    #[error("timed out")]
+    TimedOut,
     /// The system gives no random numbers.
     #[error("no entropy")]
     Entropy,
@@ -267,6 +272,9 @@ impl Generation {
         let worker = Arc::clone(&attempt.pair.decode);
         drop(attempt);
         let sent = self.sent.len();
+        if matches!(lost, Lost::Deadline) {
+            return Err(DispatchError::TimedOut);
+        }
         tracing::warn!(
             request = self.job.request_id,
             worker = %worker.member.worker,

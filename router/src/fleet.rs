@@ -4,51 +4,21 @@
 //! each worker last reported. The view may be stale; it is never emptied because the conductor is away.
 
 mod poll;
+pub(crate) mod roster;
 mod worker;
 
 use std::collections::BTreeMap;
 use std::sync::{Arc, PoisonError, RwLock};
-use std::time::Duration;
 
-use baton_config::{Epoch, KvGeometry, PoolName, Role, WorkerId};
+use baton_config::WorkerId;
 use tokio::sync::watch;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::dispatch::Caller;
 use crate::metrics::Metrics;
+pub use roster::{Member, Roster, RosterFeed};
 pub(crate) use worker::{Occupied, Worker};
-
-/// A worker as the conductor lists it.
-#[derive(Debug, Clone, PartialEq)]
-pub struct Member {
-    /// Its name.
-    pub worker: WorkerId,
-    /// Its life.
-    pub epoch: Epoch,
-    /// Its pool.
-    pub pool: PoolName,
-    /// What it does.
-    pub role: Role,
-    /// `host:port` of its HTTP API.
-    pub address: String,
-    /// Geometry of its KV blocks, where it has any of its own.
-    pub kv: Option<KvGeometry>,
-    /// Whether it may be given new requests: ready and not asked to drain.
-    pub ready: bool,
-}
-
-/// The members of the fleet at one moment.
-#[derive(Debug, Clone, PartialEq, Default)]
-pub struct Roster {
-    /// All known workers.
-    pub members: Vec<Member>,
-    /// How long ago the conductor confirmed this.
-    pub age: Duration,
-}
-
-/// Where rosters come from.
-pub type RosterFeed = watch::Receiver<Arc<Roster>>;
 
 /// Handles of all workers in view.
 #[derive(Debug)]

@@ -131,7 +131,7 @@ impl Gateway {
         entry: Entry,
     ) -> Response<AnswerBody> {
         let started = Instant::now();
-        let begun = self.begin(api, request, started).await;
+        let begun = self.begin(api, request).await;
         let (prepared, place) = match begun {
             Ok(begun) => begun,
             Err(refused) => {
@@ -148,7 +148,6 @@ impl Gateway {
         self: &Arc<Self>,
         api: Api,
         request: Request<Incoming>,
-        _started: Instant,
     ) -> Result<(Prepared, Place), Refusal> {
         body::check_head(request.headers(), self.limits.body)?;
         self.gate.check()?;
@@ -169,11 +168,8 @@ impl Gateway {
 
     /// Parses, validates and tokenizes.
     fn prepare(&self, api: Api, bytes: &[u8]) -> Result<Prepared, Refusal> {
-        let bounds = Bounds {
-            vocab: self.model.vocab,
-            choices: self.limits.choices,
-            messages: self.limits.messages,
-        };
+        let bounds =
+            Bounds { vocab: self.model.vocab, choices: self.limits.choices, messages: self.limits.messages };
         let mut ask = match api {
             Api::Chat => request::parse_chat(bytes, &bounds)?,
             Api::Completions => request::parse_completions(bytes, &bounds)?,
@@ -315,6 +311,7 @@ impl Gateway {
                     sampling,
                     logits_digest: ask.debug.logits_digest,
                     end_tokens: Arc::clone(&end_tokens),
+                    deadline: started + self.timeouts.request,
                 };
                 specs.push(ChoiceSpec {
                     index,
@@ -337,6 +334,7 @@ pub(crate) fn refusal(error: &DispatchError) -> Refusal {
         DispatchError::Overloaded => Refusal::WorkersBusy,
         DispatchError::Refused => Refusal::malformed("The model's workers cannot serve this request."),
         DispatchError::WorkerLost => Refusal::WorkerLost,
+        DispatchError::TimedOut => Refusal::TimedOut,
         DispatchError::Entropy => Refusal::Internal,
     }
 }

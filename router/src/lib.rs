@@ -35,5 +35,5 @@ mod stop;
 
 pub use fleet::{Member, Roster, RosterFeed};
 pub use model::ModelError;
-pub use options::{Disaggregation, Limits, ModelOptions, Policy, RouterOptions, Timeouts};
-pub use server::{ServeError, Stop, serve_with};
+pub use options::{Limits, ModelOptions, RouterOptions, Timeouts};
+pub use server::{ServeError, Stop, serve, serve_with};

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_config::Bytes;
+use baton_config::fleet::{Disaggregation, Fleet, PolicyKind, defaults};
 
 /// Everything a router needs to know; the command line fills it from the fleet document.
 #[derive(Debug, Clone)]
@@ -13,7 +14,7 @@ pub struct RouterOptions {
     /// Base URLs of the conductors, tried in order.
     pub conductors: Vec<String>,
     /// How a request finds its workers.
-    pub policy: Policy,
+    pub policy: PolicyKind,
     /// Whether prompts are prefilled on another worker than the one that decodes.
     pub disaggregation: Disaggregation,
     /// Bounds on what clients may ask for and hold.
@@ -30,11 +31,45 @@ impl RouterOptions {
         Self {
             model,
             conductors: vec![conductor],
-            policy: Policy::default(),
-            disaggregation: Disaggregation::default(),
+            policy: defaults::POLICY,
+            disaggregation: defaults::DISAGGREGATION,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
-            seed: 0,
+            seed: defaults::POLICY_SEED,
+        }
+    }
+
+    /// The options a fleet document asks for.
+    pub fn from_fleet(fleet: &Fleet) -> Self {
+        let (router, limits) = (&fleet.router, &fleet.router.limits);
+        let model = ModelOptions {
+            id: fleet.model.id.clone(),
+            served_as: fleet.model.served_as.clone(),
+            path: fleet.model.path.clone(),
+            max_context: None,
+        };
+        Self {
+            model,
+            conductors: fleet.conductor.endpoints.clone(),
+            policy: router.policy.kind,
+            disaggregation: router.disaggregation,
+            limits: Limits {
+                body: limits.body,
+                in_flight: limits.in_flight,
+                queue: limits.queue,
+                connections: limits.connections,
+                ..Limits::default()
+            },
+            timeouts: Timeouts {
+                header: limits.header_timeout,
+                body: limits.body_timeout,
+                queue: limits.queue_timeout,
+                request: limits.request_timeout,
+                settle: limits.drain_settle,
+                grace: limits.drain_grace,
+                ..Timeouts::default()
+            },
+            seed: router.policy.seed,
         }
     }
 }
@@ -50,34 +85,6 @@ pub struct ModelOptions {
     pub path: PathBuf,
     /// Tokens of prompt and answer together; the model's own limit where absent.
     pub max_context: Option<u32>,
-}
-
-/// How a decode worker and, if the prompt is prefilled elsewhere, a prefill worker are chosen.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Policy {
-    /// The pair with the lowest predicted cost: queues, prefill, transfer, decode load.
-    #[default]
-    KvAware,
-    /// Each worker in turn.
-    RoundRobin,
-    /// Any worker, evenly.
-    Random,
-    /// The worker with the fewest requests in flight.
-    LeastLoaded,
-    /// The less loaded of two drawn at random.
-    PowerOfTwo,
-}
-
-/// Whether a prompt is prefilled on a worker of its own.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Disaggregation {
-    /// Where that is predicted to bring the first token earlier.
-    #[default]
-    Auto,
-    /// Whenever a prefill worker is there.
-    Always,
-    /// Never: the decode worker prefills.
-    Never,
 }
 
 /// Bounds on what clients may ask for and hold.
@@ -100,10 +107,10 @@ pub struct Limits {
 impl Default for Limits {
     fn default() -> Self {
         Self {
-            body: Bytes(4 << 20),
-            in_flight: 4096,
-            queue: 1024,
-            connections: 8192,
+            body: defaults::ROUTER_BODY,
+            in_flight: defaults::ROUTER_IN_FLIGHT,
+            queue: defaults::ROUTER_QUEUE,
+            connections: defaults::ROUTER_CONNECTIONS,
             choices: 128,
             messages: 2048,
         }
@@ -121,6 +128,8 @@ pub struct Timeouts {
     pub idle: Duration,
     /// A request waiting for a place.
     pub queue: Duration,
+    /// A whole request, to its last token.
+    pub request: Duration,
     /// Connecting to a worker.
     pub connect: Duration,
     /// From dispatch to the first token, while the worker answers its state.
@@ -144,14 +153,15 @@ impl Default for Timeouts {
             header: s(10),
             body: s(10),
             idle: s(60),
-            queue: s(30),
+            queue: defaults::QUEUE_TIMEOUT,
+            request: defaults::REQUEST_TIMEOUT,
             connect: s(1),
             first_token: s(120),
             progress: s(10),
             frozen: s(3),
             replacement: s(5),
-            settle: Duration::from_millis(500),
-            grace: s(120),
+            settle: defaults::DRAIN_SETTLE,
+            grace: defaults::DRAIN_GRACE,
         }
     }
 }

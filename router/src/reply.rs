@@ -38,6 +38,8 @@ pub(crate) enum Refusal {
     NoWorker,
     /// The worker died and the request could not be moved.
     WorkerLost,
+    /// The whole request took too long.
+    TimedOut,
     /// A fault of the router itself.
     Internal,
 }
@@ -86,6 +88,7 @@ impl Refusal {
             Self::Overloaded { .. } | Self::WorkersBusy => StatusCode::TOO_MANY_REQUESTS,
             Self::NoWorker => StatusCode::SERVICE_UNAVAILABLE,
             Self::WorkerLost => StatusCode::BAD_GATEWAY,
+            Self::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
@@ -104,6 +107,7 @@ impl Refusal {
             Self::Overloaded { .. } | Self::WorkersBusy => ("rate_limit_error", Some("overloaded")),
             Self::NoWorker => ("server_error", Some("no_worker")),
             Self::WorkerLost => ("server_error", Some("worker_lost")),
+            Self::TimedOut => ("server_error", Some("timeout")),
             Self::Internal => ("server_error", Some("internal_error")),
         };
         let param = match self {
@@ -143,6 +147,7 @@ impl Refusal {
                 "The worker that served this request was lost and it could not be moved to another one."
                     .to_owned()
             }
+            Self::TimedOut => "The request took longer than the service allows.".to_owned(),
             Self::Internal => "The service failed to answer this request.".to_owned(),
         }
     }

@@ -5,7 +5,8 @@
 
 mod predict;
 
-use crate::options::{Disaggregation, Policy};
+use baton_config::fleet::{Disaggregation, PolicyKind};
+
 pub(crate) use predict::{Prefill, Side, Timing, remote_is_sooner};
 
 /// A worker that may be chosen.
@@ -46,7 +47,7 @@ pub(crate) struct Work {
 /// The rules.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Rules {
-    pub(crate) policy: Policy,
+    pub(crate) policy: PolicyKind,
     pub(crate) disaggregation: Disaggregation,
     pub(crate) seed: u64,
 }
@@ -62,14 +63,16 @@ pub(crate) struct Choice {
 /// Seconds to move the KV of the work from a prefill to a decode worker, given by their keys.
 pub(crate) type Transfer<'a> = &'a dyn Fn(usize, usize) -> f64;
 
-/// Chooses the workers of one request; `None` when nobody can decode.
+/// Chooses the workers of one request. Without an index of cached prefixes, `prefix` and `kv_aware` are the same.
+///
+/// `None` when nobody can decode.
 pub(crate) fn choose(
     snapshot: &Snapshot,
     work: Work,
     rules: Rules,
     transfer_s: Transfer<'_>,
 ) -> Option<Choice> {
-    if rules.policy == Policy::KvAware {
+    if matches!(rules.policy, PolicyKind::KvAware | PolicyKind::Prefix) {
         return choose_jointly(snapshot, work, rules, transfer_s);
     }
     let decode = pick(&snapshot.decode, work, rules, Side::Decode)?;
@@ -144,14 +147,14 @@ fn pick(candidates: &[Candidate], work: Work, rules: Rules, side: Side) -> Optio
     }
     let lot = draw(rules.seed, work.ticket, side as u64);
     let at = match rules.policy {
-        Policy::RoundRobin => index(work.ticket, len),
-        Policy::Random => index(lot, len),
-        Policy::LeastLoaded | Policy::KvAware => {
+        PolicyKind::RoundRobin => index(work.ticket, len),
+        PolicyKind::Random => index(lot, len),
+        PolicyKind::LeastLoaded | PolicyKind::KvAware | PolicyKind::Prefix => {
             return candidates.iter().min_by_key(|candidate| {
                 (burden(candidate, side), draw(lot, work.ticket, candidate.key as u64))
             });
         }
-        Policy::PowerOfTwo => {
+        PolicyKind::PowerOfTwo => {
             let first = index(lot, len);
             let step = 1 + index(draw(lot, work.ticket, 1), len.max(2) - 1);
             let second = (first + step) % len;

@@ -7,6 +7,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::available_parallelism;
 use std::time::Duration;
 
+use baton_conductor::client::{Client, ClientError, ClientOptions};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -14,7 +15,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::admit::Gate;
 use crate::dispatch::{Caller, Dispatcher};
-use crate::fleet::{Fleet, Keeper, RosterFeed};
+use crate::fleet::{Fleet, Keeper, RosterFeed, roster};
 use crate::gateway::Gateway;
 use crate::metrics::Metrics;
 use crate::model::{Model, ModelError};
@@ -33,6 +34,9 @@ pub enum ServeError {
     /// The metrics could not be set up.
     #[error("metrics could not be set up")]
     Metrics(#[from] prometheus::Error),
+    /// The conductors cannot be asked.
+    #[error("the conductor's client cannot start")]
+    Conductor(#[from] ClientError),
     /// The listener is unusable.
     #[error("the listener is unusable")]
     Listener(#[source] std::io::Error),
@@ -45,6 +49,28 @@ pub struct Stop {
     pub drain: CancellationToken,
     /// End now: the second signal.
     pub now: CancellationToken,
+}
+
+/// Serves until told to stop, with the fleet as the conductors have it.
+///
+/// # Errors
+/// When the model directory is not usable or a conductor's URL is none; a router that has begun to serve ends without
+/// an error.
+pub async fn serve(options: RouterOptions, listener: TcpListener, stop: Stop) -> Result<(), ServeError> {
+    let client = Client::start(ClientOptions::new(options.conductors.clone()))?;
+    let (feed, follower) = roster::follow(&client);
+    let ended = CancellationToken::new();
+    let following = TaskTracker::new();
+    following.spawn({
+        let ended = ended.clone();
+        async move { ended.run_until_cancelled(follower).await }
+    });
+    let served = serve_with(options, feed, listener, stop).await;
+    ended.cancel();
+    following.close();
+    following.wait().await;
+    client.close().await;
+    served
 }
 
 /// Serves until told to stop, with the fleet as `feed` has it.

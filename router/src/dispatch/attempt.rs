@@ -58,6 +58,9 @@ pub(super) enum Lost {
     /// Nothing for too long.
     #[error("no progress for {} ms", .0.as_millis())]
     Silent(Duration),
+    /// The request's time is over: nobody's fault.
+    #[error("the request's time is over")]
+    Deadline,
     /// The worker is full.
     #[error("overloaded")]
     Overloaded,
@@ -90,7 +93,7 @@ impl Lost {
     pub(super) fn reason(&self) -> MoveReason {
         match self {
             Self::Unreachable(_) | Self::Broken(_) => MoveReason::Connection,
-            Self::Silent(_) => MoveReason::Timeout,
+            Self::Silent(_) | Self::Deadline => MoveReason::Timeout,
             Self::Overloaded | Self::Unavailable(_) | Self::Refused(_) | Self::Engine(_) => {
                 MoveReason::Worker
             }
@@ -160,6 +163,7 @@ pub(super) struct Attempt {
     prefill: Option<PrefillCall>,
     timeouts: Timeouts,
     progress_at: Instant,
+    deadline: Instant,
     begun: bool,
     tick: Pin<Box<Sleep>>,
 }
@@ -229,6 +233,7 @@ impl Attempt {
             prefill,
             timeouts: dispatcher.timeouts.clone(),
             progress_at: Instant::now(),
+            deadline: job.deadline,
             begun: false,
             tick: Box::pin(tokio::time::sleep(TICK)),
         }
@@ -268,6 +273,9 @@ impl Attempt {
     fn check_progress(&mut self) -> Result<(), Lost> {
         let now = Instant::now();
         self.tick.as_mut().reset(now + TICK);
+        if now >= self.deadline {
+            return Err(Lost::Deadline);
+        }
         let quiet = now.duration_since(self.progress_at);
         let patience = if self.begun { self.timeouts.progress } else { self.timeouts.first_token };
         let frozen =
