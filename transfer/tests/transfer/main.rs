@@ -1,0 +1,8 @@
+//! Agents over real sockets and shared memory: in one process, through a proxy that breaks things, and in two.
+#![cfg(test)]
+
+mod faults;
+mod processes;
+mod proxy;
+mod sessions;
+mod support;

@@ -1,0 +1,295 @@
+//! Two agents in one process: what a read gives, what is refused, and by which name.
+
+use std::collections::BTreeSet;
+use std::sync::Mutex;
+
+use baton_config::{Epoch, HandoffId};
+use baton_transfer::wire::Metadata;
+use baton_transfer::{
+    Agent, AgentOptions, BackendKind, BlockRead, ConnectError, Descriptor, Destination, ErrorKind, Integrity,
+    LinkError, Refusal, RegionId, Session, StartError, TransferError,
+};
+
+use crate::support::{
+    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, deadline, memory, name, pattern, reader, reader_with,
+};
+
+const BOTH: [BackendKind; 2] = BackendKind::ALL;
+
+async fn read(session: &Session, blocks: &[BlockRead]) -> Result<u64, TransferError> {
+    let into = memory(32 << 20);
+    let report = session.read(HANDOFF, blocks, Destination::Memory(&into), deadline()).await?;
+    assert_in_place(&into, blocks);
+    Ok(report.bytes.0)
+}
+
+fn refusal(outcome: Result<u64, TransferError>) -> Refusal {
+    match outcome {
+        Err(TransferError::Refused { refusal, .. }) => refusal,
+        other => panic!("not refused: {other:?}"),
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn scattered_blocks_arrive_in_their_places() {
+    for backend in BOTH {
+        let owner = Owner::start(40 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        assert_eq!(session.path().backend, backend);
+        for (count, len) in [(1, 1), (1, 4096), (64, 4096), (33, 65_537), (6, 3 << 20), (2500, 100)] {
+            let blocks = owner.granted(count, len);
+            let bytes = read(&session, &blocks).await.unwrap();
+            assert_eq!(bytes, count as u64 * u64::from(len), "{count} x {len} over {backend}");
+            owner.agent.revoke(HANDOFF).settled().await;
+        }
+        assert_eq!(read(&session, &[]).await.unwrap(), 0);
+        let stats = session.stats();
+        assert!(stats.bytes_per_second.is_some_and(|bandwidth| bandwidth > 0.0) && stats.latency.is_some());
+        assert_eq!(reader.stats().read_bytes(backend), stats.bytes);
+        reader.close().await;
+        owner.agent.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_sink_gets_every_block_once_and_whole() {
+    for backend in BOTH {
+        let owner = Owner::start(40 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        for (count, len) in [(1, 5), (300, 3000), (9, 200_000), (18, 1 << 20)] {
+            let blocks = owner.granted(count, len);
+            let seen = Mutex::new(BTreeSet::new());
+            let sink = |index: usize, bytes: &[u8]| {
+                let source = blocks[index].source;
+                assert!(
+                    bytes == pattern(source.offset as usize, source.len),
+                    "block {index} of {count} x {len}"
+                );
+                assert!(seen.lock().unwrap().insert(index), "block {index} came twice");
+            };
+            session.read(HANDOFF, &blocks, Destination::Sink(&sink), deadline()).await.unwrap();
+            assert_eq!(seen.into_inner().unwrap().len(), count);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn many_reads_share_a_session() {
+    for backend in BOTH {
+        let owner = Owner::start(8 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let blocks = owner.granted(16, 10_000);
+        let reads = (0..64).map(|_| read(&session, &blocks));
+        for outcome in futures_util::future::join_all(reads).await {
+            assert_eq!(outcome.unwrap(), 160_000);
+        }
+        assert_eq!(session.stats().bytes.0, 64 * 160_000);
+    }
+}
+
+#[tokio::test]
+async fn descriptors_outside_region_and_grant_are_refused_by_name() {
+    for backend in BOTH {
+        let owner = Owner::start(1 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let blocks = owner.granted(4, 4096);
+        let with = |source: Descriptor| [blocks[0], BlockRead { source, ..blocks[1] }];
+        let region = owner.region;
+        let past = Descriptor { region, offset: (1 << 20) - 10, len: 11 };
+        let none = Descriptor { region: RegionId(77), offset: 0, len: 10 };
+        assert_eq!(refusal(read(&session, &with(past)).await), Refusal::OutsideRegion);
+        assert_eq!(refusal(read(&session, &with(none)).await), Refusal::OutsideRegion);
+        if backend == BackendKind::Tcp {
+            let beside = Descriptor { region, offset: (1 << 20) - 10, len: 10 };
+            assert_eq!(refusal(read(&session, &with(beside)).await), Refusal::OutsideGrant);
+        }
+        assert_eq!(
+            reader.stats().errors(ErrorKind::Refused),
+            if backend == BackendKind::Tcp { 3 } else { 2 }
+        );
+        assert_eq!(read(&session, &blocks).await.unwrap(), 4 * 4096, "the session goes on");
+    }
+}
+
+#[tokio::test]
+async fn nothing_is_read_without_a_live_grant() {
+    for backend in BOTH {
+        let owner = Owner::start(1 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let blocks = owner.granted(4, 4096);
+        assert!(read(&session, &blocks).await.is_ok());
+        owner.agent.revoke(HANDOFF).settled().await;
+        assert_eq!(refusal(read(&session, &blocks).await), Refusal::NotGranted, "{backend}");
+        owner.agent.grant(HandoffId(HANDOFF.0 + 2), blocks.iter().map(|block| block.source).collect());
+        assert_eq!(refusal(read(&session, &blocks).await), Refusal::NotGranted, "another handoff's grant");
+    }
+}
+
+#[tokio::test]
+async fn another_life_of_the_owner_is_stale() {
+    for backend in BOTH {
+        let owner = Owner::start(1 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let blocks = owner.granted(4, 4096);
+        owner.agent.set_epoch(Epoch(9));
+        match read(&session, &blocks).await {
+            Err(TransferError::Stale { ticket: EPOCH, current: Some(Epoch(9)), .. }) => {}
+            other => panic!("{backend}: {other:?}"),
+        }
+        reader.disconnect(&name(OWNER));
+        match owner.session(&reader).await {
+            Err(ConnectError::Stale { asked: EPOCH, current: Some(Epoch(9)), .. }) => {}
+            other => panic!("{backend}: {other:?}"),
+        }
+        assert!(owner.agent.stats().stale_refused > 0);
+        assert_eq!(reader.stats().errors(ErrorKind::Stale), 1);
+        let session = reader.connect(&name(OWNER), Epoch(9), &owner.metadata).await.unwrap();
+        assert_eq!(refusal(read(&session, &blocks).await), Refusal::NotGranted, "grants end with their life");
+        let blocks = owner.granted(4, 4096);
+        assert!(read(&session, &blocks).await.is_ok());
+    }
+}
+
+#[tokio::test]
+async fn an_older_life_of_the_reader_is_refused_and_its_sessions_close() {
+    for backend in BOTH {
+        let owner = Owner::start(1 << 20).await;
+        let reader = reader(backend).await;
+        let zombie = self::reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let blocks = owner.granted(4, 4096);
+        reader.set_epoch(Epoch(8));
+        let closed = read(&session, &blocks).await;
+        assert!(matches!(closed, Err(TransferError::Link { source: LinkError::Closed, .. })), "{closed:?}");
+        let session = owner.session(&reader).await.unwrap();
+        assert!(read(&session, &blocks).await.is_ok());
+        let refused = owner.session(&zombie).await;
+        assert!(matches!(refused, Err(ConnectError::Stale { .. })), "{refused:?}");
+    }
+}
+
+#[tokio::test]
+async fn another_worker_or_process_at_the_address_is_refused() {
+    let owner = Owner::start(1 << 20).await;
+    let reader = reader(BackendKind::Tcp).await;
+    let refused = reader.connect(&name("prefill-9"), EPOCH, &owner.metadata).await;
+    assert!(
+        matches!(refused, Err(ConnectError::Refused { refusal: Refusal::WrongWorker, .. })),
+        "{refused:?}"
+    );
+    let mut other = Metadata::decode(&owner.metadata).unwrap();
+    other.incarnation += 1;
+    let refused = reader.connect(&name(OWNER), EPOCH, &other.encode()).await;
+    assert!(
+        matches!(refused, Err(ConnectError::Refused { refusal: Refusal::WrongIncarnation, .. })),
+        "{refused:?}"
+    );
+    let unready = Agent::start(AgentOptions::new(name("joining"))).await.unwrap();
+    let refused = reader.connect(&name("joining"), Epoch(1), &unready.metadata()).await;
+    assert!(
+        matches!(refused, Err(ConnectError::Refused { refusal: Refusal::Unavailable, .. })),
+        "{refused:?}"
+    );
+    let refused = reader.connect(&name(OWNER), EPOCH, b"junk").await;
+    assert!(matches!(refused, Err(ConnectError::Metadata { .. })), "{refused:?}");
+}
+
+#[tokio::test]
+async fn the_path_is_chosen_by_both_sides_and_says_why() {
+    let owner = Owner::start(1 << 20).await;
+    let metadata = Metadata::decode(&owner.metadata).unwrap();
+    let path = async |alter: &dyn Fn(&mut Metadata)| {
+        let reader = Agent::start(AgentOptions::new(name("decode-1"))).await.unwrap();
+        let mut metadata = metadata.clone();
+        alter(&mut metadata);
+        let session = reader.connect(&name(OWNER), EPOCH, &metadata.encode()).await;
+        session.map(|session| session.path().clone())
+    };
+    let same_host = path(&|_| {}).await.unwrap();
+    assert_eq!(
+        (same_host.backend, same_host.reason.as_str()),
+        (BackendKind::Shm, "shm: same host, the peer's memory is mapped")
+    );
+    let far = path(&|metadata| metadata.host ^= 1).await.unwrap();
+    assert_eq!(far.backend, BackendKind::Tcp);
+    assert_eq!(far.reason, "tcp: reached by address; shm: the peer is on another host");
+    let tcp_only = path(&|metadata| metadata.backends = vec![BackendKind::Tcp]).await.unwrap();
+    assert_eq!(tcp_only.reason, "tcp: reached by address; shm: not offered by the peer");
+    match path(&|metadata| metadata.backends.clear()).await {
+        Err(ConnectError::Link { tried, .. }) => {
+            assert_eq!(tried, "shm: not offered by the peer; tcp: not offered by the peer");
+        }
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn a_session_is_kept_until_it_breaks_and_another_path_can_be_asked_for() {
+    let owner = Owner::start(1 << 20).await;
+    let reader = Agent::start(AgentOptions::new(name("decode-1"))).await.unwrap();
+    let blocks = owner.granted(2, 4096);
+    let session = owner.session(&reader).await.unwrap();
+    read(&session, &blocks).await.unwrap();
+    let again = owner.session(&reader).await.unwrap();
+    assert_eq!(again.stats().bytes.0, 8192, "the same session");
+    let other =
+        reader.connect_avoiding(&name(OWNER), EPOCH, &owner.metadata, BackendKind::Shm).await.unwrap();
+    assert_eq!(other.path().backend, BackendKind::Tcp);
+    assert_eq!(other.path().reason, "tcp: reached by address; shm: avoided");
+    assert_eq!(reader.sessions().len(), 2);
+    owner.agent.close().await;
+    let gone = read(&session, &blocks).await;
+    assert!(matches!(gone, Err(TransferError::Link { .. })), "{gone:?}");
+    assert!(!session.is_usable());
+}
+
+#[tokio::test]
+async fn wrong_bytes_are_named_and_never_delivered() {
+    for backend in BOTH {
+        let owner = Owner::start(4 << 20).await;
+        let mut blocks = owner.granted(40, 20_000);
+        for bad in [3, 39] {
+            blocks[bad].expected.as_mut().unwrap().digest ^= 1;
+        }
+        let strict = reader(backend).await;
+        let session = owner.session(&strict).await.unwrap();
+        let seen = Mutex::new(BTreeSet::new());
+        let sink = |index: usize, _: &[u8]| {
+            seen.lock().unwrap().insert(index);
+        };
+        match session.read(HANDOFF, &blocks, Destination::Sink(&sink), deadline()).await {
+            Err(TransferError::Integrity { index: 3, corrupt, .. }) => assert_eq!(corrupt, [3, 39]),
+            other => panic!("{other:?}"),
+        }
+        let seen = seen.into_inner().unwrap();
+        assert!(seen.len() == 38 && !seen.contains(&3) && !seen.contains(&39), "{seen:?}");
+        match read(&session, &blocks).await {
+            Err(TransferError::Integrity { index: 3, corrupt, .. }) => assert_eq!(corrupt, [3, 39]),
+            other => panic!("{other:?}"),
+        }
+        assert_eq!(strict.stats().checksum_mismatches, 4);
+        let trusting = reader_with(backend, Integrity::Off).await;
+        let session = owner.session(&trusting).await.unwrap();
+        assert_eq!(read(&session, &blocks).await.unwrap(), 800_000);
+    }
+}
+
+#[tokio::test]
+async fn an_agent_nobody_could_reach_does_not_start() {
+    let mut options = AgentOptions::new(name("w"));
+    options.bind = "0.0.0.0".parse().unwrap();
+    assert!(matches!(Agent::start(options.clone()).await, Err(StartError::Advertise { .. })));
+    options.advertise = Some("10.1.2.3:7700".parse().unwrap());
+    let agent = Agent::start(options.clone()).await.unwrap();
+    assert_eq!(Metadata::decode(&agent.metadata()).unwrap().address, "10.1.2.3:7700".parse().unwrap());
+    options.port = agent.local_address().port();
+    assert!(matches!(Agent::start(options.clone()).await, Err(StartError::Bind { .. })));
+    options.backends.clear();
+    assert!(matches!(Agent::start(options).await, Err(StartError::NoBackend)));
+}
