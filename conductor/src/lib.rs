@@ -20,6 +20,7 @@ mod dice;
 pub mod membership;
 pub mod record;
 pub mod server;
+pub mod store;
 
 pub use client::{Client, ClientOptions, View};
 pub use membership::{JoinError, Membership, MembershipOptions, Registration};
