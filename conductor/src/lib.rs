@@ -18,7 +18,9 @@ pub mod api;
 pub mod client;
 mod dice;
 pub mod membership;
+mod mirror;
 pub mod record;
+mod registry;
 pub mod server;
 pub mod store;
 

@@ -2,17 +2,35 @@
 
 use std::net::SocketAddr;
 use std::path::PathBuf;
+use std::sync::Arc;
 use std::time::Duration;
 
 use baton_config::{PoolName, Role};
 use tokio::net::TcpListener;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::mirror::Mirror;
+use crate::registry::Registry;
+use crate::store::Store;
+use crate::store::embedded::{Embedded, EmbeddedOptions, StateFileError};
+
+mod answer;
+mod http;
+mod metrics;
+mod routes;
+
+use routes::App;
+
+/// How often what concerns nobody any more is looked for.
+const TIDY_INTERVAL: Duration = Duration::from_secs(10);
 
 /// What a conductor is told by the fleet document.
 #[derive(Debug, Clone)]
 pub struct ConductorOptions {
     /// Where epochs and operators' wishes survive a restart; `None` keeps them in memory and takes epochs from the clock.
-    pub data_dir: Option<PathBuf>,
+    pub state_file: Option<PathBuf>,
     /// A worker not heard for so long is removed.
     pub lease_ttl: Duration,
     /// Pools of the fleet document.
@@ -22,7 +40,7 @@ pub struct ConductorOptions {
 impl ConductorOptions {
     /// Options with a lease of 10 s and nothing kept on disk.
     pub fn new(pools: Vec<PoolOptions>) -> Self {
-        Self { data_dir: None, lease_ttl: Duration::from_secs(10), pools }
+        Self { state_file: None, lease_ttl: Duration::from_secs(10), pools }
     }
 }
 
@@ -46,7 +64,7 @@ pub struct PoolOptions {
 pub enum ServeError {
     /// Anybody who reaches the port could register workers.
     #[error(
-        "the conductor listens on {address}, which is not loopback: there is no authentication yet, so only loopback is served"
+        "the conductor would listen on {address}, which is not loopback: registrations are not authenticated yet, so only loopback is served"
     )]
     OpenListen {
         /// Where it was to listen.
@@ -55,17 +73,55 @@ pub enum ServeError {
     /// The socket is unusable.
     #[error("the listening socket failed")]
     Listen(#[source] std::io::Error),
+    /// The state of an earlier life can't be used.
+    #[error(transparent)]
+    State(#[from] StateFileError),
+    /// The store can't be read.
+    #[error("the store can't be read")]
+    Store(#[from] crate::store::StoreError),
 }
 
-/// Runs a conductor until `stop`.
+/// Runs a conductor with the embedded store until `stop`, then lets open requests finish for a moment.
 ///
 /// # Errors
 /// [`ServeError`], before anything is served.
 pub async fn serve(
-    _options: ConductorOptions,
+    options: ConductorOptions,
     listener: TcpListener,
-    _stop: CancellationToken,
+    stop: CancellationToken,
 ) -> Result<(), ServeError> {
     let address = listener.local_addr().map_err(ServeError::Listen)?;
-    Err(ServeError::OpenListen { address })
+    if !address.ip().is_loopback() {
+        return Err(ServeError::OpenListen { address });
+    }
+    let tasks = TaskTracker::new();
+    let holder = format!("the conductor with pid {} at http://{address}", std::process::id());
+    let embedded = EmbeddedOptions { state_file: options.state_file.clone(), holder };
+    let store: Arc<dyn Store> = Arc::new(Embedded::start(embedded, &tasks).await?);
+    let mirror = Arc::new(Mirror::new(&options.pools));
+    mirror.list(&*store).await?;
+    let registry = Registry::new(store.clone(), mirror.clone(), options.pools, options.lease_ttl);
+    let app = Arc::new(App::new(registry, mirror.clone(), store.kind(), stop.clone()));
+
+    tasks.spawn(stop.clone().run_until_cancelled_owned(mirror.follow(store)));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(tidy(app.clone())));
+    tracing::info!(%address, "conductor serves");
+    http::serve(listener, routes::router(app), stop).await;
+    tasks.close();
+    tasks.wait().await;
+    tracing::info!("conductor stopped");
+    Ok(())
 }
+
+/// The reconciler of leftovers: idempotent, on a timer.
+async fn tidy(app: Arc<App>) {
+    loop {
+        if let Err(error) = app.registry.tidy(Instant::now()).await {
+            tracing::warn!(error = &error as &dyn std::error::Error, "leftovers stay for now");
+        }
+        tokio::time::sleep(TIDY_INTERVAL).await;
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -14,6 +14,8 @@ use super::{
 
 /// Revisions kept for watches.
 pub(crate) const HISTORY_MAX_REVISIONS: usize = 10_000;
+/// Bytes of keys and values kept for watches.
+const HISTORY_MAX_BYTES: usize = 32 << 20;
 /// Shortest lease.
 const LEASE_MIN: Duration = Duration::from_millis(100);
 
@@ -36,6 +38,7 @@ pub(crate) struct Memory {
     next_lease: u64,
     history: VecDeque<Batch>,
     history_max: usize,
+    history_bytes: usize,
 }
 
 impl Memory {
@@ -55,6 +58,7 @@ impl Memory {
             next_lease: base,
             history: VecDeque::new(),
             history_max: HISTORY_MAX_REVISIONS,
+            history_bytes: 0,
         }
     }
 
@@ -238,12 +242,23 @@ impl Memory {
         }
         self.revision += 1;
         events.sort_by(|a, b| event_key(a).cmp(event_key(b)));
-        self.history.push_back(Batch { revision: self.revision, events });
-        while self.history.len() > self.history_max {
-            self.history.pop_front();
-            self.compacted += 1;
+        let batch = Batch { revision: self.revision, events };
+        self.history_bytes += batch_bytes(&batch);
+        self.history.push_back(batch);
+        while self.history.len() > self.history_max || self.history_bytes > HISTORY_MAX_BYTES {
+            let Some(oldest) = self.history.pop_front() else { break };
+            self.history_bytes -= batch_bytes(&oldest);
+            self.compacted = oldest.revision;
         }
     }
+}
+
+fn batch_bytes(batch: &Batch) -> usize {
+    let size = |event: &Event| match event {
+        Event::Put(kv) => kv.key.len() + kv.value.len(),
+        Event::Delete { key } => key.len(),
+    };
+    batch.events.iter().map(size).sum()
 }
 
 fn event_key(event: &Event) -> &str {

@@ -1,0 +1,318 @@
+//! The fleet as the store has it, followed by one watch, and served to any number of clients.
+//!
+//! Each change is written as a line once, whoever reads it. Readers pull from a bounded history at their own pace: a
+//! slow one holds up nobody and costs no memory; one that falls out of the history is told to list again.
+
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use baton_config::{Epoch, PoolName, WorkerId};
+use bytes::Bytes;
+use futures_util::StreamExt;
+use tokio::sync::watch;
+
+use crate::api::{Change, PoolTarget, WatchLine};
+use crate::dice::{Backoff, Dice};
+use crate::record::WorkerRecord;
+use crate::registry::{DRAIN_PREFIX, REPLICAS_PREFIX, StoredWorker, WORKERS_PREFIX};
+use crate::server::PoolOptions;
+use crate::store::{Batch, Event, KeyValue, PAGE_MAX_KEYS, Revision, Store, StoreError, WatchError};
+
+/// Lines kept for watches.
+const LINES_MAX: usize = 10_000;
+/// Bytes of lines kept for watches.
+const LINES_MAX_BYTES: usize = 16 << 20;
+
+/// The fleet at one revision.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Fleet {
+    pub(crate) instance: String,
+    pub(crate) revision: Revision,
+    pub(crate) workers: BTreeMap<WorkerId, Arc<WorkerRecord>>,
+    pub(crate) drain: BTreeSet<WorkerId>,
+    /// Numbers set by operators.
+    pub(crate) replicas: BTreeMap<PoolName, u32>,
+}
+
+/// The history does not reach back so far.
+#[derive(Debug, PartialEq, Eq)]
+pub(crate) struct Forgotten {
+    pub(crate) revision: Revision,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    fleet: Fleet,
+    /// The stored form of each worker, for comparing and writing.
+    stored: BTreeMap<WorkerId, KeyValue>,
+    lines: VecDeque<(Revision, Bytes)>,
+    lines_bytes: usize,
+    /// Watches can begin here.
+    oldest: Revision,
+    leaving: BTreeSet<WorkerId>,
+    expired: u64,
+    following: bool,
+}
+
+/// The shared copy.
+#[derive(Debug)]
+pub(crate) struct Mirror {
+    pools: BTreeMap<PoolName, PoolOptions>,
+    state: Mutex<State>,
+    head: watch::Sender<Revision>,
+}
+
+impl Mirror {
+    pub(crate) fn new(pools: &[PoolOptions]) -> Self {
+        let pools = pools.iter().map(|pool| (pool.name.clone(), pool.clone())).collect();
+        Self { pools, state: Mutex::default(), head: watch::channel(0).0 }
+    }
+
+    /// Follows the store for ever, listing anew where the history was lost.
+    pub(crate) async fn follow(self: Arc<Self>, store: Arc<dyn Store>) {
+        let mut dice = Dice::from_entropy();
+        let mut failures = 0;
+        loop {
+            if let Err(error) = self.list(&*store).await {
+                tracing::warn!(error = &error as &dyn std::error::Error, "the store can't be listed");
+                self.lock().following = false;
+                tokio::time::sleep(Backoff::CONDUCTOR.delay(failures, &mut dice)).await;
+                failures = failures.saturating_add(1);
+                continue;
+            }
+            failures = 0;
+            loop {
+                let since = self.lock().fleet.revision;
+                // A watch without changes says nothing about the store; a read does.
+                self.lock().following = store.list(WORKERS_PREFIX, None, 1).await.is_ok();
+                let mut watch = store.watch("", since);
+                let mut ended = WatchError::Lost;
+                while let Some(item) = watch.next().await {
+                    match item {
+                        Ok(batch) => self.apply(batch),
+                        Err(error) => ended = error,
+                    }
+                }
+                tracing::warn!(error = &ended as &dyn std::error::Error, "the watch of the store ended");
+                self.lock().following = false;
+                tokio::time::sleep(Backoff::CONDUCTOR.delay(failures, &mut dice)).await;
+                failures = failures.saturating_add(1);
+                if ended != WatchError::Lost {
+                    break;
+                }
+            }
+        }
+    }
+
+    /// Replaces everything by what the store has. Watchers of the past are told to list again.
+    pub(crate) async fn list(&self, store: &dyn Store) -> Result<(), StoreError> {
+        let instance = store.instance().await?;
+        let mut items: Vec<KeyValue> = Vec::new();
+        let mut revision = None;
+        loop {
+            let after = items.last().map(|kv| kv.key.clone());
+            let page = store.list("", after.as_deref(), PAGE_MAX_KEYS).await?;
+            revision = revision.or(Some(page.revision));
+            items.extend(page.items);
+            if !page.more {
+                break;
+            }
+        }
+        let revision = revision.unwrap_or(0);
+        let mut state = self.lock();
+        let mut fresh = State {
+            fleet: Fleet { instance, revision, ..Fleet::default() },
+            oldest: revision,
+            leaving: std::mem::take(&mut state.leaving),
+            expired: state.expired,
+            following: true,
+            ..State::default()
+        };
+        for kv in items {
+            self.change(&mut fresh, Event::Put(kv));
+        }
+        *state = fresh;
+        drop(state);
+        self.head.send_replace(revision);
+        Ok(())
+    }
+
+    fn apply(&self, batch: Batch) {
+        let mut state = self.lock();
+        let changes: Vec<Change> =
+            batch.events.into_iter().filter_map(|event| self.change(&mut state, event)).collect();
+        state.fleet.revision = batch.revision;
+        if !changes.is_empty() {
+            state.push(&WatchLine::Changes { revision: batch.revision, changes });
+        }
+        drop(state);
+        self.head.send_replace(batch.revision);
+    }
+
+    fn change(&self, state: &mut State, event: Event) -> Option<Change> {
+        let key = match &event {
+            Event::Put(kv) => kv.key.clone(),
+            Event::Delete { key } => key.clone(),
+        };
+        let change = if let Some(name) = key.strip_prefix(WORKERS_PREFIX) {
+            worker_change(state, name.parse().ok()?, event)
+        } else if let Some(name) = key.strip_prefix(DRAIN_PREFIX) {
+            let worker: WorkerId = name.parse().ok()?;
+            let drain = matches!(event, Event::Put(_));
+            if drain {
+                state.fleet.drain.insert(worker.clone());
+            } else {
+                state.fleet.drain.remove(&worker);
+            }
+            Some(Change::Drain { worker, drain })
+        } else if let Some(name) = key.strip_prefix(REPLICAS_PREFIX) {
+            let pool: PoolName = name.parse().ok()?;
+            match event {
+                Event::Put(kv) => {
+                    state.fleet.replicas.insert(pool.clone(), serde_json::from_slice(&kv.value).ok()?);
+                }
+                Event::Delete { .. } => drop(state.fleet.replicas.remove(&pool)),
+            }
+            self.target(&state.fleet, &pool).map(|pool| Change::Desired { pool })
+        } else {
+            None
+        };
+        if change.is_none() {
+            tracing::debug!(key, "a stored key that says nothing to this conductor");
+        }
+        change
+    }
+
+    fn target(&self, fleet: &Fleet, pool: &PoolName) -> Option<PoolTarget> {
+        let options = self.pools.get(pool)?;
+        let desired = fleet.replicas.get(pool).copied().unwrap_or(options.replicas);
+        Some(PoolTarget { name: pool.clone(), role: options.role, desired })
+    }
+
+    /// The pools of the fleet document with their wanted sizes.
+    pub(crate) fn targets(&self, fleet: &Fleet) -> Vec<PoolTarget> {
+        self.pools.keys().filter_map(|pool| self.target(fleet, pool)).collect()
+    }
+
+    /// The fleet now.
+    pub(crate) fn fleet(&self) -> Fleet {
+        self.lock().fleet.clone()
+    }
+
+    /// Whose history this is, and how far it goes.
+    pub(crate) fn position(&self) -> (String, Revision) {
+        let state = self.lock();
+        (state.fleet.instance.clone(), state.fleet.revision)
+    }
+
+    /// A worker as it is stored, and its epoch.
+    pub(crate) fn worker(&self, worker: &WorkerId) -> Option<(KeyValue, Epoch)> {
+        let state = self.lock();
+        let epoch = state.fleet.workers.get(worker)?.epoch;
+        state.stored.get(worker).map(|kv| (kv.clone(), epoch))
+    }
+
+    /// Whether a worker was asked to drain.
+    pub(crate) fn drains(&self, worker: &WorkerId) -> bool {
+        self.lock().fleet.drain.contains(worker)
+    }
+
+    /// Leases that ended without a goodbye, since the start.
+    pub(crate) fn expired(&self) -> u64 {
+        self.lock().expired
+    }
+
+    /// Whether the store is being followed.
+    pub(crate) fn following(&self) -> bool {
+        self.lock().following
+    }
+
+    /// The next removal of this worker is a goodbye and no expiry.
+    pub(crate) fn expect_leave(&self, worker: &WorkerId) {
+        self.lock().leaving.insert(worker.clone());
+    }
+
+    /// Waits until the mirror shows `revision`, or for `patience`: a writer then sees its own write.
+    pub(crate) async fn reached(&self, revision: Revision, patience: Duration) {
+        let mut head = self.head.subscribe();
+        if tokio::time::timeout(patience, head.wait_for(|head| *head >= revision)).await.is_err() {
+            tracing::warn!(revision, "the mirror of the store lags");
+        }
+    }
+
+    /// Told of each new revision.
+    pub(crate) fn head(&self) -> watch::Receiver<Revision> {
+        self.head.subscribe()
+    }
+
+    /// At most `max` lines after `since`, and the revision they lead to.
+    pub(crate) fn lines(&self, since: Revision, max: usize) -> Result<(Vec<Bytes>, Revision), Forgotten> {
+        let state = self.lock();
+        if since < state.oldest {
+            return Err(Forgotten { revision: state.fleet.revision });
+        }
+        let start = state.lines.partition_point(|(revision, _)| *revision <= since);
+        let chosen: Vec<&(Revision, Bytes)> = state.lines.range(start..).take(max).collect();
+        let upto = match chosen.last() {
+            Some((revision, _)) if chosen.len() == max => *revision,
+            _ => state.fleet.revision,
+        };
+        Ok((chosen.into_iter().map(|(_, line)| line.clone()).collect(), upto.max(since)))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl State {
+    fn push(&mut self, line: &WatchLine) {
+        let bytes = encode_line(line);
+        self.lines_bytes += bytes.len();
+        self.lines.push_back((self.fleet.revision, bytes));
+        while self.lines.len() > LINES_MAX || self.lines_bytes > LINES_MAX_BYTES {
+            let Some((revision, bytes)) = self.lines.pop_front() else { break };
+            self.lines_bytes -= bytes.len();
+            self.oldest = revision;
+        }
+    }
+}
+
+fn worker_change(state: &mut State, worker: WorkerId, event: Event) -> Option<Change> {
+    match event {
+        Event::Put(kv) => {
+            let record = match StoredWorker::decode(&kv) {
+                Ok(stored) if stored.record.worker == worker => Arc::new(stored.record),
+                _ => {
+                    tracing::error!(key = kv.key, "a stored worker is not understood and left out");
+                    return None;
+                }
+            };
+            state.fleet.workers.insert(worker.clone(), record.clone());
+            state.stored.insert(worker, kv);
+            Some(Change::Put { worker: record })
+        }
+        Event::Delete { .. } => {
+            let record = state.fleet.workers.remove(&worker)?;
+            state.stored.remove(&worker);
+            if !state.leaving.remove(&worker) {
+                state.expired += 1;
+                tracing::warn!(%worker, epoch = %record.epoch, "lease expired, worker removed");
+            }
+            Some(Change::Delete { worker })
+        }
+    }
+}
+
+/// One line of NDJSON.
+pub(crate) fn encode_line(line: &WatchLine) -> Bytes {
+    match serde_json::to_vec(line) {
+        Ok(mut bytes) => {
+            bytes.push(b'\n');
+            bytes.into()
+        }
+        // Maps with text keys and plain structs always have a JSON form.
+        Err(error) => unreachable!("a watch line without a JSON form: {error}"),
+    }
+}

@@ -1,0 +1,128 @@
+//! What Prometheus is told. Every series is there from the start, with 0.
+
+use baton_config::Role;
+use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+
+use crate::mirror::Mirror;
+use crate::record::WorkerState;
+
+const ROLES: [Role; 3] = [Role::Prefill, Role::Decode, Role::Both];
+/// Codes of refusals; one not listed is counted as `other`.
+const CODES: [&str; 14] = [
+    "invalid_field",
+    "invalid_body",
+    "invalid_name",
+    "invalid_query",
+    "body_too_large",
+    "body_too_slow",
+    "name_taken",
+    "stale_epoch",
+    "lease_gone",
+    "future_revision",
+    "no_worker",
+    "no_pool",
+    "store_unavailable",
+    "other",
+];
+
+/// The conductor's metrics.
+#[derive(Debug)]
+pub(super) struct Metrics {
+    registry: Registry,
+    workers: IntGaugeVec,
+    lease_expired: IntCounterVec,
+    store_up: IntGauge,
+    desired: IntGaugeVec,
+    stale_refused: IntCounterVec,
+    refused: IntCounterVec,
+    watches: IntGauge,
+    revision: IntGauge,
+}
+
+impl Metrics {
+    pub(super) fn new() -> Self {
+        let registry = Registry::new();
+        let gauge = |name: &str, help: &str| {
+            let gauge = IntGauge::new(name, help);
+            register(&registry, gauge)
+        };
+        let gauges = |name: &str, help: &str, labels: &[&str]| {
+            register(&registry, IntGaugeVec::new(Opts::new(name, help), labels))
+        };
+        let counters = |name: &str, help: &str, labels: &[&str]| {
+            register(&registry, IntCounterVec::new(Opts::new(name, help), labels))
+        };
+        let metrics = Self {
+            workers: gauges("baton_conductor_workers", "Live workers by role and state.", &["role", "state"]),
+            lease_expired: counters(
+                "baton_conductor_lease_expired_total",
+                "Workers removed because their lease ended without a goodbye.",
+                &[],
+            ),
+            store_up: gauge("baton_conductor_store_up", "1 while the store answers and is followed, else 0."),
+            desired: gauges("baton_scale_desired", "Wanted number of workers by pool.", &["pool"]),
+            stale_refused: counters(
+                "baton_stale_epoch_refused_total",
+                "Requests refused because they came from a former life of a worker.",
+                &[],
+            ),
+            refused: counters("baton_conductor_refused_total", "Requests refused, by code.", &["code"]),
+            watches: gauge("baton_conductor_watches", "Open watches."),
+            revision: gauge("baton_conductor_revision", "Latest revision of the store that is served."),
+            registry,
+        };
+        for code in CODES {
+            metrics.refused.with_label_values(&[code]).inc_by(0);
+        }
+        let none: [&str; 0] = [];
+        metrics.lease_expired.with_label_values(&none).inc_by(0);
+        metrics.stale_refused.with_label_values(&none).inc_by(0);
+        metrics
+    }
+
+    /// Counts a refusal.
+    pub(super) fn refused(&self, code: &'static str) {
+        let label = if CODES.contains(&code) { code } else { "other" };
+        self.refused.with_label_values(&[label]).inc();
+        if code == "stale_epoch" {
+            let none: [&str; 0] = [];
+            self.stale_refused.with_label_values(&none).inc();
+        }
+    }
+
+    /// The gauge of open watches.
+    pub(super) fn watches(&self) -> IntGauge {
+        self.watches.clone()
+    }
+
+    /// The text format, with everything that follows from the mirror brought up to date.
+    pub(super) fn render(&self, mirror: &Mirror) -> String {
+        let fleet = mirror.fleet();
+        for (role, state) in ROLES.iter().flat_map(|r| WorkerState::ALL.iter().map(move |s| (r, s))) {
+            let count = fleet.workers.values().filter(|w| w.role == *role && w.state == *state).count();
+            let gauge = self.workers.with_label_values(&[&role.to_string(), state.as_str()]);
+            gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
+        }
+        for pool in mirror.targets(&fleet) {
+            self.desired.with_label_values(&[pool.name.as_str()]).set(i64::from(pool.desired));
+        }
+        self.store_up.set(i64::from(mirror.following()));
+        self.revision.set(i64::try_from(fleet.revision).unwrap_or(i64::MAX));
+        let none: [&str; 0] = [];
+        let expired = self.lease_expired.with_label_values(&none);
+        expired.inc_by(mirror.expired().saturating_sub(expired.get()));
+        TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
+    }
+}
+
+/// Names and labels are constants of this file, so neither step can fail once a test has seen it pass.
+fn register<C: prometheus::core::Collector + Clone + 'static>(
+    registry: &Registry,
+    made: prometheus::Result<C>,
+) -> C {
+    let registered = made.and_then(|metric| registry.register(Box::new(metric.clone())).map(|()| metric));
+    match registered {
+        Ok(metric) => metric,
+        Err(error) => unreachable!("a metric that cannot be: {error}"),
+    }
+}

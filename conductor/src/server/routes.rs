@@ -1,0 +1,379 @@
+//! The HTTP API: from a request to the registry or the mirror, and back.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use axum::body::Body;
+use axum::extract::{Path, RawQuery, Request, State};
+use axum::response::{IntoResponse, Response};
+use axum::routing::{get, post, put};
+use axum::{Json, Router};
+use baton_config::{Epoch, PoolName, WorkerId};
+use bytes::Bytes;
+use futures_util::stream;
+use http::{HeaderValue, StatusCode, header};
+use prometheus::IntGauge;
+use serde::de::DeserializeOwned;
+use tokio::sync::watch;
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+
+use super::answer::Refusal;
+use super::metrics::Metrics;
+use crate::api::{
+    BODY_MAX_BYTES, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker, Listing, PoolList, PoolStatus, Register,
+    Replicas, WatchLine,
+};
+use crate::mirror::{Fleet, Mirror, encode_line};
+use crate::record::WorkerState;
+use crate::registry::Registry;
+use crate::store::Revision;
+
+/// Time for the body of a request.
+const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// Lines a watch takes from the mirror at once.
+const WATCH_CHUNK: usize = 256;
+
+/// What all handlers share.
+pub(super) struct App {
+    pub(super) registry: Registry,
+    mirror: Arc<Mirror>,
+    metrics: Metrics,
+    store_kind: &'static str,
+    started: Instant,
+    stop: CancellationToken,
+}
+
+impl App {
+    pub(super) fn new(
+        registry: Registry,
+        mirror: Arc<Mirror>,
+        store_kind: &'static str,
+        stop: CancellationToken,
+    ) -> Self {
+        let (metrics, started) = (Metrics::new(), Instant::now());
+        Self { registry, mirror, metrics, store_kind, started, stop }
+    }
+
+    fn pools(&self, fleet: &Fleet) -> Vec<PoolStatus> {
+        let status = |pool: &crate::PoolOptions| {
+            let desired = fleet.replicas.get(&pool.name).copied();
+            let count = |wanted: WorkerState| {
+                let seen = fleet.workers.values().filter(|w| w.pool == pool.name);
+                let states = seen
+                    .map(|w| if fleet.drain.contains(&w.worker) { WorkerState::Draining } else { w.state });
+                u32::try_from(states.filter(|state| *state == wanted).count()).unwrap_or(u32::MAX)
+            };
+            PoolStatus {
+                name: pool.name.clone(),
+                role: pool.role,
+                desired: desired.unwrap_or(pool.replicas),
+                operator_set: desired.is_some(),
+                min: pool.min,
+                max: pool.max,
+                joining: count(WorkerState::Joining),
+                ready: count(WorkerState::Ready),
+                draining: count(WorkerState::Draining),
+            }
+        };
+        self.registry.pools().values().map(status).collect()
+    }
+}
+
+type Shared = State<Arc<App>>;
+/// A name in the path, or the reason why it is not even text.
+type PathText = Result<Path<String>, axum::extract::rejection::PathRejection>;
+
+/// All routes.
+pub(super) fn router(app: Arc<App>) -> Router {
+    Router::new()
+        .route("/v1/workers", get(list).post(register))
+        .route("/v1/workers/{id}", axum::routing::delete(deregister))
+        .route("/v1/workers/{id}/keepalive", post(keep_alive))
+        .route("/v1/workers/{id}/drain", post(drain))
+        .route("/v1/watch", get(watch))
+        .route("/v1/pools", get(pools))
+        .route("/v1/pools/{name}/replicas", put(set_replicas))
+        .route("/livez", get(|| async { "ok\n" }))
+        .route("/readyz", get(ready))
+        .route("/metrics", get(metrics))
+        .fallback(no_route)
+        .method_not_allowed_fallback(no_method)
+        // Outermost, so that no refusal goes uncounted.
+        .layer(axum::middleware::from_fn_with_state(app.clone(), count_refusals))
+        .with_state(app)
+}
+
+/// Carried by the answers that [`count_refusals`] counts.
+#[derive(Clone, Copy)]
+struct RefusalCode(&'static str);
+
+async fn count_refusals(State(app): Shared, request: Request, next: axum::middleware::Next) -> Response {
+    let response = next.run(request).await;
+    if let Some(RefusalCode(code)) = response.extensions().get() {
+        app.metrics.refused(code);
+    }
+    response
+}
+
+/// A handler's outcome; refusals tell their code to the counting layer.
+struct Answer<T>(Result<T, Refusal>);
+
+impl<T: IntoResponse> IntoResponse for Answer<T> {
+    fn into_response(self) -> Response {
+        match self.0 {
+            Ok(answer) => answer.into_response(),
+            Err(refusal) => {
+                let code = RefusalCode(refusal.code());
+                let mut response = refusal.into_response();
+                response.extensions_mut().insert(code);
+                response
+            }
+        }
+    }
+}
+
+async fn list(State(app): Shared) -> Json<Listing> {
+    let fleet = app.mirror.fleet();
+    let told = app.registry.told();
+    let ttl = app.registry.lease_ttl();
+    let pools = app.mirror.targets(&fleet);
+    let workers = fleet.workers.into_values().map(|record| {
+        let told = told.get(&record.worker).filter(|told| told.epoch == record.epoch);
+        let load = told.and_then(|told| told.load.clone());
+        ListedWorker { load, seen_ms: told.map(|told| millis(told.at.elapsed())), record }
+    });
+    Json(Listing {
+        workers: workers.collect(),
+        instance: fleet.instance,
+        store: app.store_kind.to_owned(),
+        revision: fleet.revision,
+        ttl_ms: millis(ttl),
+        warming: app.started.elapsed() < ttl,
+        drain: fleet.drain.into_iter().collect(),
+        pools,
+    })
+}
+
+async fn register(State(app): Shared, request: Request) -> Response {
+    let done = async {
+        let request: Register = body(request).await?;
+        Ok((StatusCode::CREATED, Json(app.registry.register(request).await?)))
+    };
+    Answer(done.await).into_response()
+}
+
+async fn keep_alive(State(app): Shared, id: PathText, request: Request) -> Response {
+    let done = async {
+        let worker = name::<WorkerId>(id)?;
+        let request: Keepalive = body(request).await?;
+        Ok(Json(app.registry.keep_alive(&worker, request).await?))
+    };
+    Answer(done.await).into_response()
+}
+
+async fn deregister(State(app): Shared, id: PathText, RawQuery(query): RawQuery) -> Response {
+    let done = async {
+        let worker = name::<WorkerId>(id)?;
+        let epoch = Epoch(number(query.as_deref(), "epoch")?);
+        app.registry.deregister(&worker, epoch).await?;
+        Ok(StatusCode::NO_CONTENT)
+    };
+    Answer(done.await).into_response()
+}
+
+async fn drain(State(app): Shared, id: PathText) -> Response {
+    let done = async {
+        let worker = name::<WorkerId>(id)?;
+        Ok(Json(app.registry.drain(&worker).await?))
+    };
+    Answer(done.await).into_response()
+}
+
+async fn pools(State(app): Shared) -> Json<PoolList> {
+    let fleet = app.mirror.fleet();
+    Json(PoolList { revision: fleet.revision, pools: app.pools(&fleet) })
+}
+
+async fn set_replicas(State(app): Shared, pool: PathText, request: Request) -> Response {
+    let done = async {
+        let pool = name::<PoolName>(pool)?;
+        let Replicas { replicas } = body(request).await?;
+        app.registry.set_replicas(&pool, replicas).await?;
+        let gone = || Refusal::new(StatusCode::NOT_FOUND, "no_pool", format!("there is no pool {pool}"));
+        let mut statuses = app.pools(&app.mirror.fleet()).into_iter();
+        statuses.find(|status| status.name == pool).map(Json).ok_or_else(gone)
+    };
+    Answer(done.await).into_response()
+}
+
+async fn ready(State(app): Shared) -> Response {
+    let done = if app.stop.is_cancelled() {
+        Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the conductor is stopping"))
+    } else if !app.mirror.following() {
+        Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", "the store does not answer"))
+    } else {
+        Ok("ok\n")
+    };
+    Answer(done).into_response()
+}
+
+async fn metrics(State(app): Shared) -> Response {
+    let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
+    ([(header::CONTENT_TYPE, kind)], app.metrics.render(&app.mirror)).into_response()
+}
+
+async fn no_route(request: Request) -> Response {
+    let message = format!("there is no {}", request.uri().path().chars().take(200).collect::<String>());
+    Answer::<()>(Err(Refusal::new(StatusCode::NOT_FOUND, "no_route", message))).into_response()
+}
+
+async fn no_method(request: Request) -> Response {
+    let message =
+        format!("{} is not for this path", request.method().as_str().chars().take(20).collect::<String>());
+    Answer::<()>(Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no_method", message))).into_response()
+}
+
+async fn watch(State(app): Shared, RawQuery(query): RawQuery) -> Response {
+    let done = number(query.as_deref(), "since").and_then(|since| {
+        let (instance, current) = app.mirror.position();
+        if since > current {
+            let message =
+                format!("revision {since} has not happened here, this store is at {current}: list again");
+            return Err(Refusal::invalid("future_revision", message));
+        }
+        let kind = HeaderValue::from_static("application/x-ndjson");
+        let watcher = Watcher::new(&app, instance, since);
+        let lines = stream::unfold(watcher, |mut watcher| async move {
+            watcher.next().await.map(|line| (Ok::<Bytes, std::convert::Infallible>(line), watcher))
+        });
+        Ok(([(header::CONTENT_TYPE, kind)], Body::from_stream(lines)))
+    });
+    Answer(done).into_response()
+}
+
+/// One client's place in the history.
+struct Watcher {
+    mirror: Arc<Mirror>,
+    head: watch::Receiver<Revision>,
+    stop: CancellationToken,
+    instance: String,
+    since: Revision,
+    beat_at: Instant,
+    ended: bool,
+    open: IntGauge,
+}
+
+impl Watcher {
+    fn new(app: &App, instance: String, since: Revision) -> Self {
+        let open = app.metrics.watches();
+        open.inc();
+        let mirror = app.mirror.clone();
+        Self {
+            head: mirror.head(),
+            instance,
+            mirror,
+            stop: app.stop.clone(),
+            since,
+            beat_at: Instant::now(),
+            ended: false,
+            open,
+        }
+    }
+
+    /// The next bytes to send: the lines there are, or a heartbeat when it is time; `None` at the end.
+    async fn next(&mut self) -> Option<Bytes> {
+        loop {
+            if self.ended || self.stop.is_cancelled() {
+                return None;
+            }
+            self.head.borrow_and_update();
+            // The first line is a heartbeat: the client learns at once whose history this is.
+            if Instant::now() >= self.beat_at {
+                return Some(self.beat());
+            }
+            match self.mirror.lines(self.since, WATCH_CHUNK) {
+                Err(forgotten) => {
+                    self.ended = true;
+                    return Some(encode_line(&WatchLine::Compacted { revision: forgotten.revision }));
+                }
+                Ok((lines, upto)) => {
+                    self.since = upto;
+                    match <[Bytes; 1]>::try_from(lines) {
+                        Ok([line]) => return Some(line),
+                        Err(lines) if !lines.is_empty() => return Some(lines.concat().into()),
+                        Err(_) => {}
+                    }
+                }
+            }
+            tokio::select! {
+                biased;
+                () = self.stop.cancelled() => return None,
+                changed = self.head.changed() => changed.ok()?,
+                () = tokio::time::sleep_until(self.beat_at) => {}
+            }
+        }
+    }
+
+    fn beat(&mut self) -> Bytes {
+        self.beat_at = Instant::now() + Duration::from_millis(HEARTBEAT_INTERVAL_MS);
+        encode_line(&WatchLine::Heartbeat { instance: self.instance.clone(), revision: self.since })
+    }
+}
+
+impl Drop for Watcher {
+    fn drop(&mut self) {
+        self.open.dec();
+    }
+}
+
+/// Reads a whole body as JSON, within the limits of size and time.
+async fn body<T: DeserializeOwned>(request: Request) -> Result<T, Refusal> {
+    let too_large = || {
+        let message = format!("the body has more than {BODY_MAX_BYTES} bytes");
+        Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
+    };
+    let declared =
+        request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<u64>().ok());
+    if declared.is_some_and(|length| length > BODY_MAX_BYTES as u64) {
+        return Err(too_large());
+    }
+    let read = axum::body::to_bytes(request.into_body(), BODY_MAX_BYTES);
+    let bytes = match tokio::time::timeout(BODY_TIMEOUT, read).await {
+        Ok(Ok(bytes)) => bytes,
+        Ok(Err(error)) if is_limit(&error) => return Err(too_large()),
+        Ok(Err(error)) => {
+            return Err(Refusal::invalid("invalid_body", format!("the body broke off: {error}")));
+        }
+        Err(_) => {
+            let message = format!("the body did not come within {BODY_TIMEOUT:?}");
+            return Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message));
+        }
+    };
+    serde_json::from_slice(&bytes).map_err(|error| {
+        Refusal::invalid("invalid_body", format!("the body is not the JSON asked for: {error}"))
+    })
+}
+
+fn is_limit(error: &axum::Error) -> bool {
+    std::error::Error::source(error).is_some_and(|source| source.is::<http_body_util::LengthLimitError>())
+}
+
+fn name<T: TryFrom<String, Error = baton_config::NameError>>(text: PathText) -> Result<T, Refusal> {
+    let Path(text) = text.map_err(|error| Refusal::invalid("invalid_name", error.body_text()))?;
+    T::try_from(text).map_err(|error| Refusal::invalid("invalid_name", error.to_string()))
+}
+
+/// The one number a query must hold, under `key`.
+fn number(query: Option<&str>, key: &str) -> Result<u64, Refusal> {
+    let wrong = || Refusal::invalid("invalid_query", format!("the query must be ?{key}=NUMBER"));
+    let value = query.and_then(|q| q.strip_prefix(key)?.strip_prefix('=')).ok_or_else(wrong)?;
+    if !value.bytes().all(|b| b.is_ascii_digit()) {
+        return Err(wrong());
+    }
+    value.parse().map_err(|_| wrong())
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
+}
