@@ -45,8 +45,9 @@ impl Engine {
         Ok(())
     }
 
-    /// Prompt and output of one sequence at most: what the model takes and the blocks hold.
-    pub(super) fn sequence_limit_tokens(&self) -> u32 {
+    /// Prompt and output of one sequence at most: what the model takes and the blocks hold. A sequence that reaches it
+    /// ends with [`FinishReason::Length`](baton_config::protocol::FinishReason::Length).
+    pub fn sequence_limit_tokens(&self) -> u32 {
         let held = u64::from(self.arena.blocks()) * u64::from(self.block_tokens());
         u64::from(self.executor.model().max_context).min(held) as u32
     }

@@ -6,12 +6,15 @@ use super::sequence::{Phase, Sequence};
 use super::{Engine, EngineEvent, Purpose, SeqId, SequenceError, Writers};
 
 impl Engine {
-    /// Ends a sequence in any phase, without an event of its own. An unknown id is ignored: the sequence may just have
-    /// ended by itself. Events of the sequence that the next step would have reported are dropped.
+    /// Ends a sequence in any phase: no further event of it follows. An unknown id is ignored: the sequence may just have
+    /// ended by itself. [`Writers::Gone`] also ends a quarantine.
     pub fn cancel(&mut self, id: SeqId, writers: Writers) {
-        let Some(sequence) = self.remove(id) else { return };
         self.pending.retain(|event| event.id() != id);
-        self.give_back(id, sequence, writers);
+        match self.remove(id) {
+            Some(sequence) => self.give_back(id, sequence, writers),
+            None if writers == Writers::Gone => self.fence(id),
+            None => {}
+        }
     }
 
     /// The writers of a sequence cancelled with [`Writers::MayWrite`] are gone: its blocks are free, and so is its id.

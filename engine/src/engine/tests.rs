@@ -1,2 +1,4 @@
 mod basics;
 mod harness;
+mod invariance;
+mod simulation;
