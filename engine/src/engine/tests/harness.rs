@@ -92,6 +92,8 @@ pub(super) struct Output {
     pub(super) digests: Vec<Option<u64>>,
     pub(super) finished: Option<FinishReason>,
     pub(super) failed: Option<SequenceError>,
+    /// Only while it goes on: how a prompt was cut is no part of the output.
+    prefilled: u32,
 }
 
 impl Output {
@@ -102,9 +104,16 @@ impl Output {
                 self.tokens.push(token);
                 self.digests.push(logits_digest);
             }
-            EngineEvent::Finished { reason, .. } => self.finished = Some(reason),
+            EngineEvent::Finished { reason, .. } => {
+                self.finished = Some(reason);
+                self.prefilled = 0;
+            }
             EngineEvent::Failed { error, .. } => self.failed = Some(error),
-            EngineEvent::Admitted { .. } | EngineEvent::Prefilled { .. } => {}
+            EngineEvent::Prefilled { upto, .. } => {
+                assert!(upto > self.prefilled && self.tokens.is_empty(), "{upto} is no progress");
+                self.prefilled = upto;
+            }
+            EngineEvent::Admitted { .. } => {}
         }
     }
 }

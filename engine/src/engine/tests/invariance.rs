@@ -118,6 +118,25 @@ fn outputs_do_not_depend_on_the_handoff(make: impl Fn() -> Box<dyn Executor>, dt
     }
 }
 
+/// A stream that goes on elsewhere, from any of its tokens, against the undisturbed one.
+fn a_replay_continues_the_stream(make: impl Fn() -> Box<dyn Executor>, dtype: Dtype) {
+    let vocab = make().model().vocab;
+    let tokens_of = |spec: &SequenceSpec| {
+        let mut engine = Shape { dtype, ..WIDE }.over(make());
+        engine.submit(SeqId(0), spec.clone(), Instant::now()).unwrap();
+        run(&mut engine).remove(&SeqId(0)).unwrap().tokens
+    };
+    for spec in specs(vocab) {
+        let whole = tokens_of(&spec);
+        for sent in 1..whole.len() {
+            let tokens = [&spec.tokens[..], &whole[..sent]].concat();
+            let (generated, max_tokens) = (spec.generated + sent as u32, spec.max_tokens - sent as u32);
+            let replay = SequenceSpec { tokens, generated, max_tokens, ..spec.clone() };
+            assert_eq!(tokens_of(&replay), whole[sent..], "after {sent} tokens of {spec:?}");
+        }
+    }
+}
+
 fn sim() -> Box<dyn Executor> {
     Box::new(Sim::new(config(), model()))
 }
@@ -132,4 +151,9 @@ fn simulated_outputs_do_not_depend_on_the_shape() {
 fn simulated_outputs_do_not_depend_on_the_handoff() {
     outputs_do_not_depend_on_the_handoff(sim, Dtype::F32);
     outputs_do_not_depend_on_the_handoff(sim, Dtype::Bf16);
+}
+
+#[test]
+fn a_simulated_replay_continues_the_stream() {
+    a_replay_continues_the_stream(sim, Dtype::F32);
 }

@@ -38,6 +38,8 @@ struct Handoff {
 /// A sequence the world expects output of.
 struct Expected {
     spec: SequenceSpec,
+    /// Tokens that the engine has room for.
+    limit: u32,
     output: Output,
     /// Whether it may fail: its KV was damaged.
     damaged: bool,
@@ -132,7 +134,10 @@ impl World {
             // What is damaged must not spread through the cache to those that may not fail.
             spec.cache_salt = 1000 + id.0;
         }
-        if self.d.submit(id, spec.clone(), self.now).is_err() {
+        // A prefill worker may serve requests of its own as well.
+        let alone_on_p = purpose == Purpose::Generate && self.rng.chance(30);
+        let engine = if alone_on_p { &mut self.p } else { &mut self.d };
+        if engine.submit(id, spec.clone(), self.now).is_err() {
             return;
         }
         if purpose == Purpose::Import {
@@ -152,7 +157,9 @@ impl World {
                 self.d.prefill_locally(id);
             }
         }
-        self.expected.insert(id, Expected { spec, output: Output::default(), damaged: false });
+        let limit = engine_limit(if alone_on_p { &self.p } else { &self.d }, &spec);
+        let output = Output::default();
+        self.expected.insert(id, Expected { spec, limit, output, damaged: false });
     }
 
     fn any_handoff(&mut self) -> Option<SeqId> {
@@ -242,7 +249,10 @@ impl World {
         self.pass_time(step);
         for event in events {
             let id = event.id();
-            let Some(handoff) = self.handoffs.get_mut(&id) else { continue };
+            let Some(handoff) = self.handoffs.get_mut(&id) else {
+                self.apply(event);
+                continue;
+            };
             match event {
                 EngineEvent::Admitted { blocks, cached_tokens, .. } => {
                     handoff.from = Some(blocks);
@@ -275,13 +285,18 @@ impl World {
                 handoff.imported = *cached_tokens;
                 self.stats.cached_tokens += u64::from(*cached_tokens);
             }
-            let Some(expected) = self.expected.get_mut(&id) else { panic!("{event:?} of nobody") };
-            expected.output.apply(event);
-            if expected.output.finished.is_some() || expected.output.failed.is_some() {
-                self.ended(id);
-            }
+            self.apply(event);
         }
         step
+    }
+
+    fn apply(&mut self, event: EngineEvent) {
+        let id = event.id();
+        let Some(expected) = self.expected.get_mut(&id) else { panic!("{event:?} of nobody") };
+        expected.output.apply(event);
+        if expected.output.finished.is_some() || expected.output.failed.is_some() {
+            self.ended(id);
+        }
     }
 
     fn pass_time(&mut self, step: Step) {
@@ -293,11 +308,10 @@ impl World {
     }
 
     fn ended(&mut self, id: SeqId) {
-        let Some(Expected { spec, output, damaged }) = self.expected.remove(&id) else { return };
+        let Some(Expected { spec, limit, output, damaged }) = self.expected.remove(&id) else { return };
         self.handoffs.remove(&id);
-        self.p.cancel(id, Writers::Gone);
-        let room = self.d.sequence_limit_tokens() - spec.tokens.len() as u32;
-        let alone = solo(&SequenceSpec { max_tokens: spec.max_tokens.min(room), ..spec.clone() });
+        self.p.release(id);
+        let alone = solo(&SequenceSpec { max_tokens: limit, ..spec.clone() });
         if let Some(error) = output.failed {
             assert!(damaged, "{id} failed undamaged: {error:?}");
             assert!(matches!(error, SequenceError::Execute(ExecuteError::CorruptKv { .. })), "{error:?}");
@@ -364,19 +378,23 @@ impl World {
             assert_eq!(counts.free + counts.shared, counts.total(), "blocks were left behind: {counts:?}");
             assert_eq!(engine.load(), EngineLoad::default());
         }
-        self.stats.preemptions = self.d.preemptions();
+        self.stats.preemptions = self.d.preemptions() + self.p.preemptions();
     }
 }
 
-/// Swaps two rows, or overwrites one: what a transfer to the wrong place would do.
+/// Tokens that a sequence can emit on `engine`.
+fn engine_limit(engine: &Engine, spec: &SequenceSpec) -> u32 {
+    spec.max_tokens.min(engine.sequence_limit_tokens() - spec.tokens.len() as u32)
+}
+
+/// Changes one number of one row.
 fn damage(arena: &Arena, blocks: &[BlockId], tokens: std::ops::Range<u32>, rng: &mut Rng) {
     let plane = crate::arena::Plane { layer: rng.below(2) as u32, kv: *rng.pick(&crate::arena::Kv::BOTH) };
     let mut row = vec![0.0; arena.token_numbers()];
     let at = rng.between(u64::from(tokens.start), u64::from(tokens.end) - 1) as u32;
     arena.gather_token(plane, blocks, at, &mut row);
-    let other = if row[0] == 0.5 { 0.25 } else { 0.5 };
     let which = rng.below(row.len() as u64) as usize;
-    row[which] = if row[which] == other { 1.5 } else { other };
+    row[which] = if row[which] == 0.5 { 1.5 } else { 0.5 };
     arena.scatter_token(plane, blocks, at, &row);
 }
 
