@@ -25,8 +25,9 @@ fn specs(vocab: u32) -> Vec<SequenceSpec> {
         Sampling { temperature: 1.3, top_p: 0.9, min_p: 0.01, seed: 4, ..Sampling::default() },
         Sampling {
             temperature: 0.8,
-            top_k: 20,
-            frequency_penalty: 0.7,
+            top_k: 30,
+            // Enough to matter beside the peak of a simulated row.
+            frequency_penalty: 90.0,
             presence_penalty: 0.3,
             repetition_penalty: 1.2,
             logit_bias: vec![(3, 2.0), (4, -50.0)],
