@@ -260,6 +260,13 @@ impl Agent {
         self.server.grant(handoff, &descriptors);
     }
 
+    /// Takes bytes the peer is done with out of a grant, so that their place can be granted to another handoff.
+    ///
+    /// `descriptors` are named as they were granted.
+    pub fn ungrant(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
+        self.server.narrow(handoff, descriptors);
+    }
+
     /// Ends a grant: later reads are refused, running ones stop. [`Revoked::settled`] waits for those.
     pub fn revoke(&self, handoff: HandoffId) -> Revoked {
         self.server.revoke(handoff)

@@ -136,7 +136,7 @@ struct Export {
 /// A block peers may read; dropping it gives its slot back.
 struct Published {
     descriptor: Descriptor,
-    _slot: Option<Slot>,
+    slot: Option<Slot>,
 }
 
 /// A block on its way to being published.
@@ -202,9 +202,7 @@ impl Exporter {
         let jobs = self.0.jobs_of(handoff, epoch, blocks, slots);
         // Collected first: a closure in the stream would make the compiler lose sight of the future being `Send`.
         let jobs: Vec<_> = jobs.into_iter().map(|job| self.0.run(job)).collect();
-        let prepare = stream::iter(jobs)
-            .buffered(JOBS_IN_FLIGHT)
-            .try_collect::<Vec<Vec<Prepared>>>();
+        let prepare = stream::iter(jobs).buffered(JOBS_IN_FLIGHT).try_collect::<Vec<Vec<Prepared>>>();
         let prepared =
             tokio::time::timeout_at(deadline, prepare).await.map_err(|_| ExportError::Deadline)??;
         publishing.finish(prepared.into_iter().flatten().collect())
@@ -228,8 +226,8 @@ impl Exporter {
         let Some(export) = books.handoffs.get_mut(&handoff) else { return };
         export.expires = Instant::now() + self.0.options.lease;
         let done: Vec<Published> = indices.into_iter().filter_map(|i| export.blocks.remove(&i)).collect();
-        // UNGRANT
-        drop(done);
+        let descriptors: Vec<Descriptor> = done.iter().map(|block| block.descriptor).collect();
+        self.0.agent.ungrant(handoff, &descriptors);
     }
 
     /// The handoff showed life: its lease starts anew.
@@ -244,13 +242,20 @@ impl Exporter {
     /// Done when nothing of this agent reads the blocks for a peer any more. Slots are given back then and not before,
     /// also when the future is dropped after its first poll.
     pub async fn release(&self, handoff: HandoffId) {
-        let withdrawn = {
+        let (withdrawn, revoked) = {
             let mut books = self.0.books();
-            let withdrawn = books.handoffs.remove(&handoff);
-            self.0.agent.revoke(handoff);
-            withdrawn
+            (books.handoffs.remove(&handoff), self.0.agent.revoke(handoff))
         };
-        drop(withdrawn);
+        let Some(withdrawn) = withdrawn else { return };
+        for slot in withdrawn.blocks.values().filter_map(|block| block.slot.as_ref()) {
+            slot.set_state(SlotState::Quarantined);
+        }
+        let settled = self.0.jobs.spawn(async move {
+            revoked.settled().await;
+            drop(withdrawn);
+        });
+        // It cannot be aborted; it fails only when the runtime ends, and then nothing is served any more.
+        let _ = settled.await;
     }
 
     /// Releases every handoff whose lease is over and says which.
@@ -324,6 +329,8 @@ impl<'a> Publishing<'a> {
         let export = export.ok_or(ExportError::Released)?;
         export.expires = Instant::now() + self.inner.options.lease;
         let (mut tickets, mut descriptors) = (Vec::new(), Vec::new());
+        // Dropped at the end: a slot is free for others when no grant covers it any more.
+        let mut replaced: Vec<Published> = Vec::new();
         for Prepared { index, offset, digest, slot } in prepared {
             let offset = offset as u64;
             let descriptor = Descriptor { region: self.inner.region, offset, len: self.inner.block_len() };
@@ -332,8 +339,11 @@ impl<'a> Publishing<'a> {
             }
             tickets.push(TicketBlock { index, region: descriptor.region.0, offset, digest });
             descriptors.push(descriptor);
-            export.blocks.insert(index, Published { descriptor, _slot: slot });
+            let before = export.blocks.insert(index, Published { descriptor, slot });
+            replaced.extend(before.filter(|before| before.descriptor != descriptor));
         }
+        let places: Vec<Descriptor> = replaced.iter().map(|block| block.descriptor).collect();
+        self.inner.agent.ungrant(self.handoff, &places);
         self.inner.agent.grant(self.handoff, descriptors);
         drop(books);
         Ok(tickets)

@@ -52,6 +52,15 @@ impl Grants {
         grant.ranges.extend(descriptors.iter().map(|d| ((d.region, d.offset), d.len)));
     }
 
+    /// Takes `descriptors`, as they were granted, out of a grant; reads being served from them go on.
+    pub(crate) fn narrow(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
+        if let Some(grant) = self.lock().get_mut(&handoff) {
+            for descriptor in descriptors {
+                grant.ranges.remove(&(descriptor.region, descriptor.offset));
+            }
+        }
+    }
+
     pub(crate) fn revoke(&self, handoff: HandoffId) -> Revoked {
         let grant = self.lock().remove(&handoff).unwrap_or_default();
         grant.end()
@@ -125,6 +134,16 @@ mod tests {
             assert_eq!(refused.unwrap_err(), Refusal::OutsideGrant, "{bad:?}");
         }
         assert_eq!(grants.permit(HandoffId(2), &[at(1, 100, 1)]).unwrap_err(), Refusal::NotGranted);
+    }
+
+    #[test]
+    fn what_was_taken_out_of_a_grant_is_refused_and_the_rest_stays() {
+        let grants = Grants::default();
+        grants.add(ID, &[at(1, 0, 10), at(1, 10, 10), at(1, 20, 10)]);
+        grants.narrow(ID, &[at(1, 10, 10), at(2, 0, 10)]);
+        grants.narrow(HandoffId(2), &[at(1, 0, 10)]);
+        assert!(grants.permit(ID, &[at(1, 0, 10), at(1, 20, 10)]).is_ok());
+        assert_eq!(grants.permit(ID, &[at(1, 10, 10)]).unwrap_err(), Refusal::OutsideGrant);
     }
 
     #[tokio::test]

@@ -148,6 +148,11 @@ impl Server {
         self.control.grant(handoff);
     }
 
+    /// Over `tcp` the bytes are refused from now on; `shm` checks grants by handoff, and digests catch the rest.
+    pub(crate) fn narrow(&self, handoff: baton_config::HandoffId, descriptors: &[Descriptor]) {
+        self.grants.narrow(handoff, descriptors);
+    }
+
     pub(crate) fn revoke(&self, handoff: baton_config::HandoffId) -> Revoked {
         self.control.revoke(handoff);
         self.grants.revoke(handoff)

@@ -286,3 +286,28 @@ async fn a_lease_without_a_sign_of_life_ends() {
     exporter.close().await;
     assert_eq!(exporter.audit().unwrap().free, 8);
 }
+
+#[tokio::test]
+async fn a_block_published_again_takes_the_place_of_the_first() {
+    let (exporter, noise) = staged(8).await;
+    let first = exporter.publish(HANDOFF, EPOCH, &blocks(0..2), soon()).await.unwrap();
+    let again = exporter.publish(HANDOFF, EPOCH, &blocks(1..3), soon()).await.unwrap();
+    assert_ne!(first[1].offset, again[0].offset);
+    check(&slab_memory(&exporter), HANDOFF, &again, &noise);
+    assert_eq!((exporter.published(), exporter.audit().unwrap().free), (3, 5));
+    exporter.release(HANDOFF).await;
+    assert_eq!(exporter.audit().unwrap().free, 8);
+}
+
+/// Workers run both as tasks: the compiler must see that their futures can be sent between threads.
+#[test]
+fn exports_and_imports_can_be_sent_between_threads() {
+    fn sent<T: Send>(_: impl FnOnce() -> T) {}
+    let exporter = || -> &Exporter { unreachable!("never called") };
+    let importer = || -> &crate::import::Importer { unreachable!("never called") };
+    let session = || -> &crate::session::Session { unreachable!("never called") };
+    let pull = || -> crate::import::Pull { unreachable!("never called") };
+    sent(move || exporter().publish(HANDOFF, EPOCH, &[], soon()));
+    sent(move || exporter().release(HANDOFF));
+    sent(move || importer().pull(session(), pull(), soon()));
+}
