@@ -267,6 +267,16 @@ impl Agent {
         self.server.narrow(handoff, descriptors);
     }
 
+    /// What a listener holds while it serves `blocks` to a peer.
+    #[cfg(test)]
+    pub(crate) fn serving(
+        &self,
+        handoff: HandoffId,
+        blocks: &[Descriptor],
+    ) -> Result<grants::Permit, server::Denial> {
+        self.server.permit(&self.server.regions(), handoff, blocks)
+    }
+
     /// Ends a grant: later reads are refused, running ones stop. [`Revoked::settled`] waits for those.
     pub fn revoke(&self, handoff: HandoffId) -> Revoked {
         self.server.revoke(handoff)

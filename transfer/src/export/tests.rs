@@ -299,6 +299,43 @@ async fn a_block_published_again_takes_the_place_of_the_first() {
     assert_eq!(exporter.audit().unwrap().free, 8);
 }
 
+fn descriptor(ticket: &TicketBlock) -> Descriptor {
+    let (region, offset) = (RegionId(ticket.region), ticket.offset);
+    Descriptor { region, offset, len: GEOMETRY.block_bytes() as u32 }
+}
+
+#[tokio::test]
+async fn an_acknowledged_block_leaves_the_grant() {
+    let (exporter, _) = staged(8).await;
+    let tickets = exporter.publish(HANDOFF, EPOCH, &blocks(0..2), soon()).await.unwrap();
+    let serving = |ticket| exporter.0.agent.serving(HANDOFF, &[descriptor(ticket)]);
+    assert!(serving(&tickets[0]).is_ok() && serving(&tickets[1]).is_ok());
+    exporter.acked(HANDOFF, [0]);
+    assert!(serving(&tickets[0]).is_err() && serving(&tickets[1]).is_ok());
+    exporter.release(HANDOFF).await;
+    assert!(serving(&tickets[1]).is_err());
+}
+
+#[tokio::test]
+async fn slots_stay_in_quarantine_until_nothing_is_served_from_them() {
+    let (exporter, _) = staged(8).await;
+    let tickets = exporter.publish(HANDOFF, EPOCH, &blocks(0..4), soon()).await.unwrap();
+    let serving = exporter.0.agent.serving(HANDOFF, &[descriptor(&tickets[0])]).unwrap();
+    {
+        let release = exporter.release(HANDOFF);
+        tokio::pin!(release);
+        assert!(futures_util::poll!(release.as_mut()).is_pending());
+        assert!(serving.revoked.is_cancelled(), "who serves is told to stop");
+    }
+    // Nobody waits for the release any more: the slots still do.
+    tokio::task::yield_now().await;
+    let counts = exporter.audit().unwrap();
+    assert_eq!((exporter.published(), counts.quarantined, counts.free), (0, 4, 4));
+    drop(serving);
+    exporter.close().await;
+    assert_eq!(exporter.audit().unwrap().free, 8);
+}
+
 /// Workers run both as tasks: the compiler must see that their futures can be sent between threads.
 #[test]
 fn exports_and_imports_can_be_sent_between_threads() {
