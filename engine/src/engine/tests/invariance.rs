@@ -1,5 +1,6 @@
 //! What a sequence emits depends on its tokens, sampling and model alone.
 
+use std::path::Path;
 use std::time::Instant;
 
 use baton_config::protocol::Sampling;
@@ -9,6 +10,7 @@ use super::harness::*;
 use crate::engine::*;
 use crate::executor::Executor;
 use crate::mix::Rng;
+use crate::reference::Reference;
 use crate::sim::Sim;
 
 /// Prompts with common starts, of lengths around block edges, with every kind of sampling.
@@ -157,4 +159,27 @@ fn simulated_outputs_do_not_depend_on_the_handoff() {
 #[test]
 fn a_simulated_replay_continues_the_stream() {
     a_replay_continues_the_stream(sim, Dtype::F32);
+}
+
+/// Small random checkpoints, one of each kind of attention.
+fn reference(name: &'static str) -> impl Fn() -> Box<dyn Executor> {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/goldens").join(name);
+    move || Box::new(Reference::load(&dir, 2).unwrap())
+}
+
+#[test]
+fn transformer_outputs_do_not_depend_on_the_shape() {
+    outputs_do_not_depend_on_the_shape(reference("llama-f32"), Dtype::F32);
+    outputs_do_not_depend_on_the_shape(reference("qwen3-bf16"), Dtype::Bf16);
+}
+
+#[test]
+fn transformer_outputs_do_not_depend_on_the_handoff() {
+    outputs_do_not_depend_on_the_handoff(reference("qwen2-bf16-tied"), Dtype::Bf16);
+    outputs_do_not_depend_on_the_handoff(reference("qwen3-bf16"), Dtype::F32);
+}
+
+#[test]
+fn a_transformers_replay_continues_the_stream() {
+    a_replay_continues_the_stream(reference("llama-f32"), Dtype::Bf16);
 }
