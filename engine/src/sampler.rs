@@ -2,7 +2,7 @@
 //!
 //! In this order: logit bias, repetition penalty, presence and frequency penalties, temperature, min-p, top-k, top-p,
 //! draw. The draw is keyed by (seed, position), so that the same logits at the same position give the same token on any
-//! worker, after any replay. Sums run in a fixed order, the exponential is [our own](exp::exp), ties go to the lowest
+//! worker, after any replay. Sums run in a fixed order, the exponential is our own, ties go to the lowest
 //! id: nothing depends on a platform or on what was sampled before. Log-probabilities are of the model's own
 //! distribution, before any of these.
 
@@ -68,6 +68,8 @@ struct Candidate {
 #[derive(Debug, Default)]
 pub struct Sampler {
     adjusted: Vec<f32>,
+    /// Apart from the candidates, so that computing them vectorises.
+    weights: Vec<f64>,
     candidates: Vec<Candidate>,
 }
 
@@ -120,9 +122,10 @@ impl Sampler {
     fn weigh(&mut self, logits: &[f32], max: f32, sampling: &Sampling) {
         let temperature = f64::from(sampling.temperature);
         let (max, min_p) = (f64::from(max), f64::from(sampling.min_p));
+        self.weights.clear();
+        self.weights.extend(logits.iter().map(|logit| exp::exp((f64::from(*logit) - max) / temperature)));
         self.candidates.clear();
-        for (token, logit) in (0..).zip(logits) {
-            let weight = exp::exp((f64::from(*logit) - max) / temperature);
+        for ((token, logit), weight) in (0..).zip(logits).zip(self.weights.iter().copied()) {
             if weight > 0.0 && weight >= min_p {
                 self.candidates.push(Candidate { token, logit: *logit, weight });
             }

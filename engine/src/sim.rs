@@ -49,7 +49,7 @@ impl Default for SimConfig {
             decode_base_us: 5_740.0,
             decode_per_sequence_us: 50.0,
             decode_per_context_token_ns: 0.0,
-            verify_rows: 1024,
+            verify_rows: 256,
             mean_output_tokens: None,
         }
     }

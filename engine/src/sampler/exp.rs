@@ -28,14 +28,19 @@ const TAYLOR: [f64; 14] = [
 ///
 /// The one of the standard library calls the platform's, whose last bit varies between platforms: at a boundary of
 /// top-p two workers would then draw different tokens from equal logits.
+///
+/// Without branches and calls: a loop over it vectorises.
 pub(super) fn exp(x: f64) -> f64 {
     debug_assert!(x <= 0.0, "exp of {x}");
+    // Added to a small number, it leaves the nearest integer (ties to even) in the low bits of the sum.
+    const SHIFT: f64 = 6_755_399_441_055_744.0;
     // Below this, 2^k is no normal number.
-    if x < -708.0 {
-        return 0.0;
-    }
-    let k = (x * LOG2_E).round_ties_even();
-    let r = (x - k * LN2_HIGH) - k * LN2_LOW;
+    const LOWEST: f64 = -708.0;
+    let bounded = if x < LOWEST { LOWEST } else { x };
+    let shifted = bounded * LOG2_E + SHIFT;
+    let k = shifted - SHIFT;
+    let r = (bounded - k * LN2_HIGH) - k * LN2_LOW;
     let series = TAYLOR.iter().fold(0.0, |sum, factor| sum * r + factor);
-    series * f64::from_bits(((k as i64 + 1023) as u64) << 52)
+    let power = f64::from_bits(shifted.to_bits().wrapping_add(1023) << 52);
+    if x < LOWEST { 0.0 } else { series * power }
 }

@@ -6,7 +6,7 @@ use super::harness::*;
 use crate::engine::*;
 use crate::executor::{BatchItem, ExecuteError, Executor, Forward, ModelInfo};
 use crate::sampler::SampleError;
-use crate::sim::oracle;
+use crate::sim::{Sim, SimConfig, oracle};
 
 fn prompt(len: u32) -> Vec<u32> {
     (0..len).map(|i| (i * 13 + i * i) % 60).collect()
@@ -60,7 +60,8 @@ fn an_idle_step_does_nothing() {
 
 #[test]
 fn sequences_end_where_they_are_told_to() {
-    let long = oracle(&SimConfigNoEnd::get(), &model(), &prompt(10), 50);
+    let endless = SimConfig { mean_output_tokens: None, ..config() };
+    let long = oracle(&endless, &model(), &prompt(10), 50);
     let reason = |sampling: Sampling, tokens: Vec<u32>, max_tokens| {
         let output = solo(&SequenceSpec { sampling, ..spec(tokens, max_tokens) });
         (output.tokens, output.finished.unwrap())
@@ -79,13 +80,6 @@ fn sequences_end_where_they_are_told_to() {
     assert!(tokens.len() <= 3);
     let (tokens, stop) = reason(on, prompt(190), 50);
     assert_eq!((tokens.len(), stop), (10, FinishReason::Length), "the context ends it");
-}
-
-struct SimConfigNoEnd;
-impl SimConfigNoEnd {
-    fn get() -> crate::sim::SimConfig {
-        crate::sim::SimConfig { mean_output_tokens: None, ..config() }
-    }
 }
 
 #[test]
@@ -115,7 +109,7 @@ fn what_cannot_be_served_is_refused() {
 fn an_engine_needs_matching_blocks_and_nonzero_limits() {
     let limits = EngineLimits { max_batch_sequences: 0, ..WIDE.limits };
     let arena = WIDE.engine().arena().clone();
-    let sim = |model| Box::new(crate::sim::Sim::new(config(), model));
+    let sim = |model| Box::new(Sim::new(config(), model));
     let error = Engine::new(sim(model()), arena.clone(), limits).err().unwrap();
     assert_eq!(error, EngineError::Zero { limit: "max_batch_sequences" });
     let wider = ModelInfo { kv_heads: 3, ..model() };
@@ -335,7 +329,7 @@ fn without_a_prefix_cache_nothing_is_kept() {
 }
 
 /// An executor that gives bad logits, or breaks, when it meets certain tokens.
-struct Flaky(crate::sim::Sim);
+struct Flaky(Sim);
 
 const NAN: u32 = 50;
 const BREAKS: u32 = 51;
@@ -368,7 +362,7 @@ impl Executor for Flaky {
 
 #[test]
 fn a_broken_sequence_does_not_take_the_others_with_it() {
-    let mut engine = WIDE.over(Box::new(Flaky(crate::sim::Sim::new(config(), model()))));
+    let mut engine = WIDE.over(Box::new(Flaky(Sim::new(config(), model()))));
     engine.submit(SeqId(1), spec(prompt(9), 5), Instant::now()).unwrap();
     engine.submit(SeqId(2), spec(vec![NAN, 1], 5), Instant::now()).unwrap();
     let outputs = run(&mut engine);
