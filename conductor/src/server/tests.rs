@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod faults;
+mod intents;
 mod requests;
 
 const PATIENCE: Duration = Duration::from_secs(20);

@@ -1,1 +1,297 @@
+use baton_config::{Epoch, Role};
 
+use super::*;
+use crate::api::ListedWorker;
+use crate::record::WorkerState;
+
+const TTL_MS: u64 = 10_000;
+const TIMING: Timing = Timing { progress_timeout: Duration::from_secs(3), backoff: Backoff::CONDUCTOR };
+
+fn name(i: u64) -> WorkerId {
+    format!("w{i}").parse().unwrap()
+}
+
+fn record(i: u64, epoch: u64) -> Arc<WorkerRecord> {
+    Arc::new(WorkerRecord {
+        worker: name(i),
+        epoch: Epoch(epoch),
+        pool: "p".parse().unwrap(),
+        role: Role::Both,
+        model: "m".to_owned(),
+        engine: "sim".to_owned(),
+        kv: None,
+        address: "127.0.0.1:1".to_owned(),
+        transfer: String::new(),
+        state: WorkerState::Ready,
+        pid: 1,
+    })
+}
+
+/// A conductor in virtual time, with a short history, that can restart empty-handed.
+struct Server {
+    instance: u64,
+    revision: u64,
+    base: u64,
+    workers: BTreeMap<WorkerId, Arc<WorkerRecord>>,
+    log: Vec<(u64, Change)>,
+}
+
+impl Server {
+    fn new() -> Self {
+        Self { instance: 0, revision: 100, base: 100, workers: BTreeMap::new(), log: vec![] }
+    }
+
+    fn listing(&self) -> Listing {
+        let listed = |record: &Arc<WorkerRecord>| {
+            // As parsed from JSON: equal, not identical.
+            ListedWorker { record: Arc::new((**record).clone()), load: None, seen_ms: None }
+        };
+        Listing {
+            instance: self.instance.to_string(),
+            store: "embedded".to_owned(),
+            revision: self.revision,
+            ttl_ms: TTL_MS,
+            warming: false,
+            workers: self.workers.values().map(listed).collect(),
+            drain: vec![],
+            pools: vec![],
+        }
+    }
+
+    fn put(&mut self, i: u64) {
+        self.revision += 1;
+        let worker = record(i, self.revision);
+        self.workers.insert(name(i), worker.clone());
+        self.log.push((self.revision, Change::Put { worker }));
+    }
+
+    fn delete(&mut self, i: u64) {
+        if self.workers.remove(&name(i)).is_some() {
+            self.revision += 1;
+            self.log.push((self.revision, Change::Delete { worker: name(i) }));
+        }
+    }
+
+    fn compact(&mut self) {
+        self.base = self.revision;
+        self.log.clear();
+    }
+
+    /// Comes back with nothing, under higher revisions.
+    fn restart(&mut self, skip: u64) {
+        self.instance += 1;
+        self.revision += skip;
+        self.workers.clear();
+        self.compact();
+    }
+
+    fn lines(&self, since: u64) -> Vec<WatchLine> {
+        if since < self.base {
+            return vec![WatchLine::Compacted { revision: self.revision }];
+        }
+        let instance = self.instance.to_string();
+        let mut lines = vec![WatchLine::Heartbeat { instance, revision: since }];
+        lines.extend(self.log.iter().filter(|(revision, _)| *revision > since).map(|(revision, change)| {
+            WatchLine::Changes { revision: *revision, changes: vec![change.clone()] }
+        }));
+        lines
+    }
+}
+
+struct Run {
+    seed: u64,
+    dice: Dice,
+    now: Instant,
+    server: Server,
+    up: bool,
+    follower: Follower,
+    /// What the open watch has been told up to, and of which instance.
+    open: Option<(u64, u64)>,
+    view: Option<View>,
+    /// When worker 0 registers anew after a restart.
+    rejoin_at: Option<Instant>,
+}
+
+impl Run {
+    fn new(seed: u64) -> Self {
+        let now = Instant::now();
+        let contact = Arc::new(Contact::new(now));
+        let follower = Follower::new(2, TIMING, Dice::seeded(seed ^ 1), contact);
+        let mut server = Server::new();
+        server.put(0);
+        Self {
+            seed,
+            dice: Dice::seeded(seed),
+            now,
+            server,
+            up: true,
+            follower,
+            open: None,
+            view: None,
+            rejoin_at: None,
+        }
+    }
+
+    fn step(&mut self, faults: bool) {
+        if self.rejoin_at.is_some_and(|at| at <= self.now) {
+            self.rejoin_at = None;
+            self.server.put(0);
+        }
+        let step = self.follower.step(self.now);
+        if !matches!(step, Step::Read { .. }) {
+            self.open = None;
+        }
+        let lost = !self.up || (faults && self.dice.below(8) == 0);
+        match step {
+            Step::Wait { until } => {
+                assert!(until > self.now, "seed {}: a wait that is none would spin", self.seed);
+                self.now = until;
+            }
+            Step::List { .. } | Step::Watch { .. } if lost => {
+                self.now += Duration::from_millis(self.dice.below(1500));
+                self.follower.failed(self.now, Failure::Away);
+            }
+            Step::List { .. } => self.follower.listed(self.now, self.server.listing()),
+            Step::Watch { since, .. } if since > self.server.revision => {
+                self.follower.failed(self.now, Failure::Revision);
+            }
+            Step::Watch { since, .. } => {
+                self.open = Some((since, self.server.instance));
+                self.follower.opened(self.now);
+                self.deliver(since);
+            }
+            Step::Read { until } => self.read(until, lost),
+        }
+        self.observe();
+    }
+
+    fn read(&mut self, until: Instant, lost: bool) {
+        let (since, instance) = self.open.expect("a watch is open");
+        if !self.up || instance != self.server.instance {
+            // Frozen, or gone: silence, or the end of the stream.
+            if self.dice.below(2) == 0 {
+                self.follower.failed(self.now, Failure::Away);
+            } else {
+                self.now = until;
+                self.follower.tick(self.now);
+            }
+        } else if lost {
+            self.follower.failed(self.now, Failure::Away);
+        } else {
+            self.now = (self.now + Duration::from_secs(1)).min(until);
+            self.deliver(since);
+            self.follower.tick(self.now);
+        }
+    }
+
+    fn deliver(&mut self, since: u64) {
+        for line in self.server.lines(since) {
+            self.follower.line(self.now, line);
+        }
+        if let Some((told, _)) = &mut self.open {
+            *told = self.server.revision;
+        }
+    }
+
+    /// Worker 0 never dies; whenever a conductor forgot it, it is back within the ttl. So no view may lack it.
+    fn observe(&mut self) {
+        let Some(view) = self.follower.take_view() else { return };
+        let seed = self.seed;
+        if let Some(before) = &self.view {
+            let kept = !before.workers.contains_key(&name(0)) || view.workers.contains_key(&name(0));
+            assert!(kept, "seed {seed}: emptied");
+            for (name, record) in view.workers.iter() {
+                let kept = before.workers.get(name).filter(|old| **old == *record);
+                assert!(kept.is_none_or(|old| Arc::ptr_eq(old, record)), "seed {seed}: {name} lost its Arc");
+                if let Some(old) = before.workers.get(name) {
+                    assert!(record.epoch >= old.epoch, "seed {seed}: {name} went back");
+                }
+            }
+        }
+        self.view = Some(view);
+    }
+
+    fn disturb(&mut self) {
+        match self.dice.below(12) {
+            0 => self.up = !self.up,
+            1 => self.server.compact(),
+            2 => {
+                let skip = self.dice.below(5);
+                self.server.restart(skip);
+                self.rejoin_at = Some(self.now + Duration::from_millis(self.dice.below(6000)));
+            }
+            3 | 4 => {
+                let i = 1 + self.dice.below(6);
+                self.server.delete(i);
+            }
+            _ => {
+                let i = 1 + self.dice.below(6);
+                self.server.put(i);
+            }
+        }
+    }
+}
+
+#[test]
+fn random_faults_never_empty_the_view_and_it_agrees_afterwards() {
+    for seed in 0..300 {
+        let mut run = Run::new(seed);
+        for _ in 0..200 {
+            if run.dice.below(3) == 0 {
+                run.disturb();
+            }
+            run.step(true);
+        }
+        run.up = true;
+        let calm = run.now;
+        // The last of a former instance's workers are forgotten one ttl after the listing.
+        let bound = Duration::from_millis(TTL_MS) + Duration::from_secs(10);
+        while run.now < calm + bound {
+            run.step(false);
+        }
+        let view = run.view.expect("a view");
+        assert_eq!(*view.workers, run.server.workers, "seed {seed}");
+        assert!(!view.stale && view.revision == run.server.revision, "seed {seed}");
+    }
+}
+
+#[test]
+fn silence_is_noticed_after_the_progress_timeout_and_the_next_endpoint_tried() {
+    let mut run = Run::new(1);
+    while run.open.is_none() {
+        run.step(false);
+    }
+    run.follower.step(run.now);
+    let heard = run.now;
+    run.up = false;
+    let Step::Read { until } = run.follower.step(run.now) else { panic!("not reading") };
+    assert_eq!(until, heard + TIMING.progress_timeout);
+    run.follower.tick(until);
+    let view = run.follower.take_view().expect("the staleness is news");
+    assert!(view.stale && view.workers.len() == 1);
+    run.now = until + Duration::from_secs(1);
+    assert!(
+        matches!(run.follower.step(run.now), Step::Watch { endpoint: 1, since } if since == run.server.revision)
+    );
+}
+
+#[test]
+fn workers_of_a_former_instance_have_one_ttl_to_come_back() {
+    let mut run = Run::new(2);
+    run.server.put(1);
+    while run.open.is_none() {
+        run.step(false);
+    }
+    run.server.restart(10);
+    run.server.put(0);
+    let mut listed_at = None;
+    while run.view.as_ref().is_some_and(|v| v.workers.contains_key(&name(1))) {
+        run.step(false);
+        if listed_at.is_none() && run.view.as_ref().is_some_and(|v| v.instance == "1") {
+            listed_at = Some(run.now);
+        }
+    }
+    let kept = run.now - listed_at.expect("listed from the new instance");
+    assert!(kept >= Duration::from_millis(TTL_MS), "forgotten after {kept:?}");
+    assert!(kept < Duration::from_millis(TTL_MS) + Duration::from_secs(2), "kept for {kept:?}");
+}

@@ -198,7 +198,7 @@ async fn a_watch_tells_its_history_and_beats() {
     let mut beats = 0;
     let deadline = Instant::now() + PATIENCE;
     while beats < 3 && Instant::now() < deadline {
-        text.push_str(&String::from_utf8(reply.chunk().await.unwrap().expect("open").to_vec()).unwrap());
+        text.push_str(std::str::from_utf8(&reply.chunk().await.unwrap().expect("open")).unwrap());
         beats = text.matches("\"heartbeat\"").count();
     }
     let lines: Vec<Value> = text.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
