@@ -28,6 +28,7 @@ mod forward;
     reason = "vector instructions are reached through pointers; the rules are in the module"
 )]
 mod kernel;
+mod limits;
 mod load;
 mod load_error;
 mod math;
@@ -35,6 +36,7 @@ mod matrix;
 mod model;
 mod team;
 
+pub use limits::Limits;
 pub use load_error::LoadError;
 
 use forward::Runner;

@@ -170,8 +170,8 @@ impl Isa {
         for row in out.iter_mut() {
             row.0[if depth == 0 { 0 } else { width }..].fill(0.0);
         }
-        let most = self.tile_rows();
-        let widen = format == Format::Bf16 && out.len() > most && !matches!(self.0, Level::Portable);
+        // Widening pays once several tiles of rows use the same weights.
+        let widen = format == Format::Bf16 && out.len() > 2 * self.tile_rows();
         let mut wide = if widen { Some(Box::new([Line::ZERO; BLOCK_DEPTH * PANEL / 16])) } else { None };
         for start in (0..depth).step_by(BLOCK_DEPTH) {
             let depth = BLOCK_DEPTH.min(depth - start);
@@ -179,8 +179,9 @@ impl Isa {
             let block = match &mut wide {
                 None => Panel { lines, format, depth, width },
                 Some(wide) => {
-                    let lines = self.run(Widen { lines, into: &mut wide[..lines.len() * 2] });
-                    Panel { lines, format: Format::F32, depth, width }
+                    let wide = &mut wide[..2 * lines.len()];
+                    self.widen(lines, wide);
+                    Panel { lines: wide, format: Format::F32, depth, width }
                 }
             };
             let left = Left { panels: &left.panels[start / PANEL * left.rows..], rows: left.rows };
@@ -218,6 +219,21 @@ impl Isa {
                 Level::Portable => unsafe { portable::tile(&tile) },
             }
             at += rows;
+        }
+    }
+
+    /// Widens lines of bf16 pairs into lines of f32, columns `0..16` of each before its columns `16..32`.
+    fn widen(self, pairs: &[Line], wide: &mut [Line]) {
+        assert_eq!(wide.len(), 2 * pairs.len(), "two lines of f32 for a line of pairs");
+        #[cfg(target_arch = "x86_64")]
+        if self.0 == Level::Avx512 {
+            // SAFETY: the lengths were checked above, the features were detected.
+            unsafe { avx512::widen(pairs, wide.as_mut_ptr()) };
+            return;
+        }
+        for (pairs, wide) in pairs.iter().zip(wide.as_chunks_mut::<2>().0) {
+            wide[0] = Line(pairs.0.map(|pair| pair << 16));
+            wide[1] = Line(pairs.0.map(|pair| pair & 0xffff_0000));
         }
     }
 
@@ -264,27 +280,6 @@ struct Tile {
     add: bool,
     rows: usize,
     out: *mut Row,
-}
-
-/// Widens lines of bf16 pairs into lines of f32.
-struct Widen<'a, 'b> {
-    lines: &'a [Line],
-    into: &'b mut [Line],
-}
-
-impl<'b> Work for Widen<'_, 'b> {
-    type Output = &'b [Line];
-
-    #[inline(always)]
-    fn run(self) -> &'b [Line] {
-        for (pairs, wide) in self.lines.iter().zip(self.into.chunks_exact_mut(2)) {
-            for j in 0..16 {
-                wide[0].0[j] = pairs.0[j] << 16;
-                wide[1].0[j] = pairs.0[j] & 0xffff_0000;
-            }
-        }
-        self.into
-    }
 }
 
 struct Transpose<'a> {

@@ -106,6 +106,21 @@ unsafe fn load<const VECTORS: usize, const PAIRS: bool>(lines: *const Line) -> [
 }
 
 /// # Safety
+/// `wide` must be valid for twice as many lines as `pairs`; the features of [`super::Level::Avx512`] must be present.
+#[target_feature(enable = "avx512f")]
+pub(super) unsafe fn widen(pairs: &[Line], wide: *mut Line) {
+    for (i, pair) in pairs.iter().enumerate() {
+        // SAFETY: one line of pairs.
+        let [low, high] = unsafe { load::<2, BF16>(pair) };
+        // SAFETY: lines `2 i` and `2 i + 1` of `wide`.
+        unsafe {
+            _mm512_store_ps(wide.add(2 * i).cast(), low);
+            _mm512_store_ps(wide.add(2 * i + 1).cast(), high);
+        }
+    }
+}
+
+/// # Safety
 /// `rows` must be valid for 16 rows of `depth` numbers (a multiple of 16), `columns` for a line at every multiple of
 /// `lines_per_k` below `depth * lines_per_k`; the features of [`super::Level::Avx512`] must be present.
 #[target_feature(enable = "avx512f")]
