@@ -1,12 +1,13 @@
-//! Speed of the reference executor on one model: prefill and decode, beside what the machine could do at most.
+//! Speed of the reference executor on one model: prefill and decode, beside what the machine could do at
+//! most.
 //!
 //! ```text
 //! cargo bench -p baton-engine --bench forward -- --model DIR [--threads 1] [--prompt 512] [--context 256] [--seconds 2] [--kv f32] [--only decode_b8]
 //! ```
 //!
-//! One line per measurement, `name tokens_per_second`, then for people the share of the machine's limits: the arithmetic rate of the
-//! kernels on operands in the first-level cache, and the rate at which all threads together read memory. Times are the
-//! shortest of many, since other processes only ever make one longer.
+//! One line per measurement, `name tokens_per_second`, then for people the share of the machine's limits: the
+//! arithmetic rate of the kernels on operands in the first-level cache, and the rate at which all threads
+//! together read memory. Times are the shortest of many, since other processes only ever make one longer.
 
 #![expect(clippy::print_stdout, reason = "a benchmark prints")]
 

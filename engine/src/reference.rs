@@ -1,9 +1,10 @@
 //! A transformer computed by hand on the CPU: Llama, Qwen2 and Qwen3 checkpoints, nothing linked.
 //!
-//! It is a reference, so its results are pinned before its speed: the logits of a token depend bitwise on the tokens before
-//! it and on the number format of the arena, and on nothing else. Not on block size or layout, not on how a prompt was
-//! cut into passes or what else was in a pass, not on threads or the machine's instruction set. A prompt prefilled on one
-//! worker and decoded on another therefore gives the bits a single worker would give, and a test can demand it.
+//! It is a reference, so its results are pinned before its speed: the logits of a token depend bitwise on the
+//! tokens before it and on the number format of the arena, and on nothing else. Not on block size or layout,
+//! not on how a prompt was cut into passes or what else was in a pass, not on threads or the machine's
+//! instruction set. A prompt prefilled on one worker and decoded on another therefore gives the bits a single
+//! worker would give, and a test can demand it.
 //!
 //! ```text
 //!  load -> config (refuse by name) -> checkpoint (headers, shapes) -> model (packed panels)

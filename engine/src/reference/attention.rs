@@ -1,9 +1,10 @@
 //! Causal attention over the paged arena.
 //!
-//! Keys and values come back from the arena, those of the current pass too, so that a row is used as it was stored (rounded
-//! to the arena's number format) no matter which pass, process or machine computed it. Keys are taken in tiles of
-//! [`PANEL`] by absolute position, each query runs its own softmax over them, and a tile that a query sees only in part
-//! is summed to that query's own end: what else is in the pass cannot enter a query's sums.
+//! Keys and values come back from the arena, those of the current pass too, so that a row is used as it was
+//! stored (rounded to the arena's number format) no matter which pass, process or machine computed it. Keys
+//! are taken in tiles of [`PANEL`] by absolute position, each query runs its own softmax over them, and a
+//! tile that a query sees only in part is summed to that query's own end: what else is in the pass cannot
+//! enter a query's sums.
 
 use std::ops::Range;
 use std::sync::{Mutex, PoisonError};

@@ -1,7 +1,7 @@
 //! safetensors files: one, or several with an index.
 //!
-//! Read with plain positioned reads rather than mapped: the weights are repacked anyway, and a file that shrinks meanwhile is an
-//! error here where it would be a signal under a mapping.
+//! Read with plain positioned reads rather than mapped: the weights are repacked anyway, and a file that
+//! shrinks meanwhile is an error here where it would be a signal under a mapping.
 
 use std::collections::BTreeMap;
 use std::fs::File;
@@ -186,7 +186,8 @@ impl Checkpoint {
         self.tensors.contains_key(name)
     }
 
-    /// Checks shape, dtype and size of a tensor and gives its dtype. All of a model is checked before any memory is taken.
+    /// Checks shape, dtype and size of a tensor and gives its dtype. All of a model is checked before any
+    /// memory is taken.
     pub(super) fn expect(&mut self, name: &str, expected: &[usize]) -> Result<TensorDtype, LoadError> {
         let expected: Vec<u64> = expected.iter().map(|n| *n as u64).collect();
         let Some(entry) = self.tensors.get_mut(name) else {

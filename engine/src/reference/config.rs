@@ -14,7 +14,8 @@ use super::model::Shape;
 /// Largest JSON file read; real ones take a few KiB (index files of large models a few hundred).
 const MAX_JSON_BYTES: u64 = 64 << 20;
 
-/// Bounds of sizes, far above any model this engine could run, that keep all arithmetic on them from overflowing.
+/// Bounds of sizes, far above any model this engine could run, that keep all arithmetic on them from
+/// overflowing.
 const MAX_WIDTH: u64 = 1 << 20;
 const MAX_VOCAB: u64 = 1 << 24;
 const MAX_LAYERS: u64 = 1 << 12;

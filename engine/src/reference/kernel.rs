@@ -1,17 +1,18 @@
-//! The multiply-accumulate kernels, one per instruction set: the only module of this crate's reference executor
-//! with `unsafe`.
+//! The multiply-accumulate kernels, one per instruction set: the only module of this crate's reference
+//! executor with `unsafe`.
 //!
 //! Every kernel computes the same function to the last bit, so that a fleet may mix machines. The rules:
 //!
-//! 1. One output number is `((b0 + b1) + b2) + ..`, where `b` is the sum over one block of [`BLOCK_DEPTH`] terms, and each
-//!    `b` is one chain of fused multiply-adds over `k` in ascending order from `+0`. Nothing else is ever summed into it.
-//! 2. A lane of a vector is one output column and never meets another lane. Row and column tiling, thread count and batch
-//!    therefore cannot change a bit.
+//! 1. One output number is `((b0 + b1) + b2) + ..`, where `b` is the sum over one block of [`BLOCK_DEPTH`]
+//!    terms, and each `b` is one chain of fused multiply-adds over `k` in ascending order from `+0`. Nothing
+//!    else is ever summed into it.
+//! 2. A lane of a vector is one output column and never meets another lane. Row and column tiling, thread
+//!    count and batch therefore cannot change a bit.
 //! 3. A bf16 weight is widened to f32 exactly before it is used.
 //!
-//! Sums along a vector (norms, softmax) are written as plain arithmetic on arrays of [`LANES`] partial sums with a fixed
-//! tree at the end and compiled once per instruction set through [`Isa::run`]: the compiler may vectorise them but, as
-//! floating-point semantics are strict, not reorder them.
+//! Sums along a vector (norms, softmax) are written as plain arithmetic on arrays of [`LANES`] partial sums
+//! with a fixed tree at the end and compiled once per instruction set through [`Isa::run`]: the compiler may
+//! vectorise them but, as floating-point semantics are strict, not reorder them.
 //!
 //! ```text
 //!  activations: panels of 64 columns           weights: panels of 64 (32) output columns
@@ -43,7 +44,8 @@ impl Row {
     pub(crate) const ZERO: Self = Self([0.0; PANEL]);
 }
 
-/// One cache line of weights: the bits of 16 f32, or of 16 pairs of bf16 (low half: column `j`, high half: `j + 16`).
+/// One cache line of weights: the bits of 16 f32, or of 16 pairs of bf16 (in word `j`, the low
+/// half is column `j`, the high half column `j + 16`).
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 #[repr(C, align(64))]
 pub(crate) struct Line(pub(crate) [u32; 16]);
@@ -85,8 +87,8 @@ pub(crate) struct Panel<'a> {
     pub(crate) width: usize,
 }
 
-/// An instruction set this machine has. Values exist only for sets that were detected, which is what makes calling
-/// their kernels sound.
+/// An instruction set this machine has. Values exist only for sets that were detected, which is what makes
+/// calling their kernels sound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) struct Isa(Level);
 
@@ -99,7 +101,8 @@ enum Level {
     Portable,
 }
 
-/// A piece of plain arithmetic to be compiled for each instruction set. `run` must be `#[inline(always)]` in implementations.
+/// A piece of plain arithmetic to be compiled for each instruction set. `run` must be `#[inline(always)]` in
+/// implementations.
 pub(crate) trait Work {
     type Output;
     fn run(self) -> Self::Output;
@@ -155,8 +158,8 @@ impl Isa {
         }
     }
 
-    /// Multiplies rows `first..first + out.len()` of `left` with `panel` into the first `panel.width` columns of `out`; the
-    /// others become zero.
+    /// Multiplies rows `first..first + out.len()` of `left` with `panel` into the first `panel.width` columns
+    /// of `out`; the others become zero.
     ///
     /// # Panics
     /// When an operand is smaller than its shape says: the kernels trust the shapes checked here.
@@ -208,8 +211,9 @@ impl Isa {
                 out: out[at..at + rows].as_mut_ptr(),
             };
             match self.0 {
-                // SAFETY: `multiply` checked that `rows` rows of every panel of `left` that `depth` needs, `depth` times
-                // `width` numbers of `lines`, and `rows` rows of `out` exist; the features were detected.
+                // SAFETY: `multiply` checked that `rows` rows of every panel of `left` that `depth` needs,
+                // `depth` times `width` numbers of `lines`, and `rows` rows of `out` exist; the features were
+                // detected.
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx512 => unsafe { avx512::tile(&tile) },
                 // SAFETY: as above.
@@ -248,8 +252,8 @@ impl Isa {
         }
     }
 
-    /// Writes `rows[i][d]` (16 rows of `stride` numbers) to `columns[d * lines_per_k]` lane `i`: a panel of keys from
-    /// rows of keys.
+    /// Writes `rows[i][d]` (16 rows of `stride` numbers) to `columns[d * lines_per_k]` lane `i`: a panel of
+    /// keys from rows of keys.
     ///
     /// # Panics
     /// When `rows` or `columns` is too short.
@@ -266,7 +270,8 @@ impl Isa {
     }
 }
 
-/// What one call of a tile kernel works on. The pointers are valid for the shapes below for the length of the call.
+/// What one call of a tile kernel works on. The pointers are valid for the shapes below for the length of the
+/// call.
 struct Tile {
     /// Row 0 of the tile in the first panel; the next panel is `left_rows` rows further.
     left: *const Row,

@@ -62,7 +62,8 @@ fn arithmetic(isa: Isa) -> f64 {
     })
 }
 
-/// One row of activations against a panel far larger than the caches: what a decode step of one sequence does.
+/// One row of activations against a panel far larger than the caches: what a decode step of one sequence
+/// does.
 fn reading(isa: Isa) -> f64 {
     const DEPTH: usize = READ_BYTES / size_of::<f32>() / PANEL;
     let left = vec![Row([1.0; PANEL]); DEPTH / PANEL];

@@ -2,7 +2,8 @@
 
 use std::path::PathBuf;
 
-/// Why a model directory was not loaded. Every variant names the file, field or tensor and what to do about it.
+/// Why a model directory was not loaded. Every variant names the file, field or tensor and what to do about
+/// it.
 #[derive(Debug, thiserror::Error)]
 pub enum LoadError {
     /// A file cannot be opened or read.
@@ -80,7 +81,8 @@ pub enum LoadError {
         /// Its dtype as the file spells it.
         found: String,
     },
-    /// A weight file holds tensors that this architecture does not use: computing without them would give wrong tokens.
+    /// A weight file holds tensors that this architecture does not use: computing without them would give
+    /// wrong tokens.
     #[error("tensor `{name}` in {} (and {others} more) is not part of this architecture: weights and config.json are of different models, or adapters must be merged first", path.display())]
     UnexpectedTensor {
         /// The first of them.

@@ -1,7 +1,8 @@
 //! Elementary functions and row arithmetic, written so that every machine rounds alike.
 //!
-//! The platform's `exp`, `sin`, `cos` and `pow` differ between C libraries in the last bit; these use only additions,
-//! multiplications, divisions, square roots and fused multiply-adds, all of which IEEE 754 defines exactly.
+//! The platform's `exp`, `sin`, `cos` and `pow` differ between C libraries in the last bit; these use only
+//! additions, multiplications, divisions, square roots and fused multiply-adds, all of which IEEE 754 defines
+//! exactly.
 
 use super::kernel::{LANES, PANEL, Row, Work};
 
@@ -33,7 +34,8 @@ pub(super) fn exp(x: f32) -> f32 {
 #[inline(always)]
 pub(super) fn sin_cos(x: f64) -> (f64, f64) {
     const SHIFT: f64 = 6_755_399_441_055_744.0;
-    // pi / 2 in three parts: the products with a quadrant number below 2^30 cancel exactly under fused multiply-add.
+    // pi / 2 in three parts: the products with a quadrant number below 2^30 cancel exactly under fused
+    // multiply-add.
     const PARTS: [f64; 3] =
         [std::f64::consts::FRAC_PI_2, 6.123_233_995_736_766e-17, -1.497_384_904_859_169_8e-33];
     let shifted = x.mul_add(std::f64::consts::FRAC_2_PI, SHIFT);
@@ -60,7 +62,8 @@ pub(super) fn sin_cos(x: f64) -> (f64, f64) {
     (if quadrant & 2 == 0 { sin } else { -sin }, if (quadrant + 1) & 2 == 0 { cos } else { -cos })
 }
 
-/// `base` to the power `exponent` for a normal `base` of at least 1 and an `exponent` in `0..=1`, to about 1e-14.
+/// `base` to the power `exponent` for a normal `base` of at least 1 and an `exponent` in `0..=1`, to about
+/// 1e-14.
 pub(super) fn pow(base: f64, exponent: f64) -> f64 {
     const LN2: f64 = std::f64::consts::LN_2;
     // base = m * 2^e with m in [0.75, 1.5), ln m = 2 artanh((m - 1) / (m + 1)).
@@ -116,7 +119,8 @@ pub(super) fn inverse_rms(sum_of_squares: f32, count: usize, epsilon: f32) -> f3
     1.0 / (sum_of_squares / count as f32 + epsilon).sqrt()
 }
 
-/// Adds a sub-layer's output to one panel of the residual stream and takes the sum of squares of each row of the panel.
+/// Adds a sub-layer's output to one panel of the residual stream and takes the sum of squares of each row of
+/// the panel.
 pub(super) struct AddSquares<'a> {
     pub(super) hidden: &'a mut [Row],
     /// The sub-layer's output and its bias.

@@ -3,7 +3,8 @@
 use rayon::iter::{IndexedParallelIterator, IntoParallelRefMutIterator, ParallelIterator};
 use rayon::slice::ParallelSliceMut;
 
-/// Operations worth handing to another thread: below about 10 microseconds waking it costs more than it saves.
+/// Operations worth handing to another thread: below about 10 microseconds waking it costs more than it
+/// saves.
 const GRAIN: usize = 400_000;
 
 /// A fixed number of threads, among them the one that calls.

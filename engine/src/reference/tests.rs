@@ -120,8 +120,8 @@ struct Run {
     expected: Vec<Vec<u32>>,
 }
 
-/// Runs some sequences to their ends in random chunks and batches; every row of logits must have the expected bits.
-/// Gives the number of rows compared.
+/// Runs some sequences to their ends in random chunks and batches; every row of logits must have the expected
+/// bits. Gives the number of rows compared.
 fn run_randomly(
     model: &mut Reference,
     arena: &Arena,

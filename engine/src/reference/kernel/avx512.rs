@@ -106,7 +106,8 @@ unsafe fn load<const VECTORS: usize, const PAIRS: bool>(lines: *const Line) -> [
 }
 
 /// # Safety
-/// `wide` must be valid for twice as many lines as `pairs`; the features of [`super::Level::Avx512`] must be present.
+/// `wide` must be valid for twice as many lines as `pairs`; the features of [`super::Level::Avx512`] must be
+/// present.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn widen(pairs: &[Line], wide: *mut Line) {
     for (i, pair) in pairs.iter().enumerate() {
@@ -121,8 +122,9 @@ pub(super) unsafe fn widen(pairs: &[Line], wide: *mut Line) {
 }
 
 /// # Safety
-/// `rows` must be valid for 16 rows of `depth` numbers (a multiple of 16), `columns` for a line at every multiple of
-/// `lines_per_k` below `depth * lines_per_k`; the features of [`super::Level::Avx512`] must be present.
+/// `rows` must be valid for 16 rows of `depth` numbers (a multiple of 16), `columns` for a line at every
+/// multiple of `lines_per_k` below `depth * lines_per_k`; the features of [`super::Level::Avx512`] must be
+/// present.
 #[target_feature(enable = "avx512f")]
 pub(super) unsafe fn transpose16(rows: *const f32, depth: usize, columns: *mut Line, lines_per_k: usize) {
     let low = _mm512_setr_epi32(0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29);

@@ -1,4 +1,5 @@
-//! The kernel for every other machine: plain Rust with `mul_add`, which is exact everywhere and an instruction on most.
+//! The kernel for every other machine: plain Rust with `mul_add`, which is exact everywhere and an
+//! instruction on most.
 
 use super::{Format, LANES, Line, PANEL, Row, Tile};
 
