@@ -1,2 +1,4 @@
-//! Placeholder: see ARCHITECTURE.md.
+//! The worker agent: what runs next to one engine and makes it part of a fleet.
 #![forbid(unsafe_code)]
+
+pub mod handoff;

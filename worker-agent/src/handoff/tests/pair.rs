@@ -1,0 +1,850 @@
+//! Two desks in virtual time, joined by a network and by model engines that go wrong on purpose.
+//!
+//! Every choice comes from one seed, so a failure replays. The model engines know what is really in the blocks and
+//! panic as soon as a desk breaks an invariant of the handoff.
+
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::ops::Range;
+use std::time::{Duration, Instant};
+
+use baton_config::protocol::{FirstToken, HandoffOutcome, HandoffStatus, PeerRef, Ticket, TicketAck, TicketBlock, Want};
+use baton_config::{Dtype, Epoch, HandoffId, KvGeometry, KvLayout, WorkerId};
+
+use crate::handoff::decode::{DecodeEnd, PullOrder, Writers};
+use crate::handoff::{
+    Action, Answer, DecodeAction, DecodeEvent, Desk, GiveUp, Limits, PeerFault, PrefillAction, PrefillEvent,
+    PullFault, Side, Waiter,
+};
+
+/// Deterministic numbers from a seed (splitmix64).
+#[derive(Debug)]
+pub(super) struct Dice(u64);
+
+impl Dice {
+    pub(super) fn new(seed: u64) -> Self {
+        Self(seed.wrapping_mul(0x2545_f491_4f6c_dd1d) ^ 0x1234_5678_9abc_def0)
+    }
+
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+
+    pub(super) fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+
+    /// True `n` times in 1000.
+    pub(super) fn permille(&mut self, n: u64) -> bool {
+        self.below(1000) < n
+    }
+
+    pub(super) fn micros(&mut self, range: Range<u64>) -> Duration {
+        Duration::from_micros(range.start + self.below(range.end - range.start))
+    }
+}
+
+/// How often what goes wrong, in 1000.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Faults {
+    pub(super) loss: u64,
+    pub(super) duplicate: u64,
+    /// Messages late by up to 1.5 s, so that they overtake each other.
+    pub(super) late: u64,
+    pub(super) corrupt_once: u64,
+    pub(super) corrupt_always: u64,
+    pub(super) link: u64,
+    /// Reads that take up to 9 s to notice their abort.
+    pub(super) stuck_read: u64,
+    pub(super) client_leaves: u64,
+    pub(super) router_cancels: u64,
+    pub(super) never_admitted: u64,
+    pub(super) prefill_stuck: u64,
+    pub(super) one_side_only: u64,
+    /// Crashes of each side over the whole run.
+    pub(super) crashes: u64,
+}
+
+#[derive(Debug, Clone)]
+enum Message {
+    Ticket(Ticket),
+    Want(Want),
+    Status,
+    Delete,
+}
+
+#[derive(Debug, Clone)]
+enum Reply {
+    Ticket(Result<TicketAck, PeerFault>),
+    Want(Result<(), PeerFault>),
+    Status(Result<HandoffStatus, PeerFault>),
+}
+
+#[derive(Debug, Clone)]
+enum Event {
+    OpenPrefill,
+    OpenDecode,
+    Deliver { to: Side, call: u64, message: Message },
+    Reply { call: u64, reply: Reply },
+    Computed { upto: u32 },
+    First,
+    Exported { blocks: Range<u32> },
+    Admitted,
+    PullDone { pull: u64, aborted: bool },
+    ClientLeaves,
+    RouterCancels,
+    Crash(Side),
+    Restart(Side),
+    View { at: Side, peer: Option<Epoch> },
+}
+
+#[derive(Debug)]
+struct Scheduled {
+    id: HandoffId,
+    /// Life of the side the event happens in; events of a crashed life are lost.
+    life: Option<(Side, Epoch)>,
+    event: Event,
+}
+
+/// What the decode worker's engine holds for a request.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Seat {
+    Queued,
+    Reserved,
+    Decoding,
+    Prefilling,
+    Quarantined,
+    Free,
+}
+
+#[derive(Debug)]
+struct Request {
+    prompt: u32,
+    cached: u32,
+    corrupt_always: bool,
+    never_admitted: bool,
+    prefill_stuck: bool,
+    // Prefill side.
+    p_open: Option<Epoch>,
+    p_free: bool,
+    p_since: Option<Instant>,
+    exported_upto: u32,
+    // Decode side.
+    d_open: Option<Epoch>,
+    seat: Seat,
+    pulls: BTreeMap<u64, PullOrder>,
+    pub_upto: u32,
+    admitted_at: Option<Instant>,
+    resolved_at: Option<Instant>,
+    failed: bool,
+    end: Option<DecodeEnd>,
+}
+
+/// What a run came to, for tests that want to see that something did happen.
+#[derive(Debug, Default, Clone)]
+pub(super) struct Tally {
+    pub(super) steps: u64,
+    pub(super) imported: u64,
+    pub(super) local: BTreeMap<GiveUp, u64>,
+    pub(super) cancelled: u64,
+    pub(super) failed: u64,
+    pub(super) fenced: u64,
+    pub(super) done: u64,
+    pub(super) expired: u64,
+    pub(super) stale: u64,
+    pub(super) rereads: u64,
+}
+
+struct Worker {
+    desk: Desk,
+    epoch: Epoch,
+    alive: bool,
+}
+
+/// The world of one run.
+pub(super) struct Pair {
+    seed: u64,
+    start: Instant,
+    now: Instant,
+    dice: Dice,
+    faults: Faults,
+    limits: Limits,
+    queue: BinaryHeap<Reverse<(Instant, u64)>>,
+    events: HashMap<u64, Scheduled>,
+    scheduled: u64,
+    calls: HashMap<u64, (Side, Epoch, HandoffId, Message)>,
+    next_call: u64,
+    prefill: Worker,
+    decode: Worker,
+    next_epoch: u64,
+    requests: BTreeMap<HandoffId, Request>,
+    pub(super) tally: Tally,
+}
+
+const P_BLOCK: u32 = 32;
+
+fn geometry() -> KvGeometry {
+    KvGeometry {
+        layers: 2,
+        kv_heads: 2,
+        head_dim: 8,
+        block_tokens: P_BLOCK,
+        layout: KvLayout::Nhd,
+        dtype: Dtype::Bf16,
+    }
+}
+
+fn name(side: Side) -> WorkerId {
+    match side {
+        Side::Prefill => "p-0".parse().unwrap(),
+        Side::Decode => "d-0".parse().unwrap(),
+    }
+}
+
+fn first_of(id: HandoffId) -> FirstToken {
+    FirstToken { token: (id.0 % 1000) as u32, logprob: None, logits_digest: None }
+}
+
+impl Pair {
+    pub(super) fn new(seed: u64, faults: Faults) -> Self {
+        let start = Instant::now();
+        let limits = Limits { ticket_blocks_max: 4, ..Limits::default() };
+        let worker = |side, epoch| {
+            let mut desk = Desk::new(name(side), limits.clone());
+            desk.set_epoch(start, epoch, &mut Vec::new());
+            Worker { desk, epoch, alive: true }
+        };
+        Self {
+            seed,
+            start,
+            now: start,
+            dice: Dice::new(seed),
+            faults,
+            queue: BinaryHeap::new(),
+            events: HashMap::new(),
+            scheduled: 0,
+            calls: HashMap::new(),
+            next_call: 0,
+            prefill: worker(Side::Prefill, Epoch(1)),
+            decode: worker(Side::Decode, Epoch(2)),
+            next_epoch: 3,
+            requests: BTreeMap::new(),
+            tally: Tally::default(),
+            limits,
+        }
+    }
+
+    fn worker(&mut self, side: Side) -> &mut Worker {
+        match side {
+            Side::Prefill => &mut self.prefill,
+            Side::Decode => &mut self.decode,
+        }
+    }
+
+    fn at(&mut self, after: Duration, id: HandoffId, life: Option<Side>, event: Event) {
+        let life = life.map(|side| (side, self.worker(side).epoch));
+        self.scheduled += 1;
+        self.queue.push(Reverse((self.now + after, self.scheduled)));
+        self.events.insert(self.scheduled, Scheduled { id, life, event });
+    }
+
+    /// Plans `requests` handoffs over `spread`, runs until nothing is left to happen, and checks what remains.
+    pub(super) fn run(mut self, requests: u64, spread: Duration) -> Tally {
+        for n in 0..requests {
+            let id = HandoffId(u128::from(n) + 1);
+            let offset = self.dice.micros(0..spread.as_micros().max(1) as u64);
+            self.plan(id, offset);
+        }
+        for side in [Side::Prefill, Side::Decode] {
+            for _ in 0..self.faults.crashes {
+                let at = self.dice.micros(0..spread.as_micros().max(1) as u64 + 2_000_000);
+                self.at(at, HandoffId(0), None, Event::Crash(side));
+            }
+        }
+        while let Some(now) = self.next_time() {
+            self.now = now;
+            self.tally.steps += 1;
+            assert!(self.tally.steps < 200_000, "seed {}: never comes to rest", self.seed);
+            self.step();
+        }
+        self.check_rest();
+        self.tally
+    }
+
+    fn next_time(&self) -> Option<Instant> {
+        let queued = self.queue.peek().map(|Reverse((at, _))| *at);
+        let desks = [&self.prefill, &self.decode].into_iter().filter(|w| w.alive).filter_map(|w| w.desk.deadline());
+        queued.into_iter().chain(desks).min().map(|at| at.max(self.now))
+    }
+
+    fn plan(&mut self, id: HandoffId, offset: Duration) {
+        let prompt = 1 + self.dice.below(600) as u32;
+        let cached = if self.dice.permille(500) { self.dice.below(u64::from(prompt)) as u32 } else { 0 };
+        let faults = self.faults;
+        let request = Request {
+            prompt,
+            cached: cached - cached % 16,
+            corrupt_always: self.dice.permille(faults.corrupt_always),
+            never_admitted: self.dice.permille(faults.never_admitted),
+            prefill_stuck: self.dice.permille(faults.prefill_stuck),
+            p_open: None,
+            p_free: true,
+            p_since: None,
+            exported_upto: 0,
+            d_open: None,
+            seat: Seat::Free,
+            pulls: BTreeMap::new(),
+            pub_upto: 0,
+            admitted_at: None,
+            resolved_at: None,
+            failed: false,
+            end: None,
+        };
+        let leaves = request.never_admitted || self.dice.permille(faults.client_leaves);
+        self.requests.insert(id, request);
+        let only = self.dice.permille(faults.one_side_only).then(|| self.dice.below(2));
+        if only != Some(0) {
+            let after = offset + self.delay();
+            self.at(after, id, None, Event::OpenPrefill);
+        }
+        if only != Some(1) {
+            let after = offset + self.delay();
+            self.at(after, id, None, Event::OpenDecode);
+        }
+        if leaves {
+            let after = offset + self.dice.micros(0..4_000_000);
+            self.at(after, id, None, Event::ClientLeaves);
+        }
+        if self.dice.permille(faults.router_cancels) {
+            let after = offset + self.dice.micros(0..2_000_000);
+            self.at(after, id, None, Event::RouterCancels);
+        }
+    }
+
+    fn delay(&mut self) -> Duration {
+        if self.dice.permille(self.faults.late) {
+            self.dice.micros(1_000..1_500_000)
+        } else {
+            self.dice.micros(50..3_000)
+        }
+    }
+
+    fn step(&mut self) {
+        let due = self.queue.peek().is_some_and(|Reverse((at, _))| *at <= self.now);
+        if !due {
+            for side in [Side::Prefill, Side::Decode] {
+                let mut out = Vec::new();
+                let now = self.now;
+                let worker = self.worker(side);
+                if worker.alive {
+                    worker.desk.tick(now, &mut out);
+                }
+                self.carry_out(side, out);
+            }
+            return;
+        }
+        let Some(Reverse((_, key))) = self.queue.pop() else { return };
+        let Scheduled { id, life, event } = self.events.remove(&key).unwrap();
+        if let Some((side, epoch)) = life {
+            let worker = self.worker(side);
+            if !worker.alive || worker.epoch != epoch {
+                return;
+            }
+        }
+        self.happen(id, event);
+    }
+
+    fn happen(&mut self, id: HandoffId, event: Event) {
+        let now = self.now;
+        let mut out = Vec::new();
+        match event {
+            Event::OpenPrefill => return self.open_prefill(id),
+            Event::OpenDecode => return self.open_decode(id),
+            Event::Deliver { to, call, message } => return self.deliver(to, call, id, message),
+            Event::Reply { call, reply } => return self.reply(call, reply),
+            Event::Computed { upto } => {
+                self.prefill.desk.prefill(now, id, PrefillEvent::Computed { upto }, &mut out);
+                self.carry_out(Side::Prefill, out);
+            }
+            Event::First => {
+                self.prefill.desk.prefill(now, id, PrefillEvent::First(first_of(id)), &mut out);
+                self.carry_out(Side::Prefill, out);
+            }
+            Event::Exported { blocks } => {
+                let request = self.requests.get_mut(&id).unwrap();
+                request.exported_upto = request.exported_upto.max(blocks.end);
+                let digest = |index| TicketBlock { index, region: 0, offset: 0, digest: u64::from(index) };
+                let result = Ok(blocks.map(digest).collect());
+                self.prefill.desk.prefill(now, id, PrefillEvent::Exported(result), &mut out);
+                self.carry_out(Side::Prefill, out);
+            }
+            Event::Admitted => {
+                let request = self.requests.get_mut(&id).unwrap();
+                if request.seat != Seat::Queued {
+                    return;
+                }
+                request.seat = Seat::Reserved;
+                request.pub_upto = request.cached;
+                request.admitted_at = Some(now);
+                let event = DecodeEvent::Admitted { cached: request.cached, local_below: 3 };
+                self.decode.desk.decode(now, id, event, &mut out);
+                self.carry_out(Side::Decode, out);
+            }
+            Event::PullDone { pull, aborted } => self.pull_done(id, pull, aborted),
+            Event::ClientLeaves => {
+                // The router drops both calls.
+                if self.decode.alive && self.requests[&id].d_open == Some(self.decode.epoch) {
+                    self.decode.desk.close_decode(now, id, &mut out);
+                    self.carry_out(Side::Decode, out);
+                }
+                let mut out = Vec::new();
+                if self.prefill.alive && self.requests[&id].p_open == Some(self.prefill.epoch) {
+                    self.prefill.desk.prefill(now, id, PrefillEvent::Cancel, &mut out);
+                    self.carry_out(Side::Prefill, out);
+                }
+            }
+            Event::RouterCancels => {
+                for side in [Side::Prefill, Side::Decode] {
+                    let mut out = Vec::new();
+                    let worker = self.worker(side);
+                    if worker.alive {
+                        worker.desk.delete(now, id, &mut out);
+                        self.carry_out(side, out);
+                    }
+                }
+            }
+            Event::Crash(side) => self.crash(side),
+            Event::Restart(side) => self.restart(side),
+            Event::View { at, peer } => {
+                let other = match at {
+                    Side::Prefill => name(Side::Decode),
+                    Side::Decode => name(Side::Prefill),
+                };
+                let worker = self.worker(at);
+                if !worker.alive {
+                    return;
+                }
+                worker.desk.view_changed(now, |w, e| *w == other && peer == Some(e), &mut out);
+                self.carry_out(at, out);
+            }
+        }
+    }
+
+    fn open_prefill(&mut self, id: HandoffId) {
+        let now = self.now;
+        let mut out = Vec::new();
+        if !self.prefill.alive {
+            return;
+        }
+        // The router's view may be of an older life of either side.
+        let (own, peer) = (self.prefill.epoch, self.decode.epoch);
+        let prompt = self.requests[&id].prompt;
+        let peer = PeerRef { worker: name(Side::Decode), epoch: peer, address: "d".into() };
+        if self.prefill.desk.open_prefill(now, (id, own), peer, geometry(), prompt, &mut out).is_ok() {
+            let stuck = self.requests[&id].prefill_stuck;
+            let request = self.requests.get_mut(&id).unwrap();
+            assert!(request.p_free, "opened twice");
+            request.p_open = Some(own);
+            request.p_free = false;
+            request.p_since = Some(now);
+            let mut after = self.dice.micros(100..200_000);
+            let chunk = 64 + self.dice.below(128) as u32;
+            let mut upto = 0;
+            while upto < prompt {
+                upto = prompt.min(upto + chunk);
+                if stuck && upto == prompt {
+                    break;
+                }
+                after += self.dice.micros(1_000..80_000);
+                self.at(after, id, Some(Side::Prefill), Event::Computed { upto });
+            }
+            if !stuck {
+                after += self.dice.micros(0..2_000);
+                self.at(after, id, Some(Side::Prefill), Event::First);
+            }
+        }
+        self.carry_out(Side::Prefill, out);
+    }
+
+    fn open_decode(&mut self, id: HandoffId) {
+        let now = self.now;
+        let mut out = Vec::new();
+        if !self.decode.alive {
+            return;
+        }
+        let (own, peer) = (self.decode.epoch, self.prefill.epoch);
+        let prompt = self.requests[&id].prompt;
+        let peer = PeerRef { worker: name(Side::Prefill), epoch: peer, address: "p".into() };
+        if self.decode.desk.open_decode(now, (id, own), peer, prompt, &mut out).is_ok() {
+            let after = if self.dice.permille(300) {
+                self.dice.micros(1_000..3_000_000)
+            } else {
+                self.dice.micros(50..2_000)
+            };
+            let request = self.requests.get_mut(&id).unwrap();
+            request.d_open = Some(own);
+            request.seat = Seat::Queued;
+            let admitted = !request.never_admitted;
+            if admitted {
+                self.at(after, id, Some(Side::Decode), Event::Admitted);
+            }
+        }
+        self.carry_out(Side::Decode, out);
+    }
+
+    fn call(&mut self, from: Side, id: HandoffId, message: Message) {
+        let call = self.next_call;
+        self.next_call += 1;
+        let epoch = self.worker(from).epoch;
+        self.calls.insert(call, (from, epoch, id, message.clone()));
+        let to = match from {
+            Side::Prefill => Side::Decode,
+            Side::Decode => Side::Prefill,
+        };
+        let timeout = match &message {
+            Message::Ticket(_) => Duration::from_secs(6),
+            _ => Duration::from_millis(750),
+        };
+        let unanswered = answer_of(&message, Err(PeerFault::Unreachable));
+        if let Some(reply) = unanswered {
+            self.at(timeout, id, Some(from), Event::Reply { call, reply });
+        }
+        let copies = if self.dice.permille(self.faults.loss) {
+            0
+        } else {
+            1 + u32::from(self.dice.permille(self.faults.duplicate))
+        };
+        for _ in 0..copies {
+            let after = self.delay();
+            self.at(after, id, None, Event::Deliver { to, call, message: message.clone() });
+        }
+    }
+
+    fn deliver(&mut self, to: Side, call: u64, id: HandoffId, message: Message) {
+        let now = self.now;
+        let mut out = Vec::new();
+        let worker = self.worker(to);
+        if !worker.alive {
+            if let Some(reply) = answer_of(&message, Err(PeerFault::Refused)) {
+                self.send_reply(call, id, reply);
+            }
+            return;
+        }
+        match message {
+            Message::Ticket(ticket) => worker.desk.ticket(now, id, ticket, Waiter(call), &mut out),
+            Message::Want(want) => worker.desk.want(now, id, want, Waiter(call), &mut out),
+            Message::Delete => worker.desk.delete(now, id, &mut out),
+            Message::Status => {
+                let status = worker.desk.status(now, id, &mut out).map_err(fault_of);
+                self.send_reply(call, id, Reply::Status(status));
+            }
+        }
+        self.carry_out(to, out);
+    }
+
+    fn send_reply(&mut self, call: u64, id: HandoffId, reply: Reply) {
+        if self.dice.permille(self.faults.loss) {
+            return;
+        }
+        let after = self.delay();
+        self.at(after, id, None, Event::Reply { call, reply });
+    }
+
+    fn reply(&mut self, call: u64, reply: Reply) {
+        let Some((from, epoch, id, message)) = self.calls.remove(&call) else { return };
+        let now = self.now;
+        let mut out = Vec::new();
+        let worker = self.worker(from);
+        if !worker.alive || worker.epoch != epoch {
+            return;
+        }
+        match (reply, message) {
+            (Reply::Ticket(result), Message::Ticket(ticket)) => {
+                let event = PrefillEvent::Answered { seq: ticket.seq, result };
+                worker.desk.prefill(now, id, event, &mut out);
+            }
+            (Reply::Want(result), _) => worker.desk.decode(now, id, DecodeEvent::WantAnswered(result), &mut out),
+            (Reply::Status(result), _) => {
+                worker.desk.decode(now, id, DecodeEvent::StatusAnswered(result), &mut out);
+            }
+            (reply, message) => panic!("{reply:?} to {message:?}"),
+        }
+        self.carry_out(from, out);
+    }
+
+    fn pull_done(&mut self, id: HandoffId, pull: u64, aborted: bool) {
+        let now = self.now;
+        let order = match self.requests.get_mut(&id).unwrap().pulls.remove(&pull) {
+            Some(order) => order,
+            None => return, // the other of natural end and abort came first
+        };
+        let request = &self.requests[&id];
+        let source_live = self.prefill.alive
+            && request.p_open == Some(self.prefill.epoch)
+            && !request.p_free
+            && order.blocks.iter().all(|b| b.index < request.exported_upto);
+        let result = if aborted {
+            Err(PullFault::Aborted)
+        } else if !self.prefill.alive || self.dice.permille(self.faults.link) {
+            Err(PullFault::Link)
+        } else if request.p_open != Some(self.prefill.epoch) {
+            Err(PullFault::Stale)
+        } else if !source_live {
+            // Withdrawn before the read: refused. During it: the bytes are somebody else's.
+            if self.dice.permille(500) { Err(PullFault::Refused) } else { Err(PullFault::Integrity) }
+        } else if request.corrupt_always || self.dice.permille(self.faults.corrupt_once) {
+            Err(PullFault::Integrity)
+        } else {
+            Ok(1000)
+        };
+        if result.is_ok() {
+            assert!(order.tokens.start <= self.requests[&id].pub_upto, "seed {}: a gap", self.seed);
+            let end = order.blocks.last().map_or(0, |b| (b.index + 1) * P_BLOCK);
+            assert!(end >= order.tokens.end, "seed {}: tokens beyond the blocks read", self.seed);
+            let start = order.blocks.first().map_or(u32::MAX, |b| b.index * P_BLOCK);
+            assert!(start <= order.tokens.start, "seed {}: tokens before the blocks read", self.seed);
+        }
+        self.requests.get_mut(&id).unwrap().pub_upto = match result {
+            Ok(_) => order.tokens.end,
+            Err(_) => self.requests[&id].pub_upto,
+        };
+        let mut out = Vec::new();
+        self.decode.desk.decode(now, id, DecodeEvent::Pulled { pull, result }, &mut out);
+        self.carry_out(Side::Decode, out);
+    }
+
+    fn crash(&mut self, side: Side) {
+        if !self.worker(side).alive {
+            return;
+        }
+        self.worker(side).alive = false;
+        for request in self.requests.values_mut() {
+            match side {
+                Side::Prefill => request.p_free = true,
+                Side::Decode => {
+                    request.seat = Seat::Free;
+                    request.pulls.clear();
+                    request.d_open = None;
+                }
+            }
+        }
+        let after = self.dice.micros(100_000..4_000_000);
+        self.at(after, HandoffId(0), None, Event::Restart(side));
+        let other = match side {
+            Side::Prefill => Side::Decode,
+            Side::Decode => Side::Prefill,
+        };
+        // The lease of the dead life ends some time after it.
+        let after = self.dice.micros(500_000..12_000_000);
+        self.at(after, HandoffId(0), None, Event::View { at: other, peer: None });
+    }
+
+    fn restart(&mut self, side: Side) {
+        let epoch = Epoch(self.next_epoch);
+        self.next_epoch += 1;
+        let now = self.now;
+        let limits = self.limits.clone();
+        let worker = self.worker(side);
+        worker.epoch = epoch;
+        worker.alive = true;
+        worker.desk = Desk::new(name(side), limits);
+        worker.desk.set_epoch(now, epoch, &mut Vec::new());
+        let other = match side {
+            Side::Prefill => Side::Decode,
+            Side::Decode => Side::Prefill,
+        };
+        let after = self.dice.micros(1_000..300_000);
+        self.at(after, HandoffId(0), None, Event::View { at: other, peer: Some(epoch) });
+    }
+
+    fn carry_out(&mut self, side: Side, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Prefill(id, action) => self.prefill_action(id, action),
+                Action::Decode(id, action) => self.decode_action(id, action),
+                Action::Answer { waiter, answer } => self.answer(waiter, answer),
+                Action::PrefillEnded(id, outcome) => {
+                    assert!(self.requests[&id].p_free, "seed {}: ended with blocks held", self.seed);
+                    match outcome {
+                        HandoffOutcome::Done => self.tally.done += 1,
+                        HandoffOutcome::Expired => self.tally.expired += 1,
+                        HandoffOutcome::Cancelled => {}
+                    }
+                }
+                Action::DecodeEnded(id, end) => {
+                    let request = self.requests.get_mut(&id).unwrap();
+                    assert!(request.end.is_none(), "seed {}: ended twice", self.seed);
+                    request.end = Some(end);
+                    match end {
+                        DecodeEnd::Imported => self.tally.imported += 1,
+                        DecodeEnd::Local(why) => *self.tally.local.entry(why).or_default() += 1,
+                        DecodeEnd::Cancelled => self.tally.cancelled += 1,
+                    }
+                }
+            }
+        }
+        let _ = side;
+    }
+
+    fn answer(&mut self, waiter: Waiter, answer: Answer) {
+        if matches!(answer, Answer::Stale { .. }) {
+            self.tally.stale += 1;
+        }
+        let Some((_, _, id, message)) = self.calls.get(&waiter.0) else { return };
+        let id = *id;
+        let result = match answer {
+            Answer::Ack(ack) => Ok(Some(ack)),
+            Answer::Noted => Ok(None),
+            other => Err(fault_of(other)),
+        };
+        let reply = match message {
+            Message::Ticket(_) => Reply::Ticket(result.map(|ack| ack.expect("an ack"))),
+            Message::Want(_) => Reply::Want(result.map(|_| ())),
+            Message::Status | Message::Delete => panic!("no such waiter"),
+        };
+        self.send_reply(waiter.0, id, reply);
+    }
+
+    fn prefill_action(&mut self, id: HandoffId, action: PrefillAction) {
+        let seed = self.seed;
+        let request = self.requests.get_mut(&id).unwrap();
+        match action {
+            PrefillAction::Export { blocks } => {
+                assert!(!request.p_free, "seed {seed}: export of freed blocks");
+                assert!(!blocks.is_empty() && blocks.len() <= 4);
+                let after = self.dice.micros(100..5_000);
+                self.at(after, id, Some(Side::Prefill), Event::Exported { blocks });
+            }
+            PrefillAction::Post { ticket } => self.call(Side::Prefill, id, Message::Ticket(ticket)),
+            PrefillAction::ReleaseStaged { .. } | PrefillAction::Withdraw => {}
+            PrefillAction::ReleaseEngine | PrefillAction::CancelEngine => {
+                assert!(!request.p_free, "seed {seed}: freed twice");
+                request.p_free = true;
+                // From here on the blocks are somebody else's.
+                let held = self.now - request.p_since.unwrap();
+                let since_contact = match request.resolved_at {
+                    Some(at) => self.now.saturating_duration_since(at),
+                    None => Duration::ZERO,
+                };
+                assert!(
+                    since_contact <= self.limits.lease + Duration::from_secs(1),
+                    "seed {seed}: blocks held {held:?}, {since_contact:?} after the decode side was through"
+                );
+            }
+            PrefillAction::DeleteAtPeer => self.call(Side::Prefill, id, Message::Delete),
+        }
+    }
+
+    fn decode_action(&mut self, id: HandoffId, action: DecodeAction) {
+        let (seed, now) = (self.seed, self.now);
+        let (own, peer) = (self.decode.epoch, self.prefill.epoch);
+        let request = self.requests.get_mut(&id).unwrap();
+        match action {
+            DecodeAction::SendWant { from_token } => {
+                let to_epoch = peer;
+                let want = Want { worker: name(Side::Decode), epoch: own, to_epoch, from_token };
+                self.call(Side::Decode, id, Message::Want(want));
+            }
+            DecodeAction::PollStatus => self.call(Side::Decode, id, Message::Status),
+            DecodeAction::Pull(order) => {
+                assert_eq!(request.seat, Seat::Reserved, "seed {seed}: read into blocks not held");
+                assert!(request.pulls.is_empty(), "seed {seed}: two reads at once");
+                self.tally.rereads += u64::from(order.again);
+                let pull = order.pull;
+                request.pulls.insert(pull, order);
+                let stuck = self.dice.permille(self.faults.stuck_read);
+                let after = self.dice.micros(if stuck { 2_000_000..9_000_000 } else { 200..60_000 });
+                self.at(after, id, Some(Side::Decode), Event::PullDone { pull, aborted: false });
+            }
+            DecodeAction::AbortPull { pull } => {
+                let stuck = self.dice.permille(self.faults.stuck_read);
+                let after = self.dice.micros(if stuck { 6_000_000..9_000_000 } else { 10..20_000 });
+                self.at(after, id, Some(Side::Decode), Event::PullDone { pull, aborted: true });
+            }
+            DecodeAction::Imported { upto } => {
+                assert_eq!(request.pub_upto, upto, "seed {seed}: not what was verified");
+                assert_eq!(request.seat, Seat::Reserved);
+            }
+            DecodeAction::StartDecode { first, .. } => {
+                assert_eq!(request.seat, Seat::Reserved, "seed {seed}: started twice or without blocks");
+                assert!(request.pulls.is_empty(), "seed {seed}: a read may still write");
+                assert_eq!(request.pub_upto, request.prompt, "seed {seed}: unverified blocks");
+                assert_eq!(first, first_of(id));
+                request.seat = Seat::Decoding;
+                request.resolved_at = Some(now);
+            }
+            DecodeAction::PrefillLocally { .. } => {
+                assert_eq!(request.seat, Seat::Reserved, "seed {seed}: second start");
+                assert!(request.pulls.is_empty(), "seed {seed}: a read may still write");
+                request.seat = Seat::Prefilling;
+                request.resolved_at = Some(now);
+            }
+            DecodeAction::CancelEngine { writers: Writers::Gone } => {
+                assert!(request.pulls.is_empty(), "seed {seed}: freed under a read");
+                request.seat = Seat::Free;
+                request.resolved_at.get_or_insert(now);
+            }
+            DecodeAction::CancelEngine { writers: Writers::MayWrite } => {
+                assert_eq!(request.seat, Seat::Reserved, "seed {seed}");
+                request.seat = Seat::Quarantined;
+                request.resolved_at.get_or_insert(now);
+            }
+            DecodeAction::Fence => {
+                assert_eq!(request.seat, Seat::Quarantined, "seed {seed}");
+                assert!(request.pulls.is_empty(), "seed {seed}: fenced under a read");
+                request.seat = Seat::Free;
+                self.tally.fenced += 1;
+            }
+            DecodeAction::Fail => {
+                request.failed = true;
+                self.tally.failed += 1;
+            }
+            DecodeAction::DeleteAtPeer => self.call(Side::Decode, id, Message::Delete),
+            DecodeAction::Answer { waiter, answer } => self.answer(waiter, answer),
+        }
+    }
+
+    /// Nothing will happen any more: nobody may hold anything or wait for anything.
+    fn check_rest(&self) {
+        let seed = self.seed;
+        for worker in [&self.prefill, &self.decode].into_iter().filter(|w| w.alive) {
+            assert_eq!(worker.desk.prefills(), 0, "seed {seed}: prefill side never ended");
+            assert_eq!(worker.desk.decodes(), 0, "seed {seed}: decode side never ended");
+            assert_eq!(worker.desk.parked(), 0, "seed {seed}: parked for ever");
+        }
+        for (id, request) in &self.requests {
+            assert!(request.p_free, "seed {seed}: {id} still holds blocks at the prefill side");
+            let resolved = !matches!(request.seat, Seat::Queued | Seat::Reserved | Seat::Quarantined);
+            assert!(resolved, "seed {seed}: {id} hangs in {:?}", request.seat);
+            if let (Some(admitted), Some(resolved)) = (request.admitted_at, request.resolved_at) {
+                let took = resolved.saturating_duration_since(admitted);
+                assert!(took < Duration::from_secs(40), "seed {seed}: {id} resolved only after {took:?}");
+            }
+        }
+        assert!(self.now - self.start < Duration::from_secs(600), "seed {seed}");
+    }
+}
+
+fn fault_of(answer: Answer) -> PeerFault {
+    match answer {
+        Answer::Stale { .. } => PeerFault::Stale,
+        Answer::Unknown => PeerFault::Unknown,
+        Answer::Busy => PeerFault::Busy,
+        Answer::Ended | Answer::Malformed(_) => PeerFault::Ended,
+        Answer::Ack(_) | Answer::Noted => panic!("not a fault"),
+    }
+}
+
+fn answer_of(message: &Message, fault: Result<std::convert::Infallible, PeerFault>) -> Option<Reply> {
+    let Err(fault) = fault;
+    match message {
+        Message::Ticket(_) => Some(Reply::Ticket(Err(fault))),
+        Message::Want(_) => Some(Reply::Want(Err(fault))),
+        Message::Status => Some(Reply::Status(Err(fault))),
+        Message::Delete => None,
+    }
+}
