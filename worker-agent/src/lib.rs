@@ -1,4 +1,7 @@
 //! The worker agent: what runs next to one engine and makes it part of a fleet.
 #![forbid(unsafe_code)]
 
+pub mod engine_thread;
 pub mod handoff;
+pub mod kv_log;
+pub mod meter;

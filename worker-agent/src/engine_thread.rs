@@ -1,0 +1,450 @@
+//! The thread that owns the engine.
+//!
+//! Everybody else holds an [`EngineHandle`]: commands go in by a bounded channel, events come out by one bounded
+//! channel per sequence, what is known about the engine as a whole by a watch. The thread sleeps on its channel when
+//! the engine is idle, and never waits for a reader: a sequence's channel has room for all it can ever emit.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+use baton_config::protocol::{BlockCounts, FirstToken, KvEventBatch};
+use baton_engine::engine::{AuditError, EngineLoad, Purpose, Step, SubmitError, Writers};
+use baton_engine::{Engine, EngineEvent, SeqId, SequenceSpec};
+use tokio::sync::{mpsc, oneshot, watch};
+
+use crate::kv_log::KvLog;
+use crate::meter::Mean;
+
+/// Commands waiting for the thread at most; senders wait beyond that.
+const COMMANDS_MAX: usize = 1024;
+
+/// Events of a sequence besides its tokens: admission, chunks, the end. Chunks coalesce beyond that.
+const EVENTS_BESIDES_TOKENS: usize = 64;
+
+/// A chunk with fewer prompt tokens says nothing about the prefill speed.
+const SPEED_MIN_TOKENS: u32 = 16;
+
+/// A modelled step that starts so soon after the one before it counts as back to back.
+const BACK_TO_BACK: Duration = Duration::from_millis(5);
+
+/// The engine as last seen by its thread.
+#[derive(Debug, Clone, PartialEq)]
+pub struct EngineView {
+    /// Blocks by state.
+    pub counts: BlockCounts,
+    /// How busy it is.
+    pub load: EngineLoad,
+    /// Measured prefill speed.
+    pub prefill_tokens_per_s: Option<f64>,
+    /// Measured time between tokens of a stream.
+    pub itl_ms: Option<f64>,
+    /// Why the thread ended, when it has.
+    pub ended: Option<String>,
+}
+
+/// The engine's thread is gone: it stopped, or a bug ended it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+#[error("the engine has stopped")]
+pub struct EngineGone;
+
+/// Why a sequence was not taken.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+pub enum TakeError {
+    /// The engine refused it.
+    #[error(transparent)]
+    Submit(#[from] SubmitError),
+    /// There is no engine any more.
+    #[error(transparent)]
+    Gone(#[from] EngineGone),
+}
+
+/// What the audit found.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum AuditFailure {
+    /// A discrepancy.
+    #[error(transparent)]
+    Audit(#[from] AuditError),
+    /// There is no engine any more.
+    #[error(transparent)]
+    Gone(#[from] EngineGone),
+}
+
+enum Command {
+    Submit {
+        spec: Box<SequenceSpec>,
+        taken: oneshot::Sender<Result<Sequence, SubmitError>>,
+    },
+    Imported(SeqId, u32),
+    StartDecode(SeqId, FirstToken),
+    PrefillLocally(SeqId),
+    Cancel(SeqId, Writers),
+    Fence(SeqId),
+    Release(SeqId),
+    Audit(oneshot::Sender<Result<(), AuditError>>),
+    KvSnapshot(oneshot::Sender<KvEventBatch>),
+    Stop,
+}
+
+/// A sequence that was taken, and its events. Dropping it does not end the sequence: cancel it.
+#[derive(Debug)]
+pub struct Sequence {
+    /// Its name in the engine.
+    pub id: SeqId,
+    /// What happens to it; ends after the last event.
+    pub events: mpsc::Receiver<EngineEvent>,
+}
+
+/// Commands to the engine's thread; clones share it.
+#[derive(Debug, Clone)]
+pub struct EngineHandle {
+    commands: mpsc::Sender<Command>,
+    view: watch::Receiver<EngineView>,
+    pulse: Arc<Pulse>,
+}
+
+/// When the step under way began.
+#[derive(Debug)]
+struct Pulse {
+    base: Instant,
+    /// Milliseconds since `base`, plus one; 0 between steps.
+    step_since: AtomicU64,
+}
+
+impl Pulse {
+    fn begin(&self) {
+        let since = u64::try_from(self.base.elapsed().as_millis()).unwrap_or(u64::MAX - 1);
+        self.step_since.store(since + 1, Ordering::Relaxed);
+    }
+
+    fn end(&self) {
+        self.step_since.store(0, Ordering::Relaxed);
+    }
+
+    fn stuck_for(&self) -> Duration {
+        match self.step_since.load(Ordering::Relaxed) {
+            0 => Duration::ZERO,
+            since => self.base.elapsed().saturating_sub(Duration::from_millis(since - 1)),
+        }
+    }
+}
+
+impl EngineHandle {
+    /// Starts the thread.
+    ///
+    /// # Errors
+    /// When the system has no thread to give.
+    pub fn start(
+        engine: Engine,
+        kv_log: Arc<KvLog>,
+        runtime: tokio::runtime::Handle,
+    ) -> std::io::Result<(Self, std::thread::JoinHandle<()>)> {
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        let view = EngineView {
+            counts: engine.counts(),
+            load: engine.load(),
+            prefill_tokens_per_s: None,
+            itl_ms: None,
+            ended: None,
+        };
+        let (publish, view) = watch::channel(view);
+        let pulse = Arc::new(Pulse { base: Instant::now(), step_since: AtomicU64::new(0) });
+        let mut thread = Thread {
+            engine,
+            commands: receiver,
+            runtime,
+            routes: HashMap::new(),
+            next_id: 0,
+            kv_log,
+            pulse: Arc::clone(&pulse),
+            publish,
+            prefill_speed: Mean::default(),
+            itl: Mean::default(),
+            modelled_until: None,
+        };
+        let join = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
+            // A panic is a bug of the engine: readiness shows it, waiting requests see their channels close.
+            let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| thread.run()));
+            let why = if result.is_ok() { "stopped" } else { "the engine's thread panicked" };
+            thread.publish.send_modify(|view| view.ended = Some(why.to_owned()));
+        })?;
+        Ok((Self { commands, view, pulse }, join))
+    }
+
+    /// Hands a sequence to the engine.
+    ///
+    /// # Errors
+    /// When the engine refuses it or is gone.
+    pub async fn submit(&self, spec: SequenceSpec) -> Result<Sequence, TakeError> {
+        let (taken, answer) = oneshot::channel();
+        self.send(Command::Submit { spec: Box::new(spec), taken }).await?;
+        Ok(answer.await.map_err(|_| EngineGone)??)
+    }
+
+    /// See [`Engine::imported`].
+    pub async fn imported(&self, id: SeqId, upto: u32) {
+        self.tell(Command::Imported(id, upto)).await;
+    }
+
+    /// See [`Engine::start_decode`].
+    pub async fn start_decode(&self, id: SeqId, first: FirstToken) {
+        self.tell(Command::StartDecode(id, first)).await;
+    }
+
+    /// See [`Engine::prefill_locally`].
+    pub async fn prefill_locally(&self, id: SeqId) {
+        self.tell(Command::PrefillLocally(id)).await;
+    }
+
+    /// See [`Engine::cancel`].
+    pub async fn cancel(&self, id: SeqId, writers: Writers) {
+        self.tell(Command::Cancel(id, writers)).await;
+    }
+
+    /// See [`Engine::fence`].
+    pub async fn fence(&self, id: SeqId) {
+        self.tell(Command::Fence(id)).await;
+    }
+
+    /// See [`Engine::release`].
+    pub async fn release(&self, id: SeqId) {
+        self.tell(Command::Release(id)).await;
+    }
+
+    /// See [`Engine::audit`].
+    ///
+    /// # Errors
+    /// What the audit found, or that there is no engine.
+    pub async fn audit(&self) -> Result<(), AuditFailure> {
+        let (sender, answer) = oneshot::channel();
+        self.send(Command::Audit(sender)).await?;
+        Ok(answer.await.map_err(|_| EngineGone)??)
+    }
+
+    /// The whole prefix cache, as of the last event of the log.
+    ///
+    /// # Errors
+    /// When there is no engine any more.
+    pub async fn kv_snapshot(&self) -> Result<KvEventBatch, EngineGone> {
+        let (sender, answer) = oneshot::channel();
+        self.send(Command::KvSnapshot(sender)).await?;
+        answer.await.map_err(|_| EngineGone)
+    }
+
+    /// Ends the thread after the commands before this one.
+    pub async fn stop(&self) {
+        self.tell(Command::Stop).await;
+    }
+
+    /// The engine as last seen.
+    pub fn view(&self) -> EngineView {
+        self.view.borrow().clone()
+    }
+
+    /// The same, with its changes.
+    pub fn changes(&self) -> watch::Receiver<EngineView> {
+        self.view.clone()
+    }
+
+    /// For how long the step under way has been running; zero between steps.
+    pub fn stuck_for(&self) -> Duration {
+        self.pulse.stuck_for()
+    }
+
+    async fn send(&self, command: Command) -> Result<(), EngineGone> {
+        self.commands.send(command).await.map_err(|_| EngineGone)
+    }
+
+    /// For commands that mean nothing once the engine is gone.
+    async fn tell(&self, command: Command) {
+        let _ = self.send(command).await;
+    }
+}
+
+/// Where the events of a sequence go, and what is measured on the way.
+struct Route {
+    events: mpsc::Sender<EngineEvent>,
+    computed: u32,
+    last_token: Option<Instant>,
+}
+
+struct Thread {
+    engine: Engine,
+    commands: mpsc::Receiver<Command>,
+    runtime: tokio::runtime::Handle,
+    routes: HashMap<SeqId, Route>,
+    next_id: u64,
+    kv_log: Arc<KvLog>,
+    pulse: Arc<Pulse>,
+    publish: watch::Sender<EngineView>,
+    prefill_speed: Mean,
+    itl: Mean,
+    modelled_until: Option<Instant>,
+}
+
+/// Whether the thread goes on.
+#[derive(PartialEq, Eq)]
+enum Go {
+    On,
+    Stop,
+}
+
+impl Thread {
+    fn run(&mut self) {
+        let mut events = Vec::new();
+        let mut idle = false;
+        loop {
+            if idle {
+                match self.commands.blocking_recv() {
+                    Some(command) if self.obey(command) == Go::On => {}
+                    _ => return,
+                }
+            }
+            while let Ok(command) = self.commands.try_recv() {
+                if self.obey(command) == Go::Stop {
+                    return;
+                }
+            }
+            let began = Instant::now();
+            self.pulse.begin();
+            let step = self.engine.step(began, &mut events);
+            self.pulse.end();
+            idle = step == Step::Idle;
+            if let Step::Worked { modelled } = step
+                && !modelled.is_zero()
+                && self.wait_modelled(began, modelled) == Go::Stop
+            {
+                return;
+            }
+            self.dispatch(&mut events, began);
+            self.publish();
+        }
+    }
+
+    /// Waits out the time the modelled hardware would have taken, open to commands.
+    fn wait_modelled(&mut self, began: Instant, modelled: Duration) -> Go {
+        let before = self.modelled_until.filter(|until| began.saturating_duration_since(*until) < BACK_TO_BACK);
+        let until = before.unwrap_or(began) + modelled;
+        self.modelled_until = Some(until);
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Go::On;
+            }
+            let receive = tokio::time::timeout(left, self.commands.recv());
+            match self.runtime.clone().block_on(async { receive.await }) {
+                Ok(Some(command)) if self.obey(command) == Go::On => {}
+                Ok(_) => return Go::Stop,
+                Err(_) => return Go::On,
+            }
+        }
+    }
+
+    fn obey(&mut self, command: Command) -> Go {
+        match command {
+            Command::Submit { spec, taken } => self.submit(*spec, taken),
+            Command::Imported(id, upto) => self.engine.imported(id, upto),
+            Command::StartDecode(id, first) => self.engine.start_decode(id, first),
+            Command::PrefillLocally(id) => self.engine.prefill_locally(id),
+            Command::Cancel(id, writers) => {
+                self.routes.remove(&id);
+                self.engine.cancel(id, writers);
+            }
+            Command::Fence(id) => self.engine.fence(id),
+            Command::Release(id) => {
+                self.routes.remove(&id);
+                self.engine.release(id);
+            }
+            Command::Audit(answer) => drop(answer.send(self.engine.audit())),
+            Command::KvSnapshot(answer) => {
+                self.kv_log.push(self.engine.take_kv_events());
+                let snapshot = self.kv_log.snapshot(self.engine.kv_snapshot());
+                drop(answer.send(snapshot));
+            }
+            Command::Stop => return Go::Stop,
+        }
+        Go::On
+    }
+
+    fn submit(&mut self, spec: SequenceSpec, taken: oneshot::Sender<Result<Sequence, SubmitError>>) {
+        let id = SeqId(self.next_id);
+        self.next_id += 1;
+        let tokens = match spec.purpose {
+            Purpose::Export => 1,
+            Purpose::Generate | Purpose::Import => {
+                let room = (self.engine.model().max_context as usize).saturating_sub(spec.tokens.len());
+                room.min(spec.max_tokens as usize) + 1
+            }
+        };
+        let result = self.engine.submit(id, spec, Instant::now()).map(|()| {
+            let (sender, events) = mpsc::channel(tokens + EVENTS_BESIDES_TOKENS);
+            self.routes.insert(id, Route { events: sender, computed: 0, last_token: None });
+            Sequence { id, events }
+        });
+        if let Err(Ok(sequence)) = taken.send(result) {
+            // Whoever asked left in the meantime.
+            self.routes.remove(&sequence.id);
+            self.engine.cancel(sequence.id, Writers::Gone);
+        }
+    }
+
+    /// Hands the events of a step to their sequences and measures.
+    fn dispatch(&mut self, events: &mut Vec<EngineEvent>, began: Instant) {
+        let now = Instant::now();
+        let mut prefilled = 0;
+        for event in events.drain(..) {
+            let id = event.id();
+            let Some(route) = self.routes.get_mut(&id) else { continue };
+            let last = matches!(event, EngineEvent::Finished { .. } | EngineEvent::Failed { .. });
+            match &event {
+                EngineEvent::Admitted { cached_tokens, .. } => route.computed = *cached_tokens,
+                EngineEvent::Prefilled { upto, .. } => {
+                    prefilled += upto.saturating_sub(route.computed);
+                    route.computed = route.computed.max(*upto);
+                    // Only the latest matters; the last places are for events that do.
+                    if route.events.capacity() <= EVENTS_BESIDES_TOKENS / 2 {
+                        continue;
+                    }
+                }
+                EngineEvent::Token { .. } => {
+                    if let Some(before) = route.last_token.replace(now) {
+                        self.itl.add(now.duration_since(before).as_secs_f64() * 1e3);
+                    }
+                }
+                EngineEvent::Finished { .. } | EngineEvent::Failed { .. } => {}
+            }
+            // A closed channel: its owner has left and its cancel is on the way.
+            if let Err(mpsc::error::TrySendError::Full(event)) = route.events.try_send(event) {
+                tracing::error!(?event, "a sequence emitted more than it can: it is cancelled");
+                self.routes.remove(&id);
+                self.engine.cancel(id, Writers::Gone);
+                continue;
+            }
+            if last {
+                self.routes.remove(&id);
+            }
+        }
+        if prefilled >= SPEED_MIN_TOKENS {
+            self.prefill_speed.add(f64::from(prefilled) / now.duration_since(began).as_secs_f64());
+        }
+        self.kv_log.push(self.engine.take_kv_events());
+    }
+
+    fn publish(&self) {
+        let view = EngineView {
+            counts: self.engine.counts(),
+            load: self.engine.load(),
+            prefill_tokens_per_s: self.prefill_speed.get(),
+            itl_ms: self.itl.get(),
+            ended: None,
+        };
+        self.publish.send_if_modified(|old| {
+            let news = *old != view;
+            if news {
+                *old = view;
+            }
+            news
+        });
+    }
+}

@@ -1,0 +1,143 @@
+//! The history of the prefix cache: a ring of numbered events that followers read from where they left off.
+
+use std::collections::VecDeque;
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use baton_config::Epoch;
+use baton_config::protocol::{KvEvent, KvEventBatch};
+use tokio::sync::watch;
+
+/// Events of one line at most.
+const BATCH_MAX_EVENTS: usize = 256;
+
+/// The ring. Written by the engine thread, read by every follower.
+#[derive(Debug)]
+pub struct KvLog {
+    block_tokens: u32,
+    capacity: usize,
+    ring: Mutex<Ring>,
+    /// Changes with the last sequence number and with the epoch.
+    news: watch::Sender<(Epoch, u64)>,
+}
+
+#[derive(Debug, Default)]
+struct Ring {
+    events: VecDeque<KvEvent>,
+    /// Number of the last event; the first ever is 1.
+    last: u64,
+}
+
+/// What a follower gets next.
+#[derive(Debug, PartialEq, Eq)]
+pub enum Next {
+    /// Events in a row.
+    Batch(KvEventBatch),
+    /// Nothing yet.
+    Wait,
+    /// The ring does not reach back that far: a snapshot is needed.
+    Gap,
+}
+
+impl KvLog {
+    /// An empty log that keeps `capacity` events.
+    pub fn new(block_tokens: u32, capacity: usize) -> Self {
+        Self { block_tokens, capacity, ring: Mutex::default(), news: watch::channel((Epoch(0), 0)).0 }
+    }
+
+    /// Appends what the engine reported.
+    pub fn push(&self, events: Vec<KvEvent>) {
+        if events.is_empty() {
+            return;
+        }
+        let mut ring = self.ring();
+        ring.last += events.len() as u64;
+        ring.events.extend(events);
+        let surplus = ring.events.len().saturating_sub(self.capacity);
+        ring.events.drain(..surplus);
+        let last = ring.last;
+        drop(ring);
+        self.news.send_modify(|news| news.1 = last);
+    }
+
+    /// The worker has a new life: followers start again from a snapshot.
+    pub fn set_epoch(&self, epoch: Epoch) {
+        self.news.send_modify(|news| news.0 = epoch);
+    }
+
+    /// Epoch and number of the last event, and their changes.
+    pub fn news(&self) -> watch::Receiver<(Epoch, u64)> {
+        self.news.subscribe()
+    }
+
+    /// What follows event number `since`.
+    pub fn after(&self, since: u64) -> Next {
+        let epoch = self.news.borrow().0;
+        let ring = self.ring();
+        let oldest = ring.last - ring.events.len() as u64 + 1;
+        if since > ring.last || since + 1 < oldest {
+            return Next::Gap;
+        }
+        if since == ring.last {
+            return Next::Wait;
+        }
+        let skip = (since + 1 - oldest) as usize;
+        let events: Vec<_> = ring.events.iter().skip(skip).take(BATCH_MAX_EVENTS).cloned().collect();
+        let seq = since + events.len() as u64;
+        Next::Batch(KvEventBatch { epoch, seq, snapshot: false, block_tokens: self.block_tokens, events })
+    }
+
+    /// A snapshot taken by the engine thread, which is the only writer, so that it is as of the last event.
+    pub fn snapshot(&self, events: Vec<KvEvent>) -> KvEventBatch {
+        let (epoch, seq) = *self.news.borrow();
+        KvEventBatch { epoch, seq, snapshot: true, block_tokens: self.block_tokens, events }
+    }
+
+    fn ring(&self) -> MutexGuard<'_, Ring> {
+        self.ring.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use baton_config::prefix::BlockHash;
+
+    use super::*;
+
+    fn removed(n: u64) -> KvEvent {
+        KvEvent::Removed { blocks: vec![BlockHash(n)] }
+    }
+
+    #[test]
+    fn a_follower_gets_every_event_once_and_in_order() {
+        let log = KvLog::new(16, 100);
+        log.set_epoch(Epoch(7));
+        let (mut seen, mut since) = (Vec::new(), 0);
+        for round in 0..300u64 {
+            log.push((0..round % 4).map(|i| removed(round * 10 + i)).collect());
+            if round % 7 == 0 {
+                while let Next::Batch(batch) = log.after(since) {
+                    assert_eq!((batch.epoch, batch.snapshot), (Epoch(7), false));
+                    assert_eq!(batch.seq, since + batch.events.len() as u64);
+                    since = batch.seq;
+                    seen.extend(batch.events);
+                }
+                assert_eq!(log.after(since), Next::Wait);
+            }
+        }
+        let all: Vec<_> =
+            (0..=294u64).flat_map(|round| (0..round % 4).map(move |i| removed(round * 10 + i))).collect();
+        assert_eq!(seen, all);
+    }
+
+    #[test]
+    fn who_fell_behind_or_comes_from_another_life_gets_a_snapshot() {
+        let log = KvLog::new(16, 10);
+        log.push((0..25).map(removed).collect());
+        assert_eq!(log.after(14), Next::Gap);
+        assert!(matches!(log.after(15), Next::Batch(batch) if batch.events.len() == 10 && batch.seq == 25));
+        assert_eq!(log.after(26), Next::Gap, "a number this life has not reached");
+        let snapshot = log.snapshot(vec![removed(1)]);
+        assert_eq!((snapshot.seq, snapshot.snapshot), (25, true));
+        assert_eq!(log.after(snapshot.seq), Next::Wait);
+    }
+}
