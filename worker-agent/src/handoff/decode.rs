@@ -37,8 +37,12 @@ pub enum DecodeEvent {
     Pulled {
         /// Which.
         pull: u64,
-        /// Bytes moved and verified.
-        result: Result<u64, PullFault>,
+        /// Every token of the order before this one is verified and in place.
+        upto: u32,
+        /// Bytes read and verified.
+        bytes: u64,
+        /// Why it ended early, if it did.
+        fault: Option<PullFault>,
     },
     /// The view no longer has the peer in the life of this handoff.
     PeerGone,
@@ -154,6 +158,13 @@ pub enum DecodeEnd {
     Cancelled,
 }
 
+struct Pulled {
+    pull: u64,
+    upto: u32,
+    bytes: u64,
+    fault: Option<PullFault>,
+}
+
 #[derive(Debug)]
 struct Held {
     ticket: Ticket,
@@ -186,7 +197,7 @@ enum Phase {
     /// Blocks are being read.
     Importing(Importing),
     /// Given up; local prefill starts when the read is gone.
-    Aborting { pull: u64, upto: u32, why: GiveUp, until: Instant },
+    Aborting { pull: u64, why: GiveUp, until: Instant },
     /// Cancelled; the blocks are freed when the read is gone.
     Fencing { pull: u64 },
     Ended(DecodeEnd),
@@ -278,7 +289,9 @@ impl Decode {
             DecodeEvent::Ticket { ticket, waiter } => self.ticket(now, ticket, waiter, limits, out),
             DecodeEvent::WantAnswered(answer) => self.want_answered(now, answer, limits, out),
             DecodeEvent::StatusAnswered(answer) => self.status_answered(now, answer, limits, out),
-            DecodeEvent::Pulled { pull, result } => self.pulled(now, pull, result, limits, out),
+            DecodeEvent::Pulled { pull, upto, bytes, fault } => {
+                self.pulled(now, Pulled { pull, upto, bytes, fault }, limits, out);
+            }
             DecodeEvent::PeerGone => self.give_up(now, GiveUp::PeerGone, limits, out),
             DecodeEvent::OwnEpochChanged => self.give_up(now, GiveUp::OwnEpoch, limits, out),
             DecodeEvent::Deleted => self.give_up(now, GiveUp::Deleted, limits, out),
@@ -449,8 +462,7 @@ impl Decode {
                 let Some(next_index) = self.accept(ticket, order.tokens.end) else {
                     return self.give_up(now, GiveUp::Protocol, limits, out);
                 };
-                let lowest = order.tokens.start / ticket.geometry.block_tokens;
-                order.blocks.extend(ticket.blocks.iter().filter(|b| b.index >= lowest).cloned());
+                order.blocks.extend(ticket.blocks.iter().cloned());
                 order.tokens.end = order.tokens.end.max(ticket.tokens);
                 self.next_index = next_index;
                 self.geometry = Some(ticket.geometry);
@@ -466,12 +478,7 @@ impl Decode {
                 }
                 continue;
             }
-            self.pulls += 1;
-            if let Phase::Importing(import) = &mut self.phase {
-                import.next_poll = now + limits.keepalive;
-                import.pulling = Some(Pulling { pull: order.pull, next_seq: seq, order: order.clone() });
-            }
-            out.push(DecodeAction::Pull(order));
+            return self.pull(now, order, seq, limits, out);
         }
     }
 
@@ -518,20 +525,12 @@ impl Decode {
         true
     }
 
-    fn pulled(
-        &mut self,
-        now: Instant,
-        pull: u64,
-        result: Result<u64, PullFault>,
-        limits: &Limits,
-        out: &mut Vec<DecodeAction>,
-    ) {
+    fn pulled(&mut self, now: Instant, done: Pulled, limits: &Limits, out: &mut Vec<DecodeAction>) {
+        let Pulled { pull, upto, bytes, fault } = done;
         match &mut self.phase {
-            Phase::Aborting { pull: awaited, upto, why, .. } if *awaited == pull => {
-                let (upto, why) = (*upto, *why);
-                if let Ok(bytes) = result {
-                    self.verified(now, upto, bytes, out);
-                }
+            Phase::Aborting { pull: awaited, why, .. } if *awaited == pull => {
+                let why = *why;
+                self.verified(now, upto, bytes, out);
                 self.prefill_locally(why, out);
             }
             Phase::Fencing { pull: awaited } if *awaited == pull => {
@@ -539,38 +538,59 @@ impl Decode {
                 self.phase = Phase::Ended(DecodeEnd::Cancelled);
             }
             Phase::Importing(import) => {
-                let Some(pulling) = import.pulling.take_if(|p| p.pull == pull) else { return };
+                let Some(mut pulling) = import.pulling.take_if(|p| p.pull == pull) else { return };
                 import.progress = now;
                 import.next_poll = now + limits.poll_after;
-                match result {
-                    Ok(bytes) => {
-                        self.verified(now, pulling.order.tokens.end, bytes, out);
-                        if self.first.is_some() && self.upto == self.prompt {
-                            self.finish(out);
-                        } else {
-                            self.taken(pulling.next_seq, out);
-                            self.advance(now, limits, out);
-                        }
+                self.verified(now, upto, bytes, out);
+                match fault {
+                    None if self.upto < pulling.order.tokens.end => {
+                        self.give_up(now, GiveUp::Protocol, limits, out);
                     }
-                    Err(PullFault::Integrity | PullFault::Link) if !pulling.order.again => {
-                        let order = PullOrder { pull: self.pulls, again: true, ..pulling.order };
-                        self.pulls += 1;
-                        import.next_poll = now + limits.keepalive;
-                        import.pulling =
-                            Some(Pulling { pull: order.pull, order: order.clone(), ..pulling });
-                        out.push(DecodeAction::Pull(order));
+                    None if self.first.is_some() && self.upto == self.prompt => {
+                        self.finish(out);
                     }
-                    Err(fault) => self.give_up(now, why_of(fault), limits, out),
+                    None => {
+                        self.taken(pulling.next_seq, out);
+                        self.advance(now, limits, out);
+                    }
+                    Some(PullFault::Integrity | PullFault::Link) if !pulling.order.again => {
+                        pulling.order.again = true;
+                        pulling.order.tokens.start = self.upto;
+                        self.pull(now, pulling.order, pulling.next_seq, limits, out);
+                    }
+                    Some(fault) => self.give_up(now, why_of(fault), limits, out),
                 }
             }
             _ => {}
         }
     }
 
+    /// Orders a read; the tickets below `next_seq` are taken when it is good.
+    fn pull(
+        &mut self,
+        now: Instant,
+        mut order: PullOrder,
+        next_seq: u32,
+        limits: &Limits,
+        out: &mut Vec<DecodeAction>,
+    ) {
+        let Phase::Importing(import) = &mut self.phase else { return };
+        order.pull = self.pulls;
+        self.pulls += 1;
+        let lowest = order.tokens.start / order.geometry.block_tokens;
+        order.blocks.retain(|block| block.index >= lowest);
+        import.next_poll = now + limits.keepalive;
+        import.pulling = Some(Pulling { pull: order.pull, next_seq, order: order.clone() });
+        out.push(DecodeAction::Pull(order));
+    }
+
     fn verified(&mut self, now: Instant, upto: u32, bytes: u64, out: &mut Vec<DecodeAction>) {
-        debug_assert!(upto >= self.upto && upto <= self.prompt);
-        self.report.tokens += upto - self.upto;
+        debug_assert!(upto <= self.prompt);
         self.report.bytes += bytes;
+        if upto <= self.upto {
+            return;
+        }
+        self.report.tokens += upto - self.upto;
         self.report.tail = now.saturating_duration_since(self.last_ticket_at);
         self.upto = upto;
         out.push(DecodeAction::Imported { upto });
@@ -589,10 +609,10 @@ impl Decode {
                 self.abandon(why, out);
                 match pulling {
                     None => self.prefill_locally(why, out),
-                    Some(Pulling { pull, order, .. }) => {
+                    Some(Pulling { pull, .. }) => {
                         out.push(DecodeAction::AbortPull { pull });
                         let until = now + limits.abort_max;
-                        self.phase = Phase::Aborting { pull, upto: order.tokens.end, why, until };
+                        self.phase = Phase::Aborting { pull, why, until };
                     }
                 }
             }

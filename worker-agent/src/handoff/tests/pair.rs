@@ -599,7 +599,7 @@ impl Pair {
         } else if request.corrupt_always || self.dice.permille(self.faults.corrupt_once) {
             Err(PullFault::Integrity)
         } else {
-            Ok(1000)
+            Ok(())
         };
         if result.is_ok() {
             assert!(order.tokens.start <= self.requests[&id].pub_upto, "seed {}: a gap", self.seed);
@@ -608,12 +608,18 @@ impl Pair {
             let start = order.blocks.first().map_or(u32::MAX, |b| b.index * P_BLOCK);
             assert!(start <= order.tokens.start, "seed {}: tokens before the blocks read", self.seed);
         }
-        self.requests.get_mut(&id).unwrap().pub_upto = match result {
-            Ok(_) => order.tokens.end,
-            Err(_) => self.requests[&id].pub_upto,
+        // A read that failed may have put some of the tokens in place before.
+        let fault = result.err();
+        let upto = match fault {
+            None => order.tokens.end,
+            Some(PullFault::Aborted | PullFault::Stale | PullFault::Refused) => order.tokens.start,
+            Some(_) => order.tokens.start + self.dice.below(order.tokens.len() as u64) as u32,
         };
+        let request = self.requests.get_mut(&id).unwrap();
+        request.pub_upto = request.pub_upto.max(upto);
         let mut out = Vec::new();
-        self.decode.desk.decode(now, id, DecodeEvent::Pulled { pull, result }, &mut out);
+        let bytes = u64::from(upto - order.tokens.start);
+        self.decode.desk.decode(now, id, DecodeEvent::Pulled { pull, upto, bytes, fault }, &mut out);
         self.carry_out(Side::Decode, out);
     }
 

@@ -1,0 +1,124 @@
+//! Calls to another worker agent.
+
+use std::time::Duration;
+
+use baton_config::HandoffId;
+use baton_config::protocol::{HandoffStatus, Ticket, TicketAck, Want};
+use http::StatusCode;
+use reqwest::RequestBuilder;
+use serde::de::DeserializeOwned;
+
+use crate::handoff::PeerFault;
+
+/// Limit of a connection attempt: a healthy peer accepts within a round trip.
+const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
+/// Limit of a call that is answered at once. Two of them and their pauses stay under three seconds, the bound for
+/// noticing a frozen worker.
+const CALL_TIMEOUT: Duration = Duration::from_millis(750);
+/// Limit of a ticket's call, which is answered when its blocks were read. Posts replace each other well before.
+const TICKET_TIMEOUT: Duration = Duration::from_secs(20);
+/// Largest answer taken: a status with every pending ticket of a long prompt.
+const ANSWER_MAX_BYTES: usize = 8 << 20;
+
+/// The HTTP client for calls to peers; clones share its connections.
+#[derive(Debug, Clone)]
+pub struct PeerClient {
+    http: reqwest::Client,
+}
+
+impl PeerClient {
+    /// A client that never goes through a proxy.
+    ///
+    /// # Errors
+    /// When the HTTP client cannot be made.
+    pub fn new() -> Result<Self, reqwest::Error> {
+        let http = reqwest::Client::builder()
+            .no_proxy()
+            .tcp_nodelay(true)
+            .connect_timeout(CONNECT_TIMEOUT)
+            .pool_idle_timeout(Duration::from_secs(30))
+            .redirect(reqwest::redirect::Policy::none())
+            .build()?;
+        Ok(Self { http })
+    }
+
+    /// Posts a ticket and waits until its blocks were read.
+    ///
+    /// # Errors
+    /// Why there is no acknowledgement.
+    pub async fn post_ticket(
+        &self,
+        address: &str,
+        id: HandoffId,
+        ticket: &Ticket,
+    ) -> Result<TicketAck, PeerFault> {
+        let url = format!("http://{address}/v1/handoffs/{id}/ticket");
+        answer(self.http.post(url).timeout(TICKET_TIMEOUT).json(ticket)).await
+    }
+
+    /// Says which blocks are needed.
+    ///
+    /// # Errors
+    /// Why the peer did not take note.
+    pub async fn post_want(&self, address: &str, id: HandoffId, want: &Want) -> Result<(), PeerFault> {
+        let url = format!("http://{address}/v1/handoffs/{id}/want");
+        // Parked at the peer until its request arrives: longer than a call that is answered at once.
+        call(self.http.post(url).timeout(CALL_TIMEOUT * 4).json(want)).await.map(drop)
+    }
+
+    /// Asks for the state of a handoff.
+    ///
+    /// # Errors
+    /// Why there is no answer.
+    pub async fn fetch_status(&self, address: &str, id: HandoffId) -> Result<HandoffStatus, PeerFault> {
+        let url = format!("http://{address}/v1/handoffs/{id}");
+        answer(self.http.get(url).timeout(CALL_TIMEOUT)).await
+    }
+
+    /// Ends a handoff at the peer.
+    ///
+    /// # Errors
+    /// Why the peer may not have heard.
+    pub async fn delete(&self, address: &str, id: HandoffId) -> Result<(), PeerFault> {
+        let url = format!("http://{address}/v1/handoffs/{id}");
+        call(self.http.delete(url).timeout(CALL_TIMEOUT)).await.map(drop)
+    }
+}
+
+async fn answer<T: DeserializeOwned>(request: RequestBuilder) -> Result<T, PeerFault> {
+    let mut response = call(request).await?;
+    let mut body = Vec::new();
+    while let Some(chunk) = response.chunk().await.map_err(|_| PeerFault::Unreachable)? {
+        if body.len() + chunk.len() > ANSWER_MAX_BYTES {
+            return Err(PeerFault::Unreachable);
+        }
+        body.extend_from_slice(&chunk);
+    }
+    serde_json::from_slice(&body).map_err(|_| PeerFault::Unreachable)
+}
+
+async fn call(request: RequestBuilder) -> Result<reqwest::Response, PeerFault> {
+    let response = request.send().await.map_err(|error| fault_of(&error))?;
+    match response.status() {
+        status if status.is_success() => Ok(response),
+        StatusCode::CONFLICT => Err(PeerFault::Stale),
+        StatusCode::NOT_FOUND => Err(PeerFault::Unknown),
+        StatusCode::TOO_MANY_REQUESTS | StatusCode::SERVICE_UNAVAILABLE => Err(PeerFault::Busy),
+        status if status == StatusCode::GONE || status.is_client_error() => Err(PeerFault::Ended),
+        _ => Err(PeerFault::Unreachable),
+    }
+}
+
+/// Nothing listens: the process is gone. Anything else may pass.
+fn fault_of(error: &reqwest::Error) -> PeerFault {
+    let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
+    while let Some(error) = source {
+        if let Some(io) = error.downcast_ref::<std::io::Error>()
+            && io.kind() == std::io::ErrorKind::ConnectionRefused
+        {
+            return PeerFault::Refused;
+        }
+        source = error.source();
+    }
+    PeerFault::Unreachable
+}
