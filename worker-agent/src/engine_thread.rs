@@ -296,9 +296,9 @@ impl Thread {
         let mut idle = false;
         loop {
             if idle {
-                match self.commands.blocking_recv() {
-                    Some(command) if self.obey(command) == Go::On => {}
-                    _ => return,
+                let Some(command) = self.commands.blocking_recv() else { return };
+                if self.obey(command) == Go::Stop {
+                    return;
                 }
             }
             while let Ok(command) = self.commands.try_recv() {
@@ -333,10 +333,13 @@ impl Thread {
                 return Go::On;
             }
             let receive = tokio::time::timeout(left, self.commands.recv());
-            match self.runtime.clone().block_on(async { receive.await }) {
-                Ok(Some(command)) if self.obey(command) == Go::On => {}
-                Ok(_) => return Go::Stop,
+            let command = match self.runtime.block_on(async { receive.await }) {
+                Ok(Some(command)) => command,
+                Ok(None) => return Go::Stop,
                 Err(_) => return Go::On,
+            };
+            if self.obey(command) == Go::Stop {
+                return Go::Stop;
             }
         }
     }

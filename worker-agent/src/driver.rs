@@ -1,0 +1,534 @@
+//! Carries out what the handoffs of this worker decide: one task owns the [`Desk`], others hold [`Handoffs`].
+//!
+//! Every call to a peer, export and read runs as a task of its own and comes back as a command; the owner itself waits
+//! for nothing but the engine's command channel, which the engine's thread always empties.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_conductor::{Client, View};
+use baton_config::protocol::{HandoffOutcome, HandoffStatus, PeerRef, Ticket, Want};
+use baton_config::{Epoch, HandoffId, KvGeometry, WorkerId};
+use baton_engine::arena::BlockId;
+use baton_engine::SeqId;
+use baton_transfer::export::Exporter;
+use baton_transfer::import::Importer;
+use baton_transfer::Agent;
+use tokio::sync::{mpsc, oneshot, watch};
+use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::engine_thread::EngineHandle;
+use crate::handoff::decode::{DecodeEnd, ImportReport};
+use crate::handoff::{
+    Action, Answer, DecodeEvent, Desk, GiveUp, Limits, OpenError, PrefillEvent, Waiter,
+};
+use crate::metrics::{Metrics, TokenKind};
+use crate::path::Paths;
+use crate::peer::PeerClient;
+
+mod decode_io;
+mod prefill_io;
+
+/// Commands waiting for the owner at most; senders wait beyond that.
+const COMMANDS_MAX: usize = 4096;
+
+/// What handoffs need of the rest of the worker.
+pub struct Io {
+    /// This worker.
+    pub worker: WorkerId,
+    /// Geometry of its blocks.
+    pub geometry: KvGeometry,
+    /// Its engine.
+    pub engine: EngineHandle,
+    /// Its transfer agent.
+    pub agent: Agent,
+    /// Makes blocks readable.
+    pub exporter: Exporter,
+    /// Reads blocks.
+    pub importer: Importer,
+    /// The fleet.
+    pub fleet: Client,
+    /// Calls to peers.
+    pub peers: PeerClient,
+    /// Sessions and what they measured.
+    pub paths: Paths,
+    /// Counters.
+    pub metrics: Metrics,
+    /// Owner of every task.
+    pub tasks: TaskTracker,
+    /// Whether short prompts are prefilled here by what was measured.
+    pub local_prefill: bool,
+}
+
+/// How the handoff of a generate request went.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub enum DecodeNews {
+    /// The whole prompt was imported; tokens follow.
+    Imported(ImportReport),
+    /// The prompt is prefilled here.
+    Local(GiveUp, ImportReport),
+    /// The blocks can't be used: the request must be replayed elsewhere.
+    Failed,
+}
+
+/// A handoff to be opened.
+#[derive(Debug, Clone)]
+pub struct Opening {
+    /// Its id.
+    pub id: HandoffId,
+    /// The life of this worker the request is for.
+    pub own_epoch: Epoch,
+    /// The other side.
+    pub peer: PeerRef,
+    /// Tokens of the prompt.
+    pub prompt: u32,
+    /// The sequence in the engine.
+    pub seq: SeqId,
+}
+
+/// Why a handoff was not opened.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub enum OpenFailure {
+    /// The desk refused it.
+    #[error(transparent)]
+    Refused(#[from] OpenError),
+    /// This worker is shutting down.
+    #[error("the worker is shutting down")]
+    Closed,
+}
+
+enum Command {
+    OpenPrefill(Opening, oneshot::Sender<Result<oneshot::Receiver<HandoffOutcome>, OpenError>>),
+    OpenDecode(Opening, oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>),
+    PrefillBlocks(HandoffId, Vec<BlockId>),
+    Prefill(HandoffId, PrefillEvent),
+    DecodeAdmitted { id: HandoffId, cached: u32, blocks: Vec<BlockId> },
+    Decode(HandoffId, DecodeEvent),
+    CloseDecode(HandoffId),
+    Ticket(HandoffId, Box<Ticket>, oneshot::Sender<Answer>),
+    Want(HandoffId, Want, oneshot::Sender<Answer>),
+    Status(HandoffId, oneshot::Sender<Result<HandoffStatus, Answer>>),
+    Delete(HandoffId, oneshot::Sender<()>),
+    Epoch(Epoch, oneshot::Sender<()>),
+}
+
+/// The handoffs of this worker; clones share them.
+#[derive(Debug, Clone)]
+pub struct Handoffs {
+    commands: mpsc::Sender<Command>,
+    open: watch::Receiver<Open>,
+}
+
+/// Handoffs that are open.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub struct Open {
+    /// On the prefill side.
+    pub prefills: usize,
+    /// On the decode side.
+    pub decodes: usize,
+}
+
+impl Handoffs {
+    /// Starts the owner; it ends when `stop` is cancelled.
+    pub fn start(io: Arc<Io>, limits: Limits, stop: CancellationToken) -> Self {
+        let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
+        let (publish, open) = watch::channel(Open::default());
+        let owner = Owner {
+            desk: Desk::new(io.worker.clone(), limits),
+            back: commands.clone(),
+            prefills: HashMap::new(),
+            decodes: HashMap::new(),
+            waiters: HashMap::new(),
+            next_waiter: 0,
+            seen: io.fleet.view(),
+            open: publish,
+            io: Arc::clone(&io),
+        };
+        io.tasks.spawn(owner.run(receiver, stop));
+        Self { commands, open }
+    }
+
+    /// Opens the prefill side; the receiver gets the end of the handoff.
+    ///
+    /// # Errors
+    /// [`OpenFailure`].
+    pub async fn open_prefill(&self, opening: Opening) -> Result<oneshot::Receiver<HandoffOutcome>, OpenFailure> {
+        self.ask(|answer| Command::OpenPrefill(opening, answer)).await.ok_or(OpenFailure::Closed)?.map_err(Into::into)
+    }
+
+    /// Opens the decode side; the receiver gets one piece of news, unless the request is closed first.
+    ///
+    /// # Errors
+    /// [`OpenFailure`].
+    pub async fn open_decode(&self, opening: Opening) -> Result<mpsc::Receiver<DecodeNews>, OpenFailure> {
+        self.ask(|answer| Command::OpenDecode(opening, answer)).await.ok_or(OpenFailure::Closed)?.map_err(Into::into)
+    }
+
+    /// The engine gave the prefill side its blocks.
+    pub async fn prefill_blocks(&self, id: HandoffId, blocks: Vec<BlockId>) {
+        self.tell(Command::PrefillBlocks(id, blocks)).await;
+    }
+
+    /// Something happened to the prefill side.
+    pub async fn prefill(&self, id: HandoffId, event: PrefillEvent) {
+        self.tell(Command::Prefill(id, event)).await;
+    }
+
+    /// The engine gave the decode side its blocks.
+    pub async fn decode_admitted(&self, id: HandoffId, cached: u32, blocks: Vec<BlockId>) {
+        self.tell(Command::DecodeAdmitted { id, cached, blocks }).await;
+    }
+
+    /// The request of a decode side has ended, well or not. Must be called once for each that was opened: it takes
+    /// the sequence out of the engine, with whatever fencing its blocks need.
+    pub async fn close_decode(&self, id: HandoffId) {
+        self.tell(Command::CloseDecode(id)).await;
+    }
+
+    /// A ticket arrived; waits until it can be answered.
+    pub async fn ticket(&self, id: HandoffId, ticket: Ticket) -> Answer {
+        self.ask(|answer| Command::Ticket(id, Box::new(ticket), answer)).await.unwrap_or(Answer::Busy)
+    }
+
+    /// A want arrived.
+    pub async fn want(&self, id: HandoffId, want: Want) -> Answer {
+        self.ask(|answer| Command::Want(id, want, answer)).await.unwrap_or(Answer::Busy)
+    }
+
+    /// The state of a handoff.
+    ///
+    /// # Errors
+    /// The answer to give instead.
+    pub async fn status(&self, id: HandoffId) -> Result<HandoffStatus, Answer> {
+        self.ask(|answer| Command::Status(id, answer)).await.unwrap_or(Err(Answer::Busy))
+    }
+
+    /// Ends a handoff.
+    pub async fn delete(&self, id: HandoffId) {
+        self.ask(|answer| Command::Delete(id, answer)).await;
+    }
+
+    /// Enters a life; done when messages of the old one are refused.
+    pub async fn set_epoch(&self, epoch: Epoch) {
+        self.ask(|answer| Command::Epoch(epoch, answer)).await;
+    }
+
+    /// Handoffs that are open, with changes.
+    pub fn open(&self) -> watch::Receiver<Open> {
+        self.open.clone()
+    }
+
+    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
+        let (sender, answer) = oneshot::channel();
+        self.commands.send(command(sender)).await.ok()?;
+        answer.await.ok()
+    }
+
+    /// For commands that mean nothing once the owner is gone.
+    async fn tell(&self, command: Command) {
+        let _ = self.commands.send(command).await;
+    }
+}
+
+/// The I/O of a prefill side.
+struct PrefillLeg {
+    seq: SeqId,
+    peer: PeerRef,
+    epoch: Epoch,
+    blocks: Vec<BlockId>,
+    /// Posts under way, by ticket.
+    posts: HashMap<u32, CancellationToken>,
+    /// Ends everything under way for this handoff.
+    withdrawn: CancellationToken,
+    outcome: oneshot::Sender<HandoffOutcome>,
+}
+
+/// The I/O of a decode side.
+struct DecodeLeg {
+    seq: SeqId,
+    peer: PeerRef,
+    epoch: Epoch,
+    blocks: Vec<u32>,
+    /// Aborts the read under way.
+    pull: CancellationToken,
+    news: mpsc::Sender<DecodeNews>,
+    /// The request is over; only a fence may be outstanding.
+    closed: bool,
+}
+
+struct Owner {
+    desk: Desk,
+    io: Arc<Io>,
+    back: mpsc::Sender<Command>,
+    prefills: HashMap<HandoffId, PrefillLeg>,
+    decodes: HashMap<HandoffId, DecodeLeg>,
+    waiters: HashMap<Waiter, oneshot::Sender<Answer>>,
+    next_waiter: u64,
+    /// The view as of the last look.
+    seen: Arc<View>,
+    open: watch::Sender<Open>,
+}
+
+impl Owner {
+    async fn run(mut self, mut commands: mpsc::Receiver<Command>, stop: CancellationToken) {
+        let mut views = self.io.fleet.changed();
+        loop {
+            let deadline = self.desk.deadline().map(Instant::from_std);
+            let timer = async {
+                match deadline {
+                    Some(at) => tokio::time::sleep_until(at).await,
+                    None => std::future::pending().await,
+                }
+            };
+            let mut actions = Vec::new();
+            tokio::select! {
+                biased;
+                () = stop.cancelled() => break,
+                // Its sender lives as long as this task.
+                Some(command) = commands.recv() => self.take(command, &mut actions),
+                Ok(()) = views.changed() => {
+                    let view = views.borrow_and_update().clone();
+                    self.view_changed(view, &mut actions);
+                }
+                () = timer => self.desk.tick(now(), &mut actions),
+            }
+            self.carry_out(actions).await;
+            self.publish();
+        }
+        self.close().await;
+    }
+
+    fn take(&mut self, command: Command, out: &mut Vec<Action>) {
+        match command {
+            Command::OpenPrefill(opening, answer) => self.open_prefill(opening, answer, out),
+            Command::OpenDecode(opening, answer) => self.open_decode(opening, answer, out),
+            Command::PrefillBlocks(id, blocks) => {
+                if let Some(leg) = self.prefills.get_mut(&id) {
+                    leg.blocks = blocks;
+                }
+            }
+            Command::Prefill(id, event) => self.desk.prefill(now(), id, event, out),
+            Command::DecodeAdmitted { id, cached, blocks } => {
+                let Some(leg) = self.decodes.get_mut(&id) else { return };
+                leg.blocks = blocks.into_iter().map(|block| block.0).collect();
+                let local_below = self.io.local_below(&leg.peer.worker);
+                self.desk.decode(now(), id, DecodeEvent::Admitted { cached, local_below }, out);
+            }
+            Command::Decode(id, event) => self.desk.decode(now(), id, event, out),
+            Command::CloseDecode(id) => {
+                if let Some(leg) = self.decodes.get_mut(&id) {
+                    leg.closed = true;
+                    self.desk.close_decode(now(), id, out);
+                }
+            }
+            Command::Ticket(id, ticket, answer) => {
+                let waiter = self.waiter(answer);
+                self.desk.ticket(now(), id, *ticket, waiter, out);
+            }
+            Command::Want(id, want, answer) => {
+                let waiter = self.waiter(answer);
+                self.desk.want(now(), id, want, waiter, out);
+            }
+            Command::Status(id, answer) => drop(answer.send(self.desk.status(now(), id, out))),
+            Command::Delete(id, answer) => {
+                self.desk.delete(now(), id, out);
+                drop(answer.send(()));
+            }
+            Command::Epoch(epoch, answer) => {
+                self.desk.set_epoch(now(), epoch, out);
+                drop(answer.send(()));
+            }
+        }
+    }
+
+    fn waiter(&mut self, answer: oneshot::Sender<Answer>) -> Waiter {
+        let waiter = Waiter(self.next_waiter);
+        self.next_waiter += 1;
+        self.waiters.insert(waiter, answer);
+        waiter
+    }
+
+    fn open_prefill(
+        &mut self,
+        opening: Opening,
+        answer: oneshot::Sender<Result<oneshot::Receiver<HandoffOutcome>, OpenError>>,
+        out: &mut Vec<Action>,
+    ) {
+        let Opening { id, own_epoch, peer, prompt, seq } = opening;
+        let geometry = self.io.geometry;
+        let (outcome, receiver) = oneshot::channel();
+        let result = self.desk.open_prefill(now(), (id, own_epoch), peer.clone(), geometry, prompt, out);
+        if result.is_ok() {
+            let leg = PrefillLeg {
+                seq,
+                peer,
+                epoch: own_epoch,
+                blocks: Vec::new(),
+                posts: HashMap::new(),
+                withdrawn: CancellationToken::new(),
+                outcome,
+            };
+            self.prefills.insert(id, leg);
+        }
+        if answer.send(result.map(|()| receiver)).is_err() {
+            self.desk.prefill(now(), id, PrefillEvent::Cancel, out);
+        }
+    }
+
+    fn open_decode(
+        &mut self,
+        opening: Opening,
+        answer: oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>,
+        out: &mut Vec<Action>,
+    ) {
+        let Opening { id, own_epoch, peer, prompt, seq } = opening;
+        let (news, receiver) = mpsc::channel(1);
+        let result = self.desk.open_decode(now(), (id, own_epoch), peer.clone(), prompt, out);
+        if result.is_ok() {
+            let leg = DecodeLeg {
+                seq,
+                peer,
+                epoch: own_epoch,
+                blocks: Vec::new(),
+                pull: CancellationToken::new(),
+                news,
+                closed: false,
+            };
+            self.decodes.insert(id, leg);
+        }
+        let opened = result.is_ok();
+        if answer.send(result.map(|()| receiver)).is_err() && opened {
+            self.take(Command::CloseDecode(id), out);
+        }
+    }
+
+    /// Peers that were in the last view and are not in this one are gone, and so are those with a newer life. One that
+    /// was in neither is unknown: the router's view may be ahead of this one.
+    fn view_changed(&mut self, view: Arc<View>, out: &mut Vec<Action>) {
+        let before = std::mem::replace(&mut self.seen, Arc::clone(&view));
+        let live = |worker: &WorkerId, epoch: Epoch| match view.worker(worker) {
+            Some(record) => record.epoch <= epoch,
+            None => before.worker(worker).is_none_or(|record| record.epoch != epoch),
+        };
+        self.desk.view_changed(now(), live, out);
+    }
+
+    async fn carry_out(&mut self, actions: Vec<Action>) {
+        for action in actions {
+            match action {
+                Action::Prefill(id, action) => self.prefill_action(id, action).await,
+                Action::Decode(id, action) => self.decode_action(id, action).await,
+                Action::Answer { waiter, answer } => self.answer(waiter, answer),
+                Action::PrefillEnded(id, outcome) => {
+                    if let Some(leg) = self.prefills.remove(&id) {
+                        drop(leg.outcome.send(outcome));
+                    }
+                }
+                Action::DecodeEnded(id, end) => self.decode_ended(id, end),
+            }
+        }
+    }
+
+    fn decode_ended(&mut self, id: HandoffId, end: DecodeEnd) {
+        if let DecodeEnd::Local(why) = end {
+            self.io.metrics.fallback(why);
+        }
+        if self.decodes.get(&id).is_some_and(|leg| leg.closed) {
+            self.decodes.remove(&id);
+        }
+    }
+
+    fn answer(&mut self, waiter: Waiter, answer: Answer) {
+        if matches!(answer, Answer::Stale { .. }) {
+            self.io.metrics.stale_epoch.inc();
+        }
+        if let Some(sender) = self.waiters.remove(&waiter) {
+            // Whoever posted it may have left and posts again.
+            drop(sender.send(answer));
+        }
+    }
+
+    /// Runs `work` until it is done or `until` is cancelled, and hands its result to the owner.
+    fn spawn<F>(&self, until: CancellationToken, work: F)
+    where
+        F: Future<Output = Option<Command>> + Send + 'static,
+    {
+        let back = self.back.clone();
+        self.io.tasks.spawn(async move {
+            if let Some(Some(command)) = until.run_until_cancelled(work).await {
+                // The owner is gone only when the worker stops.
+                let _ = back.send(command).await;
+            }
+        });
+    }
+
+    fn publish(&self) {
+        let (prefills, decodes) = (self.desk.prefills(), self.desk.decodes());
+        self.io.metrics.leases.set(i64::try_from(prefills).unwrap_or(i64::MAX));
+        self.io.metrics.imports.set(i64::try_from(decodes).unwrap_or(i64::MAX));
+        self.io.metrics.parked.set(i64::try_from(self.desk.parked()).unwrap_or(i64::MAX));
+        self.open.send_if_modified(|open| {
+            let new = Open { prefills, decodes };
+            std::mem::replace(open, new) != new
+        });
+    }
+
+    /// Ends every handoff, so that peers need not find out by themselves.
+    async fn close(&mut self) {
+        let mut actions = Vec::new();
+        for id in self.prefills.keys().copied().collect::<Vec<_>>() {
+            self.desk.prefill(now(), id, PrefillEvent::Cancel, &mut actions);
+        }
+        for id in self.decodes.keys().copied().collect::<Vec<_>>() {
+            self.desk.close_decode(now(), id, &mut actions);
+        }
+        self.carry_out(actions).await;
+        for leg in self.decodes.values() {
+            leg.pull.cancel();
+        }
+    }
+}
+
+/// The clock of the desk; a paused clock of a test pauses it too.
+fn now() -> std::time::Instant {
+    Instant::now().into_std()
+}
+
+/// Tells a peer that a handoff is over, once more if it may not have heard.
+async fn delete_at(io: Arc<Io>, peer: PeerRef, id: HandoffId) {
+    for _ in 0..2 {
+        match io.peers.delete(&io.address_of(&peer), id).await {
+            Err(crate::handoff::PeerFault::Unreachable | crate::handoff::PeerFault::Busy) => {}
+            _ => return,
+        }
+        tokio::time::sleep(Duration::from_millis(200)).await;
+    }
+}
+
+impl Io {
+    /// Where a peer's API is: as this worker's view has it, else as the router said.
+    fn address_of(&self, peer: &PeerRef) -> String {
+        let view = self.fleet.view();
+        match view.worker(&peer.worker).filter(|record| record.epoch == peer.epoch) {
+            Some(record) => record.address.clone(),
+            None => peer.address.clone(),
+        }
+    }
+
+    /// See [`crate::meter::local_below`].
+    fn local_below(&self, peer: &WorkerId) -> u32 {
+        if !self.local_prefill {
+            return 0;
+        }
+        let speed = self.engine.view().prefill_tokens_per_s;
+        let bytes_per_token = self.geometry.token_bytes().0 as f64;
+        speed.and_then(|speed| self.paths.costs(peer, speed, bytes_per_token)).map_or(0, |c| crate::meter::local_below(&c))
+    }
+
+    fn count_import(&self, report: &ImportReport) {
+        self.metrics.tokens(TokenKind::Imported, u64::from(report.tokens));
+    }
+}

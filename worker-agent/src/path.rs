@@ -1,0 +1,109 @@
+//! The transfer paths this worker has used, and what was measured on them.
+
+use std::collections::BTreeMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use baton_config::WorkerId;
+use baton_config::protocol::PathStatus;
+use baton_transfer::Session;
+
+use crate::meter::{Costs, Mean};
+
+/// Peers remembered at most.
+const PEERS_MAX: usize = 1024;
+/// A want that took longer waited for its request at the peer: it says nothing about the path.
+const ROUND_TRIP_MAX: Duration = Duration::from_millis(50);
+/// Longest reason kept, in characters.
+const REASON_MAX_CHARS: usize = 512;
+
+/// Paths by peer; clones share them.
+#[derive(Debug, Clone, Default)]
+pub struct Paths(Arc<Mutex<BTreeMap<WorkerId, Path>>>);
+
+#[derive(Default)]
+struct Path {
+    session: Option<Session>,
+    failure: Option<String>,
+    round_trip_s: Mean,
+}
+
+impl std::fmt::Debug for Path {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Path").field("failure", &self.failure).finish_non_exhaustive()
+    }
+}
+
+impl Paths {
+    /// A session was used.
+    pub fn used(&self, peer: &WorkerId, session: &Session) {
+        self.change(peer, |path| {
+            path.session = Some(session.clone());
+            path.failure = None;
+        });
+    }
+
+    /// No session could be made.
+    pub fn failed(&self, peer: &WorkerId, why: &str) {
+        self.change(peer, |path| {
+            path.session = None;
+            path.failure = Some(why.chars().take(REASON_MAX_CHARS).collect());
+        });
+    }
+
+    /// A message was answered.
+    pub fn round_trip(&self, peer: &WorkerId, took: Duration) {
+        if took <= ROUND_TRIP_MAX {
+            self.change(peer, |path| path.round_trip_s.add(took.as_secs_f64()));
+        }
+    }
+
+    /// What decides between fetching and computing, once all of it was measured.
+    pub fn costs(&self, peer: &WorkerId, prefill_tokens_per_s: f64, bytes_per_token: f64) -> Option<Costs> {
+        let paths = self.paths();
+        let path = paths.get(peer)?;
+        let stats = path.session.as_ref()?.stats();
+        // A want there, a ticket back, and the first byte of a read.
+        let overhead_s = 2.0 * path.round_trip_s.get()? + stats.latency?.as_secs_f64();
+        Some(Costs { prefill_tokens_per_s, bytes_per_s: stats.bytes_per_second?, bytes_per_token, overhead_s })
+    }
+
+    /// For `GET /v1/state`: this worker decodes, the peers prefill.
+    pub fn status(&self, own: &WorkerId) -> Vec<PathStatus> {
+        let paths = self.paths();
+        let status = |(peer, path): (&WorkerId, &Path)| {
+            let (prefill, decode) = (peer.clone(), own.clone());
+            if let Some(session) = &path.session {
+                let (info, stats) = (session.path(), session.stats());
+                return Some(PathStatus {
+                    prefill,
+                    decode,
+                    backend: info.backend.to_string(),
+                    reason: info.reason.clone(),
+                    gb_per_s: stats.bytes_per_second.map(|speed| speed / 1e9),
+                    latency_us: stats.latency.map(|latency| latency.as_secs_f64() * 1e6),
+                });
+            }
+            let reason = path.failure.clone()?;
+            let backend = "none".to_owned();
+            Some(PathStatus { prefill, decode, backend, reason, gb_per_s: None, latency_us: None })
+        };
+        paths.iter().filter_map(status).collect()
+    }
+
+    /// Forgets peers that left the fleet.
+    pub fn retain(&self, in_fleet: impl Fn(&WorkerId) -> bool) {
+        self.paths().retain(|peer, _| in_fleet(peer));
+    }
+
+    fn change(&self, peer: &WorkerId, change: impl FnOnce(&mut Path)) {
+        let mut paths = self.paths();
+        if paths.len() < PEERS_MAX || paths.contains_key(peer) {
+            change(paths.entry(peer.clone()).or_default());
+        }
+    }
+
+    fn paths(&self) -> MutexGuard<'_, BTreeMap<WorkerId, Path>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
