@@ -259,6 +259,13 @@ struct DecodeLeg {
     closed: bool,
 }
 
+impl DecodeLeg {
+    /// The request's task takes one piece of news, or has ended.
+    fn tell(&self, news: DecodeNews) {
+        let _ = self.news.try_send(news);
+    }
+}
+
 struct Owner {
     desk: Desk,
     io: Arc<Io>,
@@ -335,11 +342,11 @@ impl Owner {
             Command::Status(id, answer) => drop(answer.send(self.desk.status(now(), id, out))),
             Command::Delete(id, answer) => {
                 self.desk.delete(now(), id, out);
-                drop(answer.send(()));
+                let _ = answer.send(());
             }
             Command::Epoch(epoch, answer) => {
                 self.desk.set_epoch(now(), epoch, out);
-                drop(answer.send(()));
+                let _ = answer.send(());
             }
         }
     }
@@ -424,7 +431,7 @@ impl Owner {
                 Action::Answer { waiter, answer } => self.answer(waiter, answer),
                 Action::PrefillEnded(id, outcome) => {
                     if let Some(leg) = self.prefills.remove(&id) {
-                        drop(leg.outcome.send(outcome));
+                        let _ = leg.outcome.send(outcome);
                     }
                 }
                 Action::DecodeEnded(id, end) => self.decode_ended(id, end),
@@ -447,7 +454,7 @@ impl Owner {
         }
         if let Some(sender) = self.waiters.remove(&waiter) {
             // Whoever posted it may have left and posts again.
-            drop(sender.send(answer));
+            let _ = sender.send(answer);
         }
     }
 

@@ -332,8 +332,10 @@ impl Thread {
             if left.is_zero() {
                 return Go::On;
             }
+            // The timer belongs to the runtime, so it is made within it.
+            let _entered = self.runtime.enter();
             let receive = tokio::time::timeout(left, self.commands.recv());
-            let command = match self.runtime.block_on(async { receive.await }) {
+            let command = match self.runtime.block_on(receive) {
                 Ok(Some(command)) => command,
                 Ok(None) => return Go::Stop,
                 Err(_) => return Go::On,

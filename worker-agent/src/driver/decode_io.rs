@@ -40,12 +40,12 @@ impl Owner {
             DecodeAction::AbortPull { .. } => leg.pull.cancel(),
             DecodeAction::Imported { upto } => self.io.engine.imported(seq, upto).await,
             DecodeAction::StartDecode { first, report } => {
-                drop(leg.news.try_send(DecodeNews::Imported(report)));
+                leg.tell(DecodeNews::Imported(report));
                 self.io.count_import(&report);
                 self.io.engine.start_decode(seq, first).await;
             }
             DecodeAction::PrefillLocally { why, report } => {
-                drop(leg.news.try_send(DecodeNews::Local(why, report)));
+                leg.tell(DecodeNews::Local(why, report));
                 self.io.count_import(&report);
                 self.io.engine.prefill_locally(seq).await;
             }
@@ -62,7 +62,7 @@ impl Owner {
                 }
             }
             DecodeAction::Fence => self.io.engine.fence(seq).await,
-            DecodeAction::Fail => drop(leg.news.try_send(DecodeNews::Failed)),
+            DecodeAction::Fail => leg.tell(DecodeNews::Failed),
             DecodeAction::DeleteAtPeer => {
                 let (io, peer) = (self.io.clone(), leg.peer.clone());
                 self.io.tasks.spawn(delete_at(io, peer, id));

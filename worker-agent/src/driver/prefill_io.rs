@@ -32,7 +32,7 @@ impl Owner {
             PrefillAction::ReleaseStaged { blocks } => self.io.exporter.acked(id, blocks),
             PrefillAction::Withdraw => {
                 leg.withdrawn.cancel();
-                self.io.exporter.release(id);
+                self.io.exporter.release(id).await;
             }
             PrefillAction::ReleaseEngine => self.io.engine.release(leg.seq).await,
             // Nobody but the engine writes the blocks of a prefill.

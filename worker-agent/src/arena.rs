@@ -1,0 +1,73 @@
+//! The memory of this worker's KV arena, for the engine on one side and the transfer agent on the other.
+
+use std::sync::Arc;
+
+use baton_config::Bytes;
+use baton_engine::KvMemory;
+use baton_engine::arena::{Arena, ArenaError};
+use baton_transfer::{ArenaMemory, EmulatedDevice, HostMemory, MemoryError};
+
+use crate::options::{ArenaOptions, DeviceOptions};
+
+/// Why there is no arena.
+#[derive(Debug, thiserror::Error)]
+pub enum ArenaFailure {
+    /// Fewer than two blocks: not even one request fits.
+    #[error("a KV cache of {blocks} blocks is too small, give the pool more memory")]
+    TooFew {
+        /// Blocks asked for.
+        blocks: u32,
+    },
+    /// The system refused the memory.
+    #[error("no memory for {blocks} KV blocks of {}", Bytes(*block_bytes as u64))]
+    Memory {
+        /// Blocks asked for.
+        blocks: u32,
+        /// Bytes of each.
+        block_bytes: usize,
+        /// The system's reason.
+        #[source]
+        source: MemoryError,
+    },
+    /// The geometry holds nothing.
+    #[error(transparent)]
+    Arena(#[from] ArenaError),
+}
+
+/// The engine's view of memory that transfers know too.
+struct EngineMemory(ArenaMemory);
+
+impl KvMemory for EngineMemory {
+    fn len(&self) -> usize {
+        self.0.len()
+    }
+
+    fn read(&self, offset: usize, into: &mut [u8]) {
+        self.0.read(offset, into);
+    }
+
+    fn write(&self, offset: usize, from: &[u8]) {
+        self.0.write(offset, from);
+    }
+}
+
+/// Takes the memory and lays the arena over it.
+///
+/// # Errors
+/// When there is not enough of it.
+pub fn build(options: &ArenaOptions) -> Result<(ArenaMemory, Arc<Arena>), ArenaFailure> {
+    let (blocks, block_bytes) = (options.blocks, options.geometry.block_bytes());
+    if blocks < 2 {
+        return Err(ArenaFailure::TooFew { blocks });
+    }
+    let len = block_bytes.saturating_mul(blocks as usize);
+    let failed = |source| ArenaFailure::Memory { blocks, block_bytes, source };
+    let memory = match &options.device {
+        None => ArenaMemory::Host(HostMemory::allocate(len, "arena").map_err(failed)?),
+        Some(DeviceOptions { bytes_per_s, .. }) => {
+            ArenaMemory::Device(Arc::new(EmulatedDevice::new(len, *bytes_per_s).map_err(failed)?))
+        }
+    };
+    let arena = Arena::new(Arc::new(EngineMemory(memory.clone())), options.geometry, blocks)?;
+    Ok((memory, Arc::new(arena)))
+}

@@ -1,0 +1,90 @@
+//! What a worker says about itself.
+
+use std::sync::Arc;
+
+use axum::Json;
+use axum::extract::State;
+use axum::response::{IntoResponse, Response};
+use baton_config::protocol::WorkerStatus;
+use http::StatusCode;
+
+use super::{DEAD_AFTER, Phase, Shared, UNREADY_AFTER};
+
+/// The media type Prometheus expects.
+const PROMETHEUS: &str = "text/plain; version=0.0.4";
+
+/// Why the worker should get no requests, if so.
+fn unready(shared: &Shared) -> Option<String> {
+    if let Some(why) = shared.engine.view().ended {
+        return Some(format!("the engine has ended: {why}"));
+    }
+    let stuck = shared.engine.stuck_for();
+    if stuck >= UNREADY_AFTER {
+        return Some(format!("the engine made no progress for {stuck:?}"));
+    }
+    match *shared.phase.borrow() {
+        Phase::Joining => Some("joining".to_owned()),
+        Phase::Draining => Some("draining".to_owned()),
+        Phase::Ready => None,
+    }
+}
+
+fn state_name(shared: &Shared) -> &'static str {
+    let healthy = shared.engine.view().ended.is_none() && shared.engine.stuck_for() < UNREADY_AFTER;
+    match *shared.phase.borrow() {
+        _ if !healthy => "unhealthy",
+        Phase::Joining => "joining",
+        Phase::Ready => "ready",
+        Phase::Draining => "draining",
+    }
+}
+
+pub(super) async fn state(State(shared): State<Arc<Shared>>) -> Json<WorkerStatus> {
+    let view = shared.engine.view();
+    Json(WorkerStatus {
+        worker: shared.worker.clone(),
+        epoch: *shared.epoch.borrow(),
+        pool: shared.pool.clone(),
+        role: shared.role,
+        state: state_name(&shared).to_owned(),
+        pid: std::process::id(),
+        requests_running: view.load.running,
+        requests_waiting: view.load.waiting,
+        prefill_tokens_pending: view.load.prefill_tokens_pending,
+        kv_blocks: view.counts,
+        prefill_tokens_per_s: view.prefill_tokens_per_s,
+        itl_ms: view.itl_ms,
+        paths: shared.paths.status(&shared.worker),
+        last_error: shared.last_error(),
+    })
+}
+
+pub(super) async fn drain(State(shared): State<Arc<Shared>>) -> StatusCode {
+    shared.drain.cancel();
+    StatusCode::ACCEPTED
+}
+
+pub(super) async fn livez(State(shared): State<Arc<Shared>>) -> Response {
+    let dead = shared.engine.view().ended.is_some() || shared.engine.stuck_for() >= DEAD_AFTER;
+    if dead {
+        return (StatusCode::SERVICE_UNAVAILABLE, "the engine is gone or stuck\n").into_response();
+    }
+    "ok\n".into_response()
+}
+
+pub(super) async fn readyz(State(shared): State<Arc<Shared>>) -> Response {
+    match unready(&shared) {
+        Some(why) => (StatusCode::SERVICE_UNAVAILABLE, format!("{why}\n")).into_response(),
+        None => "ok\n".into_response(),
+    }
+}
+
+pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
+    let view = shared.engine.view();
+    let metrics = &shared.metrics;
+    metrics.set_blocks(&view.counts);
+    metrics.running.set(i64::from(view.load.running));
+    metrics.waiting.set(i64::from(view.load.waiting));
+    metrics.prefill_speed.set(view.prefill_tokens_per_s.unwrap_or(0.0));
+    ([(http::header::CONTENT_TYPE, PROMETHEUS)], metrics.text()).into_response()
+}

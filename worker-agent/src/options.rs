@@ -1,0 +1,270 @@
+//! What a worker is told at start.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use baton_config::fleet::{self, EngineSpec, Fleet, SimSpec, TransferPath};
+use baton_config::{Accelerator, Bytes, Dtype, KvGeometry, KvLayout, PoolName, Role, WorkerId};
+use baton_engine::sim::SimConfig;
+use baton_engine::{EngineLimits, ModelInfo};
+use baton_transfer::{BackendKind, Integrity};
+
+use crate::handoff;
+
+/// Everything a worker needs to know.
+#[derive(Debug, Clone)]
+pub struct WorkerOptions {
+    /// Its name.
+    pub worker: WorkerId,
+    /// Its pool.
+    pub pool: PoolName,
+    /// What it does.
+    pub role: Role,
+    /// Model id it serves.
+    pub model: String,
+    /// What computes.
+    pub engine: EngineChoice,
+    /// Batching.
+    pub limits: EngineLimits,
+    /// Where its KV cache lies.
+    pub arena: ArenaOptions,
+    /// How blocks move.
+    pub transfer: TransferOptions,
+    /// `host:port` peers and routers are told; the address it listens at without.
+    pub advertise: Option<String>,
+    /// `http://host:port` of each conductor.
+    pub conductors: Vec<String>,
+    /// Requests and handoffs at once.
+    pub in_flight_max: u32,
+    /// Bytes of a request body.
+    pub body_max: Bytes,
+    /// How long work in flight may take to end once the worker drains.
+    pub drain_grace: Duration,
+    /// Whether a prompt of which little is missing is prefilled here though another worker was to do it.
+    pub local_prefill: bool,
+    /// How long joining the fleet may take.
+    pub join_timeout: Duration,
+    /// Bounds of the handoff.
+    pub handoff: handoff::Limits,
+}
+
+/// What computes.
+#[derive(Debug, Clone, PartialEq)]
+pub enum EngineChoice {
+    /// The embedded transformer.
+    Reference {
+        /// Model directory.
+        model_dir: PathBuf,
+        /// Threads.
+        threads: usize,
+    },
+    /// The timing model.
+    Sim {
+        /// How it behaves.
+        config: SimConfig,
+        /// The model it stands for.
+        model: ModelInfo,
+    },
+}
+
+impl EngineChoice {
+    /// The word of the fleet document.
+    pub fn kind(&self) -> &'static str {
+        match self {
+            Self::Reference { .. } => "reference",
+            Self::Sim { .. } => "sim",
+        }
+    }
+}
+
+/// Where the KV cache lies.
+#[derive(Debug, Clone, PartialEq)]
+pub struct ArenaOptions {
+    /// On an emulated device instead of host memory.
+    pub device: Option<DeviceOptions>,
+    /// Shape of a block.
+    pub geometry: KvGeometry,
+    /// Blocks.
+    pub blocks: u32,
+}
+
+/// An emulated device.
+#[derive(Debug, Clone, PartialEq)]
+pub struct DeviceOptions {
+    /// Copy speed; as fast as the machine without.
+    pub bytes_per_s: Option<u64>,
+    /// Host memory that blocks pass through, for each direction.
+    pub staging: Bytes,
+}
+
+/// How blocks move.
+#[derive(Debug, Clone, PartialEq)]
+pub struct TransferOptions {
+    /// Address to listen at; port 0 is any free one.
+    pub listen: SocketAddr,
+    /// Address peers are told, if another.
+    pub advertise: Option<SocketAddr>,
+    /// Backends, best first.
+    pub backends: Vec<BackendKind>,
+    /// Whether blocks are verified.
+    pub integrity: Integrity,
+    /// TCP streams per peer.
+    pub streams: usize,
+}
+
+/// Why a pool of the fleet document cannot be run by this worker.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+pub enum OptionsError {
+    /// No such pool.
+    #[error("the fleet has no pool {pool} (it has {})", .known.join(", "))]
+    NoPool {
+        /// As asked.
+        pool: PoolName,
+        /// Names there are.
+        known: Vec<String>,
+    },
+    /// An engine this worker can't run.
+    #[error("pool {pool} asks for engine {kind}: this build runs reference and sim")]
+    Engine {
+        /// The pool.
+        pool: PoolName,
+        /// As asked.
+        kind: fleet::EngineKind,
+    },
+    /// Hardware this worker can't use.
+    #[error("pool {pool} asks for accelerator {accelerator}: this build runs cpu and simulated")]
+    Accelerator {
+        /// The pool.
+        pool: PoolName,
+        /// As asked.
+        accelerator: Accelerator,
+    },
+    /// None of the pool's backends is in this build.
+    #[error("pool {pool} has no backend this build can use: shm and tcp are there")]
+    Backend {
+        /// The pool.
+        pool: PoolName,
+    },
+}
+
+impl WorkerOptions {
+    /// Options of replica number `replica` (counted from 0) of a pool of the fleet document.
+    ///
+    /// # Errors
+    /// When the pool is not there, or asks for what this build does not have.
+    pub fn from_fleet(
+        fleet: &Fleet,
+        pool: &PoolName,
+        worker: WorkerId,
+        replica: u16,
+    ) -> Result<Self, OptionsError> {
+        let known = || fleet.pools.iter().map(|p| p.name.to_string()).collect();
+        let pool = fleet.pool(pool).ok_or_else(|| OptionsError::NoPool { pool: pool.clone(), known: known() })?;
+        let model_info = model_info(fleet);
+        let engine = match &pool.engine {
+            EngineSpec::Reference(spec) => {
+                EngineChoice::Reference { model_dir: fleet.model.path.clone(), threads: spec.threads }
+            }
+            EngineSpec::Sim(spec) => EngineChoice::Sim { config: sim_config(spec), model: model_info.clone() },
+            other => return Err(OptionsError::Engine { pool: pool.name.clone(), kind: other.kind() }),
+        };
+        let limits = pool.engine.limits().map_or_else(EngineLimits::default, |limits| EngineLimits {
+            prefill_chunk_tokens: limits.prefill_chunk,
+            max_batch_sequences: limits.max_batch,
+            max_waiting_sequences: limits.max_waiting,
+            prefix_cache: limits.prefix_cache,
+        });
+        let geometry = geometry(&model_info, pool.kv.block_tokens, pool.kv.layout, pool.kv.dtype);
+        let device = device_of(pool)?;
+        Ok(Self {
+            worker,
+            pool: pool.name.clone(),
+            role: pool.role,
+            model: fleet.model.id.clone(),
+            engine,
+            limits,
+            arena: ArenaOptions { device, geometry, blocks: pool.kv.capacity.blocks(geometry.block_bytes()) },
+            transfer: transfer_of(pool, replica)?,
+            advertise: pool.advertise.clone(),
+            conductors: vec![format!("http://{}", fleet.conductor.listen.address)],
+            in_flight_max: pool.limits.in_flight,
+            body_max: pool.limits.body,
+            drain_grace: pool.limits.drain_grace,
+            local_prefill: fleet.router.disaggregation == fleet::Disaggregation::Auto,
+            join_timeout: Duration::from_secs(30),
+            handoff: handoff::Limits::default(),
+        })
+    }
+}
+
+/// The model of a fleet as an engine without weights knows it.
+fn model_info(fleet: &Fleet) -> ModelInfo {
+    let shape = &fleet.model.shape;
+    ModelInfo {
+        name: fleet.model.id.clone(),
+        vocab: shape.vocab,
+        max_context: shape.max_context,
+        eos: Vec::new(),
+        layers: shape.layers,
+        kv_heads: shape.kv_heads,
+        head_dim: shape.head_dim,
+    }
+}
+
+/// Blocks of a model.
+pub fn geometry(model: &ModelInfo, block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
+    let ModelInfo { layers, kv_heads, head_dim, .. } = *model;
+    KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype }
+}
+
+fn device_of(pool: &fleet::Pool) -> Result<Option<DeviceOptions>, OptionsError> {
+    match pool.accelerator {
+        Accelerator::Cpu => Ok(None),
+        Accelerator::Simulated => Ok(Some(DeviceOptions {
+            bytes_per_s: pool.transfer.device_bandwidth.map(|rate| rate.0),
+            staging: pool.transfer.staging,
+        })),
+        accelerator @ (Accelerator::Cuda | Accelerator::Trainium) => {
+            Err(OptionsError::Accelerator { pool: pool.name.clone(), accelerator })
+        }
+    }
+}
+
+fn transfer_of(pool: &fleet::Pool, replica: u16) -> Result<TransferOptions, OptionsError> {
+    let spec = &pool.transfer;
+    let ours = |kind: &fleet::BackendKind| match kind {
+        fleet::BackendKind::Shm => Some(BackendKind::Shm),
+        fleet::BackendKind::Tcp => Some(BackendKind::Tcp),
+        _ => None,
+    };
+    let backends: Vec<BackendKind> = spec.backends.iter().filter_map(ours).collect();
+    if backends.is_empty() {
+        return Err(OptionsError::Backend { pool: pool.name.clone() });
+    }
+    let nth = |port: u16| if port == 0 { 0 } else { port.saturating_add(replica) };
+    debug_assert!(spec.path != TransferPath::GpuDirect || pool.accelerator == Accelerator::Cuda);
+    Ok(TransferOptions {
+        listen: SocketAddr::new(spec.bind, nth(spec.port)),
+        advertise: spec.advertise.map(|a| SocketAddr::new(a.ip(), nth(a.port()))),
+        backends,
+        integrity: match spec.integrity {
+            fleet::Integrity::Digest => Integrity::Digest,
+            fleet::Integrity::Off => Integrity::Off,
+        },
+        streams: spec.streams,
+    })
+}
+
+fn sim_config(spec: &SimSpec) -> SimConfig {
+    let us = |time: Duration| time.as_secs_f64() * 1e6;
+    SimConfig {
+        prefill_base_us: us(spec.prefill_base),
+        prefill_per_token_us: us(spec.prefill_per_token),
+        prefill_per_pair_ns: us(spec.prefill_per_token2) * 1e3,
+        decode_base_us: us(spec.decode_base),
+        decode_per_sequence_us: us(spec.decode_per_seq),
+        decode_per_context_token_ns: us(spec.decode_per_context_token) * 1e3,
+        ..SimConfig::default()
+    }
+}

@@ -1,0 +1,432 @@
+//! The life of a worker: build, join, serve, drain, leave.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use axum::serve::ListenerExt;
+use baton_conductor::client::ClientError;
+use baton_conductor::{Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, WorkerState};
+use baton_config::Epoch;
+use baton_engine::engine::EngineError;
+use baton_engine::reference::{LoadError, Reference};
+use baton_engine::sim::Sim;
+use baton_engine::{Engine, Executor};
+use baton_transfer::export::{ExportOptions, Exporter, ExporterError};
+use baton_transfer::import::{ImportOptions, Importer};
+use baton_transfer::{Agent, AgentOptions, ArenaMemory, MemoryError, StartError};
+use base64::Engine as _;
+use tokio::net::TcpListener;
+use tokio::sync::{Semaphore, watch};
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
+
+use crate::arena::{self, ArenaFailure};
+use crate::driver::{Handoffs, Io};
+use crate::engine_thread::{AuditFailure, EngineHandle};
+use crate::http::{Phase, Shared, UNREADY_AFTER, routes};
+use crate::kv_log::KvLog;
+use crate::metrics::Metrics;
+use crate::options::{EngineChoice, WorkerOptions};
+use crate::path::Paths;
+use crate::peer::PeerClient;
+
+/// KV events kept for followers that lag.
+const KV_LOG_EVENTS: usize = 16 << 10;
+/// How often everything reserved is checked for an owner.
+const AUDIT_INTERVAL: Duration = Duration::from_secs(5);
+/// How often the conductor is told how busy this worker is.
+const LOAD_INTERVAL: Duration = Duration::from_secs(1);
+/// How long tasks and connections may take to end once nothing is left to do for them.
+const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// How a worker is told to stop.
+#[derive(Debug, Clone, Default)]
+pub struct Stop {
+    /// Finish what is in flight, then leave and end: the first signal.
+    pub drain: CancellationToken,
+    /// End now: the second signal.
+    pub now: CancellationToken,
+}
+
+/// Why a worker did not start, or had to end.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The model can't be loaded.
+    #[error("the model in {} cannot be loaded", .dir.display())]
+    Model {
+        /// Its directory.
+        dir: PathBuf,
+        /// Why.
+        #[source]
+        source: Box<LoadError>,
+    },
+    /// There is no memory for the KV cache.
+    #[error("the KV cache cannot be set up")]
+    Arena(#[from] ArenaFailure),
+    /// The engine can't be made of its parts.
+    #[error("the engine cannot be set up")]
+    Engine(#[from] EngineError),
+    /// The transfer agent did not start.
+    #[error("the transfer agent cannot be started")]
+    Transfer(#[from] StartError),
+    /// Blocks can't be offered.
+    #[error("exports cannot be set up")]
+    Export(#[from] ExporterError),
+    /// Blocks can't be taken.
+    #[error("imports cannot be set up")]
+    Import(#[from] MemoryError),
+    /// No thread, runtime or HTTP client to be had.
+    #[error("the system gives no {what}")]
+    System {
+        /// What was asked for.
+        what: &'static str,
+        /// Why not.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// The conductors' addresses are no good.
+    #[error("the conductor cannot be followed")]
+    Conductor(#[from] ClientError),
+    /// The fleet did not take this worker.
+    #[error("cannot join the fleet")]
+    Join(#[from] JoinError),
+    /// The engine's thread ended by itself.
+    #[error("the engine has ended: {why}")]
+    EngineEnded {
+        /// What is known.
+        why: String,
+    },
+}
+
+impl RunError {
+    fn system<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl FnOnce(E) -> Self {
+        move |source| Self::System { what, source: source.into() }
+    }
+}
+
+/// Runs a worker until it is told to stop, or an operator drains it. Must be called within a tokio runtime.
+///
+/// # Errors
+/// When it can't start, the fleet refuses it, or its engine ends.
+pub async fn run(options: WorkerOptions, listener: TcpListener, stop: Stop) -> Result<(), RunError> {
+    let worker = Worker::build(options, listener, stop).await?;
+    let membership = match worker.join().await {
+        Ok(membership) => membership,
+        Err(error) => {
+            worker.close(None).await;
+            return Err(error);
+        }
+    };
+    let end = worker.serve(&membership).await;
+    worker.close(Some(membership)).await;
+    end
+}
+
+/// A worker whose parts all run.
+struct Worker {
+    options: WorkerOptions,
+    stop: Stop,
+    address: SocketAddr,
+    shared: Arc<Shared>,
+    io: Arc<Io>,
+    memory: ArenaMemory,
+    phase: watch::Sender<Phase>,
+    epoch: watch::Sender<Option<Epoch>>,
+    engine_thread: std::thread::JoinHandle<()>,
+    /// Ends the owner of the handoffs.
+    handoffs_stop: CancellationToken,
+}
+
+impl Worker {
+    async fn build(options: WorkerOptions, listener: TcpListener, stop: Stop) -> Result<Self, RunError> {
+        let address = listener.local_addr().map_err(RunError::system("address"))?;
+        let metrics = Metrics::new().map_err(RunError::system("metrics"))?;
+        let (memory, arena) = arena::build(&options.arena)?;
+        let executor = load(options.engine.clone()).await?;
+        let model = executor.model().clone();
+        let engine = Engine::new(executor, arena, options.limits)?;
+        let kv_log = Arc::new(KvLog::new(options.arena.geometry.block_tokens, KV_LOG_EVENTS));
+        let runtime = tokio::runtime::Handle::current();
+        let (engine, engine_thread) =
+            EngineHandle::start(engine, Arc::clone(&kv_log), runtime).map_err(RunError::system("thread"))?;
+        let io = Arc::new(build_io(&options, &memory, engine.clone(), metrics.clone()).await?);
+        let handoffs_stop = CancellationToken::new();
+        let mut limits = options.handoff.clone();
+        let max_blocks = u32::try_from(io.exporter.max_blocks()).unwrap_or(u32::MAX);
+        limits.ticket_blocks_max = limits.ticket_blocks_max.min(max_blocks);
+        let handoffs = Handoffs::start(Arc::clone(&io), limits, handoffs_stop.clone());
+        let (phase, phase_reader) = watch::channel(Phase::Joining);
+        let (epoch, epoch_reader) = watch::channel(None);
+        let shared = Arc::new(Shared {
+            worker: options.worker.clone(),
+            pool: options.pool.clone(),
+            role: options.role,
+            model,
+            engine,
+            handoffs,
+            kv_log,
+            metrics,
+            paths: io.paths.clone(),
+            tasks: io.tasks.clone(),
+            phase: phase_reader,
+            epoch: epoch_reader,
+            in_flight: Arc::new(Semaphore::new(options.in_flight_max as usize)),
+            drain: CancellationToken::new(),
+            abort: CancellationToken::new(),
+            stop: CancellationToken::new(),
+            last_error: Mutex::new(None),
+        });
+        serve_http(&shared, listener, options.body_max.0);
+        Ok(Self {
+            options,
+            stop,
+            address,
+            shared,
+            io,
+            memory,
+            phase,
+            epoch,
+            engine_thread,
+            handoffs_stop,
+        })
+    }
+
+    /// Takes a lease on the name; the worker is in view as joining.
+    async fn join(&self) -> Result<Membership, RunError> {
+        let options = &self.options;
+        let registration = Registration {
+            worker: options.worker.clone(),
+            pool: options.pool.clone(),
+            role: options.role,
+            model: options.model.clone(),
+            engine: options.engine.kind().to_owned(),
+            kv: Some(options.arena.geometry),
+            address: options.advertise.clone().unwrap_or_else(|| self.address.to_string()),
+            transfer: base64::engine::general_purpose::STANDARD.encode(self.io.agent.metadata()),
+            state: WorkerState::Joining,
+        };
+        let timing = MembershipOptions { join_timeout: options.join_timeout, ..MembershipOptions::default() };
+        let joined = Membership::join(&self.io.fleet, registration, timing);
+        let joined = self.stop.drain.run_until_cancelled(joined).await;
+        match joined {
+            Some(membership) => Ok(membership?),
+            None => Err(JoinError::Unreachable {
+                endpoints: options.conductors.clone(),
+                waited: Duration::ZERO,
+                source: None,
+            }
+            .into()),
+        }
+    }
+
+    /// Serves until told to stop, then drains.
+    async fn serve(&self, membership: &Membership) -> Result<(), RunError> {
+        let mut epochs = membership.epoch();
+        let first = *epochs.borrow_and_update();
+        self.enter(first).await;
+        self.phase.send_replace(Phase::Ready);
+        membership.set_state(WorkerState::Ready);
+        tracing::info!(worker = %self.options.worker, address = %self.address, arena = self.memory.kind(), "ready");
+        let mut drain = membership.drain_requested();
+        let mut engine = self.shared.engine.changes();
+        let mut audits = tokio::time::interval(AUDIT_INTERVAL);
+        let mut loads = tokio::time::interval(LOAD_INTERVAL);
+        loop {
+            tokio::select! {
+                biased;
+                () = self.stop.now.cancelled() => return Ok(()),
+                () = self.stop.drain.cancelled() => break,
+                () = self.shared.drain.cancelled() => break,
+                Ok(_) = drain.wait_for(|asked| *asked) => break,
+                Ok(view) = engine.wait_for(|view| view.ended.is_some()) => {
+                    let why = view.ended.clone().unwrap_or_default();
+                    return Err(RunError::EngineEnded { why });
+                }
+                Ok(()) = epochs.changed() => {
+                    let epoch = *epochs.borrow_and_update();
+                    self.enter(epoch).await;
+                }
+                _ = audits.tick() => self.audit().await,
+                _ = loads.tick() => membership.set_load(self.load()),
+            }
+        }
+        self.phase.send_replace(Phase::Draining);
+        membership.set_state(WorkerState::Draining);
+        tracing::info!(worker = %self.options.worker, "draining");
+        tokio::select! {
+            biased;
+            () = self.stop.now.cancelled() => {}
+            () = self.idle() => {}
+            () = tokio::time::sleep(self.options.drain_grace) => {
+                tracing::warn!("the time to drain is over with requests in flight");
+            }
+        }
+        Ok(())
+    }
+
+    /// Enters a life: from here on everything of another one is refused.
+    async fn enter(&self, epoch: Option<Epoch>) {
+        let Some(epoch) = epoch else { return };
+        self.io.agent.set_epoch(epoch);
+        self.shared.kv_log.set_epoch(epoch);
+        self.shared.handoffs.set_epoch(epoch).await;
+        self.epoch.send_replace(Some(epoch));
+    }
+
+    /// Done when no request is in flight: generations have ended, handed-out blocks were fetched or given up.
+    async fn idle(&self) {
+        // A closed semaphore does not occur: nobody closes it.
+        let _ = self.shared.in_flight.acquire_many(self.options.in_flight_max).await;
+    }
+
+    async fn audit(&self) {
+        let stuck = self.shared.engine.stuck_for();
+        if stuck >= UNREADY_AFTER {
+            self.shared.note_error(&format!("the engine made no progress for {stuck:?}"));
+            return;
+        }
+        let failed = match self.shared.engine.audit().await {
+            Ok(()) => self.io.exporter.audit().err().map(|error| error.to_string()),
+            Err(AuditFailure::Audit(error)) => Some(error.to_string()),
+            Err(AuditFailure::Gone(_)) => None,
+        };
+        if let Some(error) = failed {
+            tracing::error!(%error, "the audit of the block pool failed");
+            self.shared.metrics.audit_failures.inc();
+            self.shared.note_error(&error);
+        }
+        // The handoffs' own leases end earlier; what this finds was forgotten by somebody.
+        let forgotten = self.io.exporter.sweep(tokio::time::Instant::now()).await;
+        if !forgotten.is_empty() {
+            tracing::error!(handoffs = forgotten.len(), "exported blocks without an owner were taken back");
+            self.shared.metrics.audit_failures.inc();
+        }
+        let view = self.io.fleet.view();
+        self.io.paths.retain(|peer| view.worker(peer).is_some());
+    }
+
+    fn load(&self) -> Load {
+        let view = self.shared.engine.view();
+        Load {
+            requests_running: view.load.running,
+            requests_waiting: view.load.waiting,
+            prefill_tokens_pending: view.load.prefill_tokens_pending,
+            kv_blocks: view.counts,
+            last_error: self.shared.last_error(),
+        }
+    }
+
+    /// Leaves the fleet and ends every part, each within a bound.
+    async fn close(self, membership: Option<Membership>) {
+        let Self { options, shared, io, engine_thread, handoffs_stop, .. } = self;
+        if let Some(membership) = membership {
+            membership.leave().await;
+        }
+        shared.abort.cancel();
+        let in_time = |what: &'static str, done: bool| {
+            if !done {
+                tracing::warn!(what, "did not end in time");
+            }
+        };
+        // Requests tell their clients that they end here before the connections go.
+        let requests = tokio::time::timeout(CLOSE_TIMEOUT, shared.in_flight.acquire_many(options.in_flight_max));
+        in_time("requests", requests.await.is_ok());
+        shared.stop.cancel();
+        handoffs_stop.cancel();
+        io.tasks.close();
+        in_time("tasks", tokio::time::timeout(CLOSE_TIMEOUT, io.tasks.wait()).await.is_ok());
+        in_time("exports", tokio::time::timeout(CLOSE_TIMEOUT, io.exporter.close()).await.is_ok());
+        in_time("imports", tokio::time::timeout(CLOSE_TIMEOUT, io.importer.close()).await.is_ok());
+        in_time("transfers", tokio::time::timeout(CLOSE_TIMEOUT, io.agent.clone().close()).await.is_ok());
+        in_time("the fleet's view", tokio::time::timeout(CLOSE_TIMEOUT, io.fleet.close()).await.is_ok());
+        let engine = shared.engine.clone();
+        let join = tokio::task::spawn_blocking(move || engine_thread.join().is_ok());
+        let ended = async {
+            engine.stop().await;
+            join.await
+        };
+        in_time("the engine", tokio::time::timeout(CLOSE_TIMEOUT, ended).await.is_ok());
+    }
+}
+
+/// The model, loaded on a thread that may block.
+async fn load(choice: EngineChoice) -> Result<Box<dyn Executor>, RunError> {
+    let load = move || -> Result<Box<dyn Executor>, RunError> {
+        match choice {
+            EngineChoice::Reference { model_dir, threads } => match Reference::load(&model_dir, threads) {
+                Ok(reference) => Ok(Box::new(reference)),
+                Err(source) => Err(RunError::Model { dir: model_dir, source: Box::new(source) }),
+            },
+            EngineChoice::Sim { config, model } => Ok(Box::new(Sim::new(config, model))),
+        }
+    };
+    tokio::task::spawn_blocking(load).await.map_err(RunError::system("thread"))?
+}
+
+async fn build_io(
+    options: &WorkerOptions,
+    memory: &ArenaMemory,
+    engine: EngineHandle,
+    metrics: Metrics,
+) -> Result<Io, RunError> {
+    let transfer = &options.transfer;
+    let agent = Agent::start(AgentOptions {
+        bind: transfer.listen.ip(),
+        port: transfer.listen.port(),
+        advertise: transfer.advertise,
+        backends: transfer.backends.clone(),
+        integrity: transfer.integrity,
+        streams: transfer.streams,
+        ..AgentOptions::new(options.worker.clone())
+    })
+    .await?;
+    let geometry = options.arena.geometry;
+    let slots = options.arena.device.as_ref().map_or(0, |device| staging_slots(device.staging.0, geometry.block_bytes()));
+    let exports = ExportOptions {
+        slots,
+        integrity: transfer.integrity,
+        // The handoff's own lease is what counts; this one finds what the handoff forgot.
+        lease: options.handoff.lease * 2,
+    };
+    let exporter = Exporter::new(agent.clone(), memory.clone(), geometry, exports)?;
+    let importer = Importer::new(memory.clone(), geometry, &ImportOptions { slots })?;
+    Ok(Io {
+        worker: options.worker.clone(),
+        geometry,
+        engine,
+        agent,
+        exporter,
+        importer,
+        fleet: Client::start(ClientOptions::new(options.conductors.clone()))?,
+        peers: PeerClient::new().map_err(RunError::system("HTTP client"))?,
+        paths: Paths::default(),
+        metrics,
+        tasks: TaskTracker::new(),
+        local_prefill: options.local_prefill,
+    })
+}
+
+/// Staging slots of one direction: at least what two handoffs need to go on.
+fn staging_slots(staging_bytes: u64, block_bytes: usize) -> usize {
+    usize::try_from(staging_bytes / block_bytes.max(1) as u64).unwrap_or(usize::MAX).clamp(8, 1 << 16)
+}
+
+fn serve_http(shared: &Arc<Shared>, listener: TcpListener, body_max_bytes: u64) {
+    let body_max = usize::try_from(body_max_bytes).unwrap_or(usize::MAX);
+    let routes = routes(Arc::clone(shared), body_max);
+    // A token is a small write: it must not wait for the acknowledgement of the one before.
+    let listener = listener.tap_io(|stream| {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(%error, "a connection keeps its delay");
+        }
+    });
+    let stop = shared.stop.clone();
+    shared.tasks.spawn(async move {
+        let server = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned());
+        if let Err(error) = server.await {
+            tracing::error!(%error, "the HTTP server ended");
+        }
+    });
+}
