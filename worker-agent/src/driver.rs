@@ -10,11 +10,11 @@ use std::time::Duration;
 use baton_conductor::{Client, View};
 use baton_config::protocol::{HandoffOutcome, HandoffStatus, PeerRef, Ticket, Want};
 use baton_config::{Epoch, HandoffId, KvGeometry, WorkerId};
-use baton_engine::arena::BlockId;
 use baton_engine::SeqId;
+use baton_engine::arena::BlockId;
+use baton_transfer::Agent;
 use baton_transfer::export::Exporter;
 use baton_transfer::import::Importer;
-use baton_transfer::Agent;
 use tokio::sync::{mpsc, oneshot, watch};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
@@ -23,7 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::engine_thread::EngineHandle;
 use crate::handoff::decode::{DecodeEnd, ImportReport};
 use crate::handoff::{
-    Action, Answer, DecodeEvent, Desk, GiveUp, Limits, OpenError, PrefillEvent, Waiter,
+    Action, Answer, DecodeEvent, Desk, GiveUp, Limits, OpenError, Opening, PrefillEvent, Waiter,
 };
 use crate::metrics::{Metrics, TokenKind};
 use crate::path::Paths;
@@ -74,21 +74,6 @@ pub enum DecodeNews {
     Failed,
 }
 
-/// A handoff to be opened.
-#[derive(Debug, Clone)]
-pub struct Opening {
-    /// Its id.
-    pub id: HandoffId,
-    /// The life of this worker the request is for.
-    pub own_epoch: Epoch,
-    /// The other side.
-    pub peer: PeerRef,
-    /// Tokens of the prompt.
-    pub prompt: u32,
-    /// The sequence in the engine.
-    pub seq: SeqId,
-}
-
 /// Why a handoff was not opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenFailure {
@@ -101,8 +86,8 @@ pub enum OpenFailure {
 }
 
 enum Command {
-    OpenPrefill(Opening, oneshot::Sender<Result<oneshot::Receiver<HandoffOutcome>, OpenError>>),
-    OpenDecode(Opening, oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>),
+    OpenPrefill(Opening, SeqId, oneshot::Sender<Result<oneshot::Receiver<HandoffOutcome>, OpenError>>),
+    OpenDecode(Opening, SeqId, oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>),
     PrefillBlocks(HandoffId, Vec<BlockId>),
     Prefill(HandoffId, PrefillEvent),
     DecodeAdmitted { id: HandoffId, cached: u32, blocks: Vec<BlockId> },
@@ -151,20 +136,31 @@ impl Handoffs {
         Self { commands, open }
     }
 
-    /// Opens the prefill side; the receiver gets the end of the handoff.
+    /// Opens the prefill side, which `seq` computes; the receiver gets the end of the handoff.
     ///
     /// # Errors
     /// [`OpenFailure`].
-    pub async fn open_prefill(&self, opening: Opening) -> Result<oneshot::Receiver<HandoffOutcome>, OpenFailure> {
-        self.ask(|answer| Command::OpenPrefill(opening, answer)).await.ok_or(OpenFailure::Closed)?.map_err(Into::into)
+    pub async fn open_prefill(
+        &self,
+        opening: Opening,
+        seq: SeqId,
+    ) -> Result<oneshot::Receiver<HandoffOutcome>, OpenFailure> {
+        let opened = self.ask(|answer| Command::OpenPrefill(opening, seq, answer)).await;
+        Ok(opened.ok_or(OpenFailure::Closed)??)
     }
 
-    /// Opens the decode side; the receiver gets one piece of news, unless the request is closed first.
+    /// Opens the decode side, which `seq` waits for; the receiver gets one piece of news, unless the request is closed
+    /// first.
     ///
     /// # Errors
     /// [`OpenFailure`].
-    pub async fn open_decode(&self, opening: Opening) -> Result<mpsc::Receiver<DecodeNews>, OpenFailure> {
-        self.ask(|answer| Command::OpenDecode(opening, answer)).await.ok_or(OpenFailure::Closed)?.map_err(Into::into)
+    pub async fn open_decode(
+        &self,
+        opening: Opening,
+        seq: SeqId,
+    ) -> Result<mpsc::Receiver<DecodeNews>, OpenFailure> {
+        let opened = self.ask(|answer| Command::OpenDecode(opening, seq, answer)).await;
+        Ok(opened.ok_or(OpenFailure::Closed)??)
     }
 
     /// The engine gave the prefill side its blocks.
@@ -310,8 +306,8 @@ impl Owner {
 
     fn take(&mut self, command: Command, out: &mut Vec<Action>) {
         match command {
-            Command::OpenPrefill(opening, answer) => self.open_prefill(opening, answer, out),
-            Command::OpenDecode(opening, answer) => self.open_decode(opening, answer, out),
+            Command::OpenPrefill(opening, seq, answer) => self.open_prefill(opening, seq, answer, out),
+            Command::OpenDecode(opening, seq, answer) => self.open_decode(opening, seq, answer, out),
             Command::PrefillBlocks(id, blocks) => {
                 if let Some(leg) = self.prefills.get_mut(&id) {
                     leg.blocks = blocks;
@@ -361,13 +357,13 @@ impl Owner {
     fn open_prefill(
         &mut self,
         opening: Opening,
+        seq: SeqId,
         answer: oneshot::Sender<Result<oneshot::Receiver<HandoffOutcome>, OpenError>>,
         out: &mut Vec<Action>,
     ) {
-        let Opening { id, own_epoch, peer, prompt, seq } = opening;
-        let geometry = self.io.geometry;
+        let (id, own_epoch, peer) = (opening.id, opening.own_epoch, opening.peer.clone());
         let (outcome, receiver) = oneshot::channel();
-        let result = self.desk.open_prefill(now(), (id, own_epoch), peer.clone(), geometry, prompt, out);
+        let result = self.desk.open_prefill(now(), opening, self.io.geometry, out);
         if result.is_ok() {
             let leg = PrefillLeg {
                 seq,
@@ -388,12 +384,13 @@ impl Owner {
     fn open_decode(
         &mut self,
         opening: Opening,
+        seq: SeqId,
         answer: oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>,
         out: &mut Vec<Action>,
     ) {
-        let Opening { id, own_epoch, peer, prompt, seq } = opening;
+        let (id, own_epoch, peer) = (opening.id, opening.own_epoch, opening.peer.clone());
         let (news, receiver) = mpsc::channel(1);
-        let result = self.desk.open_decode(now(), (id, own_epoch), peer.clone(), prompt, out);
+        let result = self.desk.open_decode(now(), opening, out);
         if result.is_ok() {
             let leg = DecodeLeg {
                 seq,
@@ -532,7 +529,9 @@ impl Io {
         }
         let speed = self.engine.view().prefill_tokens_per_s;
         let bytes_per_token = self.geometry.token_bytes().0 as f64;
-        speed.and_then(|speed| self.paths.costs(peer, speed, bytes_per_token)).map_or(0, |c| crate::meter::local_below(&c))
+        speed
+            .and_then(|speed| self.paths.costs(peer, speed, bytes_per_token))
+            .map_or(0, |c| crate::meter::local_below(&c))
     }
 
     fn count_import(&self, report: &ImportReport) {

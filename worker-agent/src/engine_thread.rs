@@ -72,10 +72,7 @@ pub enum AuditFailure {
 }
 
 enum Command {
-    Submit {
-        spec: Box<SequenceSpec>,
-        taken: oneshot::Sender<Result<Sequence, SubmitError>>,
-    },
+    Submit { spec: Box<SequenceSpec>, taken: oneshot::Sender<Result<Sequence, SubmitError>> },
     Imported(SeqId, u32),
     StartDecode(SeqId, FirstToken),
     PrefillLocally(SeqId),
@@ -324,7 +321,8 @@ impl Thread {
 
     /// Waits out the time the modelled hardware would have taken, open to commands.
     fn wait_modelled(&mut self, began: Instant, modelled: Duration) -> Go {
-        let before = self.modelled_until.filter(|until| began.saturating_duration_since(*until) < BACK_TO_BACK);
+        let before =
+            self.modelled_until.filter(|until| began.saturating_duration_since(*until) < BACK_TO_BACK);
         let until = before.unwrap_or(began) + modelled;
         self.modelled_until = Some(until);
         loop {

@@ -34,7 +34,7 @@ use baton_config::Epoch;
 use baton_config::protocol::TicketAck;
 
 pub use decode::{Decode, DecodeAction, DecodeEvent};
-pub use desk::{Action, Desk, OpenError};
+pub use desk::{Action, Desk, OpenError, Opening};
 pub use prefill::{Prefill, PrefillAction, PrefillEvent};
 
 /// Every bound of the handoff.

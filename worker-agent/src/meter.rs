@@ -76,18 +76,29 @@ mod tests {
 
     #[test]
     fn the_threshold_is_where_both_ways_take_equally_long() {
-        let costs =
-            Costs { prefill_tokens_per_s: 2_000.0, bytes_per_s: 1e9, bytes_per_token: 100_000.0, overhead_s: 0.004 };
+        let costs = Costs {
+            prefill_tokens_per_s: 2_000.0,
+            bytes_per_s: 1e9,
+            bytes_per_token: 100_000.0,
+            overhead_s: 0.004,
+        };
         // 0.5 ms against 0.1 ms a token: 4 ms of overhead are won back after 10 tokens.
         assert_eq!(local_below(&costs), 10);
-        assert!(local_below(&Costs { overhead_s: 0.04, ..costs }) == 100, "a slower handshake, a higher threshold");
-        assert!(local_below(&Costs { prefill_tokens_per_s: 1_000.0, ..costs }) < 10, "slower compute, a lower one");
+        assert!(
+            local_below(&Costs { overhead_s: 0.04, ..costs }) == 100,
+            "a slower handshake, a higher threshold"
+        );
+        assert!(
+            local_below(&Costs { prefill_tokens_per_s: 1_000.0, ..costs }) < 10,
+            "slower compute, a lower one"
+        );
         assert!(local_below(&Costs { bytes_per_s: 0.5e9, ..costs }) > 10, "a slower link, a higher one");
     }
 
     #[test]
     fn extremes_are_bounded() {
-        let costs = Costs { prefill_tokens_per_s: 1e6, bytes_per_s: 1e6, bytes_per_token: 1e5, overhead_s: 0.001 };
+        let costs =
+            Costs { prefill_tokens_per_s: 1e6, bytes_per_s: 1e6, bytes_per_token: 1e5, overhead_s: 0.001 };
         assert_eq!(local_below(&costs), LOCAL_MAX_TOKENS, "moving is slower than computing");
         assert_eq!(local_below(&Costs { prefill_tokens_per_s: 0.0, ..costs }), 0);
         assert_eq!(local_below(&Costs { bytes_per_s: 0.0, ..costs }), 0);

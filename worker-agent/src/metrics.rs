@@ -3,8 +3,8 @@
 use baton_config::protocol::BlockCounts;
 use baton_transfer::{BackendKind, ErrorKind};
 use prometheus::{
-    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry,
-    TextEncoder,
+    Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
+    Registry, TextEncoder,
 };
 
 use crate::handoff::GiveUp;
@@ -137,8 +137,11 @@ impl Metrics {
             checksum_mismatch: make
                 .counter("transfer_checksum_mismatch_total", "blocks whose bytes failed their digest")?,
             stale_epoch: make.counter("stale_epoch_refused_total", "messages of another life refused")?,
-            fallbacks: make
-                .counters("agent_local_prefill_total", "handoffs given up for a prefill here", &["reason"])?,
+            fallbacks: make.counters(
+                "agent_local_prefill_total",
+                "handoffs given up for a prefill here",
+                &["reason"],
+            )?,
             requests: make.counters("agent_requests_total", "requests that ended", &["kind", "end"])?,
             tokens: make.counters("agent_tokens_total", "tokens by what was done with them", &["kind"])?,
             audit_failures: make.counter("agent_audit_failures_total", "audits that found a discrepancy")?,
@@ -183,6 +186,11 @@ impl Metrics {
     /// Counts bytes read.
     pub fn transfer_bytes(&self, backend: BackendKind, bytes: u64) {
         self.transfer_bytes.with_label_values(&[backend.as_str()]).inc_by(bytes);
+    }
+
+    /// Bytes counted so far.
+    pub fn transferred(&self, backend: BackendKind) -> u64 {
+        self.transfer_bytes.with_label_values(&[backend.as_str()]).get()
     }
 
     /// Counts a read that failed.
@@ -251,7 +259,8 @@ impl Maker<'_> {
     }
 
     fn histogram(&self, name: &str, help: &str) -> prometheus::Result<Histogram> {
-        let opts = HistogramOpts { common_opts: Self::opts(name, help), buckets: TRANSFER_BUCKETS_S.to_vec() };
+        let opts =
+            HistogramOpts { common_opts: Self::opts(name, help), buckets: TRANSFER_BUCKETS_S.to_vec() };
         self.register(Histogram::with_opts(opts)?)
     }
 }

@@ -160,13 +160,16 @@ impl WorkerOptions {
         replica: u16,
     ) -> Result<Self, OptionsError> {
         let known = || fleet.pools.iter().map(|p| p.name.to_string()).collect();
-        let pool = fleet.pool(pool).ok_or_else(|| OptionsError::NoPool { pool: pool.clone(), known: known() })?;
+        let pool =
+            fleet.pool(pool).ok_or_else(|| OptionsError::NoPool { pool: pool.clone(), known: known() })?;
         let model_info = model_info(fleet);
         let engine = match &pool.engine {
             EngineSpec::Reference(spec) => {
                 EngineChoice::Reference { model_dir: fleet.model.path.clone(), threads: spec.threads }
             }
-            EngineSpec::Sim(spec) => EngineChoice::Sim { config: sim_config(spec), model: model_info.clone() },
+            EngineSpec::Sim(spec) => {
+                EngineChoice::Sim { config: sim_config(spec), model: model_info.clone() }
+            }
             other => return Err(OptionsError::Engine { pool: pool.name.clone(), kind: other.kind() }),
         };
         let limits = pool.engine.limits().map_or_else(EngineLimits::default, |limits| EngineLimits {

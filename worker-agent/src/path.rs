@@ -58,14 +58,16 @@ impl Paths {
         }
     }
 
-    /// What decides between fetching and computing, once all of it was measured.
+    /// What decides between fetching and computing, once it was measured.
     pub fn costs(&self, peer: &WorkerId, prefill_tokens_per_s: f64, bytes_per_token: f64) -> Option<Costs> {
         let paths = self.paths();
         let path = paths.get(peer)?;
         let stats = path.session.as_ref()?.stats();
         // A want there, a ticket back, and the first byte of a read.
         let overhead_s = 2.0 * path.round_trip_s.get()? + stats.latency?.as_secs_f64();
-        Some(Costs { prefill_tokens_per_s, bytes_per_s: stats.bytes_per_second?, bytes_per_token, overhead_s })
+        // Reads too small to measure a bandwidth by cost their latency only.
+        let bytes_per_s = stats.bytes_per_second.unwrap_or(f64::INFINITY);
+        Some(Costs { prefill_tokens_per_s, bytes_per_s, bytes_per_token, overhead_s })
     }
 
     /// For `GET /v1/state`: this worker decodes, the peers prefill.

@@ -6,8 +6,11 @@ use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
 use axum::serve::ListenerExt;
+use base64::Engine as _;
 use baton_conductor::client::ClientError;
-use baton_conductor::{Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, WorkerState};
+use baton_conductor::{
+    Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, WorkerState,
+};
 use baton_config::Epoch;
 use baton_engine::engine::EngineError;
 use baton_engine::reference::{LoadError, Reference};
@@ -16,7 +19,6 @@ use baton_engine::{Engine, Executor};
 use baton_transfer::export::{ExportOptions, Exporter, ExporterError};
 use baton_transfer::import::{ImportOptions, Importer};
 use baton_transfer::{Agent, AgentOptions, ArenaMemory, MemoryError, StartError};
-use base64::Engine as _;
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -101,7 +103,9 @@ pub enum RunError {
 }
 
 impl RunError {
-    fn system<E: Into<Box<dyn std::error::Error + Send + Sync>>>(what: &'static str) -> impl FnOnce(E) -> Self {
+    fn system<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
+        what: &'static str,
+    ) -> impl FnOnce(E) -> Self {
         move |source| Self::System { what, source: source.into() }
     }
 }
@@ -179,18 +183,7 @@ impl Worker {
             last_error: Mutex::new(None),
         });
         serve_http(&shared, listener, options.body_max.0);
-        Ok(Self {
-            options,
-            stop,
-            address,
-            shared,
-            io,
-            memory,
-            phase,
-            epoch,
-            engine_thread,
-            handoffs_stop,
-        })
+        Ok(Self { options, stop, address, shared, io, memory, phase, epoch, engine_thread, handoffs_stop })
     }
 
     /// Takes a lease on the name; the worker is in view as joining.
@@ -229,8 +222,9 @@ impl Worker {
         self.phase.send_replace(Phase::Ready);
         membership.set_state(WorkerState::Ready);
         tracing::info!(worker = %self.options.worker, address = %self.address, arena = self.memory.kind(), "ready");
-        let mut drain = membership.drain_requested();
-        let mut engine = self.shared.engine.changes();
+        let drain = asked(membership.drain_requested());
+        let engine = engine_ended(self.shared.engine.clone());
+        tokio::pin!(drain, engine);
         let mut audits = tokio::time::interval(AUDIT_INTERVAL);
         let mut loads = tokio::time::interval(LOAD_INTERVAL);
         loop {
@@ -239,11 +233,8 @@ impl Worker {
                 () = self.stop.now.cancelled() => return Ok(()),
                 () = self.stop.drain.cancelled() => break,
                 () = self.shared.drain.cancelled() => break,
-                Ok(_) = drain.wait_for(|asked| *asked) => break,
-                Ok(view) = engine.wait_for(|view| view.ended.is_some()) => {
-                    let why = view.ended.clone().unwrap_or_default();
-                    return Err(RunError::EngineEnded { why });
-                }
+                () = &mut drain => break,
+                why = &mut engine => return Err(RunError::EngineEnded { why }),
                 Ok(()) = epochs.changed() => {
                     let epoch = *epochs.borrow_and_update();
                     self.enter(epoch).await;
@@ -331,7 +322,8 @@ impl Worker {
             }
         };
         // Requests tell their clients that they end here before the connections go.
-        let requests = tokio::time::timeout(CLOSE_TIMEOUT, shared.in_flight.acquire_many(options.in_flight_max));
+        let requests =
+            tokio::time::timeout(CLOSE_TIMEOUT, shared.in_flight.acquire_many(options.in_flight_max));
         in_time("requests", requests.await.is_ok());
         shared.stop.cancel();
         handoffs_stop.cancel();
@@ -348,6 +340,23 @@ impl Worker {
             join.await
         };
         in_time("the engine", tokio::time::timeout(CLOSE_TIMEOUT, ended).await.is_ok());
+    }
+}
+
+/// Waits until an operator asks for a drain.
+async fn asked(mut drain: watch::Receiver<bool>) {
+    if drain.wait_for(|asked| *asked).await.is_err() {
+        // The membership ended without anybody asking.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Waits until the engine's thread has ended, and says why.
+async fn engine_ended(engine: EngineHandle) -> String {
+    let mut changes = engine.changes();
+    match changes.wait_for(|view| view.ended.is_some()).await {
+        Ok(view) => view.ended.clone().unwrap_or_default(),
+        Err(_) => "its thread is gone".to_owned(),
     }
 }
 
@@ -383,7 +392,11 @@ async fn build_io(
     })
     .await?;
     let geometry = options.arena.geometry;
-    let slots = options.arena.device.as_ref().map_or(0, |device| staging_slots(device.staging.0, geometry.block_bytes()));
+    let slots = options
+        .arena
+        .device
+        .as_ref()
+        .map_or(0, |device| staging_slots(device.staging.0, geometry.block_bytes()));
     let exports = ExportOptions {
         slots,
         integrity: transfer.integrity,
@@ -430,3 +443,6 @@ fn serve_http(shared: &Arc<Shared>, listener: TcpListener, body_max_bytes: u64) 
         }
     });
 }
+
+#[cfg(test)]
+mod tests;

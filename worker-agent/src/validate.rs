@@ -190,7 +190,11 @@ fn sampling(sampling: &Sampling, model: &ModelInfo) -> Result<(), Invalid> {
         range("logit_bias", *bias, penalty.contains(bias), "-100 to 100")?;
     }
     if s.stop_tokens.len() > STOP_TOKENS_MAX {
-        return Err(Invalid::TooMany { field: "stop_tokens", len: s.stop_tokens.len(), max: STOP_TOKENS_MAX });
+        return Err(Invalid::TooMany {
+            field: "stop_tokens",
+            len: s.stop_tokens.len(),
+            max: STOP_TOKENS_MAX,
+        });
     }
     s.stop_tokens.iter().try_for_each(|token| in_vocabulary("stop_tokens", *token, model))
 }

@@ -3,13 +3,13 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use base64::Engine as _;
 use baton_conductor::WorkerRecord;
-use baton_config::protocol::{PeerRef, Want};
 use baton_config::HandoffId;
+use baton_config::protocol::{PeerRef, Want};
 use baton_engine::engine::Writers as EngineWriters;
 use baton_transfer::import::{Pull, PullCause, PullError};
 use baton_transfer::{ConnectError, ErrorKind, Session, TransferError};
-use base64::Engine as _;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -74,8 +74,7 @@ impl Owner {
     fn want(&mut self, id: HandoffId, from_token: u32) {
         let Some(DecodeLeg { peer, epoch, .. }) = self.decodes.get(&id) else { return };
         let (io, peer) = (self.io.clone(), peer.clone());
-        let want =
-            Want { worker: self.io.worker.clone(), epoch: *epoch, to_epoch: peer.epoch, from_token };
+        let want = Want { worker: self.io.worker.clone(), epoch: *epoch, to_epoch: peer.epoch, from_token };
         self.spawn(CancellationToken::new(), async move {
             let start = Instant::now();
             let result = io.peers.post_want(&io.address_of(&peer), id, &want).await;

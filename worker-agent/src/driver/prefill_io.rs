@@ -16,9 +16,8 @@ impl Owner {
         match action {
             PrefillAction::Export { blocks } => {
                 let table = &leg.blocks;
-                let named = |index: u32| {
-                    table.get(index as usize).map(|block| ExportBlock { index, block: block.0 })
-                };
+                let named =
+                    |index: u32| table.get(index as usize).map(|block| ExportBlock { index, block: block.0 });
                 let blocks: Option<Vec<ExportBlock>> = blocks.map(named).collect();
                 self.export(id, blocks.unwrap_or_default());
             }

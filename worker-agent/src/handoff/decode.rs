@@ -193,13 +193,21 @@ struct Importing {
 #[derive(Debug)]
 enum Phase {
     /// The engine has no room yet; `lost` once the handoff is known to be of no use.
-    Queued { lost: Option<GiveUp> },
+    Queued {
+        lost: Option<GiveUp>,
+    },
     /// Blocks are being read.
     Importing(Importing),
     /// Given up; local prefill starts when the read is gone.
-    Aborting { pull: u64, why: GiveUp, until: Instant },
+    Aborting {
+        pull: u64,
+        why: GiveUp,
+        until: Instant,
+    },
     /// Cancelled; the blocks are freed when the read is gone.
-    Fencing { pull: u64 },
+    Fencing {
+        pull: u64,
+    },
     Ended(DecodeEnd),
 }
 
@@ -285,7 +293,9 @@ impl Decode {
     /// Takes one event; what is to be done is appended to `out`.
     pub fn handle(&mut self, now: Instant, event: DecodeEvent, limits: &Limits, out: &mut Vec<DecodeAction>) {
         match event {
-            DecodeEvent::Admitted { cached, local_below } => self.admitted(now, cached, local_below, limits, out),
+            DecodeEvent::Admitted { cached, local_below } => {
+                self.admitted(now, cached, local_below, limits, out)
+            }
             DecodeEvent::Ticket { ticket, waiter } => self.ticket(now, ticket, waiter, limits, out),
             DecodeEvent::WantAnswered(answer) => self.want_answered(now, answer, limits, out),
             DecodeEvent::StatusAnswered(answer) => self.status_answered(now, answer, limits, out),
@@ -346,8 +356,7 @@ impl Decode {
             | Phase::Ended(_) => Some(Answer::Ack(TicketAck::Abandoned)),
             Phase::Queued { lost: None } => None,
             Phase::Importing(import) => {
-                let pause =
-                    if import.pulling.is_some() { limits.keepalive } else { limits.poll_after };
+                let pause = if import.pulling.is_some() { limits.keepalive } else { limits.poll_after };
                 import.next_poll = now + pause;
                 (ticket.seq < self.next_seq).then_some(Answer::Ack(TicketAck::Taken))
             }
@@ -443,7 +452,9 @@ impl Decode {
             if import.pulling.is_some() {
                 return;
             }
-            let Some(geometry) = self.held.get(&self.next_seq).map(|held| held.ticket.geometry) else { return };
+            let Some(geometry) = self.held.get(&self.next_seq).map(|held| held.ticket.geometry) else {
+                return;
+            };
             let mut order = PullOrder {
                 pull: self.pulls,
                 blocks: Vec::new(),

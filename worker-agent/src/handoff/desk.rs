@@ -32,6 +32,19 @@ pub enum Action {
     DecodeEnded(HandoffId, DecodeEnd),
 }
 
+/// A handoff to be opened.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Opening {
+    /// Its id.
+    pub id: HandoffId,
+    /// The life of this worker the request is for.
+    pub own_epoch: Epoch,
+    /// The other side.
+    pub peer: PeerRef,
+    /// Tokens of the prompt.
+    pub prompt: u32,
+}
+
 /// Why a handoff was not opened.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum OpenError {
@@ -180,12 +193,11 @@ impl Desk {
     pub fn open_prefill(
         &mut self,
         now: Instant,
-        (id, own_epoch): (HandoffId, Epoch),
-        peer: PeerRef,
+        opening: Opening,
         geometry: KvGeometry,
-        prompt: u32,
         out: &mut Vec<Action>,
     ) -> Result<(), OpenError> {
+        let Opening { id, own_epoch, peer, prompt } = opening;
         self.may_open(Side::Prefill, id, own_epoch, &peer)?;
         let prefill = Prefill::new(self.own.clone(), own_epoch, peer, geometry, prompt, now);
         self.prefills.insert(id, prefill);
@@ -205,11 +217,10 @@ impl Desk {
     pub fn open_decode(
         &mut self,
         now: Instant,
-        (id, own_epoch): (HandoffId, Epoch),
-        peer: PeerRef,
-        prompt: u32,
+        opening: Opening,
         out: &mut Vec<Action>,
     ) -> Result<(), OpenError> {
+        let Opening { id, own_epoch, peer, prompt } = opening;
         self.may_open(Side::Decode, id, own_epoch, &peer)?;
         self.decodes.insert(id, Decode::new(peer, prompt, now));
         self.settle(now, Side::Decode, id, out);
@@ -238,13 +249,22 @@ impl Desk {
     }
 
     /// A ticket from a prefill worker.
-    pub fn ticket(&mut self, now: Instant, id: HandoffId, ticket: Ticket, waiter: Waiter, out: &mut Vec<Action>) {
+    pub fn ticket(
+        &mut self,
+        now: Instant,
+        id: HandoffId,
+        ticket: Ticket,
+        waiter: Waiter,
+        out: &mut Vec<Action>,
+    ) {
         if self.epoch != Some(ticket.to_epoch) {
             return out.push(Action::Answer { waiter, answer: Answer::Stale { current: self.epoch } });
         }
         if let Some(decode) = self.decodes.get(&id) {
             let answer = match decode.peer() {
-                peer if peer.worker != ticket.worker => Answer::Malformed("the ticket is from another worker"),
+                peer if peer.worker != ticket.worker => {
+                    Answer::Malformed("the ticket is from another worker")
+                }
                 peer if peer.epoch != ticket.epoch => Answer::Stale { current: self.epoch },
                 _ => {
                     let event = DecodeEvent::Ticket { ticket, waiter: Some(waiter) };
@@ -297,7 +317,12 @@ impl Desk {
     ///
     /// # Errors
     /// [`Answer::Unknown`] or [`Answer::Ended`].
-    pub fn status(&mut self, now: Instant, id: HandoffId, out: &mut Vec<Action>) -> Result<HandoffStatus, Answer> {
+    pub fn status(
+        &mut self,
+        now: Instant,
+        id: HandoffId,
+        out: &mut Vec<Action>,
+    ) -> Result<HandoffStatus, Answer> {
         let epoch = self.epoch.ok_or(Answer::Unknown)?;
         let (phase, pending) = if self.prefills.contains_key(&id) {
             self.prefill(now, id, PrefillEvent::Asked, out);

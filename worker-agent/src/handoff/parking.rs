@@ -20,7 +20,13 @@ impl<T> Parking<T> {
     }
 
     /// Keeps `message` until `until`; gives it back when there is no room.
-    pub(super) fn park(&mut self, id: HandoffId, message: T, until: Instant, limits: &Limits) -> Result<(), T> {
+    pub(super) fn park(
+        &mut self,
+        id: HandoffId,
+        message: T,
+        until: Instant,
+        limits: &Limits,
+    ) -> Result<(), T> {
         let here = self.waiting.get(&id).map_or(0, Vec::len);
         if self.count >= limits.parked_max || here >= limits.parked_per_handoff_max {
             return Err(message);

@@ -149,7 +149,9 @@ impl Prefill {
             Some(HandoffOutcome::Cancelled) => "prefill/cancelled".to_owned(),
             Some(HandoffOutcome::Expired) => "prefill/expired".to_owned(),
             None if *computed == 0 => "prefill/queued".to_owned(),
-            None if computed < prompt => format!("prefill/computing {computed} of {prompt}, {next_seq} tickets"),
+            None if computed < prompt => {
+                format!("prefill/computing {computed} of {prompt}, {next_seq} tickets")
+            }
             None => format!("prefill/handing over, {next_seq} tickets"),
         }
     }
@@ -169,7 +171,13 @@ impl Prefill {
     }
 
     /// Takes one event; what is to be done is appended to `out`.
-    pub fn handle(&mut self, now: Instant, event: PrefillEvent, limits: &Limits, out: &mut Vec<PrefillAction>) {
+    pub fn handle(
+        &mut self,
+        now: Instant,
+        event: PrefillEvent,
+        limits: &Limits,
+        out: &mut Vec<PrefillAction>,
+    ) {
         if self.ended.is_some() {
             return;
         }

@@ -94,7 +94,8 @@ pub(crate) fn of_answer(answer: Answer) -> Fault {
     match answer {
         Answer::Stale { current } => {
             let current = current.map_or_else(|| "none".to_owned(), |epoch| epoch.to_string());
-            let message = format!("the message is of another life of a worker, this one is in epoch {current}");
+            let message =
+                format!("the message is of another life of a worker, this one is in epoch {current}");
             Fault::new(StatusCode::CONFLICT, FailureCode::Unavailable, message)
         }
         Answer::Unknown => {
@@ -109,10 +110,10 @@ pub(crate) fn of_answer(answer: Answer) -> Fault {
 
 /// The body of a request, within its limit, parsed.
 pub(crate) fn parse<T: DeserializeOwned>(body: Result<Bytes, BytesRejection>) -> Result<T, Fault> {
-    let body = body.map_err(|rejection| {
-        Fault::new(rejection.status(), FailureCode::Refused, rejection.body_text())
-    })?;
-    serde_json::from_slice(&body).map_err(|error| Fault::refused(format!("the body is not understood: {error}")))
+    let body = body
+        .map_err(|rejection| Fault::new(rejection.status(), FailureCode::Refused, rejection.body_text()))?;
+    serde_json::from_slice(&body)
+        .map_err(|error| Fault::refused(format!("the body is not understood: {error}")))
 }
 
 /// The id in the path.

@@ -7,19 +7,19 @@ use axum::body::Bytes;
 use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
-use baton_config::protocol::{FailureCode, GenerateEvent, GenerateRequest, HandoffRef, PrefillReport};
 use baton_config::HandoffId;
-use baton_engine::engine::{Purpose, SequenceSpec, Writers};
+use baton_config::protocol::{FailureCode, GenerateEvent, GenerateRequest, HandoffRef, PrefillReport};
 use baton_engine::EngineEvent;
+use baton_engine::engine::{Purpose, SequenceSpec, Writers};
 use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::fault::{Fault, parse};
 use super::{Phase, Shared, lines};
-use crate::driver::{DecodeNews, Opening, OpenFailure};
+use crate::driver::{DecodeNews, OpenFailure};
 use crate::engine_thread::Sequence;
 use crate::handoff::decode::ImportReport;
-use crate::handoff::{GiveUp, OpenError};
+use crate::handoff::{GiveUp, OpenError, Opening};
 use crate::metrics::{RequestEnd, RequestKind, TokenKind};
 use crate::validate;
 
@@ -55,7 +55,8 @@ async fn begin(
         return Err(Fault::unavailable("this worker takes no new requests now"));
     }
     let permit = Arc::clone(&shared.in_flight).try_acquire_owned();
-    let permit = permit.map_err(|_| Fault::overloaded("as many requests as this worker takes are in flight"))?;
+    let permit =
+        permit.map_err(|_| Fault::overloaded("as many requests as this worker takes are in flight"))?;
     let (out, lines) = mpsc::channel(LINES_MAX);
     let (started, answer) = oneshot::channel();
     let task_shared = Arc::clone(shared);
@@ -106,8 +107,16 @@ impl Generation {
         out: mpsc::Sender<Bytes>,
     ) -> Result<Self, Fault> {
         let prompt = u32::try_from(request.tokens.len()).unwrap_or(u32::MAX);
-        let GenerateRequest { tokens, generated, max_tokens, sampling, cache_salt, logits_digest, handoff, .. } =
-            request;
+        let GenerateRequest {
+            tokens,
+            generated,
+            max_tokens,
+            sampling,
+            cache_salt,
+            logits_digest,
+            handoff,
+            ..
+        } = request;
         let spec = SequenceSpec {
             tokens,
             generated,
@@ -122,8 +131,8 @@ impl Generation {
         let mut fallback = None;
         let mut opened = None;
         if let Some(HandoffRef { id, own_epoch, peer }) = handoff {
-            let opening = Opening { id, own_epoch, peer, prompt, seq: sequence.id };
-            match shared.handoffs.open_decode(opening).await {
+            let opening = Opening { id, own_epoch, peer, prompt };
+            match shared.handoffs.open_decode(opening, sequence.id).await {
                 Ok(news) => opened = Some((id, news)),
                 Err(failure) => {
                     shared.engine.cancel(sequence.id, Writers::Gone).await;

@@ -25,6 +25,8 @@ pub(super) fn line<T: Serialize>(value: &T) -> Bytes {
 
 /// An answer made of the lines that come through a channel; the sender sees when the client has left.
 pub(super) fn response(mut lines: mpsc::Receiver<Bytes>) -> Response {
-    let lines = stream::poll_fn(move |context| lines.poll_recv(context).map(|line| line.map(Ok::<_, std::convert::Infallible>)));
+    let lines = stream::poll_fn(move |context| {
+        lines.poll_recv(context).map(|line| line.map(Ok::<_, std::convert::Infallible>))
+    });
     ([(http::header::CONTENT_TYPE, NDJSON)], Body::from_stream(lines)).into_response()
 }

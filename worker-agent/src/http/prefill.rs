@@ -16,9 +16,8 @@ use tokio::time::Instant;
 
 use super::fault::{Fault, parse};
 use super::{Phase, Shared};
-use crate::driver::Opening;
 use crate::engine_thread::Sequence;
-use crate::handoff::PrefillEvent;
+use crate::handoff::{Opening, PrefillEvent};
 use crate::metrics::{RequestEnd, RequestKind, TokenKind};
 use crate::validate;
 
@@ -43,7 +42,8 @@ async fn begin(shared: &Arc<Shared>, body: Result<Bytes, BytesRejection>) -> Res
         return Err(Fault::unavailable("this worker takes no new requests now"));
     }
     let permit = Arc::clone(&shared.in_flight).try_acquire_owned();
-    let permit = permit.map_err(|_| Fault::overloaded("as many requests as this worker takes are in flight"))?;
+    let permit =
+        permit.map_err(|_| Fault::overloaded("as many requests as this worker takes are in flight"))?;
     let (reply, answer) = oneshot::channel();
     let task_shared = Arc::clone(shared);
     shared.tasks.spawn(async move {
@@ -85,8 +85,8 @@ impl Export {
         };
         let sequence = shared.engine.submit(spec).await?;
         let HandoffRef { id, own_epoch, peer } = handoff;
-        let opening = Opening { id, own_epoch, peer, prompt, seq: sequence.id };
-        match shared.handoffs.open_prefill(opening).await {
+        let opening = Opening { id, own_epoch, peer, prompt };
+        match shared.handoffs.open_prefill(opening, sequence.id).await {
             Ok(outcome) => Ok(Self {
                 shared,
                 id,

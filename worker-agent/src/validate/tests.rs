@@ -58,7 +58,9 @@ fn every_impossible_value_is_named() {
         (
             format!(
                 r#"{{"handoff":{}}}"#,
-                HANDOFF.replace("0123456789abcdef0123456789abcdef", &"0".repeat(32)).replace("ADDRESS", "a:1")
+                HANDOFF
+                    .replace("0123456789abcdef0123456789abcdef", &"0".repeat(32))
+                    .replace("ADDRESS", "a:1")
             ),
             "a handoff id of zero",
         ),
@@ -88,8 +90,22 @@ fn no_number_at_all_is_refused_too() {
 #[test]
 fn an_address_can_not_smuggle_anything_into_a_url() {
     for address in [
-        "", "host", "host:", "host:0", "host:65536", ":80", "host:+80", "user@host:80", "host/path:80", "a b:80",
-        "host:80/x", "http://host:80", "[::1:80", "[zz]:80", "host?x:80", "host#x:80",
+        "",
+        "host",
+        "host:",
+        "host:0",
+        "host:65536",
+        ":80",
+        "host:+80",
+        "user@host:80",
+        "host/path:80",
+        "a b:80",
+        "host:80/x",
+        "http://host:80",
+        "[::1:80",
+        "[zz]:80",
+        "host?x:80",
+        "host#x:80",
     ] {
         let patch = format!(r#"{{"handoff":{}}}"#, HANDOFF.replace("ADDRESS", address));
         let result = generate(&parse(&patch), &model());

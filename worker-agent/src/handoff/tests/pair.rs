@@ -8,13 +8,15 @@ use std::collections::{BTreeMap, BinaryHeap, HashMap};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
-use baton_config::protocol::{FirstToken, HandoffOutcome, HandoffStatus, PeerRef, Ticket, TicketAck, TicketBlock, Want};
+use baton_config::protocol::{
+    FirstToken, HandoffOutcome, HandoffStatus, PeerRef, Ticket, TicketAck, TicketBlock, Want,
+};
 use baton_config::{Dtype, Epoch, HandoffId, KvGeometry, KvLayout, WorkerId};
 
 use crate::handoff::decode::{DecodeEnd, PullOrder, Writers};
 use crate::handoff::{
-    Action, Answer, DecodeAction, DecodeEvent, Desk, GiveUp, Limits, PeerFault, PrefillAction, PrefillEvent,
-    PullFault, Side, Waiter,
+    Action, Answer, DecodeAction, DecodeEvent, Desk, GiveUp, Limits, Opening, PeerFault, PrefillAction,
+    PrefillEvent, PullFault, Side, Waiter,
 };
 
 /// Deterministic numbers from a seed (splitmix64).
@@ -277,7 +279,8 @@ impl Pair {
 
     fn next_time(&self) -> Option<Instant> {
         let queued = self.queue.peek().map(|Reverse((at, _))| *at);
-        let desks = [&self.prefill, &self.decode].into_iter().filter(|w| w.alive).filter_map(|w| w.desk.deadline());
+        let desks =
+            [&self.prefill, &self.decode].into_iter().filter(|w| w.alive).filter_map(|w| w.desk.deadline());
         queued.into_iter().chain(desks).min().map(|at| at.max(self.now))
     }
 
@@ -444,7 +447,8 @@ impl Pair {
         let (own, peer) = (self.prefill.epoch, self.decode.epoch);
         let prompt = self.requests[&id].prompt;
         let peer = PeerRef { worker: name(Side::Decode), epoch: peer, address: "d".into() };
-        if self.prefill.desk.open_prefill(now, (id, own), peer, geometry(), prompt, &mut out).is_ok() {
+        let opening = Opening { id, own_epoch: own, peer, prompt };
+        if self.prefill.desk.open_prefill(now, opening, geometry(), &mut out).is_ok() {
             let stuck = self.requests[&id].prefill_stuck;
             let request = self.requests.get_mut(&id).unwrap();
             assert!(request.p_free, "opened twice");
@@ -479,7 +483,8 @@ impl Pair {
         let (own, peer) = (self.decode.epoch, self.prefill.epoch);
         let prompt = self.requests[&id].prompt;
         let peer = PeerRef { worker: name(Side::Prefill), epoch: peer, address: "p".into() };
-        if self.decode.desk.open_decode(now, (id, own), peer, prompt, &mut out).is_ok() {
+        let opening = Opening { id, own_epoch: own, peer, prompt };
+        if self.decode.desk.open_decode(now, opening, &mut out).is_ok() {
             let after = if self.dice.permille(300) {
                 self.dice.micros(1_000..3_000_000)
             } else {
@@ -567,7 +572,9 @@ impl Pair {
                 let event = PrefillEvent::Answered { seq: ticket.seq, result };
                 worker.desk.prefill(now, id, event, &mut out);
             }
-            (Reply::Want(result), _) => worker.desk.decode(now, id, DecodeEvent::WantAnswered(result), &mut out),
+            (Reply::Want(result), _) => {
+                worker.desk.decode(now, id, DecodeEvent::WantAnswered(result), &mut out)
+            }
             (Reply::Status(result), _) => {
                 worker.desk.decode(now, id, DecodeEvent::StatusAnswered(result), &mut out);
             }

@@ -1,0 +1,415 @@
+//! Two workers and a conductor in one process, each worker on a runtime of its own, over loopback.
+
+mod fleet;
+
+use std::time::Duration;
+
+use baton_config::protocol::{
+    FailureCode, FinishReason, GenerateEvent, HandoffOutcome, KvEvent, WorkerError,
+};
+use baton_config::{Epoch, HandoffId};
+use baton_engine::sim::oracle;
+use baton_transfer::{ArenaMemory, BackendKind};
+
+use fleet::{Fleet, Setup, prompt, until};
+
+/// Lengths around the edges of blocks of 16 and 32 tokens and of chunks of 64.
+const LENGTHS: [usize; 12] = [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 130, 300];
+
+/// Every prompt disaggregated gives the tokens and the logits bits of a worker alone.
+fn proves_equal(setup: Setup) {
+    let fleet = Fleet::start(setup);
+    let (p, d, lone) = (fleet.prefill("p-0"), fleet.decode("d-0"), fleet.alone("lone"));
+    fleet.block_on(async {
+        for (n, length) in LENGTHS.into_iter().enumerate() {
+            let request = fleet.request(prompt(n as u64, length, fleet.vocab()), 12);
+            let alone = fleet.generate(&lone, &request).await;
+            let (apart, reply) = fleet.hand_over(&p, &d, &request, n as u128 + 1).await;
+            assert_eq!(alone.tokens, apart.tokens, "{length} tokens");
+            assert_eq!(alone.digests, apart.digests, "{length} tokens");
+            assert!(alone.digests.iter().all(Option::is_some));
+            assert_eq!(apart.report.fallback, None, "{length} tokens");
+            assert_eq!(apart.report.imported_tokens as usize, length);
+            assert!(apart.report.imported_bytes > 0);
+            let reply = reply.unwrap();
+            assert_eq!(reply.outcome, HandoffOutcome::Done, "{length} tokens");
+            if let Some(config) = fleet.sim() {
+                assert_eq!(apart.tokens, oracle(&config, &fleet.model(), &request.tokens, 12));
+            }
+        }
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+        p.audit().await;
+        d.audit().await;
+        let text = d.text("/metrics").await;
+        let line = format!("baton_transfer_bytes_total{{backend=\"{}\"}} 0", setup.backend);
+        assert!(!text.contains(&line), "the blocks came over {}", setup.backend);
+    });
+}
+
+#[test]
+fn simulated_over_tcp_from_a_device_to_other_blocks() {
+    proves_equal(Setup { backend: BackendKind::Tcp, ..Setup::sim() });
+}
+
+#[test]
+fn simulated_over_shm_from_a_device_to_other_blocks() {
+    proves_equal(Setup { backend: BackendKind::Shm, ..Setup::sim() });
+}
+
+#[test]
+fn simulated_over_shm_from_host_memory() {
+    proves_equal(Setup { backend: BackendKind::Shm, device: false, ..Setup::sim() });
+}
+
+#[test]
+fn reference_over_tcp_from_host_memory() {
+    proves_equal(Setup { backend: BackendKind::Tcp, device: false, ..Setup::reference() });
+}
+
+#[test]
+fn reference_over_shm_from_a_device() {
+    proves_equal(Setup { backend: BackendKind::Shm, ..Setup::reference() });
+}
+
+#[test]
+fn many_at_a_time() {
+    let fleet = Fleet::start(Setup { blocks: 600, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let one = async |n: u64| {
+            let request = fleet.request(prompt(n, 20 + (n as usize * 37) % 400, fleet.vocab()), 8);
+            let (apart, _) = fleet.hand_over(&p, &d, &request, u128::from(n) + 1).await;
+            let expected = oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 8);
+            assert_eq!(apart.tokens, expected, "request {n}");
+            apart.report.fallback
+        };
+        let fallbacks = futures_util::future::join_all((0..64).map(one)).await;
+        assert_eq!(fallbacks, vec![None; 64]);
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+        p.audit().await;
+        d.audit().await;
+    });
+}
+
+#[test]
+fn only_what_is_not_cached_moves() {
+    let fleet = Fleet::start(Setup { prefix_cache: true, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let shared = prompt(1, 128, fleet.vocab());
+        let first = fleet.request(shared.clone(), 4);
+        let (apart, _) = fleet.hand_over(&p, &d, &first, 1).await;
+        assert_eq!(apart.report.imported_tokens, 128);
+        let bytes_per_token = apart.report.imported_bytes / 128;
+        let mut longer = shared;
+        longer.extend(prompt(2, 40, fleet.vocab()));
+        let second = fleet.request(longer.clone(), 4);
+        let (apart, reply) = fleet.hand_over(&p, &d, &second, 2).await;
+        assert_eq!((apart.report.cached_tokens, apart.report.imported_tokens), (128, 40));
+        // Blocks of 32 tokens at the source: 40 tokens lie in two of them.
+        assert_eq!(apart.report.imported_bytes, 2 * 32 * bytes_per_token);
+        assert_eq!(reply.unwrap().cached_tokens, 128);
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &longer, 4));
+    });
+}
+
+#[test]
+fn bytes_corrupted_after_the_ticket_are_caught_and_prefilled_again() {
+    let fleet = Fleet::start(Setup { device: false, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(3, 160, fleet.vocab()), 6);
+        let prefill = fleet.start_prefill(&p, &d, &request, 7);
+        // The tickets wait at the decode worker, whose request has not come yet.
+        until("tickets are out", || d.parked() > 0).await;
+        until("the last ticket is out", || p.pending_blocks(7) == 5).await;
+        let ArenaMemory::Host(memory) = p.memory() else { panic!("host memory") };
+        let offset = p.pending_offsets(7)[3];
+        let mut byte = [0];
+        memory.read(offset + 100, &mut byte);
+        memory.write(offset + 100, &[byte[0] ^ 4]);
+        let apart = fleet.generate_from(&d, &p, &request, 7).await;
+        assert_eq!(apart.report.fallback.as_deref(), Some("integrity"));
+        assert!(apart.report.imported_tokens <= 96, "what came before the bad block, at most");
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 6));
+        let text = d.text("/metrics").await;
+        assert!(text.contains("baton_transfer_checksum_mismatch_total 2"), "read twice, caught twice");
+        assert!(text.contains("baton_agent_local_prefill_total{reason=\"integrity\"} 1"));
+        assert_eq!(prefill.await.unwrap().outcome, HandoffOutcome::Cancelled);
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+    });
+}
+
+#[test]
+fn a_prefill_worker_killed_at_work_costs_only_time() {
+    let fleet = Fleet::start(Setup { us_per_token: 1_500.0, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(4, 300, fleet.vocab()), 6);
+        let prefill = fleet.start_prefill(&p, &d, &request, 1);
+        let generate = fleet.generate_from(&d, &p, &request, 1);
+        let kill = async {
+            until("something was imported", || d.imported_bytes() > 0).await;
+            p.kill();
+        };
+        let (apart, ()) = tokio::join!(generate, kill);
+        assert!(prefill.await.is_err(), "the connection broke");
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 6));
+        let report = apart.report;
+        assert!(
+            report.fallback.is_some() && report.imported_tokens > 0,
+            "verified blocks are kept: {report:?}"
+        );
+        until("all blocks back", || d.in_use() == 0).await;
+        d.audit().await;
+    });
+}
+
+#[test]
+fn a_decode_worker_killed_frees_the_prefill_workers_blocks() {
+    let fleet = Fleet::start(Setup { us_per_token: 1_500.0, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(5, 300, fleet.vocab()), 6);
+        let prefill = fleet.start_prefill(&p, &d, &request, 1);
+        let generate = fleet.start_generate(&d, &p, &request, 1);
+        until("the prefill runs", || p.in_use() > 0 && d.imported_bytes() > 0).await;
+        d.kill();
+        drop(generate);
+        let reply = prefill.await.unwrap();
+        assert_eq!(reply.outcome, HandoffOutcome::Expired);
+        until("all blocks back", || p.in_use() == 0).await;
+        p.audit().await;
+    });
+}
+
+#[test]
+fn a_client_that_leaves_frees_everything_in_any_phase() {
+    let fleet = Fleet::start(Setup { us_per_token: 500.0, decode_us: 3_000.0, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        for (n, wait_ms) in [0u64, 5, 20, 60, 120, 200, 300, 500].into_iter().enumerate() {
+            let id = n as u128 + 1;
+            let request = fleet.request(prompt(n as u64, 300, fleet.vocab()), 400);
+            let prefill = fleet.start_prefill(&p, &d, &request, id);
+            let generate = fleet.start_generate(&d, &p, &request, id);
+            tokio::time::sleep(Duration::from_millis(wait_ms)).await;
+            drop((prefill, generate));
+            let left = std::time::Instant::now();
+            until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+            println!("left after {wait_ms} ms: blocks back in {:?}", left.elapsed());
+        }
+        p.audit().await;
+        d.audit().await;
+    });
+}
+
+#[test]
+fn deleting_a_handoff_ends_it_on_both_sides_and_the_request_goes_on() {
+    let fleet = Fleet::start(Setup { us_per_token: 800.0, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(8, 300, fleet.vocab()), 5);
+        let prefill = fleet.start_prefill(&p, &d, &request, 1);
+        let generate = fleet.generate_from(&d, &p, &request, 1);
+        let delete = async {
+            until("the prefill runs", || p.in_use() > 0 && d.imported_bytes() > 0).await;
+            fleet.delete(&p, 1).await;
+        };
+        let (apart, ()) = tokio::join!(generate, delete);
+        assert_eq!(prefill.await.unwrap().outcome, HandoffOutcome::Cancelled);
+        assert!(apart.report.fallback.is_some());
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 5));
+        // A request that comes after its handoff was deleted.
+        fleet.delete(&d, 2).await;
+        let apart = fleet.generate_from(&d, &p, &request, 2).await;
+        assert_eq!(apart.report.fallback.as_deref(), Some("peer_ended"));
+        fleet.delete(&p, 3).await;
+        let refused = fleet.start_prefill(&p, &d, &request, 3).await.unwrap_err();
+        assert_eq!(refused, 410);
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+    });
+}
+
+#[test]
+fn a_prefill_that_never_comes_is_not_waited_for() {
+    let fleet = Fleet::start(Setup::sim());
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(9, 50, fleet.vocab()), 5);
+        let apart = fleet.generate_from(&d, &p, &request, 1).await;
+        assert_eq!(apart.report.fallback.as_deref(), Some("peer_unknown"));
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 5));
+        let reply = fleet.start_prefill(&p, &d, &request, 2).await.unwrap();
+        assert_eq!(reply.outcome, HandoffOutcome::Expired, "nor is a decode that never comes");
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+    });
+}
+
+#[test]
+fn messages_of_another_life_are_refused_and_counted() {
+    let fleet = Fleet::start(Setup::sim());
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(9, 50, fleet.vocab()), 5);
+        let mut body = fleet.generate_with(&d, &p, &request, 1);
+        body.handoff.as_mut().unwrap().own_epoch = Epoch(d.epoch().0 + 100);
+        let response = fleet.post(&d, "/v1/generate", &body).await.unwrap();
+        assert_eq!(response.status().as_u16(), 409);
+        let error: WorkerError = response.json().await.unwrap();
+        assert_eq!(error.code, FailureCode::Unavailable);
+        let want = serde_json::json!({"worker": "d-0", "epoch": d.epoch(), "to_epoch": 0, "from_token": 0});
+        let path = format!("/v1/handoffs/{}/want", HandoffId(1));
+        assert_eq!(fleet.post(&p, &path, &want).await.unwrap().status().as_u16(), 409);
+        assert!(d.text("/metrics").await.contains("baton_stale_epoch_refused_total 1"));
+        assert!(p.text("/metrics").await.contains("baton_stale_epoch_refused_total 1"));
+        assert_eq!(d.in_use(), 0);
+    });
+}
+
+#[test]
+fn bad_input_is_refused_with_a_reason() {
+    let fleet = Fleet::start(Setup::sim());
+    let d = fleet.decode("d-0");
+    fleet.block_on(async {
+        for (path, body, status) in [
+            ("/v1/generate", "", 400),
+            ("/v1/generate", "{", 400),
+            ("/v1/generate", r#"{"request_id":"r","tokens":[],"max_tokens":1}"#, 400),
+            ("/v1/generate", r#"{"request_id":"r","tokens":[1],"max_tokens":1,"surprise":1}"#, 400),
+            ("/v1/generate", r#"{"request_id":"r","tokens":["1"],"max_tokens":1}"#, 400),
+            ("/v1/generate", r#"{"request_id":"r","tokens":[-1],"max_tokens":1}"#, 400),
+            ("/v1/prefill", r#"{"request_id":"r","tokens":[1]}"#, 400),
+            ("/v1/handoffs/zz/ticket", "{}", 400),
+            ("/v1/handoffs/00000000000000000000000000000001/ticket", "{}", 400),
+            ("/v1/handoffs/00000000000000000000000000000001/want", "[]", 400),
+            ("/v1/nothing", "", 404),
+        ] {
+            let response = fleet.post_text(&d, path, body).await;
+            let answered = response.status().as_u16();
+            let error: WorkerError = response.json().await.unwrap();
+            assert_eq!((answered, error.code), (status, FailureCode::Refused), "{path} {body}: {error:?}");
+            assert!(!error.message.is_empty());
+        }
+        let large = "x".repeat(fleet::BODY_MAX + 1);
+        assert_eq!(fleet.post_text(&d, "/v1/generate", &large).await.status().as_u16(), 413);
+        let unknown = d.get("/v1/handoffs/00000000000000000000000000000001").await;
+        assert_eq!(unknown.status().as_u16(), 404);
+        assert_eq!(d.get("/v1/kv/events?since=x").await.status().as_u16(), 400);
+    });
+}
+
+#[test]
+fn a_drained_worker_finishes_what_it_has_and_leaves() {
+    let fleet = Fleet::start(Setup { decode_us: 10_000.0, ..Setup::sim() });
+    let d = fleet.decode("d-0");
+    fleet.block_on(async {
+        let request = fleet.request(prompt(1, 20, fleet.vocab()), 60);
+        let running = fleet.start_generate_alone(&d, &request);
+        until("it runs", || d.in_use() > 0).await;
+        assert_eq!(fleet.post_text(&d, "/v1/drain", "").await.status().as_u16(), 202);
+        until("it says so", || d.readyz() == 503).await;
+        let refused = fleet.post(&d, "/v1/generate", &request).await.unwrap();
+        assert_eq!(refused.status().as_u16(), 503);
+        let done = running.await.unwrap();
+        assert_eq!(done.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 60));
+        assert_eq!(done.reason, Some(FinishReason::Length));
+        d.ended().await;
+        fleet.wait_gone("d-0").await;
+    });
+}
+
+#[test]
+fn kv_events_can_be_followed_and_taken_up_again() {
+    let fleet = Fleet::start(Setup { prefix_cache: true, ..Setup::sim() });
+    let d = fleet.decode("d-0");
+    fleet.block_on(async {
+        let mut follower = d.follow(0).await;
+        let request = fleet.request(prompt(1, 64, fleet.vocab()), 2);
+        fleet.generate(&d, &request).await;
+        let batch = follower.next().await;
+        assert_eq!((batch.epoch, batch.snapshot, batch.block_tokens), (d.epoch(), false, 16));
+        let KvEvent::Stored { blocks, .. } = &batch.events[0] else { panic!("{batch:?}") };
+        let hashes = baton_config::prefix::block_hashes(0, 16, &request.tokens);
+        assert_eq!(blocks[0], hashes[0]);
+        let other = fleet.request(prompt(2, 64, fleet.vocab()), 2);
+        fleet.generate(&d, &other).await;
+        let mut seq = batch.seq;
+        let mut again = d.follow(seq).await;
+        let next = again.next().await;
+        assert!(!next.snapshot && next.seq > seq);
+        seq = next.seq;
+        // A number this life has not reached yet comes from another one: a snapshot replaces all.
+        let snapshot = d.follow(seq + 1000).await.next().await;
+        assert!(snapshot.snapshot);
+        let known: Vec<_> = snapshot
+            .events
+            .iter()
+            .flat_map(|e| match e {
+                KvEvent::Stored { blocks, .. } => blocks.clone(),
+                _ => panic!("{e:?} in a snapshot"),
+            })
+            .collect();
+        assert!(hashes.iter().all(|hash| known.contains(hash)));
+    });
+}
+
+#[test]
+fn a_lost_conductor_is_not_missed_and_found_again() {
+    let mut fleet = Fleet::start(Setup::sim());
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    let before = d.epoch();
+    fleet.stop_conductor();
+    fleet.block_on(async {
+        let request = fleet.request(prompt(1, 100, fleet.vocab()), 4);
+        let (apart, _) = fleet.hand_over(&p, &d, &request, 1).await;
+        assert_eq!(apart.report.fallback, None);
+    });
+    fleet.start_conductor();
+    fleet.block_on(async {
+        until("both are in a new life", || d.epoch() > before && p.epoch() > before).await;
+        fleet.wait_ready("p-0", p.epoch()).await;
+        fleet.wait_ready("d-0", d.epoch()).await;
+        until("each sees the other", || p.sees(&d) && d.sees(&p)).await;
+        let request = fleet.request(prompt(2, 100, fleet.vocab()), 4);
+        let (apart, _) = fleet.hand_over(&p, &d, &request, 2).await;
+        assert_eq!(apart.report.fallback, None);
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 4));
+    });
+}
+
+#[test]
+fn a_short_prompt_is_prefilled_where_it_is_decoded_once_that_is_known_to_be_quicker() {
+    let fleet = Fleet::start(Setup { local_prefill: true, us_per_token: 5.0, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        // Measures the link, then the own prefill.
+        let long = fleet.request(prompt(1, 400, fleet.vocab()), 2);
+        let (apart, _) = fleet.hand_over(&p, &d, &long, 1).await;
+        assert_eq!(apart.report.fallback, None, "nothing was measured yet");
+        fleet.generate(&d, &fleet.request(prompt(2, 400, fleet.vocab()), 2)).await;
+        let short = fleet.request(prompt(3, 2, fleet.vocab()), 4);
+        let (apart, reply) = fleet.hand_over(&p, &d, &short, 2).await;
+        assert_eq!(apart.report.fallback.as_deref(), Some("short"));
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &short.tokens, 4));
+        if let Ok(reply) = reply {
+            assert_eq!(reply.outcome, HandoffOutcome::Cancelled);
+        }
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+    });
+}
+
+#[test]
+fn a_stream_is_a_line_an_event_and_a_report_before_the_first_token() {
+    let fleet = Fleet::start(Setup::sim());
+    let d = fleet.decode("d-0");
+    fleet.block_on(async {
+        let request = fleet.request(prompt(1, 20, fleet.vocab()), 3);
+        let body = fleet.post(&d, "/v1/generate", &request).await.unwrap().text().await.unwrap();
+        let events: Vec<GenerateEvent> = body.lines().map(|l| serde_json::from_str(l).unwrap()).collect();
+        assert!(matches!(events[0], GenerateEvent::Prefilled(_)));
+        assert!(events[1..4].iter().all(|e| matches!(e, GenerateEvent::Token { .. })));
+        assert!(matches!(events[4], GenerateEvent::Finished { reason: FinishReason::Length }));
+        assert_eq!(events.len(), 5);
+    });
+}
