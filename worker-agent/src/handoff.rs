@@ -2,6 +2,7 @@
 //!
 //! ```text
 //!   decode worker                                              prefill worker
+//!          ◄─── empty ticket: are you there? ─────────────────         (only where staging is scarce)
 //!   Decode ──── want{from_token} ────────────────────────────► Prefill
 //!          ◄─── ticket{seq, blocks, digests, [first token]} ──         (one per finished chunk)
 //!          ──── reads the blocks, verifies every digest
@@ -80,6 +81,9 @@ pub struct Limits {
     pub post_faults_max: u32,
     /// Blocks in one ticket.
     pub ticket_blocks_max: u32,
+    /// Whether blocks are brought out only for a peer that has room for them: where staging is scarce, peers that wait
+    /// for room themselves must not hold it.
+    pub stage_on_want: bool,
     /// The prefill side's backstop: blocks are freed after so long without hearing from the decode side.
     pub lease: Duration,
 }
@@ -107,6 +111,7 @@ impl Default for Limits {
             post_fault_pause: Duration::from_millis(100),
             post_faults_max: 3,
             ticket_blocks_max: 64,
+            stage_on_want: false,
             lease: Duration::from_secs(30),
         }
     }

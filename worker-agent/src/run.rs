@@ -160,6 +160,7 @@ impl Worker {
         let mut limits = options.handoff.clone();
         let max_blocks = u32::try_from(io.exporter.max_blocks()).unwrap_or(u32::MAX);
         limits.ticket_blocks_max = limits.ticket_blocks_max.min(max_blocks);
+        limits.stage_on_want = options.arena.device.is_some();
         let handoffs = Handoffs::start(Arc::clone(&io), limits, handoffs_stop.clone());
         let (phase, phase_reader) = watch::channel(Phase::Joining);
         let (epoch, epoch_reader) = watch::channel(None);

@@ -19,7 +19,8 @@ impl<T> Parking<T> {
         Self { waiting: HashMap::new(), count: 0 }
     }
 
-    /// Keeps `message` until `until`; gives it back when there is no room.
+    /// Keeps `message` until `until`, or until the first one of its handoff is over: posting again buys no time.
+    /// Gives it back when there is no room.
     pub(super) fn park(
         &mut self,
         id: HandoffId,
@@ -28,6 +29,8 @@ impl<T> Parking<T> {
         limits: &Limits,
     ) -> Result<(), T> {
         let here = self.waiting.get(&id).map_or(0, Vec::len);
+        let first = self.waiting.get(&id).and_then(|messages| messages.first()).map(|(until, _)| *until);
+        let until = first.map_or(until, |first| first.min(until));
         if self.count >= limits.parked_max || here >= limits.parked_per_handoff_max {
             return Err(message);
         }

@@ -91,6 +91,9 @@ pub struct Prefill {
     prompt: u32,
     computed: u32,
     from_token: u32,
+    /// The peer has room: it said so, asked, or took the first ticket.
+    wanted: bool,
+    greeted: bool,
     /// Blocks below were exported or are not wanted.
     next_index: u32,
     exporting: Option<Range<u32>>,
@@ -120,6 +123,8 @@ impl Prefill {
             prompt,
             computed: 0,
             from_token: 0,
+            wanted: false,
+            greeted: false,
             next_index: 0,
             exporting: None,
             next_seq: 0,
@@ -193,13 +198,18 @@ impl Prefill {
             }
             PrefillEvent::Want { from_token } => {
                 self.contact = now;
+                self.wanted = true;
                 // The peer always needs the last token, whatever it says.
                 self.from_token = self.from_token.max(from_token.min(self.prompt - 1));
                 self.advance(now, limits, out);
             }
             PrefillEvent::Exported(result) => self.exported(now, result, limits, out),
             PrefillEvent::Answered { seq, result } => self.answered(now, seq, result, limits, out),
-            PrefillEvent::Asked => self.contact = now,
+            PrefillEvent::Asked => {
+                self.contact = now;
+                self.wanted = true;
+                self.advance(now, limits, out);
+            }
             PrefillEvent::PeerGone => self.end(HandoffOutcome::Cancelled, false, out),
             PrefillEvent::Cancel => self.end(HandoffOutcome::Cancelled, true, out),
             PrefillEvent::EngineFailed => self.end(HandoffOutcome::Cancelled, true, out),
@@ -218,6 +228,13 @@ impl Prefill {
 
     fn advance(&mut self, now: Instant, limits: &Limits, out: &mut Vec<PrefillAction>) {
         if self.exporting.is_some() {
+            return;
+        }
+        if limits.stage_on_want && !self.wanted {
+            // A ticket without blocks finds out whether the peer is there, and is taken once it has room.
+            if !std::mem::replace(&mut self.greeted, true) {
+                self.post(now, Vec::new(), 0, limits, out);
+            }
             return;
         }
         let finished = self.finished_blocks();
@@ -297,8 +314,11 @@ impl Prefill {
                 if !blocks.is_empty() {
                     out.push(PrefillAction::ReleaseStaged { blocks });
                 }
+                self.wanted = true;
                 if self.first_posted && self.posted.is_empty() {
                     self.end(HandoffOutcome::Done, false, out);
+                } else {
+                    self.advance(now, limits, out);
                 }
             }
             Ok(TicketAck::Abandoned) | Err(PeerFault::Stale | PeerFault::Ended) => {

@@ -214,7 +214,7 @@ fn first_of(id: HandoffId) -> FirstToken {
 impl Pair {
     pub(super) fn new(seed: u64, faults: Faults) -> Self {
         let start = Instant::now();
-        let limits = Limits { ticket_blocks_max: 4, ..Limits::default() };
+        let limits = Limits { ticket_blocks_max: 4, stage_on_want: seed % 2 == 1, ..Limits::default() };
         let worker = |side, epoch| {
             let mut desk = Desk::new(name(side), limits.clone());
             desk.set_epoch(start, epoch, &mut Vec::new());
@@ -365,10 +365,10 @@ impl Pair {
         let now = self.now;
         let mut out = Vec::new();
         match event {
-            Event::OpenPrefill => return self.open_prefill(id),
-            Event::OpenDecode => return self.open_decode(id),
-            Event::Deliver { to, call, message } => return self.deliver(to, call, id, message),
-            Event::Reply { call, reply } => return self.reply(call, reply),
+            Event::OpenPrefill => self.open_prefill(id),
+            Event::OpenDecode => self.open_decode(id),
+            Event::Deliver { to, call, message } => self.deliver(to, call, id, message),
+            Event::Reply { call, reply } => self.reply(call, reply),
             Event::Computed { upto } => {
                 self.prefill.desk.prefill(now, id, PrefillEvent::Computed { upto }, &mut out);
                 self.carry_out(Side::Prefill, out);

@@ -269,7 +269,7 @@ impl Fleet {
             let address = listener.local_addr().unwrap();
             let worker = Arc::new(Worker::build(options, listener, Stop::default()).await.unwrap());
             let membership = worker.join().await.unwrap();
-            let serving = tokio::task::spawn({
+            let serving = tokio_util::task::TaskTracker::new().spawn({
                 let worker = Arc::clone(&worker);
                 async move {
                     let end = worker.serve(&membership).await;
