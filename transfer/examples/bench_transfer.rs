@@ -1,6 +1,6 @@
 //! Measures transfers between two processes: `cargo run --release --example bench_transfer`.
 //!
-//! Optional arguments: seconds per shape, TCP streams.
+//! Optional arguments: seconds per shape, TCP streams, a backend, a shape such as `64x4096`.
 #![expect(clippy::print_stdout, reason = "an example talks to its user")]
 
 use std::time::Duration;
@@ -19,6 +19,12 @@ async fn main() -> anyhow::Result<()> {
     }
     if let Some(streams) = arguments.get(1) {
         options.streams = streams.parse()?;
+    }
+    if let Some(backend) = arguments.get(2) {
+        options.backends.retain(|known| known.as_str() == backend);
+    }
+    if let Some((blocks, block_bytes)) = arguments.get(3).and_then(|shape| shape.split_once('x')) {
+        options.shapes = vec![bench::Shape { blocks: blocks.parse()?, block_bytes: block_bytes.parse()? }];
     }
     println!("backend     shape        integrity    p50 us    p99 us     GB/s   cpu s   raw us  ratio");
     for row in bench::run(options).await? {

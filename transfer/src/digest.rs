@@ -4,8 +4,13 @@
 //! the worker, or belong to another request fail verification even when they are a perfectly good block. It
 //! guards against faults, not against an adversary who can compute digests.
 
+#[expect(unsafe_code, reason = "vector instructions on memory that others map too")]
+mod kernel;
+
 use baton_config::{Epoch, HandoffId};
 use twox_hash::XxHash3_64;
+
+use self::kernel::{Lanes, STRIPE};
 
 /// What a digest is bound to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -30,22 +35,122 @@ impl DigestSeed {
 
 /// A digest in the making: feed it the bytes of the block in order, in pieces of any size.
 #[derive(Clone)]
-pub struct BlockDigest(XxHash3_64);
+pub struct BlockDigest {
+    seed: u64,
+    lanes: Lanes,
+    len: u64,
+    /// Bytes not yet taken by the lanes, `pending` of them. When there are fewer than a stripe, the end of the
+    /// buffer holds the stripe before them: the digest's last step needs the last 64 bytes whatever came when.
+    buffer: [u8; BUFFER_BYTES],
+    pending: usize,
+}
+
+/// Longer blocks go through the lanes; the specification has other formulas for up to 240 bytes.
+const SHORT_BYTES: u64 = 240;
+/// Room for all of a short block, in whole stripes.
+const BUFFER_BYTES: usize = 4 * STRIPE;
 
 impl BlockDigest {
     /// Starts the digest of one block.
     pub fn new(seed: DigestSeed) -> Self {
-        Self(XxHash3_64::with_seed(seed.fold()))
+        let seed = seed.fold();
+        Self { seed, lanes: Lanes::new(seed), len: 0, buffer: [0; BUFFER_BYTES], pending: 0 }
     }
 
     /// Adds the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
-        std::hash::Hasher::write(&mut self.0, bytes);
+        self.len += bytes.len() as u64;
+        let direct = self.direct(bytes.len());
+        let (before, rest) = bytes.split_at(direct.start);
+        self.buffer(before);
+        let (taken, after) = rest.split_at(direct.len());
+        self.flush_before(taken.len());
+        self.lanes.take(taken);
+        if let Some(last) = taken.last_chunk::<STRIPE>() {
+            self.buffer[BUFFER_BYTES - STRIPE..].copy_from_slice(last);
+        }
+        self.buffer(after);
+    }
+
+    /// Adds `len` bytes from `from` and stores them at `to`, loading each once: what is stored is what is digested,
+    /// even while someone else changes the source.
+    ///
+    /// # Safety
+    /// `from` must be valid for reads and `to` for writes of `len` bytes, the two may not overlap, and nobody else
+    /// may access what `to` points to.
+    #[expect(unsafe_code, reason = "copies between mapped memories in the same pass that digests")]
+    pub(crate) unsafe fn update_copying(&mut self, from: *const u8, to: *mut u8, len: usize) {
+        let direct = self.direct(len);
+        let ends = [0..direct.start, direct.end..len];
+        for end in &ends {
+            // SAFETY: part of the ranges the caller vouches for.
+            unsafe { std::ptr::copy_nonoverlapping(from.add(end.start), to.add(end.start), end.len()) };
+        }
+        // SAFETY: stored above, within `to`, which nobody else accesses.
+        let [before, after] =
+            ends.map(|end| unsafe { std::slice::from_raw_parts(to.add(end.start), end.len()) });
+        self.len += len as u64;
+        self.buffer(before);
+        self.flush_before(direct.len());
+        if !direct.is_empty() {
+            // SAFETY: the middle of the ranges the caller vouches for, in whole stripes.
+            let last = unsafe {
+                self.lanes.take_copying(from.add(direct.start), to.add(direct.start), direct.len() / STRIPE);
+                std::slice::from_raw_parts(to.add(direct.end - STRIPE), STRIPE)
+            };
+            self.buffer[BUFFER_BYTES - STRIPE..].copy_from_slice(last);
+        }
+        self.buffer(after);
     }
 
     /// The digest of all bytes so far.
     pub fn finish(&self) -> u64 {
-        std::hash::Hasher::finish(&self.0)
+        let pending = &self.buffer[..self.pending];
+        if self.len <= SHORT_BYTES {
+            return XxHash3_64::oneshot_with_seed(self.seed, pending);
+        }
+        let mut lanes = self.lanes.clone();
+        // The last stripe is digested in its own way, whole or not: it is never taken by the lanes.
+        let stripes = pending.len().saturating_sub(1) / STRIPE;
+        lanes.take(&pending[..stripes * STRIPE]);
+        let mut last = [0; STRIPE];
+        let of_pending = pending.len().min(STRIPE);
+        last[..STRIPE - of_pending].copy_from_slice(&self.buffer[BUFFER_BYTES - (STRIPE - of_pending)..]);
+        last[STRIPE - of_pending..].copy_from_slice(&pending[pending.len() - of_pending..]);
+        lanes.finish(&last, self.len)
+    }
+
+    /// Which part of the next `len` bytes needs no buffer, in whole stripes; at least a byte is left behind it.
+    fn direct(&self, len: usize) -> std::ops::Range<usize> {
+        let start = if self.pending == 0 { 0 } else { BUFFER_BYTES - self.pending };
+        if len <= start + BUFFER_BYTES {
+            return len..len;
+        }
+        start..start + (len - start - 1) / STRIPE * STRIPE
+    }
+
+    /// Hands a full buffer to the lanes when `direct` bytes follow it past the buffer.
+    fn flush_before(&mut self, direct: usize) {
+        if direct > 0 && self.pending > 0 {
+            debug_assert_eq!(self.pending, BUFFER_BYTES, "bytes go past the buffer only once it is full");
+            self.lanes.take(&self.buffer);
+            self.pending = 0;
+        }
+    }
+
+    /// Adds bytes through the buffer.
+    fn buffer(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.pending == BUFFER_BYTES {
+                self.lanes.take(&self.buffer);
+                self.pending = 0;
+            }
+            let room = bytes.len().min(BUFFER_BYTES - self.pending);
+            let (now, later) = bytes.split_at(room);
+            self.buffer[self.pending..self.pending + room].copy_from_slice(now);
+            self.pending += room;
+            bytes = later;
+        }
     }
 }
 
@@ -57,7 +162,9 @@ impl std::fmt::Debug for BlockDigest {
 
 /// The digest of a whole block.
 pub fn block_digest(seed: DigestSeed, bytes: &[u8]) -> u64 {
-    XxHash3_64::oneshot_with_seed(seed.fold(), bytes)
+    let mut digest = BlockDigest::new(seed);
+    digest.update(bytes);
+    digest.finish()
 }
 
 #[cfg(test)]

@@ -27,9 +27,6 @@ use crate::digest::BlockDigest;
 /// Smallest mapping worth asking huge pages for.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
 
-/// Bytes copied between two steps of a fused copy and digest: small enough to be hashed out of the L1 cache.
-pub(crate) const FUSE_BYTES: usize = 16 << 10;
-
 /// Why memory could not be had or mapped.
 #[derive(Debug, thiserror::Error)]
 pub enum MemoryError {
@@ -321,8 +318,8 @@ impl PeerMemory {
         self.0.copy_to(offset, &to.0, to_offset, len);
     }
 
-    /// Copies to own memory and feeds what was copied to `digest` while it is in cache.
-    pub(crate) fn copy_to_fused(
+    /// Copies to own memory and digests what was copied in the same pass.
+    pub(crate) fn copy_to_digesting(
         &self,
         offset: usize,
         to: &HostMemory,
@@ -330,12 +327,18 @@ impl PeerMemory {
         len: usize,
         digest: &mut BlockDigest,
     ) {
-        for start in (0..len).step_by(FUSE_BYTES) {
-            let piece = FUSE_BYTES.min(len - start);
-            self.0.copy_to(offset + start, &to.0, to_offset + start, piece);
-            // Own bytes are hashed, never the peer's: those could change between hashing and copying.
-            to.0.digest(digest, to_offset + start, piece);
-        }
+        let from = self.0.at(offset, len);
+        let to = to.0.at(to_offset, len);
+        // SAFETY: both ranges are in bounds; they are of two mappings, so their addresses do not overlap; the
+        // destination of a read is owned by its operation (rule 4).
+        unsafe { digest.update_copying(from.as_ptr(), to.as_ptr(), len) };
+    }
+
+    /// Copies out and digests what was copied in the same pass.
+    pub(crate) fn read_digesting(&self, offset: usize, into: &mut [u8], digest: &mut BlockDigest) {
+        let from = self.0.at(offset, into.len());
+        // SAFETY: both ranges are valid for `into.len()` bytes; `into` is exclusive (as in `Mapping::read`).
+        unsafe { digest.update_copying(from.as_ptr(), into.as_mut_ptr(), into.len()) };
     }
 
     /// Reads a control word; what was read before the call is not mixed with what comes after it.

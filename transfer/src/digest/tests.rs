@@ -15,6 +15,37 @@ fn pieces_of_any_size_give_the_digest_of_the_whole() {
     }
 }
 
+/// The specification's other implementation, at every length around a change of formula.
+#[test]
+fn digests_are_xxh3() {
+    let bytes: Vec<u8> = (0..5000u32).map(|i| ((i * i) >> 5) as u8).collect();
+    for len in (0..1400).chain([2047, 2048, 2049, 4096, 5000]) {
+        assert_eq!(
+            block_digest(SEED, &bytes[..len]),
+            XxHash3_64::oneshot_with_seed(SEED.fold(), &bytes[..len]),
+            "{len}"
+        );
+    }
+}
+
+#[test]
+#[expect(unsafe_code, reason = "calls the copying form on plain vectors")]
+fn copying_digests_what_it_copies_whatever_came_before() {
+    let bytes: Vec<u8> = (0..9000u32).map(|i| ((i * 7) >> 2) as u8).collect();
+    for first in [0, 1, 63, 64, 255, 256, 257, 1000] {
+        for len in [0, 1, 64, 65, 200, 256, 257, 320, 321, 1024, 4097, 8000] {
+            let whole = &bytes[..first + len];
+            let mut copy = vec![0; len];
+            let mut digest = BlockDigest::new(SEED);
+            digest.update(&whole[..first]);
+            // SAFETY: both are vectors of their own and as long as said.
+            unsafe { digest.update_copying(whole[first..].as_ptr(), copy.as_mut_ptr(), len) };
+            assert_eq!(copy, whole[first..], "{first} + {len}");
+            assert_eq!(digest.finish(), block_digest(SEED, whole), "{first} + {len}");
+        }
+    }
+}
+
 #[test]
 fn a_digest_is_bound_to_handoff_epoch_index_and_bytes() {
     let bytes = [5u8; 4096];

@@ -98,19 +98,23 @@ fn sockets_gather_and_scatter_straight_from_memory() {
 }
 
 #[test]
-fn a_fused_copy_digests_exactly_what_it_copied() {
+fn a_digesting_copy_digests_exactly_what_it_copied() {
     let seed = DigestSeed { handoff: HandoffId(1), epoch: Epoch(1), index: 0 };
-    let bytes: Vec<u8> = (0..3 * FUSE_BYTES + 77).map(|i| (i % 251) as u8).collect();
+    let bytes: Vec<u8> = (0..50_077).map(|i| (i % 251) as u8).collect();
     let source = HostMemory::allocate(bytes.len() + 5, "source").unwrap();
     source.write(5, &bytes);
     let peer = PeerMemory::map(source.file().try_clone_to_owned().unwrap(), source.len(), "peer").unwrap();
     let dest = HostMemory::allocate(bytes.len() + 9, "dest").unwrap();
     let mut digest = BlockDigest::new(seed);
-    peer.copy_to_fused(5, &dest, 9, bytes.len(), &mut digest);
+    peer.copy_to_digesting(5, &dest, 9, bytes.len(), &mut digest);
     assert_eq!(digest.finish(), block_digest(seed, &bytes));
     let mut copied = vec![0; bytes.len()];
     dest.read(9, &mut copied);
     assert_eq!(copied, bytes);
+    let mut digest = BlockDigest::new(seed);
+    copied.fill(0);
+    peer.read_digesting(5, &mut copied, &mut digest);
+    assert_eq!((digest.finish(), copied), (block_digest(seed, &bytes), bytes));
 }
 
 #[test]

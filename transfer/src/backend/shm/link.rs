@@ -16,9 +16,8 @@ use super::control::{PeerControl, Shown};
 use super::pass;
 use crate::agent::RegionId;
 use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
-use crate::digest::BlockDigest;
 use crate::error::{LinkError, Refusal};
-use crate::memory::{FUSE_BYTES, PeerMemory};
+use crate::memory::PeerMemory;
 use crate::session::Destination;
 use crate::wire::{self, Kind};
 
@@ -137,10 +136,15 @@ impl ShmLink {
         let mut digest = job.digest(index);
         match (job.into, &mut digest) {
             (Destination::Memory(to), None) => memory.copy_to(from, to, block.to, len),
-            (Destination::Memory(to), Some(digest)) => memory.copy_to_fused(from, to, block.to, len, digest),
+            (Destination::Memory(to), Some(digest)) => {
+                memory.copy_to_digesting(from, to, block.to, len, digest)
+            }
             (Destination::Sink(_), digest) => {
                 staging.resize(staging.len().max(len), 0);
-                stage(memory, from, &mut staging[..len], digest.as_mut());
+                match digest {
+                    None => memory.read(from, &mut staging[..len]),
+                    Some(digest) => memory.read_digesting(from, &mut staging[..len], digest),
+                }
             }
         }
         job.is_good(index, digest.as_ref())
@@ -185,15 +189,6 @@ impl ShmLink {
         let memory = PeerMemory::map(file, len, "a peer's region").map_err(LinkError::Memory)?;
         self.regions.write().unwrap_or_else(PoisonError::into_inner).insert(id, memory.clone());
         Ok(memory)
-    }
-}
-
-/// Copies to private memory, and digests what was copied while it is in cache.
-fn stage(memory: &PeerMemory, from: usize, to: &mut [u8], digest: Option<&mut BlockDigest>) {
-    let Some(digest) = digest else { return memory.read(from, to) };
-    for (i, piece) in to.chunks_mut(FUSE_BYTES).enumerate() {
-        memory.read(from + i * FUSE_BYTES, piece);
-        digest.update(piece);
     }
 }
 
