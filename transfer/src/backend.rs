@@ -51,18 +51,19 @@ pub(crate) struct ReadJob<'a> {
 }
 
 impl ReadJob<'_> {
-    /// The digest to compute for a block, where one is to be verified.
-    pub(crate) fn digest(&self, index: usize) -> Option<BlockDigest> {
-        let expected = self.blocks[index].expected.filter(|_| self.verify)?;
-        Some(BlockDigest::new(expected.seed))
+    /// Starts the digest of a block where one is to be verified, in the place of the last block's; whether it did.
+    pub(crate) fn start_digest(&self, index: usize, digest: &mut Option<BlockDigest>) -> bool {
+        let Some(expected) = self.blocks[index].expected.filter(|_| self.verify) else { return false };
+        match digest {
+            Some(digest) => digest.restart(expected.seed),
+            None => *digest = Some(BlockDigest::new(expected.seed)),
+        }
+        true
     }
 
-    /// Whether a finished digest is the expected one; none to check is good.
-    pub(crate) fn is_good(&self, index: usize, digest: Option<&BlockDigest>) -> bool {
-        match (digest, self.blocks[index].expected) {
-            (Some(digest), Some(expected)) => digest.finish() == expected.digest,
-            _ => true,
-        }
+    /// Whether a finished digest is the expected one.
+    pub(crate) fn is_good(&self, index: usize, digest: &BlockDigest) -> bool {
+        self.blocks[index].expected.is_none_or(|expected| digest.finish() == expected.digest)
     }
 }
 
@@ -79,11 +80,14 @@ impl Progress {
         Self { started: Instant::now(), moved: AtomicU64::new(0), first_byte_ns: AtomicU64::new(0) }
     }
 
+    /// Counts bytes. Only the task that reads does so: no read-modify-write, which would wait for the copy's stores.
     pub(crate) fn add(&self, bytes: usize) {
-        if self.moved.fetch_add(bytes as u64, Ordering::Relaxed) == 0 {
+        let moved = self.moved.load(Ordering::Relaxed);
+        if moved == 0 {
             let ns = self.started.elapsed().as_nanos() as u64;
             self.first_byte_ns.store(ns, Ordering::Relaxed);
         }
+        self.moved.store(moved + bytes as u64, Ordering::Relaxed);
     }
 
     pub(crate) fn moved(&self) -> u64 {

@@ -57,6 +57,13 @@ impl BlockDigest {
         Self { seed, lanes: Lanes::new(seed), len: 0, buffer: [0; BUFFER_BYTES], pending: 0 }
     }
 
+    /// Starts the digest of another block in the place of this one.
+    pub fn restart(&mut self, seed: DigestSeed) {
+        self.seed = seed.fold();
+        self.lanes = Lanes::new(self.seed);
+        (self.len, self.pending) = (0, 0);
+    }
+
     /// Adds the next bytes.
     pub fn update(&mut self, bytes: &[u8]) {
         self.len += bytes.len() as u64;
@@ -81,26 +88,21 @@ impl BlockDigest {
     #[expect(unsafe_code, reason = "copies between mapped memories in the same pass that digests")]
     pub(crate) unsafe fn update_copying(&mut self, from: *const u8, to: *mut u8, len: usize) {
         let direct = self.direct(len);
-        let ends = [0..direct.start, direct.end..len];
-        for end in &ends {
-            // SAFETY: part of the ranges the caller vouches for.
-            unsafe { std::ptr::copy_nonoverlapping(from.add(end.start), to.add(end.start), end.len()) };
-        }
-        // SAFETY: stored above, within `to`, which nobody else accesses.
-        let [before, after] =
-            ends.map(|end| unsafe { std::slice::from_raw_parts(to.add(end.start), end.len()) });
         self.len += len as u64;
-        self.buffer(before);
+        // SAFETY: the start of the ranges the caller vouches for.
+        self.buffer(unsafe { copied(from, to, direct.start) });
         self.flush_before(direct.len());
         if !direct.is_empty() {
-            // SAFETY: the middle of the ranges the caller vouches for, in whole stripes.
+            // SAFETY: the middle of the ranges the caller vouches for, in whole stripes; what was stored is within
+            // `to`, which nobody else accesses.
             let last = unsafe {
                 self.lanes.take_copying(from.add(direct.start), to.add(direct.start), direct.len() / STRIPE);
                 std::slice::from_raw_parts(to.add(direct.end - STRIPE), STRIPE)
             };
             self.buffer[BUFFER_BYTES - STRIPE..].copy_from_slice(last);
         }
-        self.buffer(after);
+        // SAFETY: the end of the ranges the caller vouches for.
+        self.buffer(unsafe { copied(from.add(direct.end), to.add(direct.end), len - direct.end) });
     }
 
     /// The digest of all bytes so far.
@@ -109,15 +111,13 @@ impl BlockDigest {
         if self.len <= SHORT_BYTES {
             return XxHash3_64::oneshot_with_seed(self.seed, pending);
         }
-        let mut lanes = self.lanes.clone();
         // The last stripe is digested in its own way, whole or not: it is never taken by the lanes.
         let stripes = pending.len().saturating_sub(1) / STRIPE;
-        lanes.take(&pending[..stripes * STRIPE]);
         let mut last = [0; STRIPE];
         let of_pending = pending.len().min(STRIPE);
         last[..STRIPE - of_pending].copy_from_slice(&self.buffer[BUFFER_BYTES - (STRIPE - of_pending)..]);
         last[STRIPE - of_pending..].copy_from_slice(&pending[pending.len() - of_pending..]);
-        lanes.finish(&last, self.len)
+        self.lanes.finish(&pending[..stripes * STRIPE], &last, self.len)
     }
 
     /// Which part of the next `len` bytes needs no buffer, in whole stripes; at least a byte is left behind it.
@@ -151,6 +151,19 @@ impl BlockDigest {
             self.pending += room;
             bytes = later;
         }
+    }
+}
+
+/// Copies and gives what was stored.
+///
+/// # Safety
+/// As [`BlockDigest::update_copying`]; the result lives as long as nobody else accesses `to`.
+#[expect(unsafe_code, reason = "copies between mapped memories")]
+unsafe fn copied<'a>(from: *const u8, to: *mut u8, len: usize) -> &'a [u8] {
+    // SAFETY: handed on to the caller.
+    unsafe {
+        std::ptr::copy_nonoverlapping(from, to, len);
+        std::slice::from_raw_parts(to, len)
     }
 }
 

@@ -9,11 +9,14 @@ use std::sync::OnceLock;
 
 /// Bytes digested per step.
 pub(crate) const STRIPE: usize = 64;
-const SECRET_BYTES: usize = 192;
-const STRIPES_PER_BLOCK: usize = (SECRET_BYTES - STRIPE) / 8;
-const SCRAMBLE_AT: usize = SECRET_BYTES - STRIPE;
-const LAST_AT: usize = SECRET_BYTES - STRIPE - 7;
-const MERGE_AT: usize = 11;
+const LANES: usize = 8;
+const SECRET_WORDS: usize = 24;
+const STRIPES_PER_BLOCK: usize = SECRET_WORDS - LANES;
+/// In words.
+const SCRAMBLE_AT: usize = SECRET_WORDS - LANES;
+/// In bytes, as the specification has it: neither is aligned to words.
+const LAST_AT_BYTES: usize = 121;
+const MERGE_AT_BYTES: usize = 11;
 
 const PRIME32_1: u64 = 0x9E37_79B1;
 const PRIME32_2: u64 = 0x85EB_CA77;
@@ -22,44 +25,54 @@ const PRIME64_1: u64 = 0x9E37_79B1_85EB_CA87;
 const PRIME64_2: u64 = 0xC2B2_AE3D_27D4_EB4F;
 const PRIME64_3: u64 = 0x1656_67B1_9E37_79F9;
 const PRIME64_4: u64 = 0x85EB_CA77_C2B2_AE63;
+const PRIME_MX1: u64 = 0x1656_6791_9E37_79F9;
 const PRIME64_5: u64 = 0x27D4_EB2F_1656_67C5;
 
-#[rustfmt::skip]
-const SECRET: [u8; SECRET_BYTES] = [
-    0xb8, 0xfe, 0x6c, 0x39, 0x23, 0xa4, 0x4b, 0xbe, 0x7c, 0x01, 0x81, 0x2c, 0xf7, 0x21, 0xad, 0x1c,
-    0xde, 0xd4, 0x6d, 0xe9, 0x83, 0x90, 0x97, 0xdb, 0x72, 0x40, 0xa4, 0xa4, 0xb7, 0xb3, 0x67, 0x1f,
-    0xcb, 0x79, 0xe6, 0x4e, 0xcc, 0xc0, 0xe5, 0x78, 0x82, 0x5a, 0xd0, 0x7d, 0xcc, 0xff, 0x72, 0x21,
-    0xb8, 0x08, 0x46, 0x74, 0xf7, 0x43, 0x24, 0x8e, 0xe0, 0x35, 0x90, 0xe6, 0x81, 0x3a, 0x26, 0x4c,
-    0x3c, 0x28, 0x52, 0xbb, 0x91, 0xc3, 0x00, 0xcb, 0x88, 0xd0, 0x65, 0x8b, 0x1b, 0x53, 0x2e, 0xa3,
-    0x71, 0x64, 0x48, 0x97, 0xa2, 0x0d, 0xf9, 0x4e, 0x38, 0x19, 0xef, 0x46, 0xa9, 0xde, 0xac, 0xd8,
-    0xa8, 0xfa, 0x76, 0x3f, 0xe3, 0x9c, 0x34, 0x3f, 0xf9, 0xdc, 0xbb, 0xc7, 0xc7, 0x0b, 0x4f, 0x1d,
-    0x8a, 0x51, 0xe0, 0x4b, 0xcd, 0xb4, 0x59, 0x31, 0xc8, 0x9f, 0x7e, 0xc9, 0xd9, 0x78, 0x73, 0x64,
-    0xea, 0xc5, 0xac, 0x83, 0x34, 0xd3, 0xeb, 0xc3, 0xc5, 0x81, 0xa0, 0xff, 0xfa, 0x13, 0x63, 0xeb,
-    0x17, 0x0d, 0xdd, 0x51, 0xb7, 0xf0, 0xda, 0x49, 0xd3, 0x16, 0x55, 0x26, 0x29, 0xd4, 0x68, 0x9e,
-    0x2b, 0x16, 0xbe, 0x58, 0x7d, 0x47, 0xa1, 0xfc, 0x8f, 0xf8, 0xb8, 0xd1, 0x7a, 0xd0, 0x31, 0xce,
-    0x45, 0xcb, 0x3a, 0x8f, 0x95, 0x16, 0x04, 0x28, 0xaf, 0xd7, 0xfb, 0xca, 0xbb, 0x4b, 0x40, 0x7e,
+/// The default secret of the specification, as little-endian words.
+const SECRET: [u64; SECRET_WORDS] = [
+    0xbe4b_a423_396c_feb8,
+    0x1cad_21f7_2c81_017c,
+    0xdb97_9083_e96d_d4de,
+    0x1f67_b3b7_a4a4_4072,
+    0x78e5_c0cc_4ee6_79cb,
+    0x2172_ffcc_7dd0_5a82,
+    0x8e24_43f7_7446_08b8,
+    0x4c26_3a81_e690_35e0,
+    0xcb00_c391_bb52_283c,
+    0xa32e_531b_8b65_d088,
+    0x4ef9_0da2_9748_6471,
+    0xd8ac_dea9_46ef_1938,
+    0x3f34_9ce3_3f76_faa8,
+    0x1d4f_0bc7_c7bb_dcf9,
+    0x3159_b4cd_4be0_518a,
+    0x6473_78d9_c97e_9fc8,
+    0xc3eb_d334_83ac_c5ea,
+    0xeb63_13fa_ffa0_81c5,
+    0x49da_f0b7_51dd_0d17,
+    0x9e68_d429_2655_16d3,
+    0xfca1_477d_58be_162b,
+    0xce31_d07a_d1b8_f88f,
+    0x2804_1695_8f3a_cb45,
+    0x7e40_4bbb_cafb_d7af,
 ];
 
 /// The lanes of a digest of more than 240 bytes.
 #[derive(Clone)]
 pub(crate) struct Lanes {
-    sums: [u64; 8],
-    secret: [u8; SECRET_BYTES],
+    sums: [u64; LANES],
+    secret: [u64; SECRET_WORDS],
     /// Stripes taken since the lanes were last scrambled.
     taken: usize,
 }
 
 impl Lanes {
     pub(crate) fn new(seed: u64) -> Self {
-        let mut secret = SECRET;
-        for (pair, mixed) in secret.chunks_exact_mut(16).enumerate() {
-            let low = word(&SECRET, pair * 16).wrapping_add(seed);
-            let high = word(&SECRET, pair * 16 + 8).wrapping_sub(seed);
-            mixed[..8].copy_from_slice(&low.to_le_bytes());
-            mixed[8..].copy_from_slice(&high.to_le_bytes());
-        }
+        let mixed = |i: usize| match i % 2 {
+            0 => SECRET[i].wrapping_add(seed),
+            _ => SECRET[i].wrapping_sub(seed),
+        };
         let sums = [PRIME32_3, PRIME64_1, PRIME64_2, PRIME64_3, PRIME64_4, PRIME32_2, PRIME64_5, PRIME32_1];
-        Self { sums, secret, taken: 0 }
+        Self { sums, secret: std::array::from_fn(mixed), taken: 0 }
     }
 
     /// Takes the whole stripes of `bytes`, whose length is a multiple of [`STRIPE`].
@@ -79,19 +92,27 @@ impl Lanes {
         unsafe { self.run::<true>(from, to, stripes) }
     }
 
-    /// Digest after all stripes and `last`, the last 64 bytes of all `len`.
-    pub(crate) fn finish(mut self, last: &[u8; STRIPE], len: u64) -> u64 {
-        accumulate(&mut self.sums, last, &self.secret[LAST_AT..]);
+    /// Digest after all stripes, those in `pending`, and `last`, the last 64 bytes of all `len`.
+    pub(crate) fn finish(&self, pending: &[u8], last: &[u8; STRIPE], len: u64) -> u64 {
+        let mut lanes = self.clone();
+        lanes.take(pending);
+        let keys = std::array::from_fn(|lane| self.secret_at(LAST_AT_BYTES + lane * 8));
+        accumulate(&mut lanes.sums, last, keys);
         let mut sum = len.wrapping_mul(PRIME64_1);
-        for (i, pair) in self.sums.chunks_exact(2).enumerate() {
-            let at = MERGE_AT + i * 16;
-            let product = u128::from(pair[0] ^ word(&self.secret, at))
-                * u128::from(pair[1] ^ word(&self.secret, at + 8));
+        for pair in 0..LANES / 2 {
+            let key = |lane: usize| lanes.sums[lane] ^ lanes.secret_at(MERGE_AT_BYTES + lane * 8);
+            let product = u128::from(key(pair * 2)) * u128::from(key(pair * 2 + 1));
             sum = sum.wrapping_add(product as u64 ^ (product >> 64) as u64);
         }
         sum ^= sum >> 37;
-        sum = sum.wrapping_mul(0x1656_6791_9E37_79F9);
+        sum = sum.wrapping_mul(PRIME_MX1);
         sum ^ (sum >> 32)
+    }
+
+    /// The word at any byte of the secret but a multiple of 8.
+    fn secret_at(&self, byte: usize) -> u64 {
+        let (at, bits) = (byte / 8, byte % 8 * 8);
+        (self.secret[at] >> bits) | (self.secret[at + 1] << (64 - bits))
     }
 
     /// # Safety
@@ -109,7 +130,7 @@ impl Lanes {
             if blocks == 0 {
                 self.taken += now;
                 if self.taken == STRIPES_PER_BLOCK {
-                    scramble(&mut self.sums, &self.secret[SCRAMBLE_AT..]);
+                    scramble(&mut self.sums, &self.secret);
                     self.taken = 0;
                 }
             }
@@ -126,7 +147,7 @@ impl Lanes {
 
 /// Takes stripes from one place of the secret on, or whole blocks of them with their scrambles when given a
 /// multiple of a block; stores them at `to` if it copies.
-type Run = unsafe fn(&mut [u64; 8], *const u8, *mut u8, usize, &[u8; SECRET_BYTES], usize);
+type Run = unsafe fn(&mut [u64; LANES], *const u8, *mut u8, usize, &[u64; SECRET_WORDS], usize);
 
 fn variant<const COPY: bool>() -> Run {
     static CHOSEN: [OnceLock<Run>; 2] = [OnceLock::new(), OnceLock::new()];
@@ -147,11 +168,11 @@ fn variant<const COPY: bool>() -> Run {
 /// # Safety
 /// As [`Lanes::take_copying`].
 unsafe fn run_portable<const COPY: bool>(
-    sums: &mut [u64; 8],
+    sums: &mut [u64; LANES],
     from: *const u8,
     to: *mut u8,
     stripes: usize,
-    secret: &[u8; SECRET_BYTES],
+    secret: &[u64; SECRET_WORDS],
     taken: usize,
 ) {
     for i in 0..stripes {
@@ -162,49 +183,44 @@ unsafe fn run_portable<const COPY: bool>(
             // SAFETY: likewise.
             unsafe { to.add(i * STRIPE).cast::<[u8; STRIPE]>().write_unaligned(stripe) };
         }
-        accumulate(sums, &stripe, &secret[at * 8..]);
+        accumulate(sums, &stripe, std::array::from_fn(|lane| secret[at + lane]));
         if stripes >= STRIPES_PER_BLOCK && at + 1 == STRIPES_PER_BLOCK {
-            scramble(sums, &secret[SCRAMBLE_AT..]);
+            scramble(sums, secret);
         }
     }
 }
 
-fn accumulate(sums: &mut [u64; 8], stripe: &[u8; STRIPE], secret: &[u8]) {
-    for lane in 0..8 {
-        let value = word(stripe, lane * 8);
-        let keyed = value ^ word(secret, lane * 8);
+fn accumulate(sums: &mut [u64; LANES], stripe: &[u8; STRIPE], keys: [u64; LANES]) {
+    let (values, _) = stripe.as_chunks::<8>();
+    for lane in 0..LANES {
+        let value = u64::from_le_bytes(values[lane]);
+        let keyed = value ^ keys[lane];
         sums[lane ^ 1] = sums[lane ^ 1].wrapping_add(value);
         sums[lane] = sums[lane].wrapping_add((keyed & 0xffff_ffff) * (keyed >> 32));
     }
 }
 
-fn scramble(sums: &mut [u64; 8], secret: &[u8]) {
-    for (lane, sum) in sums.iter_mut().enumerate() {
-        *sum = (*sum ^ (*sum >> 47) ^ word(secret, lane * 8)).wrapping_mul(PRIME32_1);
+fn scramble(sums: &mut [u64; LANES], secret: &[u64; SECRET_WORDS]) {
+    for (sum, key) in sums.iter_mut().zip(&secret[SCRAMBLE_AT..]) {
+        *sum = (*sum ^ (*sum >> 47) ^ key).wrapping_mul(PRIME32_1);
     }
-}
-
-fn word(bytes: &[u8], at: usize) -> u64 {
-    let mut word = [0; 8];
-    word.copy_from_slice(&bytes[at..at + 8]);
-    u64::from_le_bytes(word)
 }
 
 #[cfg(target_arch = "x86_64")]
 mod x86 {
     use std::arch::x86_64::*;
 
-    use super::{PRIME32_1, SCRAMBLE_AT, SECRET_BYTES, STRIPE, STRIPES_PER_BLOCK};
+    use super::{LANES, PRIME32_1, SCRAMBLE_AT, SECRET_WORDS, STRIPE, STRIPES_PER_BLOCK};
 
     /// # Safety
     /// As [`super::Lanes::take_copying`], on a processor with AVX-512F.
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn run_avx512<const COPY: bool>(
-        sums: &mut [u64; 8],
+        sums: &mut [u64; LANES],
         from: *const u8,
         to: *mut u8,
         stripes: usize,
-        secret: &[u8; SECRET_BYTES],
+        secret: &[u64; SECRET_WORDS],
         taken: usize,
     ) {
         // SAFETY: 64 bytes of lanes; every load is of a range within its array or the caller's range, and every
@@ -223,7 +239,7 @@ mod x86 {
                 *swaps = _mm512_add_epi64(*swaps, _mm512_shuffle_epi32::<0x4E>(data));
             };
             let zero = _mm512_setzero_si512();
-            let key = |at: usize| _mm512_loadu_si512(secret.as_ptr().add(at * 8).cast());
+            let key = |at: usize| _mm512_loadu_si512(secret.as_ptr().add(at).cast());
             if stripes < STRIPES_PER_BLOCK {
                 let mut swaps = zero;
                 for at in 0..stripes {
@@ -260,11 +276,11 @@ mod x86 {
     /// As [`super::Lanes::take_copying`], on a processor with AVX2.
     #[target_feature(enable = "avx2")]
     pub(super) unsafe fn run_avx2<const COPY: bool>(
-        sums: &mut [u64; 8],
+        sums: &mut [u64; LANES],
         from: *const u8,
         to: *mut u8,
         stripes: usize,
-        secret: &[u8; SECRET_BYTES],
+        secret: &[u64; SECRET_WORDS],
         taken: usize,
     ) {
         // SAFETY: as in `run_avx512`, in halves of 32 bytes.
@@ -279,7 +295,7 @@ mod x86 {
                     if COPY {
                         _mm256_storeu_si256(to.add(i * STRIPE + half * 32).cast(), data);
                     }
-                    let key = _mm256_loadu_si256(secret.as_ptr().add(at * 8 + half * 32).cast());
+                    let key = _mm256_loadu_si256(secret.as_ptr().add(at + half * 4).cast());
                     let keyed = _mm256_xor_si256(data, key);
                     let product = _mm256_mul_epu32(keyed, _mm256_srli_epi64::<32>(keyed));
                     let swapped = _mm256_shuffle_epi32::<0x4E>(data);
@@ -287,7 +303,7 @@ mod x86 {
                 }
                 if stripes >= STRIPES_PER_BLOCK && at + 1 == STRIPES_PER_BLOCK {
                     for (half, acc) in acc.iter_mut().enumerate() {
-                        let key = _mm256_loadu_si256(secret.as_ptr().add(SCRAMBLE_AT + half * 32).cast());
+                        let key = _mm256_loadu_si256(secret.as_ptr().add(SCRAMBLE_AT + half * 4).cast());
                         let mixed =
                             _mm256_xor_si256(_mm256_xor_si256(*acc, _mm256_srli_epi64::<47>(*acc)), key);
                         let low = _mm256_mul_epu32(mixed, prime);

@@ -16,6 +16,7 @@ use super::control::{PeerControl, Shown};
 use super::pass;
 use crate::agent::RegionId;
 use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
+use crate::digest::BlockDigest;
 use crate::error::{LinkError, Refusal};
 use crate::memory::PeerMemory;
 use crate::session::Destination;
@@ -87,7 +88,7 @@ impl ShmLink {
         self.check_life()?;
         let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
         let mut corrupt = Vec::new();
-        let mut staging = Vec::new();
+        let mut scratch = Scratch::default();
         let mut region: Option<(RegionId, PeerMemory)> = None;
         let mut turn = Instant::now();
         for (index, block) in job.blocks.iter().enumerate() {
@@ -101,13 +102,13 @@ impl ShmLink {
             let len = block.source.len as usize;
             let from = usize::try_from(block.source.offset).ok().filter(|from| memory.fits(*from, len));
             let from = from.ok_or(Fault::Refused(Refusal::OutsideRegion))?;
-            let good = self.copy(job, index, memory, from, &mut staging);
+            let good = copy(job, index, memory, from, &mut scratch);
             self.check_words(&shown)?;
             match good {
                 false => corrupt.push(index),
                 true => {
                     if let Destination::Sink(sink) = job.into {
-                        sink.block(index, &staging[..len]);
+                        sink.block(index, &scratch.staging[..len]);
                     }
                 }
             }
@@ -120,34 +121,6 @@ impl ShmLink {
         }
         self.check_life()?;
         Ok(corrupt)
-    }
-
-    /// Copies one block to its place or to `staging`; whether its digest is the expected one.
-    fn copy(
-        &self,
-        job: &ReadJob<'_>,
-        index: usize,
-        memory: &PeerMemory,
-        from: usize,
-        staging: &mut Vec<u8>,
-    ) -> bool {
-        let block = &job.blocks[index];
-        let len = block.source.len as usize;
-        let mut digest = job.digest(index);
-        match (job.into, &mut digest) {
-            (Destination::Memory(to), None) => memory.copy_to(from, to, block.to, len),
-            (Destination::Memory(to), Some(digest)) => {
-                memory.copy_to_digesting(from, to, block.to, len, digest)
-            }
-            (Destination::Sink(_), digest) => {
-                staging.resize(staging.len().max(len), 0);
-                match digest {
-                    None => memory.read(from, &mut staging[..len]),
-                    Some(digest) => memory.read_digesting(from, &mut staging[..len], digest),
-                }
-            }
-        }
-        job.is_good(index, digest.as_ref())
     }
 
     fn check_life(&self) -> Result<(), Fault> {
@@ -190,6 +163,34 @@ impl ShmLink {
         self.regions.write().unwrap_or_else(PoisonError::into_inner).insert(id, memory.clone());
         Ok(memory)
     }
+}
+
+/// What is reused from block to block of a read.
+#[derive(Default)]
+struct Scratch {
+    staging: Vec<u8>,
+    digest: Option<BlockDigest>,
+}
+
+/// Copies one block to its place or to the staging buffer; whether its digest is the expected one.
+fn copy(job: &ReadJob<'_>, index: usize, memory: &PeerMemory, from: usize, scratch: &mut Scratch) -> bool {
+    let block = &job.blocks[index];
+    let len = block.source.len as usize;
+    let digesting = job.start_digest(index, &mut scratch.digest);
+    let mut digest = scratch.digest.as_mut().filter(|_| digesting);
+    match (job.into, &mut digest) {
+        (Destination::Memory(to), None) => memory.copy_to(from, to, block.to, len),
+        (Destination::Memory(to), Some(digest)) => memory.copy_to_digesting(from, to, block.to, len, digest),
+        (Destination::Sink(_), digest) => {
+            scratch.staging.resize(scratch.staging.len().max(len), 0);
+            let staging = &mut scratch.staging[..len];
+            match digest {
+                None => memory.read(from, staging),
+                Some(digest) => memory.read_digesting(from, staging, digest),
+            }
+        }
+    }
+    digest.is_none_or(|digest| job.is_good(index, digest))
 }
 
 /// Connects without ever waiting: a full backlog is an error, not a reason to block a thread.

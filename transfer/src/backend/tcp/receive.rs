@@ -23,6 +23,8 @@ pub(crate) struct Receiver<'a> {
     block: usize,
     within: usize,
     digest: Option<BlockDigest>,
+    /// Whether `digest` is that of the current block.
+    digesting: bool,
     pub(crate) corrupt: Vec<usize>,
 }
 
@@ -52,6 +54,7 @@ impl<'a> Receiver<'a> {
             block: blocks.start,
             within: 0,
             digest: None,
+            digesting: false,
             corrupt: Vec::new(),
         };
         receiver.start_block();
@@ -100,32 +103,21 @@ impl<'a> Receiver<'a> {
             let read = &self.job.blocks[self.block];
             let len = read.source.len as usize;
             let took = bytes.min(len - self.within);
-            match &mut self.landing {
-                Landing::Memory(memory) => {
-                    if let Some(digest) = &mut self.digest {
-                        memory.digest(digest, read.to + self.within, took);
-                    }
-                    self.within += took;
-                }
-                Landing::Staging { sink, bytes: staging, filled, .. } => {
-                    if let Some(digest) = &mut self.digest {
+            let digest = self.digest.as_mut().filter(|_| self.digesting);
+            match (&mut self.landing, digest) {
+                (Landing::Memory(memory), Some(digest)) => memory.digest(digest, read.to + self.within, took),
+                (Landing::Memory(_), None) => {}
+                (Landing::Staging { bytes: staging, filled, .. }, digest) => {
+                    if let Some(digest) = digest {
                         digest.update(&staging[*filled..*filled + took]);
                     }
                     *filled += took;
-                    self.within += took;
-                    if self.within == len && self.job.is_good(self.block, self.digest.as_ref()) {
-                        sink.block(self.block, &staging[*filled - len..*filled]);
-                    }
                 }
             }
             bytes -= took;
+            self.within += took;
             if self.within == len {
-                if !self.job.is_good(self.block, self.digest.as_ref()) {
-                    self.corrupt.push(self.block);
-                }
-                self.block += 1;
-                self.within = 0;
-                self.start_block();
+                self.end_block(len);
             }
         }
     }
@@ -135,8 +127,23 @@ impl<'a> Receiver<'a> {
         self.block
     }
 
+    /// Judges the block that has just become whole, hands it on when it is good, and goes on to the next.
+    fn end_block(&mut self, len: usize) {
+        let digest = self.digest.as_ref().filter(|_| self.digesting);
+        if digest.is_none_or(|digest| self.job.is_good(self.block, digest)) {
+            if let Landing::Staging { sink, bytes, filled, .. } = &self.landing {
+                sink.block(self.block, &bytes[*filled - len..*filled]);
+            }
+        } else {
+            self.corrupt.push(self.block);
+        }
+        self.block += 1;
+        self.within = 0;
+        self.start_block();
+    }
+
     fn start_block(&mut self) {
-        self.digest = if self.block < self.end { self.job.digest(self.block) } else { None };
+        self.digesting = self.block < self.end && self.job.start_digest(self.block, &mut self.digest);
     }
 }
 
