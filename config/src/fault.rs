@@ -56,7 +56,10 @@ impl Faults {
 
 impl fmt::Display for Faults {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        for fault in &self.list {
+        for (i, fault) in self.list.iter().enumerate() {
+            if i > 0 {
+                writeln!(f)?;
+            }
             f.write_str(&self.source_name)?;
             if let Some(at) = fault.at {
                 write!(f, ":{}:{}", at.line, at.column)?;
@@ -66,9 +69,11 @@ impl fmt::Display for Faults {
                 write!(f, "{}: ", fault.path)?;
             }
             writeln!(f, "{}", fault.problem)?;
-            writeln!(f, "  remedy: {}", fault.remedy)?;
+            write!(f, "  remedy: {}", fault.remedy)?;
         }
-        let count = self.list.len();
-        write!(f, "{count} fault{} in {}", if count == 1 { "" } else { "s" }, self.source_name)
+        match self.list.len() {
+            0 | 1 => Ok(()),
+            count => write!(f, "\n{count} faults in {}", self.source_name),
+        }
     }
 }

@@ -202,10 +202,12 @@ impl ModelSpec {
             document.missing("model", "a section, such as { path: examples/models/tiny }");
             return None;
         };
-        let given = section.text("id", "a name");
+        let given = section.optional("id", "a name without spaces", |text| {
+            text.words().filter(|name| !name.contains(char::is_whitespace))
+        });
         let path = section.required("path", PATH_EXPECTED, Text::words).map(|path| reader.resolve(&path));
         let id = given.or_else(|| {
-            let name = path.as_ref()?.file_name()?.to_string_lossy().into_owned();
+            let name = path.as_ref()?.file_name()?.to_string_lossy().replace(char::is_whitespace, "-");
             reader.record(section.child("id"), &name, None);
             Some(name)
         });

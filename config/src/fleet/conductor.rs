@@ -29,8 +29,8 @@ pub struct ConductorSpec {
 pub enum StoreSpec {
     /// In the memory of one conductor.
     Embedded {
-        /// Directory that keeps the epoch counter and operator intents over restarts; memory only without it.
-        data_dir: Option<PathBuf>,
+        /// Keeps the epoch counter and operator intents over restarts; memory only without it.
+        state_file: Option<PathBuf>,
     },
     /// In etcd, shared by several conductors.
     Etcd(EtcdSpec),
@@ -107,7 +107,7 @@ fn urls(section: &mut Section<'_, '_>, key: &'static str) -> Vec<String> {
 
 /// `embedded`, `{ embedded: {...} }` or `{ etcd: {...} }`.
 fn read_store(section: &mut Section<'_, '_>) -> StoreSpec {
-    let embedded = StoreSpec::Embedded { data_dir: None };
+    let embedded = StoreSpec::Embedded { state_file: None };
     let path = section.child("store");
     let reader = section.reader;
     let Some(node) = section.take("store") else {
@@ -130,7 +130,7 @@ fn read_store(section: &mut Section<'_, '_>) -> StoreSpec {
             embedded
         }
         (Some(etcd), None) => read_etcd(etcd),
-        (None, Some(mut section)) => StoreSpec::Embedded { data_dir: section.file("data_dir") },
+        (None, Some(mut section)) => StoreSpec::Embedded { state_file: section.file("state_file") },
         (None, None) => embedded,
     }
 }

@@ -172,6 +172,13 @@ impl Pool {
         Some(pool)
     }
 
+    /// Bytes of the KV cache of one worker; 0 where a server of another project holds it.
+    pub fn kv_bytes(&self, model: &ModelShape) -> Bytes {
+        let block = self.kv.geometry(model).block_bytes();
+        let blocks = self.engine.limits().map_or(0, |_| self.kv.capacity.blocks(block));
+        Bytes(u64::from(blocks).saturating_mul(block as u64))
+    }
+
     /// Ports its workers may take, from that of `listen` on.
     pub(super) fn ports(&self) -> u32 {
         self.replicas.max(self.autoscale.as_ref().map_or(0, |scale| scale.max)).max(1)

@@ -220,51 +220,44 @@ fn unreadable_yaml_says_where() {
     faults(
         "version: 1\n  model: [",
         &expect![[r#"
-        fleet.yaml:2:8: is not YAML: mapping values are not allowed in this context
-          remedy: correct the YAML here or just before; indentation and unclosed brackets are the usual causes
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:2:8: is not YAML: mapping values are not allowed in this context
+              remedy: correct the YAML here or just before; indentation and unclosed brackets are the usual causes"#]],
     );
     faults(
         "version: 1\npools: *all\n",
         &expect![[r#"
-        fleet.yaml:2:8: is not YAML: while parsing node, found unknown anchor
-          remedy: correct the YAML here or just before; indentation and unclosed brackets are the usual causes
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:2:8: is not YAML: while parsing node, found unknown anchor
+              remedy: correct the YAML here or just before; indentation and unclosed brackets are the usual causes"#]],
     );
     faults(
         "a: &a [1]\nb: 2\n",
         &expect![[r#"
-        fleet.yaml:1:7: uses a YAML anchor or alias
-          remedy: write the value out where it is needed
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:1:7: uses a YAML anchor or alias
+              remedy: write the value out where it is needed"#]],
     );
     faults(
         "version: !!int 1\n",
         &expect![[r#"
-        fleet.yaml:1:16: carries a YAML tag
-          remedy: remove the `!` and the word after it
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:1:16: carries a YAML tag
+              remedy: remove the `!` and the word after it"#]],
     );
     faults(
         "version: 1\n---\nversion: 1\n",
         &expect![[r#"
-        fleet.yaml:2:1: holds a second document
-          remedy: keep one document per file: remove `---` and what follows
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:2:1: holds a second document
+              remedy: keep one document per file: remove `---` and what follows"#]],
     );
     faults(
         "? [a]\n: b\n",
         &expect![[r#"
-        fleet.yaml:1:3: has a list as a key
-          remedy: write `key: value` with a word as the key
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:1:3: has a list as a key
+              remedy: write `key: value` with a word as the key"#]],
     );
     faults(
         "- a\n- b\n",
         &expect![[r#"
             fleet.yaml:1:1: the document is a list, not a section
-              remedy: write `key: value` pairs
-            1 fault in fleet.yaml"#]],
+              remedy: write `key: value` pairs"#]],
     );
     faults(
         "",
@@ -280,9 +273,8 @@ fn unreadable_yaml_says_where() {
     faults(
         "version: 1\nx: \u{7}\n",
         &expect![[r#"
-        fleet.yaml:2:4: character '\u{7}' cannot stand in YAML
-          remedy: remove it; is this a text file?
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:2:4: character '\u{7}' cannot stand in YAML
+              remedy: remove it; is this a text file?"#]],
     );
 }
 
@@ -305,23 +297,20 @@ fn parts_that_do_not_go_together_are_faults() {
     faults(
         &with_head("pools: [{ name: p, role: prefill }]\n"),
         &expect![[r#"
-        fleet.yaml:3:26: pools: has no pool that generates: every role is prefill
-          remedy: add a pool with role: decode, or make one role: both
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:3:26: pools: has no pool that generates: every role is prefill
+              remedy: add a pool with role: decode, or make one role: both"#]],
     );
     faults(
         &with_head("pools: []\n"),
         &expect![[r#"
-        fleet.yaml: pools: has no pool
-          remedy: add at least one pool, such as `- { name: all, role: both }`
-        1 fault in fleet.yaml"#]],
+            fleet.yaml: pools: has no pool
+              remedy: add at least one pool, such as `- { name: all, role: both }`"#]],
     );
     faults(
         &with_head("pools: [{ name: a, role: both }, { name: a, role: both }]\n"),
         &expect![[r#"
-        fleet.yaml:3:42: pools[1].name: is a, the name of pools[0] too
-          remedy: give each pool its own name
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:3:42: pools[1].name: is a, the name of pools[0] too
+              remedy: give each pool its own name"#]],
     );
     let backends = "pools:
   - { name: p, role: prefill, transfer: { backends: [shm], integrity: off } }
@@ -343,9 +332,8 @@ fn parts_that_do_not_go_together_are_faults() {
     faults(
         &with_head(engines),
         &expect![[r#"
-        fleet.yaml:4:47: pools[1].engine.kind: is reference, but sim in p: a simulated KV cache means nothing to a real engine
-          remedy: use sim in both pools, or in neither
-        1 fault in fleet.yaml"#]],
+            fleet.yaml:4:47: pools[1].engine.kind: is reference, but sim in p: a simulated KV cache means nothing to a real engine
+              remedy: use sim in both pools, or in neither"#]],
     );
     let ports = "router: { listen: 127.0.0.1:7501 }
 pools:
