@@ -1,0 +1,294 @@
+//! The command line.
+
+use std::net::SocketAddr;
+use std::path::PathBuf;
+
+use baton_config::{PoolName, WorkerId};
+use clap::{Parser, Subcommand, ValueEnum};
+
+/// One OpenAI-compatible endpoint in front of LLM engines that prefill on one worker and decode on another.
+#[derive(Debug, Parser)]
+#[command(
+    name = "baton",
+    version,
+    arg_required_else_help = true,
+    after_help = "Start here:
+  baton up                      a whole fleet on this machine; Ctrl-C stops it
+  baton check fleet.yaml        what a fleet file means, or everything that is wrong with it
+  baton status                  what a running fleet is doing
+
+Exit codes: 0 ok, 1 failed, 2 bad usage or configuration.
+Values are taken from flags, else from BATON_CONDUCTOR, BATON_FLEET, BATON_LOG and BATON_LOG_FORMAT, else from the
+fleet file, else from the defaults that `baton check` prints."
+)]
+pub(crate) struct Args {
+    /// What to log: error, warn, info, debug, trace, also per module [default: info for parts of a fleet, else warn].
+    #[arg(long, global = true, value_name = "FILTER")]
+    pub(crate) log: Option<String>,
+    /// How to log, on stderr [default: text].
+    #[arg(long, global = true, value_name = "FORMAT")]
+    pub(crate) log_format: Option<LogFormat>,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// How log lines look.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub(crate) enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Start a whole fleet on this machine.
+    Up(UpArgs),
+    /// Run the conductor of a fleet.
+    Conductor(ConductorArgs),
+    /// Run the router of a fleet.
+    Router(RouterArgs),
+    /// Run one worker of a pool.
+    Worker(WorkerArgs),
+    /// Explain a fleet file, or list everything that is wrong with it.
+    Check(CheckArgs),
+    /// Show what a running fleet is doing.
+    Status(StatusArgs),
+    /// Let a worker finish what it has and leave.
+    Drain(DrainArgs),
+    /// Change the number of workers of a pool.
+    Scale(ScaleArgs),
+    /// Say which backends and devices work on this machine, and why the others do not.
+    Doctor(DoctorArgs),
+    /// Measure, with the raw limit of the machine beside each figure.
+    Bench(BenchArgs),
+    /// Say how much KV cache a model needs and how long moving it takes.
+    Kv(KvArgs),
+}
+
+impl Command {
+    /// Whether it is a part of a fleet, which runs until it is told to end.
+    pub(crate) fn is_part(&self) -> bool {
+        matches!(self, Self::Conductor(_) | Self::Router(_) | Self::Worker(_))
+    }
+
+    /// The launcher this process must not outlive.
+    pub(crate) fn parent_pid(&self) -> Option<u32> {
+        match self {
+            Self::Conductor(args) => args.part.parent_pid,
+            Self::Router(args) => args.part.parent_pid,
+            Self::Worker(args) => args.part.parent_pid,
+            _ => None,
+        }
+    }
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Without FLEET: a conductor, a router, two prefill workers that emulate a device, and two decode
+workers with another KV layout, all serving a tiny model. Prints one line on stdout when requests can be served:
+  ready http://127.0.0.1:8080/v1 model=tiny conductor=http://127.0.0.1:41173
+
+Examples:
+  baton up
+  baton up fleet.yaml --listen 127.0.0.1:9000
+  baton --log info up"
+)]
+pub(crate) struct UpArgs {
+    /// The fleet file [default: a small built-in fleet].
+    pub(crate) fleet: Option<PathBuf>,
+    /// Where the router listens, whatever the file says.
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub(crate) listen: Option<SocketAddr>,
+}
+
+/// What every long-running part is told.
+#[derive(Debug, clap::Args)]
+pub(crate) struct PartArgs {
+    /// The fleet file [default: a small built-in fleet].
+    #[arg(long, value_name = "FLEET")]
+    pub(crate) config: Option<PathBuf>,
+    /// Where it listens, whatever the file says; port 0 is any free one.
+    #[arg(long, value_name = "ADDR", value_parser = address)]
+    pub(crate) listen: Option<SocketAddr>,
+    /// Ends at once when this process ends; given by `baton up`.
+    #[arg(long, hide = true, value_name = "PID")]
+    pub(crate) parent_pid: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  baton conductor --config fleet.yaml")]
+pub(crate) struct ConductorArgs {
+    #[command(flatten)]
+    pub(crate) part: PartArgs,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  baton router --config fleet.yaml --listen 0.0.0.0:8080")]
+pub(crate) struct RouterArgs {
+    #[command(flatten)]
+    pub(crate) part: PartArgs,
+    /// URL of the conductor, whatever the file says.
+    #[arg(long, value_name = "URL")]
+    pub(crate) conductor: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  baton worker --config fleet.yaml --pool decode
+  baton worker --config fleet.yaml --pool decode --name decode-1 --listen 127.0.0.1:7511")]
+pub(crate) struct WorkerArgs {
+    #[command(flatten)]
+    pub(crate) part: PartArgs,
+    /// The pool it belongs to.
+    #[arg(long)]
+    pub(crate) pool: PoolName,
+    /// Its name, unique in the fleet [default: the pool's name, a dash, and the index].
+    #[arg(long)]
+    pub(crate) name: Option<WorkerId>,
+    /// Which replica of the pool it is, from 0: added to the pool's ports [default: the number NAME ends in, or 0].
+    #[arg(long)]
+    pub(crate) index: Option<u16>,
+    /// URL of the conductor, whatever the file says.
+    #[arg(long, value_name = "URL")]
+    pub(crate) conductor: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Prints every value and whether it is a default, the size of a KV block in each pool, and the way
+blocks take between each pair of prefill and decode pools. Exits with 2 and lists every fault, if there is one.
+
+Example:
+  baton check fleet.yaml"
+)]
+pub(crate) struct CheckArgs {
+    /// The fleet file [default: the built-in fleet].
+    pub(crate) fleet: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct ConductorUrl {
+    /// URL of the conductor [default: http://127.0.0.1:7400].
+    #[arg(long, value_name = "URL")]
+    pub(crate) conductor: Option<String>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Examples:
+  baton status
+  baton status --conductor http://127.0.0.1:41173 --json | jq .workers")]
+pub(crate) struct StatusArgs {
+    #[command(flatten)]
+    pub(crate) conductor: ConductorUrl,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "The worker takes no new requests, finishes what it has, and leaves.
+
+Example:
+  baton drain decode-1")]
+pub(crate) struct DrainArgs {
+    /// Name of the worker.
+    pub(crate) worker: WorkerId,
+    #[command(flatten)]
+    pub(crate) conductor: ConductorUrl,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "`baton up` starts and drains workers until the pool has that size.
+
+Example:
+  baton scale decode 4")]
+pub(crate) struct ScaleArgs {
+    /// Name of the pool.
+    pub(crate) pool: PoolName,
+    /// Number of workers.
+    pub(crate) replicas: u32,
+    #[command(flatten)]
+    pub(crate) conductor: ConductorUrl,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct DoctorArgs {
+    /// Print one JSON object a row.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct BenchArgs {
+    #[command(subcommand)]
+    pub(crate) what: Bench,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum Bench {
+    /// Reads of scattered blocks, for each backend, with and without digests.
+    Transfer(BenchTransferArgs),
+    /// The other process of `bench transfer`, which starts it.
+    #[command(hide = true)]
+    TransferPeer,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Each row has the raw probe of the same run beside it: memcpy for shm, scatter/gather TCP for tcp.
+
+Examples:
+  baton bench transfer
+  baton bench transfer --json > transfer.jsonl"
+)]
+pub(crate) struct BenchTransferArgs {
+    /// Seconds spent on each backend and block size.
+    #[arg(long, default_value_t = 3, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=600))]
+    pub(crate) seconds: u32,
+    /// Print one JSON object a row.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(after_help = "Example:
+  baton kv examples/models/tiny")]
+pub(crate) struct KvArgs {
+    /// A Hugging Face model directory.
+    pub(crate) model_dir: PathBuf,
+    /// Print one JSON object.
+    #[arg(long)]
+    pub(crate) json: bool,
+}
+
+/// Parses `IP:PORT` or `localhost:PORT`.
+fn address(text: &str) -> Result<SocketAddr, String> {
+    let numeric = match text.strip_prefix("localhost:") {
+        Some(port) => format!("127.0.0.1:{port}"),
+        None => text.to_owned(),
+    };
+    numeric.parse().map_err(|_| "write an address and a port, like 127.0.0.1:8080".to_owned())
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn addresses_are_numeric_or_localhost() {
+        assert_eq!(address("localhost:80").unwrap().to_string(), "127.0.0.1:80");
+        assert_eq!(address("[::1]:80").unwrap().to_string(), "[::1]:80");
+        assert!(address("80").is_err() && address("example.com:80").is_err());
+    }
+}

@@ -1,0 +1,42 @@
+//! `baton conductor`.
+
+use baton_conductor::{ConductorOptions, PoolOptions};
+use baton_config::environment::Environment;
+use baton_config::fleet::{Fleet, Pool, StoreSpec};
+
+use super::{listen, run_part};
+use crate::args::ConductorArgs;
+use crate::check;
+use crate::failure::Failure;
+
+/// Most workers of a pool that does not say.
+const REPLICAS_MAX: u32 = 1024;
+
+pub(crate) fn run(args: &ConductorArgs, environment: &Environment) -> Result<(), Failure> {
+    let fleet = check::load(args.part.config.as_deref(), environment)?;
+    fleet.startable()?;
+    let address = args.part.listen.unwrap_or(fleet.conductor.listen.address);
+    let options = options(&fleet);
+    run_part(2, |stop| async move {
+        let listener = listen(address).await?;
+        baton_conductor::serve(options, listener, stop.drain)
+            .await
+            .map_err(|error| Failure::because("the conductor ended", &error))
+    })
+}
+
+fn options(fleet: &Fleet) -> ConductorOptions {
+    let pools = fleet.pools.iter().map(pool).collect();
+    let mut options = ConductorOptions::new(pools);
+    options.lease_ttl = fleet.conductor.lease_ttl;
+    options.state_file = match &fleet.conductor.store {
+        StoreSpec::Embedded { state_file } => state_file.clone(),
+        _ => None,
+    };
+    options
+}
+
+fn pool(pool: &Pool) -> PoolOptions {
+    let (min, max) = pool.autoscale.as_ref().map_or((0, REPLICAS_MAX), |scale| (scale.min, scale.max));
+    PoolOptions { name: pool.name.clone(), role: pool.role, replicas: pool.replicas, min, max }
+}

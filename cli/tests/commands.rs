@@ -1,0 +1,234 @@
+//! What the binary says and how it exits.
+#![cfg(test)]
+
+use std::io::Read;
+use std::net::TcpListener;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output, Stdio};
+
+use expect_test::{Expect, expect};
+
+/// The repository root, where the built-in fleet finds its model.
+fn root() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("..")
+}
+
+fn baton() -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_baton"));
+    command.current_dir(root()).stdin(Stdio::null());
+    for name in ["BATON_LOG", "BATON_LOG_FORMAT", "BATON_CONDUCTOR", "BATON_FLEET"] {
+        command.env_remove(name);
+    }
+    command
+}
+
+fn run(args: &[&str]) -> Output {
+    baton().args(args).output().unwrap()
+}
+
+fn text(bytes: &[u8]) -> String {
+    String::from_utf8(bytes.to_vec()).unwrap()
+}
+
+/// Exit code and stderr of a command that must print nothing on stdout.
+fn refused(args: &[&str], code: i32, expected: &Expect) {
+    let output = run(args);
+    assert_eq!(text(&output.stdout), "", "{args:?}");
+    assert_eq!(output.status.code(), Some(code), "{args:?}: {}", text(&output.stderr));
+    expected.assert_eq(&text(&output.stderr));
+}
+
+/// A fleet file of the tiny model with something more.
+fn fleet_file(directory: &Path, rest: &str) -> String {
+    let model = root().join("examples/models/tiny").canonicalize().unwrap();
+    let path = directory.join("fleet.yaml");
+    std::fs::write(&path, format!("version: 1\nmodel: {{ path: {} }}\n{rest}", model.display())).unwrap();
+    path.display().to_string()
+}
+
+#[test]
+fn help_and_version_go_to_stdout() {
+    let version = run(&["--version"]);
+    assert!(version.status.success());
+    assert_eq!(text(&version.stdout), concat!("baton ", env!("CARGO_PKG_VERSION"), "\n"));
+    let commands = [
+        "up",
+        "conductor",
+        "router",
+        "worker",
+        "check",
+        "status",
+        "drain",
+        "scale",
+        "doctor",
+        "kv",
+        "bench transfer",
+    ];
+    for command in commands {
+        let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
+        let help = run(&words);
+        assert!(help.status.success(), "{command}");
+        assert!(text(&help.stdout).contains("Usage: baton"), "{command}");
+    }
+}
+
+#[test]
+fn bad_usage_exits_with_2() {
+    assert_eq!(run(&[]).status.code(), Some(2));
+    let output = run(&["statsu"]);
+    assert_eq!(output.status.code(), Some(2));
+    assert!(text(&output.stderr).contains("'status'"), "the nearest command is named");
+    for args in
+        [["scale", "decode", "many"], ["drain", "Not/A/Name", "--conductor=x"], ["up", "--listen", "8080"]]
+    {
+        assert_eq!(run(&args).status.code(), Some(2), "{args:?}");
+    }
+    refused(
+        &["--log", "loud", "doctor"],
+        2,
+        &expect![[r#"
+        error: log filter "loud": "loud" is not a level; write a level, like debug, or baton_router=debug,info
+    "#]],
+    );
+    refused(
+        &["status", "--conductor", "ftp://x"],
+        2,
+        &expect![[r#"
+        error: conductor "ftp://x" is not a URL: write http://HOST:PORT
+    "#]],
+    );
+    refused(
+        &["worker", "--pool", "nope"],
+        2,
+        &expect![[r#"
+        error: the fleet has no pool nope; it has prefill, decode
+    "#]],
+    );
+    refused(
+        &["kv", "nowhere"],
+        2,
+        &expect![[r#"
+        error: model directory nowhere does not exist; give a Hugging Face model directory, like examples/models/tiny
+    "#]],
+    );
+    refused(
+        &["check", "nowhere.yaml"],
+        2,
+        &expect![[r#"
+        error: nowhere.yaml: cannot be read: No such file or directory (os error 2)
+          remedy: give the path of a readable fleet file
+    "#]],
+    );
+}
+
+#[test]
+fn check_explains_or_lists_every_fault() {
+    let good = run(&["check"]);
+    assert!(good.status.success(), "{}", text(&good.stderr));
+    assert!(
+        text(&good.stdout).contains("prefill -> decode: shm, else tcp; prefill host_buffered, decode direct")
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let path = directory.path().join("fleet.yaml");
+    std::fs::write(
+        &path,
+        "version: 1\nrouters: {}\nmodel: { path: none }\npools: [{ name: a, role: both }]\n",
+    )
+    .unwrap();
+    let bad = run(&["check", &path.display().to_string()]);
+    assert_eq!(bad.status.code(), Some(2));
+    let shown = text(&bad.stderr).replace(&path.display().to_string(), "fleet.yaml");
+    expect![[r#"
+        error: fleet.yaml:2:1: routers: unknown key `routers`
+          remedy: did you mean `router`?
+        fleet.yaml:3:16: model.path: model directory none does not exist
+          remedy: give the path of a model directory; a relative one is looked up beside the fleet file, then in the working directory
+        2 faults in fleet.yaml
+    "#]].assert_eq(&shown);
+}
+
+#[test]
+fn the_fleet_file_of_the_environment_is_used_unless_a_flag_says_otherwise() {
+    let directory = tempfile::tempdir().unwrap();
+    let file = fleet_file(directory.path(), "pools: [{ name: lonely, role: both }]\n");
+    let by_environment = baton().arg("check").env("BATON_FLEET", &file).output().unwrap();
+    assert!(text(&by_environment.stdout).contains("lonely: 1 x both"));
+    let by_flag =
+        baton().args(["check", "examples/fleets/sim.yaml"]).env("BATON_FLEET", &file).output().unwrap();
+    assert!(text(&by_flag.stdout).contains("decode: 2 x decode, sim on cpu"));
+}
+
+#[test]
+fn a_reader_that_went_away_is_no_error() {
+    for args in [vec!["check"], vec!["--help"], vec!["kv", "examples/models/tiny"], vec!["doctor", "--json"]]
+    {
+        let mut child = baton().args(&args).stdout(Stdio::piped()).stderr(Stdio::piped()).spawn().unwrap();
+        drop(child.stdout.take());
+        let mut stderr = String::new();
+        child.stderr.take().unwrap().read_to_string(&mut stderr).unwrap();
+        let status = child.wait().unwrap();
+        assert!(status.success(), "{args:?}: {status} {stderr}");
+        assert_eq!(stderr, "", "{args:?}");
+    }
+}
+
+#[test]
+fn failures_are_json_when_logs_are() {
+    let output = run(&["--log-format", "json", "status", "--conductor", "http://127.0.0.1:1"]);
+    assert_eq!(output.status.code(), Some(1));
+    let line: serde_json::Value = serde_json::from_slice(&output.stderr).unwrap();
+    assert_eq!(line["level"], "ERROR");
+    assert!(line["message"].as_str().unwrap().contains("no conductor answers at http://127.0.0.1:1"));
+}
+
+#[test]
+fn reports_are_json_on_demand() {
+    let kv: serde_json::Value =
+        serde_json::from_slice(&run(&["kv", "--json", "examples/models/tiny"]).stdout).unwrap();
+    assert_eq!(kv["dtypes"][0]["bytes_per_token"], 1024);
+    let doctor = text(&run(&["doctor", "--json"]).stdout);
+    let works = |name: &str| {
+        let rows = doctor.lines().map(|line| serde_json::from_str::<serde_json::Value>(line).unwrap());
+        rows.into_iter().find(|row| row["name"] == name).map(|row| row["works"] == true)
+    };
+    assert_eq!((works("tcp"), works("shm"), works("vllm")), (Some(true), Some(true), Some(false)));
+}
+
+#[test]
+fn up_says_what_stands_in_the_way() {
+    let holder = TcpListener::bind("127.0.0.1:0").unwrap();
+    let address = holder.local_addr().unwrap().to_string();
+    let output = run(&["up", "--listen", &address]);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(1), ""));
+    assert_eq!(
+        text(&output.stderr),
+        format!(
+            "error: cannot listen on {address}: another process listens there: stop it, or choose another with --listen\n"
+        )
+    );
+    let directory = tempfile::tempdir().unwrap();
+    let file = fleet_file(directory.path(), "pools: [{ name: a, role: both, kv: { memory: 16TiB } }]\n");
+    let output = run(&["up", &file]);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(2), ""));
+    let shown = text(&output.stderr);
+    assert!(shown.starts_with("error: the workers of this fleet take 16 TiB of KV cache, but this"), "{shown}");
+    let file = fleet_file(
+        directory.path(),
+        "pools: [{ name: a, role: both, engine: { kind: vllm, url: http://x } }]\n",
+    );
+    let output = run(&["up", &file]);
+    assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(2), ""));
+    expect![[r#"
+        error: fleet.yaml:3:48: pools[0].engine.kind: the engine vllm is not available in this build
+          remedy: use kind: reference or kind: sim
+    "#]]
+    .assert_eq(&text(&output.stderr).replace(&file, "fleet.yaml"));
+}
+
+#[test]
+fn a_part_does_not_outlive_its_launcher() {
+    // Process 1 is not this test: a part that was started by it must not run.
+    let output = run(&["conductor", "--listen", "127.0.0.1:0", "--parent-pid", "1"]);
+    assert_eq!(output.status.code(), Some(1));
+    assert_eq!(text(&output.stderr), "error: the launcher (process 1) is gone\n");
+}
