@@ -12,7 +12,7 @@ use std::sync::{Mutex, PoisonError};
 use crate::arena::{Arena, Kv, Plane};
 use crate::executor::BatchItem;
 
-use super::kernel::{Format, Isa, Left, Line, PANEL, Panel, Row};
+use super::kernel::{Format, Isa, Left, Line, PANEL, Panel, Row, Rows};
 use super::math::{Accumulate, Finish, Rotate, Softmax, Weigh};
 use super::matrix::Activations;
 use super::model::{Layer, Shape};
@@ -61,7 +61,8 @@ pub(super) struct Buffers {
 struct Scratch {
     rows: Vec<f32>,
     keys: Vec<Line>,
-    values: Vec<Line>,
+    /// One tile of values, row by row, and padding for the width of a register.
+    values: Vec<f32>,
     queries: Vec<Row>,
     scores: Vec<Row>,
     tile: Vec<Row>,
@@ -241,16 +242,13 @@ impl Context<'_> {
         self.isa.multiply(left, part.start, keys, scores);
         let states = &mut scratch.states[part.clone()];
         self.isa.run(Weigh { scores, states, scale, valid });
-        let mut lines = scratch.values.as_slice();
         for panel in 0..dim.div_ceil(PANEL) {
-            let width = if dim - panel * PANEL <= PANEL / 2 { PANEL / 2 } else { PANEL };
-            let (now, later) = lines.split_at(PANEL * width / 16);
-            lines = later;
-            let values =
-                Panel { lines: &now[..valid * width / 16], format: Format::F32, depth: valid, width };
+            // Columns past the head are the next row's, or the padding after the last: computed and not used.
+            let width = (dim - panel * PANEL).min(PANEL).next_multiple_of(16);
+            let values = Rows { values: &scratch.values[panel * PANEL..], stride: dim, depth: valid, width };
             let tile = &mut scratch.tile[..part.len()];
             let weights = Left { panels: &scratch.scores[..part.len()], rows: part.len() };
-            self.isa.multiply(weights, 0, values, tile);
+            self.isa.multiply_rows(weights, 0, values, tile);
             let total = &mut scratch.total[panel * rows..][part.clone()];
             self.isa.run(Accumulate { total, tile, states: &scratch.states[part.clone()] });
         }
@@ -275,7 +273,7 @@ impl Context<'_> {
         }
     }
 
-    /// One tile of keys, transposed, and of values, from the arena.
+    /// One tile of keys, transposed, and one of values, from the arena.
     fn load_tile(&self, scratch: &mut Scratch, piece: &Piece<'_>, tile_start: usize, keys: usize) {
         let dim = self.shape.head_dim;
         let count = PANEL.min(keys - tile_start);
@@ -290,19 +288,7 @@ impl Context<'_> {
         for (group, rows) in rows.chunks_exact(16 * dim).take(count.div_ceil(16)).enumerate() {
             self.isa.transpose16(rows, dim, &mut key_lines[group..], PANEL / 16);
         }
-        gather(Kv::Value, rows);
-        for (token, row) in rows.chunks_exact(dim).take(count).enumerate() {
-            let mut lines = values.as_mut_slice();
-            for part in row.chunks(PANEL) {
-                let per_key = if part.len() <= PANEL / 2 { 2 } else { 4 };
-                for (line, part) in lines[token * per_key..].iter_mut().zip(part.chunks(16)) {
-                    for (word, value) in line.0.iter_mut().zip(part) {
-                        *word = value.to_bits();
-                    }
-                }
-                lines = &mut lines[PANEL * per_key..];
-            }
-        }
+        gather(Kv::Value, values);
     }
 }
 
@@ -321,7 +307,7 @@ impl Scratch {
         let panels = head_dim.div_ceil(PANEL);
         self.rows.resize(self.rows.len().max(PANEL * head_dim), 0.0);
         self.keys.resize(head_dim * PANEL / 16, Line::ZERO);
-        self.values.resize(panels * PANEL * PANEL / 16, Line::ZERO);
+        self.values.resize(PANEL * head_dim + PANEL, 0.0);
         self.queries.resize(panels * rows, Row::ZERO);
         self.scores.resize(self.scores.len().max(rows), Row::ZERO);
         self.tile.resize(self.tile.len().max(rows), Row::ZERO);

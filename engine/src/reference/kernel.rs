@@ -87,6 +87,17 @@ pub(crate) struct Panel<'a> {
     pub(crate) width: usize,
 }
 
+/// A right operand of plain f32 rows, one for each of `depth` terms: at most [`BLOCK_DEPTH`] of them.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Rows<'a> {
+    /// The first row starts here, the next one `stride` further.
+    pub(crate) values: &'a [f32],
+    pub(crate) stride: usize,
+    pub(crate) depth: usize,
+    /// Columns, a multiple of 16.
+    pub(crate) width: usize,
+}
+
 /// An instruction set this machine has. Values exist only for sets that were detected, which is what makes
 /// calling their kernels sound.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -187,33 +198,55 @@ impl Isa {
                     Panel { lines: wide, format: Format::F32, depth, width }
                 }
             };
+            let right = Right {
+                words: block.lines.as_ptr().cast(),
+                stride: block.format.lines(width) * 16,
+                format: block.format,
+                vectors: width / LANES,
+                depth,
+            };
             let left = Left { panels: &left.panels[start / PANEL * left.rows..], rows: left.rows };
-            self.multiply_block(left, first, block, start > 0, out);
+            // SAFETY: the rows of `left` and `out` and the lines of the block were checked above.
+            unsafe { self.multiply_block(left, first, &right, start > 0, out) };
         }
     }
 
+    /// As [`Self::multiply`], with plain rows on the right.
+    ///
+    /// # Panics
+    /// When an operand is smaller than its shape says.
+    pub(crate) fn multiply_rows(self, left: Left<'_>, first: usize, rows: Rows<'_>, out: &mut [Row]) {
+        let Rows { values, stride, depth, width } = rows;
+        assert!((16..=PANEL).contains(&width) && width.is_multiple_of(16), "16, 32, 48 or 64 columns");
+        assert!((1..=BLOCK_DEPTH).contains(&depth), "one block of terms");
+        assert!(values.len() >= (depth - 1) * stride + width, "rows of the right operand");
+        assert!(first + out.len() <= left.rows, "rows of the left operand");
+        assert!(left.panels.len() >= depth.div_ceil(PANEL) * left.rows, "panels of the left operand");
+        for row in out.iter_mut() {
+            row.0[width..].fill(0.0);
+        }
+        let words = values.as_ptr().cast();
+        let right = Right { words, stride, format: Format::F32, vectors: width / LANES, depth };
+        // SAFETY: checked above.
+        unsafe { self.multiply_block(left, first, &right, false, out) };
+    }
+
     /// One block of at most [`BLOCK_DEPTH`] terms, in tiles of at most [`Self::tile_rows`] rows.
-    fn multiply_block(self, left: Left<'_>, first: usize, block: Panel<'_>, add: bool, out: &mut [Row]) {
+    ///
+    /// # Safety
+    /// `left` must have rows `first..first + out.len()` in every panel that `right.depth` needs, and `right` be
+    /// valid for its shape.
+    unsafe fn multiply_block(self, left: Left<'_>, first: usize, right: &Right, add: bool, out: &mut [Row]) {
         let mut at = 0;
         while at < out.len() {
             let remaining = out.len() - at;
             // Even tiles: 7 rows are 4 + 3, since a tile of one row keeps too few chains in flight.
             let rows = remaining.div_ceil(remaining.div_ceil(self.tile_rows()));
-            let tile = Tile {
-                left: left.panels[first + at..].as_ptr(),
-                left_rows: left.rows,
-                lines: block.lines.as_ptr(),
-                format: block.format,
-                width: block.width,
-                depth: block.depth,
-                add,
-                rows,
-                out: out[at..at + rows].as_mut_ptr(),
-            };
+            let left_at = left.panels[first + at..].as_ptr();
+            let out = out[at..at + rows].as_mut_ptr();
+            let tile = Tile { left: left_at, left_rows: left.rows, right, add, rows, out };
             match self.0 {
-                // SAFETY: `multiply` checked that `rows` rows of every panel of `left` that `depth` needs,
-                // `depth` times `width` numbers of `lines`, and `rows` rows of `out` exist; the features were
-                // detected.
+                // SAFETY: passed on from the caller; `rows` rows of `out` exist; the features were detected.
                 #[cfg(target_arch = "x86_64")]
                 Level::Avx512 => unsafe { avx512::tile(&tile) },
                 // SAFETY: as above.
@@ -270,17 +303,24 @@ impl Isa {
     }
 }
 
-/// What one call of a tile kernel works on. The pointers are valid for the shapes below for the length of the
-/// call.
-struct Tile {
+/// Weights of one block, whatever they came from. The pointer is valid for the shape.
+struct Right {
+    /// `depth` rows of `vectors` times 16 f32, or half as many words of bf16 pairs.
+    words: *const u32,
+    /// Words from one row to the next.
+    stride: usize,
+    format: Format,
+    /// Registers of 16 columns, 1 to 4; an even number for pairs.
+    vectors: usize,
+    depth: usize,
+}
+
+/// What one call of a tile kernel works on. The pointers are valid for the shapes for the length of the call.
+struct Tile<'a> {
     /// Row 0 of the tile in the first panel; the next panel is `left_rows` rows further.
     left: *const Row,
     left_rows: usize,
-    /// `depth` times `format.lines(width)` lines.
-    lines: *const Line,
-    format: Format,
-    width: usize,
-    depth: usize,
+    right: &'a Right,
     /// Whether the block's sum is added to `out` or replaces it.
     add: bool,
     rows: usize,

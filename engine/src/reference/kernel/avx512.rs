@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::{
     __m512, _mm512_add_ps, _mm512_and_si512, _mm512_castsi512_ps, _mm512_fmadd_ps, _mm512_load_ps,
-    _mm512_load_si512, _mm512_loadu_ps, _mm512_permutex2var_ps, _mm512_set1_epi32, _mm512_set1_ps,
+    _mm512_loadu_ps, _mm512_loadu_si512, _mm512_permutex2var_ps, _mm512_set1_epi32, _mm512_set1_ps,
     _mm512_setr_epi32, _mm512_setzero_ps, _mm512_shuffle_f32x4, _mm512_slli_epi32, _mm512_store_ps,
     _mm512_unpackhi_ps, _mm512_unpacklo_ps,
 };
@@ -18,7 +18,7 @@ pub(super) unsafe fn run<W: Work>(work: W) -> W::Output {
 
 /// # Safety
 /// The pointers of `tile` must be valid for its shape and the features of [`super::Level::Avx512`] present.
-pub(super) unsafe fn tile(tile: &Tile) {
+pub(super) unsafe fn tile(tile: &Tile<'_>) {
     macro_rules! by_rows {
         ($vectors:literal, $format:ident) => {
             match tile.rows {
@@ -31,11 +31,13 @@ pub(super) unsafe fn tile(tile: &Tile) {
             }
         };
     }
-    let kernel = match (tile.width == PANEL, tile.format) {
-        (true, Format::F32) => by_rows!(4, F32),
-        (true, Format::Bf16) => by_rows!(4, BF16),
-        (false, Format::F32) => by_rows!(2, F32),
-        (false, Format::Bf16) => by_rows!(2, BF16),
+    let kernel = match (tile.right.vectors, tile.right.format) {
+        (1, _) => by_rows!(1, F32),
+        (2, Format::F32) => by_rows!(2, F32),
+        (2, Format::Bf16) => by_rows!(2, BF16),
+        (3, _) => by_rows!(3, F32),
+        (_, Format::F32) => by_rows!(4, F32),
+        (_, Format::Bf16) => by_rows!(4, BF16),
     };
     // SAFETY: passed on from the caller; `rows` is at most 6.
     unsafe { kernel(tile) }
@@ -45,20 +47,20 @@ const F32: bool = false;
 const BF16: bool = true;
 
 /// # Safety
-/// As [`tile`], with `tile.rows == ROWS`, `tile.width == 16 * VECTORS` and `tile.format` as `PAIRS` says.
+/// As [`tile`], with `tile.rows == ROWS`, `tile.right.vectors == VECTORS` and its format as `PAIRS` says.
 #[target_feature(enable = "avx512f")]
-unsafe fn accumulate<const ROWS: usize, const VECTORS: usize, const PAIRS: bool>(tile: &Tile) {
+unsafe fn accumulate<const ROWS: usize, const VECTORS: usize, const PAIRS: bool>(tile: &Tile<'_>) {
     let mut sums = [[_mm512_setzero_ps(); VECTORS]; ROWS];
-    let mut lines = tile.lines;
+    let stride = tile.right.stride;
+    let mut words = tile.right.words;
     let mut left = tile.left.cast::<f32>();
-    let mut remaining = tile.depth;
+    let mut remaining = tile.right.depth;
     while remaining > 0 {
         let terms = remaining.min(PANEL);
         for k in 0..terms {
-            // SAFETY: `lines` holds `depth` times VECTORS registers.
-            let weights: [__m512; VECTORS] = unsafe { load::<VECTORS, PAIRS>(lines) };
-            // SAFETY: stays within, or one past the end of, the same slice.
-            lines = unsafe { lines.add(if PAIRS { VECTORS / 2 } else { VECTORS }) };
+            // SAFETY: one of `depth` rows of VECTORS registers.
+            let weights: [__m512; VECTORS] = unsafe { load::<VECTORS, PAIRS>(words) };
+            words = words.wrapping_add(stride);
             for (row, sums) in sums.iter_mut().enumerate() {
                 // SAFETY: `left` has ROWS rows of PANEL numbers here.
                 let x = _mm512_set1_ps(unsafe { *left.add(row * PANEL + k) });
@@ -83,15 +85,15 @@ unsafe fn accumulate<const ROWS: usize, const VECTORS: usize, const PAIRS: bool>
 }
 
 /// # Safety
-/// `lines` must be valid for VECTORS lines, or for half as many when they hold PAIRS.
+/// `words` must be valid for VECTORS registers, or for half as many when they hold PAIRS.
 #[target_feature(enable = "avx512f")]
 #[inline]
-unsafe fn load<const VECTORS: usize, const PAIRS: bool>(lines: *const Line) -> [__m512; VECTORS] {
+unsafe fn load<const VECTORS: usize, const PAIRS: bool>(words: *const u32) -> [__m512; VECTORS] {
     let mut weights = [_mm512_setzero_ps(); VECTORS];
     if PAIRS {
         for v in 0..VECTORS / 2 {
-            // SAFETY: passed on from the caller; lines are on 64-byte boundaries.
-            let pairs = unsafe { _mm512_load_si512(lines.add(v).cast()) };
+            // SAFETY: passed on from the caller.
+            let pairs = unsafe { _mm512_loadu_si512(words.add(16 * v).cast()) };
             weights[2 * v] = _mm512_castsi512_ps(_mm512_slli_epi32::<16>(pairs));
             weights[2 * v + 1] =
                 _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff_0000_u32 as i32)));
@@ -99,7 +101,7 @@ unsafe fn load<const VECTORS: usize, const PAIRS: bool>(lines: *const Line) -> [
     } else {
         for (v, weights) in weights.iter_mut().enumerate() {
             // SAFETY: as above.
-            *weights = unsafe { _mm512_load_ps(lines.add(v).cast()) };
+            *weights = unsafe { _mm512_loadu_ps(words.add(16 * v).cast()) };
         }
     }
     weights
@@ -112,7 +114,7 @@ unsafe fn load<const VECTORS: usize, const PAIRS: bool>(lines: *const Line) -> [
 pub(super) unsafe fn widen(pairs: &[Line], wide: *mut Line) {
     for (i, pair) in pairs.iter().enumerate() {
         // SAFETY: one line of pairs.
-        let [low, high] = unsafe { load::<2, BF16>(pair) };
+        let [low, high] = unsafe { load::<2, BF16>(pair.0.as_ptr()) };
         // SAFETY: lines `2 i` and `2 i + 1` of `wide`.
         unsafe {
             _mm512_store_ps(wide.add(2 * i).cast(), low);

@@ -102,6 +102,37 @@ fn every_instruction_set_computes_the_definition_to_the_bit() {
 }
 
 #[test]
+fn plain_rows_on_the_right() {
+    for (rows, depth, width, stride) in
+        [(1, 1, 16, 16), (3, 64, 48, 48), (6, 37, 64, 72), (7, 128, 32, 100), (14, 65, 48, 50)]
+    {
+        let case = Case::new(rows as u64, rows, depth, 64, Format::F32);
+        let mut values = vec![f32::NAN; (depth - 1) * stride + width];
+        for k in 0..depth {
+            for column in 0..width {
+                values[k * stride + column] = case.weight(k, column);
+            }
+        }
+        for isa in Isa::all() {
+            let mut out = vec![Row([7.0; PANEL]); rows];
+            let left = Left { panels: &case.left, rows };
+            isa.multiply_rows(left, 0, Rows { values: &values, stride, depth, width }, &mut out);
+            for (row, out) in out.iter().enumerate() {
+                for (column, value) in out.0.iter().enumerate() {
+                    let expected = if column < width { case.defined(row, column) } else { 0.0 };
+                    assert_eq!(
+                        value.to_bits(),
+                        expected.to_bits(),
+                        "{} {rows} x {depth} x {width}",
+                        isa.name()
+                    );
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn a_part_of_the_rows_has_the_bits_of_the_whole() {
     for format in [Format::F32, Format::Bf16] {
         let case = Case::new(5, 17, 200, 64, format);
