@@ -163,8 +163,11 @@ impl EngineHandle {
         let join = std::thread::Builder::new().name("engine".to_owned()).spawn(move || {
             // A panic is a bug of the engine: readiness shows it, waiting requests see their channels close.
             let result = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| thread.run()));
-            let why = if result.is_ok() { "stopped" } else { "the engine's thread panicked" };
-            thread.publish.send_modify(|view| view.ended = Some(why.to_owned()));
+            let why = if result.is_ok() { "stopped" } else { "its thread panicked" };
+            let publish = thread.publish.clone();
+            // Streams and commands end before the news, so that nobody waits for what will not come.
+            drop(thread);
+            publish.send_modify(|view| view.ended = Some(why.to_owned()));
         })?;
         Ok((Self { commands, view, pulse }, join))
     }
@@ -451,3 +454,6 @@ impl Thread {
         });
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -43,6 +43,9 @@ const LOAD_INTERVAL: Duration = Duration::from_secs(1);
 /// How long tasks and connections may take to end once nothing is left to do for them.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
+/// And how long once there is a second signal: enough to tell the conductor and the clients.
+const HURRIED_CLOSE: Duration = Duration::from_millis(500);
+
 /// How a worker is told to stop.
 #[derive(Debug, Clone, Default)]
 pub struct Stop {
@@ -115,17 +118,24 @@ impl RunError {
 /// # Errors
 /// When it can't start, the fleet refuses it, or its engine ends.
 pub async fn run(options: WorkerOptions, listener: TcpListener, stop: Stop) -> Result<(), RunError> {
+    let now = stop.now.clone();
     let worker = Worker::build(options, listener, stop).await?;
-    let membership = match worker.join().await {
-        Ok(membership) => membership,
-        Err(error) => {
-            worker.close(None).await;
-            return Err(error);
-        }
+    let (end, membership) = match worker.join().await {
+        Ok(membership) => (worker.serve(&membership).await, Some(membership)),
+        Err(error) => (Err(error), None),
     };
-    let end = worker.serve(&membership).await;
-    worker.close(Some(membership)).await;
+    tokio::select! {
+        biased;
+        () = worker.close(membership) => {}
+        () = at_once(now) => tracing::warn!("ended without waiting for every part"),
+    }
     end
+}
+
+/// Done shortly after the second signal: what has not ended by itself by then ends with the process.
+async fn at_once(now: CancellationToken) {
+    now.cancelled().await;
+    tokio::time::sleep(HURRIED_CLOSE).await;
 }
 
 /// A worker whose parts all run.

@@ -14,6 +14,8 @@ pub const LOGPROBS_MAX: u32 = 20;
 pub const STOP_TOKENS_MAX: usize = 1024;
 /// Blocks of one ticket at most.
 pub const TICKET_BLOCKS_MAX: usize = 4096;
+/// Largest of each number of a peer's geometry: no product of them overflows.
+pub const GEOMETRY_MAX: u32 = 1 << 14;
 /// Largest alternatives of a first token.
 pub const FIRST_TOP_MAX: usize = LOGPROBS_MAX as usize;
 
@@ -121,8 +123,12 @@ pub fn ticket(ticket: &Ticket, model: &ModelInfo) -> Result<(), Invalid> {
         return Err(Invalid::TooMany { field: "blocks", len, max: TICKET_BLOCKS_MAX });
     }
     let g = &ticket.geometry;
-    if [g.layers, g.kv_heads, g.head_dim, g.block_tokens].contains(&0) {
+    let numbers = [g.layers, g.kv_heads, g.head_dim, g.block_tokens];
+    if numbers.contains(&0) {
         return Err(Invalid::Ticket("has blocks that hold nothing"));
+    }
+    if numbers.iter().any(|number| *number > GEOMETRY_MAX) {
+        return Err(Invalid::Ticket("has blocks larger than any memory"));
     }
     if ticket.tokens > model.max_context {
         return Err(Invalid::TooLong { tokens: ticket.tokens as usize, context: model.max_context });

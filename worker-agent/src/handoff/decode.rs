@@ -506,11 +506,13 @@ impl Decode {
             return (ticket.tokens <= upto).then_some(self.next_index);
         };
         // No block twice, and none left out but those whose tokens are in place already.
-        let starts = self.next_index.is_none_or(|next| first.index >= next) && first.index <= upto / block;
+        if self.next_index.is_some_and(|next| first.index < next) || first.index > upto / block {
+            return None;
+        }
         let follow = ticket.blocks.iter().zip(first.index..).all(|(b, index)| b.index == index);
         let end = first.index.checked_add(u32::try_from(ticket.blocks.len()).ok()?)?;
         let covered = end.checked_mul(block).is_none_or(|tokens| ticket.tokens <= tokens);
-        (starts && follow && covered).then_some(Some(end))
+        (follow && covered).then_some(Some(end))
     }
 
     /// Confirms the tickets below `seq`.

@@ -413,3 +413,44 @@ fn a_stream_is_a_line_an_event_and_a_report_before_the_first_token() {
         assert_eq!(events.len(), 5);
     });
 }
+
+#[test]
+fn a_prefill_worker_restarted_under_its_name_serves_again_and_its_old_life_is_void() {
+    let fleet = Fleet::start(Setup::sim());
+    let (old, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(1, 100, fleet.vocab()), 3);
+        let (apart, _) = fleet.hand_over(&old, &d, &request, 1).await;
+        assert_eq!(apart.report.fallback, None);
+        old.kill();
+        fleet.wait_gone("p-0").await;
+    });
+    let new = fleet.prefill("p-0");
+    fleet.block_on(async {
+        until("seen", || d.sees(&new)).await;
+        let request = fleet.request(prompt(2, 100, fleet.vocab()), 3);
+        let expected = oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 3);
+        // A router whose view is behind still names the old life.
+        let apart = fleet.generate_from(&d, &old, &request, 2).await;
+        assert!(apart.report.fallback.is_some());
+        assert_eq!(apart.tokens, expected);
+        let (apart, _) = fleet.hand_over(&new, &d, &request, 3).await;
+        assert_eq!((apart.report.fallback, apart.report.imported_tokens), (None, 100));
+        assert_eq!(apart.tokens, expected);
+    });
+}
+
+#[test]
+fn a_peer_with_another_model_is_refused_and_the_prompt_prefilled() {
+    let fleet = Fleet::start(Setup::sim());
+    let other = fleet.prefill_of_another_model("p-0");
+    let d = fleet.decode("d-0");
+    fleet.block_on(async {
+        let request = fleet.request(prompt(1, 100, fleet.vocab()), 3);
+        let (apart, _) = fleet.hand_over(&other, &d, &request, 1).await;
+        assert_eq!(apart.report.fallback.as_deref(), Some("geometry"));
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 3));
+        assert!(d.text("/metrics").await.contains("baton_transfer_errors_total{kind=\"geometry\"} 1"));
+        until("all blocks back", || other.in_use() == 0 && d.in_use() == 0).await;
+    });
+}

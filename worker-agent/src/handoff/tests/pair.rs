@@ -65,10 +65,14 @@ pub(super) struct Faults {
     pub(super) client_leaves: u64,
     pub(super) router_cancels: u64,
     pub(super) never_admitted: u64,
+    /// Decode workers that have no room for 35 to 50 s: longer than the lease.
+    pub(super) slow_admission: u64,
     pub(super) prefill_stuck: u64,
     pub(super) one_side_only: u64,
     /// Crashes of each side over the whole run.
     pub(super) crashes: u64,
+    /// Leases each side loses, and takes anew under another epoch, over the whole run.
+    pub(super) rejoins: u64,
 }
 
 #[derive(Debug, Clone)]
@@ -101,6 +105,7 @@ enum Event {
     RouterCancels,
     Crash(Side),
     Restart(Side),
+    Rejoin(Side),
     View { at: Side, peer: Option<Epoch> },
 }
 
@@ -130,6 +135,7 @@ struct Request {
     corrupt_always: bool,
     never_admitted: bool,
     prefill_stuck: bool,
+    left: bool,
     // Prefill side.
     p_open: Option<Epoch>,
     p_free: bool,
@@ -267,6 +273,12 @@ impl Pair {
                 self.at(at, HandoffId(0), None, Event::Crash(side));
             }
         }
+        for side in [Side::Prefill, Side::Decode] {
+            for _ in 0..self.faults.rejoins {
+                let at = self.dice.micros(0..spread.as_micros().max(1) as u64 + 2_000_000);
+                self.at(at, HandoffId(0), None, Event::Rejoin(side));
+            }
+        }
         while let Some(now) = self.next_time() {
             self.now = now;
             self.tally.steps += 1;
@@ -294,6 +306,7 @@ impl Pair {
             corrupt_always: self.dice.permille(faults.corrupt_always),
             never_admitted: self.dice.permille(faults.never_admitted),
             prefill_stuck: self.dice.permille(faults.prefill_stuck),
+            left: false,
             p_open: None,
             p_free: true,
             p_since: None,
@@ -399,7 +412,8 @@ impl Pair {
             }
             Event::PullDone { pull, aborted } => self.pull_done(id, pull, aborted),
             Event::ClientLeaves => {
-                // The router drops both calls.
+                // The router drops both calls, also one that has not arrived yet.
+                self.requests.get_mut(&id).unwrap().left = true;
                 if self.decode.alive && self.requests[&id].d_open == Some(self.decode.epoch) {
                     self.decode.desk.close_decode(now, id, &mut out);
                     self.carry_out(Side::Decode, out);
@@ -422,6 +436,7 @@ impl Pair {
             }
             Event::Crash(side) => self.crash(side),
             Event::Restart(side) => self.restart(side),
+            Event::Rejoin(side) => self.rejoin(side),
             Event::View { at, peer } => {
                 let other = match at {
                     Side::Prefill => name(Side::Decode),
@@ -466,6 +481,9 @@ impl Pair {
                 after += self.dice.micros(1_000..80_000);
                 self.at(after, id, Some(Side::Prefill), Event::Computed { upto });
             }
+            if self.requests[&id].left {
+                self.prefill.desk.prefill(now, id, PrefillEvent::Cancel, &mut out);
+            }
             if !stuck {
                 after += self.dice.micros(0..2_000);
                 self.at(after, id, Some(Side::Prefill), Event::First);
@@ -485,7 +503,9 @@ impl Pair {
         let peer = PeerRef { worker: name(Side::Prefill), epoch: peer, address: "p".into() };
         let opening = Opening { id, own_epoch: own, peer, prompt };
         if self.decode.desk.open_decode(now, opening, &mut out).is_ok() {
-            let after = if self.dice.permille(300) {
+            let after = if self.dice.permille(self.faults.slow_admission) {
+                self.dice.micros(35_000_000..50_000_000)
+            } else if self.dice.permille(300) {
                 self.dice.micros(1_000..3_000_000)
             } else {
                 self.dice.micros(50..2_000)
@@ -493,8 +513,9 @@ impl Pair {
             let request = self.requests.get_mut(&id).unwrap();
             request.d_open = Some(own);
             request.seat = Seat::Queued;
-            let admitted = !request.never_admitted;
-            if admitted {
+            if request.left {
+                self.decode.desk.close_decode(now, id, &mut out);
+            } else if !request.never_admitted {
                 self.at(after, id, Some(Side::Decode), Event::Admitted);
             }
         }
@@ -674,7 +695,43 @@ impl Pair {
         self.at(after, HandoffId(0), None, Event::View { at: other, peer: Some(epoch) });
     }
 
-    fn carry_out(&mut self, side: Side, actions: Vec<Action>) {
+    /// A new life of a process that goes on: everything between the two sides is void, nothing in it is lost.
+    fn rejoin(&mut self, side: Side) {
+        let epoch = Epoch(self.next_epoch);
+        let now = self.now;
+        if !self.worker(side).alive {
+            return;
+        }
+        self.next_epoch += 1;
+        let before = self.worker(side).epoch;
+        self.worker(side).epoch = epoch;
+        for scheduled in self.events.values_mut().filter(|s| s.life == Some((side, before))) {
+            scheduled.life = Some((side, epoch));
+        }
+        for call in self.calls.values_mut().filter(|call| (call.0, call.1) == (side, before)) {
+            call.1 = epoch;
+        }
+        for request in self.requests.values_mut() {
+            let open = match side {
+                Side::Prefill => &mut request.p_open,
+                Side::Decode => &mut request.d_open,
+            };
+            if *open == Some(before) {
+                *open = Some(epoch);
+            }
+        }
+        let mut out = Vec::new();
+        self.worker(side).desk.set_epoch(now, epoch, &mut out);
+        self.carry_out(side, out);
+        let other = match side {
+            Side::Prefill => Side::Decode,
+            Side::Decode => Side::Prefill,
+        };
+        let after = self.dice.micros(1_000..300_000);
+        self.at(after, HandoffId(0), None, Event::View { at: other, peer: Some(epoch) });
+    }
+
+    fn carry_out(&mut self, _side: Side, actions: Vec<Action>) {
         for action in actions {
             match action {
                 Action::Prefill(id, action) => self.prefill_action(id, action),
@@ -700,7 +757,6 @@ impl Pair {
                 }
             }
         }
-        let _ = side;
     }
 
     fn answer(&mut self, waiter: Waiter, answer: Answer) {

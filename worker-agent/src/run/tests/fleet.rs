@@ -261,8 +261,21 @@ impl Fleet {
         }
     }
 
+    /// A prefill worker whose model has more heads.
+    pub(super) fn prefill_of_another_model(&self, name: &str) -> Running {
+        let mut options = self.options(name, Role::Prefill, (32, KvLayout::Nhd), self.setup.device);
+        options.arena.geometry.kv_heads = 4;
+        if let EngineChoice::Sim { model, .. } = &mut options.engine {
+            model.kv_heads = 4;
+        }
+        self.run(name, options)
+    }
+
     fn worker(&self, name: &str, role: Role, blocks: (u32, KvLayout), device: bool) -> Running {
-        let options = self.options(name, role, blocks, device);
+        self.run(name, self.options(name, role, blocks, device))
+    }
+
+    fn run(&self, name: &str, options: WorkerOptions) -> Running {
         let runtime = runtime();
         let (worker, serving, address) = runtime.block_on(async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
