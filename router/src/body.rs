@@ -4,11 +4,21 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
-use http::{HeaderMap, HeaderValue};
+use http::{HeaderMap, HeaderValue, Uri};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 
 use crate::reply::Refusal;
+
+/// Largest head of a request, as counted by [`check_size`].
+pub(crate) const HEAD_MAX_BYTES: usize = 64 << 10;
+
+/// Refuses a head that is too large; hyper's own limit is on its buffer, which may overshoot.
+pub(crate) fn check_size(uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
+    let target = uri.path_and_query().map_or(0, |target| target.as_str().len());
+    let fields: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
+    if target + fields > HEAD_MAX_BYTES { Err(Refusal::HeadTooLarge) } else { Ok(()) }
+}
 
 /// Refuses by the head alone: nothing of the body is read for a request that cannot be served.
 pub(crate) fn check_head(headers: &HeaderMap, limit: baton_config::Bytes) -> Result<(), Refusal> {

@@ -60,7 +60,9 @@ impl Gateway {
         let path = request.uri().path();
         let route = Route::of_path(path);
         let entry = Entry::open(Arc::clone(&self.metrics), route);
-        if let Err(refused) = route.check(request.method(), path) {
+        let checked = body::check_size(request.uri(), request.headers())
+            .and_then(|()| route.check(request.method(), path));
+        if let Err(refused) = checked {
             let response = refused.response();
             entry.refused(&refused);
             return response;

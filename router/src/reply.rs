@@ -9,6 +9,8 @@ use crate::answer::AnswerBody;
 /// Longest text of a request that an error message repeats, in characters.
 const QUOTE_MAX_CHARS: usize = 100;
 
+const HEAD_TOO_LARGE: &str = "The request's head is too large.";
+
 /// An answer other than the one asked for, as the client sees it.
 ///
 /// Messages are public: they name what the client sent, never what happened inside.
@@ -28,6 +30,8 @@ pub(crate) enum Refusal {
     SlowBody,
     /// The body is larger than allowed.
     TooLarge { limit: u64 },
+    /// The head is larger than allowed.
+    HeadTooLarge,
     /// The body is not plain JSON.
     MediaType { message: String },
     /// All places and the queue are taken.
@@ -84,6 +88,7 @@ impl Refusal {
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
+            Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::MediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded { .. } | Self::WorkersBusy => StatusCode::TOO_MANY_REQUESTS,
             Self::NoWorker => StatusCode::SERVICE_UNAVAILABLE,
@@ -103,6 +108,7 @@ impl Refusal {
             Self::Method { .. } => ("invalid_request_error", Some("method_not_supported")),
             Self::SlowBody => ("invalid_request_error", Some("request_timeout")),
             Self::TooLarge { .. } => ("invalid_request_error", Some("request_too_large")),
+            Self::HeadTooLarge => ("invalid_request_error", Some("header_fields_too_large")),
             Self::MediaType { .. } => ("invalid_request_error", Some("unsupported_media_type")),
             Self::Overloaded { .. } | Self::WorkersBusy => ("rate_limit_error", Some("overloaded")),
             Self::NoWorker => ("server_error", Some("no_worker")),
@@ -140,6 +146,7 @@ impl Refusal {
             Self::TooLarge { limit } => {
                 format!("The request body is larger than the limit of {limit} bytes.")
             }
+            Self::HeadTooLarge => HEAD_TOO_LARGE.to_owned(),
             Self::Overloaded { .. } => "The service is at its limit of requests. Try again later.".to_owned(),
             Self::WorkersBusy => "All workers are at their limit. Try again later.".to_owned(),
             Self::NoWorker => "No worker can serve this model now. Try again later.".to_owned(),
@@ -167,7 +174,7 @@ impl Refusal {
                 headers.insert(ALLOW, HeaderValue::from_static(allow));
             }
             // The rest of the body is never read: the connection cannot be used again.
-            Self::SlowBody | Self::TooLarge { .. } => {
+            Self::SlowBody | Self::TooLarge { .. } | Self::HeadTooLarge => {
                 headers.insert(http::header::CONNECTION, HeaderValue::from_static("close"));
             }
             _ => {}
@@ -199,6 +206,33 @@ pub(crate) fn outcome(status: u16) -> Outcome {
         400..500 => Outcome::ClientError,
         _ => Outcome::Failed,
     }
+}
+
+/// The answer that stands in for one that hyper writes by itself, with an empty body, to what it cannot parse.
+///
+/// `written` is what hyper is about to write; anything else than such an answer gives `None`.
+pub(crate) fn unparsed(written: &[u8]) -> Option<(u16, Bytes)> {
+    let head = std::str::from_utf8(written.strip_prefix(b"HTTP/1.1 ")?).ok()?;
+    if !head.ends_with("\r\n\r\n") || !head.contains("content-length: 0\r\n") {
+        return None;
+    }
+    let (status, message, code) = match head.get(..3)? {
+        "400" => (400, "The request is not valid HTTP.", "malformed_request"),
+        "414" => (414, "The request URI is too long.", "uri_too_long"),
+        "431" => (431, HEAD_TOO_LARGE, "header_fields_too_large"),
+        _ => return None,
+    };
+    let error = serde_json::json!({
+        "error": { "message": message, "type": "invalid_request_error", "param": null, "code": code }
+    });
+    let body = error.to_string();
+    let reason = head.get(4..head.find("\r\n")?)?;
+    let answer = format!(
+        "HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n\
+         content-length: {}\r\n\r\n{body}",
+        body.len()
+    );
+    Some((status, Bytes::from(answer)))
 }
 
 /// `text` cut to a length fit for a message.

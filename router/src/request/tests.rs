@@ -1,1 +1,185 @@
+use proptest::prelude::*;
+use serde_json::{Value, json};
 
+use super::*;
+
+const BOUNDS: Bounds = Bounds { vocab: 300, choices: 128, messages: 2048 };
+
+fn chat(body: &Value) -> Result<Ask, Refusal> {
+    parse_chat(body.to_string().as_bytes(), &BOUNDS)
+}
+
+fn completion(body: &Value) -> Result<Ask, Refusal> {
+    parse_completions(body.to_string().as_bytes(), &BOUNDS)
+}
+
+#[test]
+fn the_smallest_chat_has_the_documented_defaults() {
+    let ask =
+        chat(&json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }], "seed": 1 })).unwrap();
+    let expected = Ask {
+        model: "m".to_owned(),
+        input: Input::Chat(vec![Message { role: "user", content: "hi".to_owned(), name: None }]),
+        stream: false,
+        include_usage: false,
+        n: 1,
+        max_tokens: None,
+        sampling: Sampling { seed: 1, ..Sampling::default() },
+        stop: Vec::new(),
+        echo: false,
+        debug: Debug::default(),
+    };
+    assert_eq!(ask, expected);
+}
+
+#[test]
+fn every_field_arrives_where_it_belongs() {
+    let ask = completion(&json!({
+        "model": "m", "prompt": [[1, 2], [3]], "max_tokens": 5, "n": 2, "best_of": 2, "stream": true,
+        "stream_options": { "include_usage": true, "include_obfuscation": false },
+        "temperature": 0.5, "top_p": 0.9, "top_k": 40, "min_p": 0.1, "repetition_penalty": 1.1,
+        "presence_penalty": -2, "frequency_penalty": 2, "logit_bias": { "7": -100, "3": 1.5 }, "seed": -1,
+        "logprobs": 3, "stop": ["a", "b"], "stop_token_ids": [9], "ignore_eos": true,
+        "baton": { "token_ids": true, "logits_digest": true }
+    }))
+    .unwrap();
+    assert_eq!(ask.input, Input::Prompts(vec![Prompt::Tokens(vec![1, 2]), Prompt::Tokens(vec![3])]));
+    assert_eq!((ask.stream, ask.include_usage, ask.n, ask.max_tokens), (true, true, 2, Some(5)));
+    assert_eq!(ask.stop, ["a", "b"]);
+    assert_eq!(ask.debug, Debug { report: true, token_ids: true, logits_digest: true });
+    let expected = Sampling {
+        temperature: 0.5,
+        top_p: 0.9,
+        top_k: 40,
+        min_p: 0.1,
+        presence_penalty: -2.0,
+        frequency_penalty: 2.0,
+        repetition_penalty: 1.1,
+        logit_bias: vec![(3, 1.5), (7, -100.0)],
+        seed: u64::MAX,
+        logprobs: Some(3),
+        stop_tokens: vec![9],
+        ignore_eos: true,
+    };
+    assert_eq!(ask.sampling, expected);
+}
+
+#[test]
+fn requests_without_a_seed_get_different_ones() {
+    let body = json!({ "model": "m", "prompt": "a" });
+    assert_ne!(completion(&body).unwrap().sampling.seed, completion(&body).unwrap().sampling.seed);
+}
+
+#[test]
+fn max_completion_tokens_comes_before_max_tokens() {
+    let body = json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }],
+        "max_tokens": 5, "max_completion_tokens": 7 });
+    assert_eq!(chat(&body).unwrap().max_tokens, Some(7));
+}
+
+#[test]
+fn a_token_of_logit_bias_in_two_spellings_is_refused() {
+    let refused = completion(&json!({ "model": "m", "prompt": "a", "logit_bias": { "7": 1, "07": 2 } }));
+    assert!(matches!(refused, Err(Refusal::Invalid { param: Some(param), .. }) if param == "logit_bias"));
+}
+
+fn any_json() -> impl Strategy<Value = Value> {
+    let leaf = prop_oneof![
+        Just(Value::Null),
+        any::<bool>().prop_map(Value::from),
+        any::<i64>().prop_map(Value::from),
+        any::<f64>().prop_map(Value::from),
+        "[a-z\u{0}-\u{20}é😀]{0,8}".prop_map(Value::from),
+    ];
+    leaf.prop_recursive(4, 24, 4, |inner| {
+        prop_oneof![
+            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
+            prop::collection::btree_map("role|content|type|text|name|[a-z0-9]{1,3}", inner, 0..4)
+                .prop_map(|map| Value::Object(map.into_iter().collect())),
+        ]
+    })
+}
+
+const FIELDS: [&str; 32] = [
+    "model",
+    "messages",
+    "prompt",
+    "max_tokens",
+    "max_completion_tokens",
+    "n",
+    "best_of",
+    "temperature",
+    "top_p",
+    "top_k",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "logit_bias",
+    "seed",
+    "logprobs",
+    "top_logprobs",
+    "stop",
+    "stop_token_ids",
+    "stream",
+    "stream_options",
+    "echo",
+    "suffix",
+    "tools",
+    "tool_choice",
+    "response_format",
+    "metadata",
+    "user",
+    "modalities",
+    "baton",
+    "prediction",
+];
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(2000))]
+
+    #[test]
+    fn any_value_of_any_field_is_taken_or_blamed_on_a_field(
+        changes in prop::collection::vec((prop::sample::select(&FIELDS[..]), any_json()), 1..4),
+        is_chat in any::<bool>(),
+    ) {
+        let mut body = if is_chat {
+            json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }] })
+        } else {
+            json!({ "model": "m", "prompt": "hi" })
+        };
+        for (field, value) in &changes {
+            body[*field] = value.clone();
+        }
+        match if is_chat { chat(&body) } else { completion(&body) } {
+            Ok(ask) => {
+                let s = &ask.sampling;
+                prop_assert!((0.0..=2.0).contains(&s.temperature) && s.top_p > 0.0 && s.top_p <= 1.0);
+                prop_assert!(s.logit_bias.iter().all(|(id, bias)| *id < 300 && bias.abs() <= 100.0));
+                prop_assert!(ask.n >= 1 && ask.max_tokens != Some(0) && ask.stop.len() <= STOP_MAX);
+            }
+            Err(Refusal::Invalid { param, message, .. }) => {
+                let param = param.unwrap_or_default();
+                let top = param.split(['.', '[']).next().unwrap_or_default();
+                let blamed = changes.iter().any(|(field, _)| *field == top)
+                    || (top == "best_of" || top == "n" || top == "top_logprobs" || top == "stream_options");
+                prop_assert!(blamed, "{param}: {message}");
+                prop_assert!(message.len() < 600, "{message}");
+            }
+            Err(other) => prop_assert!(false, "{other:?}"),
+        }
+    }
+
+    #[test]
+    fn any_bytes_are_refused_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+        prop_assert!(parse_chat(&bytes, &BOUNDS).is_err());
+        prop_assert!(parse_completions(&bytes, &BOUNDS).is_err());
+    }
+
+    #[test]
+    fn a_body_that_is_cut_off_is_refused(at in 0usize..84) {
+        let body = r#"{"model":"m","messages":[{"role":"user","content":[{"type":"text","text":"hi"}]}],"n":1}"#;
+        prop_assert!(parse_chat(body.as_bytes(), &BOUNDS).is_ok());
+        prop_assert!(parse_chat(&body.as_bytes()[..at], &BOUNDS).is_err());
+    }
+}

@@ -1,1 +1,189 @@
+use proptest::prelude::*;
 
+use super::*;
+
+fn candidate(key: usize, requests: u32, prefill_tokens: u64) -> Candidate {
+    Candidate {
+        key,
+        requests,
+        prefill_tokens,
+        prefill_tokens_per_s: Some(1000.0),
+        itl_ms: Some(10.0),
+        kv_used: 0.0,
+    }
+}
+
+fn rules(policy: PolicyKind, disaggregation: Disaggregation) -> Rules {
+    Rules { policy, disaggregation, seed: 42 }
+}
+
+const ALL: [PolicyKind; 6] = [
+    PolicyKind::KvAware,
+    PolicyKind::Prefix,
+    PolicyKind::RoundRobin,
+    PolicyKind::Random,
+    PolicyKind::LeastLoaded,
+    PolicyKind::PowerOfTwo,
+];
+
+fn free(_: usize, _: usize) -> f64 {
+    0.0
+}
+
+fn work(ticket: u64) -> Work {
+    Work { tokens: 500, ticket }
+}
+
+/// How often each of `count` idle decode workers is chosen in `turns` turns.
+fn spread(policy: PolicyKind, count: usize, turns: u64) -> Vec<u32> {
+    let decode = (0..count).map(|key| candidate(key, 0, 0)).collect();
+    let snapshot = Snapshot { decode, prefill: Vec::new() };
+    let mut chosen = vec![0; count];
+    for ticket in 0..turns {
+        let choice = choose(&snapshot, work(ticket), rules(policy, Disaggregation::Auto), &free).unwrap();
+        chosen[choice.decode] += 1;
+    }
+    chosen
+}
+
+#[test]
+fn nobody_to_decode_is_nobody() {
+    let snapshot = Snapshot { decode: Vec::new(), prefill: vec![candidate(0, 0, 0)] };
+    for policy in ALL {
+        assert_eq!(choose(&snapshot, work(0), rules(policy, Disaggregation::Always), &free), None);
+    }
+}
+
+#[test]
+fn ties_are_spread_over_all() {
+    assert_eq!(spread(PolicyKind::RoundRobin, 4, 400), [100; 4]);
+    for policy in ALL {
+        let chosen = spread(policy, 4, 4000);
+        assert!(chosen.iter().all(|times| (800..1200).contains(times)), "{policy}: {chosen:?}");
+    }
+}
+
+#[test]
+fn the_less_loaded_worker_is_preferred() {
+    let snapshot = Snapshot {
+        decode: vec![candidate(0, 9, 0), candidate(1, 1, 0), candidate(2, 5, 0)],
+        prefill: vec![],
+    };
+    for policy in [PolicyKind::LeastLoaded, PolicyKind::KvAware] {
+        for ticket in 0..50 {
+            let choice = choose(&snapshot, work(ticket), rules(policy, Disaggregation::Auto), &free).unwrap();
+            assert_eq!(choice.decode, 1, "{policy}");
+        }
+    }
+    let never_worst = (0..500).all(|ticket| {
+        let rules = rules(PolicyKind::PowerOfTwo, Disaggregation::Auto);
+        choose(&snapshot, work(ticket), rules, &free).unwrap().decode != 0
+    });
+    assert!(never_worst, "of two different workers the busiest of all is never the less loaded one");
+}
+
+#[test]
+fn power_of_two_balances_better_than_random() {
+    let worst = |policy: PolicyKind| {
+        let mut decode: Vec<Candidate> = (0..16).map(|key| candidate(key, 0, 0)).collect();
+        for ticket in 0..1600 {
+            let snapshot = Snapshot { decode: decode.clone(), prefill: Vec::new() };
+            let choice = choose(&snapshot, work(ticket), rules(policy, Disaggregation::Auto), &free).unwrap();
+            decode[choice.decode].requests += 1;
+        }
+        decode.iter().map(|candidate| candidate.requests).max().unwrap()
+    };
+    assert!(worst(PolicyKind::PowerOfTwo) <= 104, "{}", worst(PolicyKind::PowerOfTwo));
+    assert!(worst(PolicyKind::Random) > 110, "{}", worst(PolicyKind::Random));
+}
+
+fn timing(queue_p: f64, queue_d: f64, transfer_s: f64) -> Timing {
+    let prefill = Prefill { queue_s: queue_p, compute_s: 0.5 };
+    Timing { prefill, decode: Prefill { queue_s: queue_d, compute_s: 0.5 }, transfer_s }
+}
+
+#[test]
+fn remote_prefill_must_pay_for_its_transfer() {
+    assert!(!remote_is_sooner(&timing(0.0, 0.0, 0.0)), "equal and idle: stay");
+    assert!(remote_is_sooner(&timing(0.0, 0.1, 0.05)));
+    assert!(!remote_is_sooner(&timing(0.0, 0.1, 0.2)));
+    assert!(!remote_is_sooner(&timing(0.3, 0.1, 0.0)));
+}
+
+#[test]
+fn disaggregation_follows_the_load_of_both_sides() {
+    let decide = |policy, disaggregation, busy_p: u64, busy_d: u64| {
+        let snapshot =
+            Snapshot { decode: vec![candidate(0, 4, busy_d)], prefill: vec![candidate(1, 0, busy_p)] };
+        choose(&snapshot, work(1), rules(policy, disaggregation), &free).unwrap().prefill.is_some()
+    };
+    for policy in ALL {
+        assert!(decide(policy, Disaggregation::Auto, 0, 4000), "{policy}: D is busy, P is not");
+        assert!(!decide(policy, Disaggregation::Auto, 9000, 0), "{policy}: P is busy, D is not");
+        assert!(decide(policy, Disaggregation::Always, 9000, 0), "{policy}");
+        assert!(!decide(policy, Disaggregation::Never, 0, 9000), "{policy}");
+    }
+}
+
+#[test]
+fn the_joint_policy_takes_the_nearer_pair() {
+    let snapshot = Snapshot {
+        decode: vec![candidate(0, 1, 5000), candidate(1, 1, 5000)],
+        prefill: vec![candidate(2, 0, 0), candidate(3, 0, 0)],
+    };
+    let transfer_s = |prefill: usize, decode: usize| if (prefill, decode) == (3, 1) { 0.01 } else { 0.4 };
+    for ticket in 0..20 {
+        let rules = rules(PolicyKind::KvAware, Disaggregation::Auto);
+        let choice = choose(&snapshot, work(ticket), rules, &transfer_s).unwrap();
+        assert_eq!(choice, Choice { decode: 1, prefill: Some(3) });
+    }
+}
+
+#[test]
+fn a_worker_that_does_both_is_never_its_own_prefill_worker() {
+    let both = vec![candidate(0, 0, 0)];
+    let snapshot = Snapshot { decode: both.clone(), prefill: both };
+    for policy in ALL {
+        let choice = choose(&snapshot, work(0), rules(policy, Disaggregation::Always), &free).unwrap();
+        assert_eq!(choice.prefill, None, "{policy}");
+    }
+}
+
+fn any_candidates(from: usize) -> impl Strategy<Value = Vec<Candidate>> {
+    let one =
+        (0u32..50, 0u64..20_000, prop::option::of(1.0f64..1e5), prop::option::of(0.1f64..500.0), 0.0f64..1.0);
+    prop::collection::vec(one, 1..6).prop_map(move |all| {
+        let build = |(i, (requests, prefill_tokens, prefill_tokens_per_s, itl_ms, kv_used))| Candidate {
+            key: from + i,
+            requests,
+            prefill_tokens,
+            prefill_tokens_per_s,
+            itl_ms,
+            kv_used,
+        };
+        all.into_iter().enumerate().map(build).collect()
+    })
+}
+
+proptest! {
+    #[test]
+    fn a_choice_is_among_those_offered_and_repeats(
+        decode in any_candidates(0),
+        prefill in any_candidates(100),
+        ticket in any::<u64>(),
+        tokens in 0u32..100_000,
+        policy in prop::sample::select(&ALL[..]),
+    ) {
+        let snapshot = Snapshot { decode, prefill };
+        let rules = rules(policy, Disaggregation::Auto);
+        let work = Work { tokens, ticket };
+        let choice = choose(&snapshot, work, rules, &free).unwrap();
+        prop_assert!(snapshot.decode.iter().any(|candidate| candidate.key == choice.decode));
+        if let Some(key) = choice.prefill {
+            let prefill = snapshot.prefill.iter().find(|candidate| candidate.key == key).unwrap();
+            let decode = snapshot.decode.iter().find(|candidate| candidate.key == choice.decode).unwrap();
+            prop_assert!(remote_is_sooner(&super::timing(prefill, decode, work, &free)));
+        }
+        prop_assert_eq!(choose(&snapshot, work, rules, &free), Some(choice));
+    }
+}

@@ -7,8 +7,9 @@ use std::sync::Arc;
 use std::sync::{Mutex, PoisonError};
 use std::task::{Context, Poll};
 
+use bytes::{Buf as _, Bytes};
 use hyper::body::{Body, Incoming};
-use hyper::rt::ReadBufCursor;
+use hyper::rt::{ReadBufCursor, Write as _};
 use hyper::server::conn::http1;
 use hyper::service::service_fn;
 use hyper_util::rt::TokioIo;
@@ -16,11 +17,13 @@ use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use crate::account::Entry;
+use crate::body::HEAD_MAX_BYTES;
 use crate::gateway::Gateway;
+use crate::metrics::Metrics;
 use crate::options::Timeouts;
-
-/// Largest head of a request.
-const HEAD_MAX_BYTES: usize = 64 << 10;
+use crate::reply;
+use crate::routes::Route;
 
 /// What a connection needs besides its socket.
 pub(super) struct Connection {
@@ -63,10 +66,38 @@ impl Phases {
     }
 }
 
-/// A socket that notes when the first byte of a request arrives.
+/// A socket that notes when the first byte of a request arrives, and gives hyper's own refusals a body.
 struct Watched {
     io: TokioIo<TcpStream>,
     phases: Arc<Phases>,
+    metrics: Arc<Metrics>,
+    /// What is left to write in the place of a refusal.
+    instead: Bytes,
+}
+
+impl Watched {
+    /// Writes the rest of what stands in for `taken` bytes of hyper's.
+    fn poll_instead(&mut self, cx: &mut Context<'_>, taken: usize) -> Poll<std::io::Result<usize>> {
+        while !self.instead.is_empty() {
+            let written = std::task::ready!(Pin::new(&mut self.io).poll_write(cx, &self.instead))?;
+            if written == 0 {
+                return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
+            }
+            self.instead.advance(written);
+        }
+        Poll::Ready(Ok(taken))
+    }
+
+    /// Whether `buf` is a refusal of hyper's, for which something else is to be written.
+    fn replaces(&mut self, buf: &[u8]) -> bool {
+        if !self.instead.is_empty() {
+            return true;
+        }
+        let Some((status, answer)) = reply::unparsed(buf) else { return false };
+        Entry::open(Arc::clone(&self.metrics), Route::Other).answered(status);
+        self.instead = answer;
+        true
+    }
 }
 
 impl hyper::rt::Read for Watched {
@@ -91,6 +122,9 @@ impl hyper::rt::Write for Watched {
         cx: &mut Context<'_>,
         buf: &[u8],
     ) -> Poll<std::io::Result<usize>> {
+        if self.replaces(buf) {
+            return self.poll_instead(cx, buf.len());
+        }
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
@@ -111,6 +145,11 @@ impl hyper::rt::Write for Watched {
         cx: &mut Context<'_>,
         bufs: &[std::io::IoSlice<'_>],
     ) -> Poll<std::io::Result<usize>> {
+        if let Some(first) = bufs.iter().find(|buf| !buf.is_empty())
+            && self.replaces(first)
+        {
+            return self.poll_instead(cx, first.len());
+        }
         Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
     }
 }
@@ -168,7 +207,12 @@ impl Connection {
         let Self { gateway, closing, abort } = self;
         gateway.metrics.connections.inc();
         let phases = Arc::new(Phases(Mutex::new(Phase::Head(Instant::now()))));
-        let watched = Watched { io: TokioIo::new(stream), phases: Arc::clone(&phases) };
+        let watched = Watched {
+            io: TokioIo::new(stream),
+            phases: Arc::clone(&phases),
+            metrics: Arc::clone(&gateway.metrics),
+            instead: Bytes::new(),
+        };
         let service = {
             let (gateway, phases) = (Arc::clone(&gateway), Arc::clone(&phases));
             service_fn(move |request: http::Request<Incoming>| {

@@ -1,0 +1,18 @@
+//! The router over real sockets, with workers that misbehave as told.
+#![cfg(test)]
+
+#[path = "support/fake_worker.rs"]
+mod fake_worker;
+#[path = "support/harness.rs"]
+mod harness;
+#[path = "support/model_dir.rs"]
+mod model_dir;
+
+#[path = "router/api.rs"]
+mod api;
+#[path = "router/bad_input.rs"]
+mod bad_input;
+#[path = "router/faults.rs"]
+mod faults;
+#[path = "router/limits.rs"]
+mod limits;

@@ -1,0 +1,367 @@
+//! Workers die, freeze, refuse and talk nonsense; clients leave. The answer is right all the same, or honestly an error.
+
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use baton_config::fleet::Disaggregation;
+use baton_config::protocol::FailureCode;
+use baton_config::{Epoch, Role};
+use baton_router::{Roster, RouterOptions};
+use http_body_util::BodyExt as _;
+use serde_json::{Value, json};
+
+use crate::api::text;
+use crate::fake_worker::{Act, FakeWorker, oracle};
+use crate::harness::{Harness, PATIENCE, sse};
+
+fn ask(stream: bool) -> Value {
+    json!({
+        "model": "tiny", "messages": [{ "role": "user", "content": "hello world" }],
+        "max_tokens": 20, "seed": 3, "temperature": 0.7, "stream": stream
+    })
+}
+
+fn alone(options: &mut RouterOptions) {
+    options.disaggregation = Disaggregation::Never;
+    options.timeouts.progress = Duration::from_millis(400);
+    options.timeouts.replacement = Duration::from_millis(500);
+}
+
+async fn two_workers() -> (FakeWorker, FakeWorker, Harness) {
+    let first = FakeWorker::start("decode-0", Role::Decode).await;
+    let second = FakeWorker::start("decode-1", Role::Decode).await;
+    let harness = Harness::start(&[&first, &second], alone).await;
+    (first, second, harness)
+}
+
+const MOVED: [&str; 4] = ["connection", "timeout", "worker", "protocol"];
+
+async fn moved(harness: &Harness, result: &str) -> f64 {
+    let mut sum = 0.0;
+    for reason in MOVED {
+        let name = format!("baton_router_migrations_total{{reason=\"{reason}\",result=\"{result}\"}}");
+        sum += harness.metric(&name).await;
+    }
+    sum
+}
+
+#[tokio::test]
+async fn a_stream_goes_on_elsewhere_whatever_stops_it() {
+    for act in [
+        Act::DieAfter(5),
+        Act::CloseAfter(5),
+        Act::SilentAfter(5),
+        Act::GarbageAfter(5),
+        Act::FailAfter(5, FailureCode::Engine),
+        Act::FailAfter(5, FailureCode::Unavailable),
+    ] {
+        for stream in [true, false] {
+            let (first, second, harness) = two_workers().await;
+            first.always(act.clone());
+            second.then(Act::DieAfter(0));
+            // Round robin: whoever is first, the bad worker gets at least one of two requests.
+            for _ in 0..2 {
+                let answer = harness.chat(&ask(stream)).await;
+                assert_eq!(answer.status, 200, "{act:?}: {}", answer.text);
+                let prompt = &first.generated()[0].tokens;
+                let prompt = &prompt[..prompt.len() - first.generated()[0].generated as usize];
+                assert_eq!(answer.content(0), text(&oracle(prompt, 3, 20)), "{act:?}");
+                if stream {
+                    let ids: std::collections::BTreeSet<String> =
+                        answer.events().iter().map(|event| event["id"].to_string()).collect();
+                    assert_eq!(ids.len(), 1, "the stream keeps its id");
+                }
+            }
+            assert!(moved(&harness, "moved").await >= 1.0, "{act:?}");
+            assert!(moved(&harness, "lost").await < 0.5, "{act:?}");
+            let replay =
+                second.generated().into_iter().find(|request| request.generated > 0).expect("a replay");
+            assert_eq!(replay.generated, 5);
+            assert_eq!(replay.max_tokens, 15);
+            harness.finish().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn before_the_first_token_another_worker_is_tried() {
+    for act in [
+        Act::Status(429, FailureCode::Overloaded),
+        Act::Status(503, FailureCode::Unavailable),
+        Act::Status(409, FailureCode::Unavailable),
+        Act::Status(500, FailureCode::Engine),
+        Act::DieAfter(0),
+        Act::FailAfter(0, FailureCode::Overloaded),
+    ] {
+        let (first, second, harness) = two_workers().await;
+        first.always(act.clone());
+        for _ in 0..4 {
+            let answer = harness.chat(&ask(true)).await;
+            assert_eq!(answer.status, 200, "{act:?}: {}", answer.text);
+            assert_eq!(answer.content(0).len(), 20);
+        }
+        assert_eq!(second.generated().len(), 4, "{act:?}");
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_new_attempt_has_a_new_handoff() {
+    let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
+    let first = FakeWorker::start("decode-0", Role::Decode).await;
+    let second = FakeWorker::start("decode-1", Role::Decode).await;
+    let harness = Harness::start(&[&prefill, &first, &second], |_| {}).await;
+    first.always(Act::Status(429, FailureCode::Overloaded));
+    second.then(Act::Status(503, FailureCode::Unavailable));
+    for _ in 0..2 {
+        harness.chat(&ask(false)).await;
+    }
+    let mut ids: Vec<u128> = prefill.prefilled().iter().map(|request| request.handoff.id.0).collect();
+    let calls = ids.len();
+    ids.sort_unstable();
+    ids.dedup();
+    assert_eq!(ids.len(), calls);
+    assert!(calls >= 3, "each attempt calls the prefill side too");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn full_workers_are_a_429_and_no_workers_a_503() {
+    let (first, second, harness) = two_workers().await;
+    first.always(Act::Status(429, FailureCode::Overloaded));
+    second.always(Act::Status(429, FailureCode::Overloaded));
+    let busy = harness.chat(&ask(true)).await;
+    assert_eq!(busy.status, 429);
+    assert_eq!(busy.headers["retry-after"], "1");
+    assert_eq!(busy.json()["error"]["code"], "overloaded");
+    harness.members.send_replace(Arc::new(Roster::default()));
+    harness.until("nobody is left", async || harness.get("/readyz").await.status == 503).await;
+    let none = harness.chat(&ask(false)).await;
+    assert_eq!((none.status, &none.json()["error"]["code"]), (503, &json!("no_worker")));
+    assert!(harness.metric("baton_router_rejected_total{reason=\"no_worker\"}").await > 0.5);
+    assert!(harness.metric("baton_router_rejected_total{reason=\"workers_busy\"}").await > 0.5);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn what_a_worker_refuses_for_good_is_the_clients_fault() {
+    let (first, second, harness) = two_workers().await;
+    first.always(Act::Status(400, FailureCode::Refused));
+    second.always(Act::Status(400, FailureCode::Refused));
+    let answer = harness.chat(&ask(true)).await;
+    assert_eq!(answer.status, 400);
+    assert!(!answer.text.contains("as told"), "a worker's words are for the log");
+    assert_eq!(first.generated().len() + second.generated().len(), 1, "nobody else is bothered");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn after_three_moves_the_stream_ends_with_one_error_event() {
+    let (first, second, harness) = two_workers().await;
+    first.always(Act::DieAfter(2));
+    second.always(Act::DieAfter(2));
+    let answer = harness.chat(&ask(true)).await;
+    assert_eq!(answer.status, 200);
+    let events = sse(&answer.text);
+    let errors: Vec<&String> = events.iter().filter(|event| event.contains("\"error\"")).collect();
+    assert_eq!(errors.len(), 1);
+    assert_eq!(events.last(), errors.first().copied(), "the error is the end");
+    let error: Value = serde_json::from_str(errors[0]).expect("JSON");
+    assert_eq!(error["error"]["code"], "worker_lost");
+    let shown: String = events
+        .iter()
+        .filter_map(|event| {
+            let event: Value = serde_json::from_str(event).ok()?;
+            Some(event.pointer("/choices/0/delta/content")?.as_str()?.to_owned())
+        })
+        .collect();
+    let prompt = first.generated().into_iter().chain(second.generated()).find(|r| r.generated == 0);
+    assert_eq!(shown, text(&oracle(&prompt.expect("a call").tokens, 3, 8)), "two tokens from each of four");
+    assert_eq!(moved(&harness, "moved").await as u32, 3);
+    assert_eq!(moved(&harness, "lost").await as u32, 1);
+    // Nothing had begun for a client that takes the answer as a whole: it gets a status.
+    assert_eq!(harness.chat(&ask(false)).await.status, 502);
+    assert!(harness.metric("baton_router_requests_ended_total{outcome=\"failed\"}").await > 1.5);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_running_digest_cannot_be_taken_up_elsewhere() {
+    let (first, second, harness) = two_workers().await;
+    first.always(Act::DieAfter(2));
+    second.always(Act::DieAfter(2));
+    let mut body = ask(true);
+    body["baton"] = json!({ "logits_digest": true });
+    let answer = harness.chat(&body).await;
+    assert!(answer.text.contains("worker_lost"));
+    assert_eq!(first.generated().len() + second.generated().len(), 1);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn an_end_that_the_worker_could_not_say_is_still_an_end() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&worker], alone).await;
+    worker.always(Act::CloseAfter(20));
+    let answer = harness.chat(&ask(false)).await;
+    assert_eq!(answer.json()["choices"][0]["finish_reason"], "length");
+    assert_eq!(worker.generated().len(), 1);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_stream_waits_for_its_only_worker_to_come_back() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&worker], |options| {
+        alone(options);
+        options.timeouts.replacement = PATIENCE;
+    })
+    .await;
+    worker.then(Act::DieAfter(4));
+    let mut member = worker.member.clone();
+    let body = ask(true);
+    let (answer, ()) = tokio::join!(harness.chat(&body), async {
+        harness.until("the worker is lost", async || !worker.generated().is_empty()).await;
+        member.epoch = Epoch(2);
+        let roster = Roster { members: vec![member.clone()], age: Duration::ZERO };
+        harness.members.send_replace(Arc::new(roster));
+    });
+    assert_eq!(answer.content(0), text(&oracle(&worker.generated()[0].tokens, 3, 20)));
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_refuses_connections_is_avoided() {
+    let (first, _second, harness) = two_workers().await;
+    let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let mut member = first.member.clone();
+    member.worker = "decode-2".parse().expect("a name");
+    member.address = gone.local_addr().expect("an address").to_string();
+    drop(gone);
+    let members = vec![member, first.member.clone()];
+    harness.members.send_replace(Arc::new(Roster { members, age: Duration::ZERO }));
+    for _ in 0..4 {
+        assert_eq!(harness.chat(&ask(false)).await.status, 200);
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn prefill_trouble_never_fails_a_request() {
+    for trouble in ["status", "hang", "gone"] {
+        let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
+        let decode = FakeWorker::start("decode-0", Role::Decode).await;
+        let harness = Harness::start(&[&prefill, &decode], |_| {}).await;
+        match trouble {
+            "status" => {
+                prefill.fail_prefill(500);
+            }
+            "hang" => {
+                prefill.hang_prefill();
+            }
+            _ => {
+                let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+                let mut members = vec![prefill.member.clone(), decode.member.clone()];
+                members[0].address = gone.local_addr().expect("an address").to_string();
+                members[0].epoch = Epoch(9);
+                drop(gone);
+                harness.members.send_replace(Arc::new(Roster { members, age: Duration::ZERO }));
+            }
+        }
+        for _ in 0..3 {
+            let answer = harness.chat(&ask(true)).await;
+            assert_eq!(answer.status, 200, "{trouble}: {}", answer.text);
+            assert_eq!(answer.content(0).len(), 20, "{trouble}");
+        }
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_cancels_both_sides_in_every_phase() {
+    let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
+    let decode = FakeWorker::start("decode-0", Role::Decode).await;
+    prefill.hang_prefill();
+    let harness = Harness::start(&[&prefill, &decode], |_| {}).await;
+    let busy = async || {
+        decode.seen.open.load(Ordering::SeqCst) == 1 && prefill.seen.prefilling.load(Ordering::SeqCst) == 1
+    };
+    let idle = async || {
+        decode.seen.open.load(Ordering::SeqCst) == 0 && prefill.seen.prefilling.load(Ordering::SeqCst) == 0
+    };
+    for (act, stream, reads) in [
+        (Act::SilentAfter(0), true, false),
+        (Act::SilentAfter(0), false, false),
+        (Act::SilentAfter(3), true, true),
+        (Act::Slow(Duration::from_millis(50)), true, true),
+    ] {
+        decode.always(act);
+        let request = harness.send("POST", "/v1/chat/completions", ask(stream).to_string());
+        let mut request = Box::pin(request);
+        if reads {
+            let mut response = request.await;
+            response.body_mut().frame().await.expect("a frame").expect("bytes");
+            harness.until("both sides are busy", busy).await;
+            drop(response);
+        } else {
+            tokio::select! {
+                _ = &mut request => panic!("no answer can come"),
+                () = harness.until("both sides are busy", busy) => {}
+            }
+            drop(request);
+        }
+        harness.until("both sides are cancelled", idle).await;
+    }
+    let left = "baton_router_requests_total{code=\"499\",route=\"/v1/chat/completions\"}";
+    harness.until("four clients left", async || harness.metric(left).await > 3.5).await;
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_holds_the_worker_back() {
+    let (first, second, harness) = two_workers().await;
+    first.always(Act::Endless);
+    second.always(Act::Endless);
+    let mut body = ask(true);
+    body["max_tokens"] = json!(400);
+    body["ignore_eos"] = json!(true);
+    body["n"] = json!(100);
+    // Some 60 MB in all, far more than the buffers of the kernel hold.
+    body["logprobs"] = json!(true);
+    body["top_logprobs"] = json!(20);
+    let response = harness.send("POST", "/v1/chat/completions", body.to_string()).await;
+    assert_eq!(response.status(), 200);
+    let sent = || first.seen.sent.load(Ordering::SeqCst) + second.seen.sent.load(Ordering::SeqCst);
+    // Stands still: nothing is taken from the workers that the client does not take.
+    harness
+        .until("the workers stand still", async || {
+            let before = sent();
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            before == sent()
+        })
+        .await;
+    let open = || first.seen.open.load(Ordering::SeqCst) + second.seen.open.load(Ordering::SeqCst);
+    // What the first choices sent fills the sockets; nobody reads on, so the other ones are not even begun.
+    let begun = first.generated().len() + second.generated().len();
+    assert!(begun < 100, "the whole answer was taken from the workers");
+    drop(response);
+    harness.until("all are cancelled", async || open() == 0).await;
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_draining_worker_gets_nothing_new() {
+    let (first, second, harness) = two_workers().await;
+    let mut members = vec![first.member.clone(), second.member.clone()];
+    members[0].ready = false;
+    harness.members.send_replace(Arc::new(Roster { members, age: Duration::from_secs(60) }));
+    harness
+        .until("the view arrived", async || harness.metric("baton_router_view_age_seconds").await > 59.0)
+        .await;
+    for _ in 0..4 {
+        assert_eq!(harness.chat(&ask(false)).await.status, 200, "a stale view is served from");
+    }
+    assert_eq!((first.generated().len(), second.generated().len()), (0, 4));
+    harness.finish().await;
+}

@@ -1,0 +1,171 @@
+//! Bounds on time and size, overload, and the end of the router.
+
+use std::sync::atomic::Ordering;
+use std::time::Duration;
+
+use baton_config::{Bytes, Role};
+use serde_json::json;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use crate::fake_worker::{Act, FakeWorker};
+use crate::harness::{Harness, PATIENCE};
+
+async fn raw(harness: &Harness, bytes: &[u8]) -> TcpStream {
+    let mut stream = TcpStream::connect(harness.address).await.expect("a connection");
+    stream.write_all(bytes).await.expect("written");
+    stream
+}
+
+/// Everything the other side says until it closes.
+async fn rest(mut stream: TcpStream) -> String {
+    let mut all = Vec::new();
+    // A reset after the answer is an end too.
+    let read = tokio::time::timeout(PATIENCE, stream.read_to_end(&mut all)).await.expect("closed in time");
+    if let Err(error) = read {
+        assert_eq!(error.kind(), std::io::ErrorKind::ConnectionReset);
+    }
+    String::from_utf8_lossy(&all).into_owned()
+}
+
+async fn impatient(worker: &FakeWorker) -> Harness {
+    Harness::start(&[worker], |options| {
+        options.timeouts.header = Duration::from_millis(300);
+        options.timeouts.body = Duration::from_millis(300);
+        options.timeouts.idle = Duration::from_millis(900);
+        options.limits.body = Bytes(64 << 10);
+    })
+    .await
+}
+
+#[tokio::test]
+async fn slow_heads_and_bodies_are_cut() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = impatient(&worker).await;
+    let silent = raw(&harness, b"").await;
+    let dripping = raw(&harness, b"POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-le").await;
+    let head = "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 100\r\n\r\n{\"mod";
+    let body = raw(&harness, head.as_bytes()).await;
+    assert_eq!(rest(silent).await, "");
+    let told = rest(dripping).await;
+    assert!(told.is_empty() || told.starts_with("HTTP/1.1 408"), "{told}");
+    let told = rest(body).await;
+    assert!(told.starts_with("HTTP/1.1 408 "), "{told}");
+    assert!(told.contains("\"code\":\"request_timeout\""), "{told}");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn an_idle_connection_lives_longer_than_a_slow_head() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = impatient(&worker).await;
+    let mut stream = raw(&harness, b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n").await;
+    let mut buffer = [0; 1024];
+    let read = stream.read(&mut buffer).await.expect("an answer");
+    assert!(String::from_utf8_lossy(&buffer[..read]).starts_with("HTTP/1.1 200"));
+    tokio::time::sleep(Duration::from_millis(500)).await;
+    stream.write_all(b"GET /livez HTTP/1.1\r\nhost: a\r\n\r\n").await.expect("still open");
+    assert!(rest(stream).await.starts_with("HTTP/1.1 200"), "answered, then closed as idle");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn bodies_that_are_too_large_are_refused_unread() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = impatient(&worker).await;
+    for head in [
+        "content-length: 67108864\r\n\r\n0123456789".to_owned(),
+        "content-length: 1099511627776\r\n\r\n0123456789".to_owned(),
+        format!("transfer-encoding: chunked\r\n\r\n20000\r\n{}\r\n", "x".repeat(0x20000)),
+    ] {
+        let request = format!("POST /v1/completions HTTP/1.1\r\nhost: a\r\n{head}");
+        let told = rest(raw(&harness, request.as_bytes()).await).await;
+        assert!(told.starts_with("HTTP/1.1 413 "), "{told}");
+        assert!(told.contains("\"code\":\"request_too_large\""), "{told}");
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn overload_is_refused_at_once_and_told_when_to_return() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::SilentAfter(1));
+    let harness = Harness::start(&[&worker], |options| {
+        options.limits.in_flight = 2;
+        options.limits.queue = 1;
+    })
+    .await;
+    let body = json!({ "model": "tiny", "prompt": "hello", "stream": true }).to_string();
+    let first = harness.send("POST", "/v1/completions", body.clone()).await;
+    let second = harness.send("POST", "/v1/completions", body.clone()).await;
+    let mut waiting = Box::pin(harness.send("POST", "/v1/completions", body.clone()));
+    let queued = async || harness.metric("baton_router_queue_depth").await > 0.5;
+    tokio::select! {
+        _ = &mut waiting => panic!("there is no place"),
+        () = harness.until("one waits", queued) => {}
+    }
+    let refused = harness.ask("POST", "/v1/completions", body).await;
+    assert_eq!(refused.status, 429);
+    assert_eq!(refused.headers["retry-after"], "1");
+    assert_eq!(refused.json()["error"]["code"], "overloaded");
+    assert_eq!(worker.generated().len(), 2);
+    drop(first);
+    let third = waiting.await;
+    assert_eq!(third.status(), 200, "a place that becomes free goes to who waits");
+    drop((second, third));
+    assert!(harness.metric("baton_router_rejected_total{reason=\"queue_full\"}").await > 0.5);
+    harness.until("all left", async || worker.seen.open.load(Ordering::SeqCst) == 0).await;
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn draining_finishes_what_is_in_flight() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::Slow(Duration::from_millis(20)));
+    let mut harness = Harness::start(&[&worker], |options| {
+        options.timeouts.settle = Duration::from_millis(300);
+    })
+    .await;
+    let body = json!({ "model": "tiny", "prompt": "hello", "stream": true, "max_tokens": 40 }).to_string();
+    let stream = harness.ask("POST", "/v1/completions", body);
+    let mut stream = Box::pin(stream);
+    tokio::select! {
+        _ = &mut stream => panic!("too early"),
+        () = harness.until("it streams", async || worker.seen.open.load(Ordering::SeqCst) == 1) => {}
+    }
+    harness.stop.drain.cancel();
+    let unready = harness.until("readiness is off", async || harness.get("/readyz").await.status == 503);
+    let (answer, ()) = tokio::join!(stream, unready);
+    assert_eq!(answer.content(0).len(), 40);
+    harness.join().await;
+    assert!(TcpStream::connect(harness.address).await.is_err(), "the port is free");
+}
+
+#[tokio::test]
+async fn a_second_signal_ends_at_once() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::SilentAfter(1));
+    let mut harness = Harness::start(&[&worker], |_| {}).await;
+    let body = json!({ "model": "tiny", "prompt": "hello", "stream": true }).to_string();
+    let stream = harness.send("POST", "/v1/completions", body).await;
+    harness.stop.drain.cancel();
+    harness.stop.now.cancel();
+    harness.join().await;
+    harness.until("the worker is let go", async || worker.seen.open.load(Ordering::SeqCst) == 0).await;
+    drop(stream);
+}
+
+#[tokio::test]
+async fn a_request_has_an_end_in_time() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::Slow(Duration::from_millis(100)));
+    let harness = Harness::start(&[&worker], |options| {
+        options.timeouts.request = Duration::from_millis(600);
+    })
+    .await;
+    let body = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 400 });
+    let answer = harness.complete(&body).await;
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (504, &json!("timeout")));
+    assert_eq!(worker.generated().len(), 1, "nobody's fault: no other worker is bothered");
+    harness.finish().await;
+}

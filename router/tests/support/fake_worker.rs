@@ -1,0 +1,381 @@
+//! A worker that speaks the protocol and misbehaves as told.
+
+use std::collections::VecDeque;
+use std::convert::Infallible;
+use std::net::SocketAddr;
+use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use baton_config::protocol::FailureCode;
+use baton_config::protocol::{
+    BlockCounts, FinishReason, GenerateEvent, GenerateRequest, HandoffOutcome, PrefillReply, PrefillReport,
+    PrefillRequest, TokenLogprob, WorkerError, WorkerStatus,
+};
+use baton_config::{Epoch, PoolName, Role, WorkerId};
+use baton_router::Member;
+use bytes::Bytes;
+use http_body_util::combinators::UnsyncBoxBody;
+use http_body_util::{BodyExt as _, Full, StreamBody};
+use hyper::body::{Frame, Incoming};
+use hyper::service::service_fn;
+use hyper::{Request, Response};
+use hyper_util::rt::TokioIo;
+use tokio::net::TcpListener;
+use tokio::task::JoinSet;
+
+use super::model_dir::EOS;
+
+/// What a worker does with one generate call.
+#[derive(Debug, Clone)]
+pub(crate) enum Act {
+    /// Generates all tokens.
+    Good,
+    /// Generates so many tokens, then an end token.
+    EosAfter(usize),
+    /// Breaks the connection after so many tokens.
+    DieAfter(usize),
+    /// Ends the body cleanly after so many tokens, without a `finished` line.
+    CloseAfter(usize),
+    /// Sends nothing more after so many tokens.
+    SilentAfter(usize),
+    /// Sends a line that is no event after so many tokens.
+    GarbageAfter(usize),
+    /// Says that it failed after so many tokens.
+    FailAfter(usize, FailureCode),
+    /// Answers with this status and code.
+    Status(u16, FailureCode),
+    /// Waits this long before each token.
+    Slow(Duration),
+    /// Sends exactly these tokens.
+    Say(Vec<u32>),
+    /// Sends as many tokens as are taken, without end.
+    Endless,
+}
+
+/// The token an undisturbed engine would choose after `tokens`: a printable byte, never an end token.
+pub(crate) fn next_token(tokens: &[u32], seed: u64) -> u32 {
+    let mut hash = 0xCBF2_9CE4_8422_2325u64 ^ seed.wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    for token in tokens {
+        hash = (hash ^ u64::from(*token)).wrapping_mul(0x0000_0100_0000_01B3);
+        hash ^= hash >> 29;
+    }
+    97 + u32::try_from(hash % 26).expect("small")
+}
+
+/// What an undisturbed engine would generate.
+pub(crate) fn oracle(prompt: &[u32], seed: u64, count: usize) -> Vec<u32> {
+    let mut tokens = prompt.to_vec();
+    for _ in 0..count {
+        tokens.push(next_token(&tokens, seed));
+    }
+    tokens.split_off(prompt.len())
+}
+
+/// What the worker saw, for assertions.
+#[derive(Debug, Default)]
+pub(crate) struct Seen {
+    pub(crate) generate: Mutex<Vec<GenerateRequest>>,
+    pub(crate) prefill: Mutex<Vec<PrefillRequest>>,
+    /// Streams being sent.
+    pub(crate) open: AtomicUsize,
+    /// Prefill calls not answered.
+    pub(crate) prefilling: AtomicUsize,
+    /// Bytes handed to the socket.
+    pub(crate) sent: AtomicUsize,
+}
+
+/// A running fake worker.
+pub(crate) struct FakeWorker {
+    pub(crate) member: Member,
+    pub(crate) seen: Arc<Seen>,
+    script: Arc<Script>,
+    _tasks: JoinSet<()>,
+}
+
+struct Script {
+    acts: Mutex<VecDeque<Act>>,
+    default: Mutex<Act>,
+    prefill_hangs: Mutex<bool>,
+    prefill_status: Mutex<Option<u16>>,
+    name: WorkerId,
+    role: Role,
+}
+
+struct Open(Arc<Seen>);
+
+impl Open {
+    fn begin(seen: &Arc<Seen>) -> Self {
+        seen.open.fetch_add(1, Ordering::SeqCst);
+        Self(Arc::clone(seen))
+    }
+}
+
+impl Drop for Open {
+    fn drop(&mut self) {
+        self.0.open.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+struct Prefilling(Arc<Seen>);
+
+impl Drop for Prefilling {
+    fn drop(&mut self) {
+        self.0.prefilling.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
+
+impl FakeWorker {
+    /// Starts a worker that behaves well.
+    pub(crate) async fn start(name: &str, role: Role) -> Self {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address: SocketAddr = listener.local_addr().expect("an address");
+        let worker: WorkerId = name.parse().expect("a name");
+        let script = Arc::new(Script {
+            acts: Mutex::default(),
+            default: Mutex::new(Act::Good),
+            prefill_hangs: Mutex::new(false),
+            prefill_status: Mutex::new(None),
+            name: worker.clone(),
+            role,
+        });
+        let seen = Arc::new(Seen::default());
+        let mut tasks = JoinSet::new();
+        tasks.spawn(accept(listener, Arc::clone(&script), Arc::clone(&seen)));
+        let member = Member {
+            worker,
+            epoch: Epoch(1),
+            pool: pool(role),
+            role,
+            address: address.to_string(),
+            kv: None,
+            ready: true,
+        };
+        Self { member, seen, script, _tasks: tasks }
+    }
+
+    /// What the next generate call does.
+    pub(crate) fn then(&self, act: Act) -> &Self {
+        self.script.acts.lock().expect("unpoisoned").push_back(act);
+        self
+    }
+
+    /// What calls do that nothing was said about.
+    pub(crate) fn always(&self, act: Act) -> &Self {
+        *self.script.default.lock().expect("unpoisoned") = act;
+        self
+    }
+
+    /// Prefill calls are never answered.
+    pub(crate) fn hang_prefill(&self) -> &Self {
+        *self.script.prefill_hangs.lock().expect("unpoisoned") = true;
+        self
+    }
+
+    /// Prefill calls are answered with this status.
+    pub(crate) fn fail_prefill(&self, status: u16) -> &Self {
+        *self.script.prefill_status.lock().expect("unpoisoned") = Some(status);
+        self
+    }
+
+    /// Generate calls seen.
+    pub(crate) fn generated(&self) -> Vec<GenerateRequest> {
+        self.seen.generate.lock().expect("unpoisoned").clone()
+    }
+
+    /// Prefill calls seen.
+    pub(crate) fn prefilled(&self) -> Vec<PrefillRequest> {
+        self.seen.prefill.lock().expect("unpoisoned").clone()
+    }
+}
+
+fn pool(role: Role) -> PoolName {
+    role.to_string().parse().expect("a name")
+}
+
+async fn accept(listener: TcpListener, script: Arc<Script>, seen: Arc<Seen>) {
+    let mut connections = JoinSet::new();
+    loop {
+        let Ok((stream, _)) = listener.accept().await else { return };
+        let _ = stream.set_nodelay(true);
+        let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
+        connections.spawn(async move {
+            let service = service_fn(move |request| {
+                let (script, seen) = (Arc::clone(&script), Arc::clone(&seen));
+                async move { Ok::<_, Infallible>(serve(request, script, seen).await) }
+            });
+            let _ = hyper::server::conn::http1::Builder::new()
+                .serve_connection(TokioIo::new(stream), service)
+                .await;
+        });
+    }
+}
+
+async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>) -> Answer {
+    let path = request.uri().path().to_owned();
+    let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
+    match path.as_str() {
+        "/v1/state" => whole(200, &state(&script, &seen)),
+        "/v1/prefill" => prefill(&body, &script, seen).await,
+        "/v1/generate" => {
+            let request: GenerateRequest = serde_json::from_slice(&body).expect("a request of the protocol");
+            seen.generate.lock().expect("unpoisoned").push(request.clone());
+            let next = script.acts.lock().expect("unpoisoned").pop_front();
+            let act = next.unwrap_or_else(|| script.default.lock().expect("unpoisoned").clone());
+            generate(request, act, seen)
+        }
+        _ => whole(404, &WorkerError { code: FailureCode::Refused, message: path }),
+    }
+}
+
+fn state(script: &Script, seen: &Seen) -> WorkerStatus {
+    WorkerStatus {
+        worker: script.name.clone(),
+        epoch: Some(Epoch(1)),
+        pool: pool(script.role),
+        role: script.role,
+        state: "ready".to_owned(),
+        pid: 1,
+        requests_running: u32::try_from(seen.open.load(Ordering::SeqCst)).expect("small"),
+        requests_waiting: 0,
+        prefill_tokens_pending: 0,
+        kv_blocks: BlockCounts { free: 10, ..BlockCounts::default() },
+        prefill_tokens_per_s: None,
+        itl_ms: None,
+        paths: Vec::new(),
+        last_error: None,
+    }
+}
+
+async fn prefill(body: &[u8], script: &Script, seen: Arc<Seen>) -> Answer {
+    let request: PrefillRequest = serde_json::from_slice(body).expect("a request of the protocol");
+    seen.prefill.lock().expect("unpoisoned").push(request);
+    seen.prefilling.fetch_add(1, Ordering::SeqCst);
+    let _prefilling = Prefilling(Arc::clone(&seen));
+    let status = *script.prefill_status.lock().expect("unpoisoned");
+    if let Some(status) = status {
+        return whole(status, &WorkerError { code: FailureCode::Engine, message: "as told".to_owned() });
+    }
+    let hangs = *script.prefill_hangs.lock().expect("unpoisoned");
+    if hangs {
+        std::future::pending::<()>().await;
+    }
+    whole(
+        200,
+        &PrefillReply {
+            outcome: HandoffOutcome::Done,
+            cached_tokens: 0,
+            computed_tokens: 1,
+            queue_ms: 0.0,
+            prefill_ms: 1.0,
+        },
+    )
+}
+
+fn whole<T: serde::Serialize>(status: u16, value: &T) -> Answer {
+    let bytes = Bytes::from(serde_json::to_vec(value).expect("serializable"));
+    let body = Full::new(bytes).map_err(|never| match never {}).boxed_unsync();
+    Response::builder().status(status).body(body).expect("a response")
+}
+
+fn line(event: &GenerateEvent) -> Bytes {
+    let mut bytes = serde_json::to_vec(event).expect("serializable");
+    bytes.push(b'\n');
+    Bytes::from(bytes)
+}
+
+/// One step of a stream.
+enum Step {
+    Send(Bytes),
+    Break,
+    Hang,
+    Wait(Duration),
+}
+
+fn generate(request: GenerateRequest, act: Act, seen: Arc<Seen>) -> Answer {
+    if let Act::Status(status, code) = act {
+        return whole(status, &WorkerError { code, message: "as told".to_owned() });
+    }
+    let open = Open::begin(&seen);
+    let stream = futures_util::stream::unfold(Some((steps(request, act), open)), |state| async move {
+        let (mut steps, open) = state?;
+        loop {
+            match steps.next() {
+                None => return None,
+                Some(Step::Send(bytes)) => {
+                    open.0.sent.fetch_add(bytes.len(), Ordering::SeqCst);
+                    return Some((Ok(Frame::data(bytes)), Some((steps, open))));
+                }
+                Some(Step::Break) => {
+                    // Lets what was sent before reach the other side first.
+                    tokio::time::sleep(Duration::from_millis(20)).await;
+                    return Some((Err(std::io::Error::other("as told")), None));
+                }
+                Some(Step::Hang) => std::future::pending::<()>().await,
+                Some(Step::Wait(pause)) => tokio::time::sleep(pause).await,
+            }
+        }
+    });
+    Response::new(StreamBody::new(stream).boxed_unsync())
+}
+
+fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item = Step> + Send> {
+    let (all, last): (usize, Vec<Step>) = match &act {
+        Act::DieAfter(n) => (*n, vec![Step::Break]),
+        Act::CloseAfter(n) => (*n, vec![]),
+        Act::SilentAfter(n) => (*n, vec![Step::Hang]),
+        Act::GarbageAfter(n) => (*n, vec![Step::Send(Bytes::from_static(b"{\"event\":\"tok\n"))]),
+        Act::FailAfter(n, code) => {
+            let failed = GenerateEvent::Failed { code: *code, message: "as told".to_owned() };
+            (*n, vec![Step::Send(line(&failed))])
+        }
+        Act::EosAfter(n) => {
+            let eos = GenerateEvent::Token { token: EOS, logprob: None, logits_digest: None };
+            let end = GenerateEvent::Finished { reason: FinishReason::Stop };
+            (*n, vec![Step::Send(line(&eos)), Step::Send(line(&end))])
+        }
+        Act::Endless => (usize::MAX, vec![]),
+        _ => {
+            let end = GenerateEvent::Finished { reason: FinishReason::Length };
+            (request.max_tokens as usize, vec![Step::Send(line(&end))])
+        }
+    };
+    let said = match &act {
+        Act::Say(tokens) => Some(tokens.clone()),
+        _ => None,
+    };
+    let count = said.as_ref().map_or(all.min(request.max_tokens as usize), Vec::len);
+    let pause = match act {
+        Act::Slow(pause) => Some(pause),
+        _ => None,
+    };
+    let report = GenerateEvent::Prefilled(PrefillReport {
+        cached_tokens: 3,
+        imported_tokens: 0,
+        imported_bytes: 0,
+        queue_ms: 0.5,
+        prefill_ms: 1.5,
+        transfer_tail_ms: 0.0,
+        fallback: None,
+    });
+    let mut tokens = request.tokens.clone();
+    let sampling = request.sampling.clone();
+    let digest = request.logits_digest;
+    let body = (0..count).flat_map(move |i| {
+        let token = match &said {
+            Some(said) => said[i],
+            None => next_token(&tokens, sampling.seed),
+        };
+        tokens.push(token);
+        let logprob = sampling.logprobs.map(|top| TokenLogprob {
+            logprob: -0.5,
+            top: (0..top).map(|rank| (token + rank, -0.5 - rank as f32)).collect(),
+        });
+        let logits_digest = digest.then_some(0xABCD_0000 + i as u64);
+        let event = GenerateEvent::Token { token, logprob, logits_digest };
+        pause.map(Step::Wait).into_iter().chain([Step::Send(line(&event))])
+    });
+    Box::new([Step::Send(line(&report))].into_iter().chain(body).chain(last))
+}

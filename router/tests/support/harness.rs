@@ -1,0 +1,205 @@
+//! A router on a port of its own, with fake workers behind it.
+
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_config::fleet::{Disaggregation, PolicyKind};
+use baton_router::{Member, ModelOptions, Roster, RouterOptions, Stop, serve_with};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::body::Incoming;
+use hyper::{Request, Response};
+use hyper_util::client::legacy::Client;
+use hyper_util::client::legacy::connect::HttpConnector;
+use hyper_util::rt::TokioExecutor;
+use serde_json::Value;
+use tokio::net::TcpListener;
+use tokio::sync::watch;
+use tokio::task::JoinHandle;
+
+use super::fake_worker::FakeWorker;
+use super::model_dir;
+
+/// How long anything that should happen may take.
+pub(crate) const PATIENCE: Duration = Duration::from_secs(20);
+
+/// A running router.
+pub(crate) struct Harness {
+    pub(crate) address: std::net::SocketAddr,
+    pub(crate) stop: Stop,
+    pub(crate) members: watch::Sender<Arc<Roster>>,
+    pub(crate) client: Client<HttpConnector, Full<Bytes>>,
+    router: Option<JoinHandle<Result<(), baton_router::ServeError>>>,
+    _model: tempfile::TempDir,
+}
+
+/// An answer read to its end.
+#[derive(Debug)]
+pub(crate) struct Answer {
+    pub(crate) status: u16,
+    pub(crate) headers: http::HeaderMap,
+    pub(crate) text: String,
+}
+
+impl Answer {
+    /// The body as JSON.
+    pub(crate) fn json(&self) -> Value {
+        serde_json::from_str(&self.text).unwrap_or_else(|error| panic!("{error} in {}", self.text))
+    }
+
+    /// The events of a stream; the `[DONE]` at the end is checked and left out.
+    pub(crate) fn events(&self) -> Vec<Value> {
+        let mut events = sse(&self.text);
+        assert_eq!(events.pop().as_deref(), Some("[DONE]"), "{}", self.text);
+        events.iter().map(|event| serde_json::from_str(event).expect("JSON")).collect()
+    }
+
+    /// The text of choice `index`, put together from a stream or taken from a whole answer.
+    pub(crate) fn content(&self, index: u64) -> String {
+        let of_choice = |choice: &Value| {
+            let places = ["/delta/content", "/message/content", "/text"];
+            places.iter().find_map(|place| choice.pointer(place)?.as_str()).unwrap_or_default().to_owned()
+        };
+        let bodies = if self.text.starts_with("data:") { self.events() } else { vec![self.json()] };
+        let choices = bodies.iter().flat_map(|body| body["choices"].as_array().cloned().unwrap_or_default());
+        choices.filter(|choice| choice["index"] == index).map(|choice| of_choice(&choice)).collect()
+    }
+}
+
+/// The data of server-sent events; anything that is no event fails the test.
+pub(crate) fn sse(text: &str) -> Vec<String> {
+    let blocks = text.split_terminator("\n\n");
+    blocks.map(|block| block.strip_prefix("data: ").expect("an event").to_owned()).collect()
+}
+
+impl Harness {
+    /// A router before `workers`, with every default but those that `change` touches.
+    pub(crate) async fn start(workers: &[&FakeWorker], change: impl FnOnce(&mut RouterOptions)) -> Self {
+        let model = tempfile::tempdir().expect("a directory");
+        model_dir::write(model.path());
+        let mut options = RouterOptions::new(
+            ModelOptions {
+                id: "tiny".to_owned(),
+                served_as: vec!["gpt-4o-mini".to_owned(), "org/tiny".to_owned()],
+                path: model.path().to_owned(),
+                max_context: None,
+            },
+            "http://127.0.0.1:1".to_owned(),
+        );
+        options.policy = PolicyKind::RoundRobin;
+        options.disaggregation = Disaggregation::Always;
+        change(&mut options);
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = listener.local_addr().expect("an address");
+        let members: Vec<Member> = workers.iter().map(|worker| worker.member.clone()).collect();
+        let serves = members.iter().any(|member| member.role.decodes());
+        let roster = Roster { members, age: Duration::ZERO };
+        let (send, feed) = watch::channel(Arc::new(roster));
+        let stop = Stop::default();
+        let router = {
+            let stop = stop.clone();
+            #[expect(clippy::disallowed_methods, reason = "a test owns the task through its handle")]
+            tokio::spawn(serve_with(options, feed, listener, stop))
+        };
+        let client = Client::builder(TokioExecutor::new()).build_http();
+        let harness = Self { address, stop, members: send, client, router: Some(router), _model: model };
+        let wanted = if serves { 200 } else { 503 };
+        harness.until("the router answers", async || harness.get("/readyz").await.status == wanted).await;
+        harness
+    }
+
+    /// Waits for a condition; fails the test when it does not come.
+    pub(crate) async fn until(&self, what: &str, condition: impl AsyncFn() -> bool) {
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        while !condition().await {
+            assert!(tokio::time::Instant::now() < deadline, "never happened: {what}");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
+    pub(crate) async fn send(&self, method: &str, path: &str, body: impl Into<Bytes>) -> Response<Incoming> {
+        let request = Request::builder()
+            .method(method)
+            .uri(format!("http://{}{path}", self.address))
+            .header("content-type", "application/json")
+            .body(Full::new(body.into()))
+            .expect("a request");
+        tokio::time::timeout(PATIENCE, self.client.request(request))
+            .await
+            .expect("in time")
+            .expect("an answer")
+    }
+
+    pub(crate) async fn ask(&self, method: &str, path: &str, body: impl Into<Bytes>) -> Answer {
+        let (head, body) = self.send(method, path, body).await.into_parts();
+        let bytes = tokio::time::timeout(PATIENCE, body.collect()).await.expect("in time").expect("a body");
+        let text = String::from_utf8(bytes.to_bytes().to_vec()).expect("UTF-8");
+        Answer { status: head.status.as_u16(), headers: head.headers, text }
+    }
+
+    pub(crate) async fn get(&self, path: &str) -> Answer {
+        self.ask("GET", path, "").await
+    }
+
+    pub(crate) async fn chat(&self, body: &Value) -> Answer {
+        self.ask("POST", "/v1/chat/completions", body.to_string()).await
+    }
+
+    pub(crate) async fn complete(&self, body: &Value) -> Answer {
+        self.ask("POST", "/v1/completions", body.to_string()).await
+    }
+
+    /// The value of a metric; `name` with its labels, as exported.
+    pub(crate) async fn metric(&self, name: &str) -> f64 {
+        let text = self.get("/metrics").await.text;
+        let line =
+            text.lines().find(|line| line.strip_prefix(name).is_some_and(|rest| rest.starts_with(' ')));
+        let line = line.unwrap_or_else(|| panic!("{name} is not exported:\n{text}"));
+        line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number")
+    }
+
+    /// Checks that every request that began has ended exactly once, but for the one that asks.
+    pub(crate) async fn check_books(&self) {
+        let balanced = async || {
+            let text = self.get("/metrics").await.text;
+            let value = |name: &str| -> f64 {
+                let line = text.lines().find(|line| line.starts_with(name)).expect("exported");
+                line.rsplit(' ').next().and_then(|value| value.parse().ok()).expect("a number")
+            };
+            let ended: f64 = text
+                .lines()
+                .filter(|line| line.starts_with("baton_router_requests_ended_total{"))
+                .map(|line| line.rsplit(' ').next().and_then(|v| v.parse::<f64>().ok()).expect("a number"))
+                .sum();
+            let coded: f64 = text
+                .lines()
+                .filter(|line| line.starts_with("baton_router_requests_total{"))
+                .map(|line| line.rsplit(' ').next().and_then(|v| v.parse::<f64>().ok()).expect("a number"))
+                .sum();
+            let in_flight = value("baton_router_inflight");
+            assert!((coded - ended).abs() < 0.5, "codes and outcomes differ");
+            assert!((value("baton_router_requests_started_total") - ended - in_flight).abs() < 0.5);
+            in_flight < 1.5
+        };
+        self.until("all requests ended", balanced).await;
+    }
+
+    /// Tells the router to drain and waits for its end.
+    pub(crate) async fn finish(mut self) {
+        self.check_books().await;
+        self.stop.drain.cancel();
+        self.stop.now.cancel();
+        self.join().await;
+    }
+
+    /// Waits for the end of the router.
+    pub(crate) async fn join(&mut self) {
+        if let Some(router) = self.router.take() {
+            tokio::time::timeout(PATIENCE, router)
+                .await
+                .expect("in time")
+                .expect("no panic")
+                .expect("no error");
+        }
+    }
+}
