@@ -1,16 +1,14 @@
 //! The reading side of `tcp`: a pool of streams to one peer.
 
-use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
 
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
-use tokio::time::{Instant, timeout};
+use tokio::time::timeout;
 
 use super::receive::Receiver;
 use crate::backend::frames::FrameReader;
@@ -23,9 +21,6 @@ use crate::wire::{self, HEADER_BYTES, Header, Kind, MAX_READ_BLOCKS, WireError};
 const STRIPE_BYTES: u64 = 8 << 20;
 /// Bytes asked for at once; the next request is under way while they arrive.
 const REQUEST_BYTES: u64 = 8 << 20;
-/// How long a read looks for an answer before it goes to sleep until one comes: about what going to sleep and waking
-/// up costs. Spent once per answer, and not on a machine where it would keep the peer from answering.
-const LOOK: Duration = Duration::from_micros(10);
 /// Bytes received between two turns of other tasks.
 const YIELD_BYTES: usize = 4 << 20;
 
@@ -43,8 +38,6 @@ pub(crate) struct TcpLink {
 struct Stream {
     socket: TcpStream,
     next_seq: u64,
-    /// Whether the peer can answer while this side is looking.
-    looks: bool,
 }
 
 impl TcpLink {
@@ -108,9 +101,7 @@ impl Stream {
             })?;
             let (header, _) = answer.ok_or(LinkError::Closed)?;
             match header.kind {
-                Kind::Welcome if header.epoch == pair.epoch => {
-                    Ok(Self { socket, next_seq: 1, looks: is_parallel() })
-                }
+                Kind::Welcome if header.epoch == pair.epoch => Ok(Self { socket, next_seq: 1 }),
                 Kind::Refused => Err(Fault::refused(&header)),
                 _ => Err(Fault::protocol(WireError::Kind)),
             }
@@ -181,14 +172,10 @@ impl Stream {
         let mut head = [0; HEADER_BYTES];
         let (mut headed, mut received, mut unyielded) = (0, 0, 0);
         let socket = &self.socket;
-        let mut look_left = if self.looks { LOOK } else { Duration::ZERO };
         while received < total {
             let until = blocks.end;
-            let mut fill = || receiver.fill(socket.as_fd(), &mut head[headed..], until);
-            let filled = match look(&mut look_left, &mut fill) {
-                Some(filled) => filled,
-                None => socket.async_io(Interest::READABLE, fill).await,
-            };
+            let fill = || receiver.fill(socket.as_fd(), &mut head[headed..], until);
+            let filled = socket.async_io(Interest::READABLE, fill).await;
             let filled = filled.map_err(LinkError::io("receiving blocks"))?;
             if filled == 0 {
                 return Err(LinkError::Closed.into());
@@ -209,29 +196,6 @@ impl Stream {
         debug_assert_eq!(receiver.next_block(), blocks.end, "an answer ends with its last block");
         Ok(())
     }
-}
-
-/// Tries until something comes, is wrong, or `left` is used up.
-fn look(left: &mut Duration, mut fill: impl FnMut() -> io::Result<usize>) -> Option<io::Result<usize>> {
-    let start = Instant::now();
-    loop {
-        match fill() {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            filled => {
-                *left = left.saturating_sub(start.elapsed());
-                return Some(filled);
-            }
-        }
-        if start.elapsed() >= *left {
-            *left = Duration::ZERO;
-            return None;
-        }
-        std::hint::spin_loop();
-    }
-}
-
-fn is_parallel() -> bool {
-    std::thread::available_parallelism().is_ok_and(|cores| cores.get() > 1)
 }
 
 /// Whether `head` starts the `Data` of request `seq`.
