@@ -3,6 +3,18 @@
 //! An [`Agent`] registers memory, grants handoffs the right to read parts of it, and reads from peers through a
 //! [`Session`] over the best path both sides have: `shm` (the peer's memory mapped read-only) on one host, `tcp`
 //! (own framing, several streams, vectored) everywhere.
+//!
+//! ```text
+//! prefill: arena ─► Exporter ─► Agent: regions, grants ◄── tcp streams, or mapped memory ── Session ◄─ Importer ─► arena: decode
+//! ```
+//!
+//! Invariants:
+//! - Nobody writes into another worker's memory: the reader reads, and what it maps is sealed against writing.
+//! - A block is delivered only with the digest its owner computed for (handoff, epoch, index), of the very bytes copied.
+//! - Every frame and every look into control memory names the owner's epoch; any other is refused as stale.
+//! - The destination of a read is written only while its future is polled: returned or dropped, it is fenced.
+//! - Every wait has a deadline, every frame a bound that is checked before anything is allocated.
+//! - An idle session costs no CPU, and nothing of it stays on disk however its process ends.
 #![deny(unsafe_code)]
 
 pub mod agent;
