@@ -26,7 +26,7 @@ if [[ -z "$python" ]]; then
   python="$work/venv/bin/python"
   if [[ ! -x "$python" ]]; then
     python3 -m venv "$work/venv"
-    "$python" -m pip install --quiet --extra-index-url https://download.pytorch.org/whl/cpu torch "transformers>=5.23,<6" numpy
+    "$python" -m pip install --quiet torch "transformers>=5.23,<6" numpy
   fi
 fi
 if $install_only; then
