@@ -109,6 +109,28 @@ fn the_example_fleets_have_no_faults() {
 }
 
 #[test]
+fn the_documentation_has_every_key_with_its_default() {
+    let page = include_str!("../../../docs/fleet.md");
+    let sim = parse(&with_head("pools: [{ name: all, role: both, engine: { kind: sim } }]\n")).unwrap();
+    let reference = parse(&with_head("pools: [{ name: all, role: both }]\n")).unwrap();
+    for value in sim.resolved().iter().chain(reference.resolved()) {
+        let key = format!("| `{}` |", value.path.replace("[0]", "[]"));
+        let line = page.lines().find(|line| line.starts_with(&key));
+        let line = line.unwrap_or_else(|| panic!("{key} is not documented"));
+        // The two defaults that depend on the machine and on the file are told in words.
+        let in_words = key.contains("threads") || key.contains("model.id");
+        if value.origin == crate::reader::Origin::Default && !in_words {
+            let default = line.rsplit("| ").next().unwrap_or_default();
+            assert!(
+                default.starts_with(&format!("`{}`", value.value)),
+                "{key}: {default}, not {}",
+                value.value
+            );
+        }
+    }
+}
+
+#[test]
 fn explains_the_laptop_fleet() {
     let root = tempfile::tempdir().unwrap();
     model_dir(root.path());
