@@ -56,14 +56,18 @@ fn describe(rows: &[Row]) -> String {
             row.backend.clone(),
             format!("{} x {} KiB", row.blocks, row.block_bytes >> 10),
             row.integrity.clone(),
-            format!("{:.1} us", row.p50_us),
-            format!("{:.1} us", row.p99_us),
+            micros(row.p50_us),
+            micros(row.p99_us),
             format!("{:.2} GB/s", row.gb_per_s),
             format!("{:.2} s", row.cpu_s),
             row.raw_probe.clone(),
-            format!("{:.1} us", row.raw_p50_us),
+            micros(row.raw_p50_us),
             format!("{:.2}", row.ratio),
         ]
     }));
     columns(&table)
+}
+
+fn micros(time: f64) -> String {
+    if time < 10.0 { format!("{time:.3} us") } else { format!("{time:.1} us") }
 }

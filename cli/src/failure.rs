@@ -21,6 +21,11 @@ impl Failure {
         Self::Failed(format!("{what}: {}", chain(cause)))
     }
 
+    /// A failure that says what it is by itself, with the chain of its causes.
+    pub(crate) fn of(cause: &dyn Error) -> Self {
+        Self::Failed(chain(cause))
+    }
+
     pub(crate) fn failed(what: impl Into<String>) -> Self {
         Self::Failed(what.into())
     }

@@ -211,7 +211,10 @@ fn up_says_what_stands_in_the_way() {
     let output = run(&["up", &file]);
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(2), ""));
     let shown = text(&output.stderr);
-    assert!(shown.starts_with("error: the workers of this fleet take 16 TiB of KV cache, but this"), "{shown}");
+    assert!(
+        shown.starts_with("error: the workers of this fleet take 16 TiB of KV cache, but this"),
+        "{shown}"
+    );
     let file = fleet_file(
         directory.path(),
         "pools: [{ name: a, role: both, engine: { kind: vllm, url: http://x } }]\n",

@@ -19,9 +19,7 @@ pub(crate) fn run(args: &ConductorArgs, environment: &Environment) -> Result<(),
     let options = options(&fleet);
     run_part(2, |stop| async move {
         let listener = listen(address).await?;
-        baton_conductor::serve(options, listener, stop.drain)
-            .await
-            .map_err(|error| Failure::because("the conductor ended", &error))
+        baton_conductor::serve(options, listener, stop.drain).await.map_err(|error| Failure::of(&error))
     })
 }
 

@@ -17,8 +17,6 @@ pub(crate) fn run(args: &RouterArgs, environment: &Environment) -> Result<(), Fa
     run_part(io_threads(), |stop| async move {
         let listener = listen(address).await?;
         let stop = baton_router::Stop { drain: stop.drain, now: stop.now };
-        baton_router::serve(options, listener, stop)
-            .await
-            .map_err(|error| Failure::because("the router ended", &error))
+        baton_router::serve(options, listener, stop).await.map_err(|error| Failure::of(&error))
     })
 }

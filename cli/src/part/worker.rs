@@ -33,9 +33,7 @@ pub(crate) fn run(args: &WorkerArgs, environment: &Environment) -> Result<(), Fa
     run_part(io_threads(), |stop| async move {
         let listener = listen(address).await?;
         let stop = baton_worker_agent::Stop { drain: stop.drain, now: stop.now };
-        baton_worker_agent::run(options, listener, stop)
-            .await
-            .map_err(|error| Failure::because("the worker ended", &error))
+        baton_worker_agent::run(options, listener, stop).await.map_err(|error| Failure::of(&error))
     })
 }
 

@@ -113,6 +113,8 @@ async fn forward(id: &PartId, stderr: Option<ChildStderr>, format: LogFormat) ->
             continue;
         }
         match format {
+            // The launcher tells what ended a part, once.
+            _ if is_error(&text) => {}
             LogFormat::Text => output::tell(&format!("[{id}] {text}")),
             LogFormat::Json => output::pass_on(&text),
         }
