@@ -23,6 +23,30 @@ impl Mean {
     }
 }
 
+/// How quickly a floor forgets: a path that has become slower counts as such after some dozens of samples.
+const RISE: f64 = 0.02;
+
+/// About the least of the recent samples: what something takes when nothing else is in its way.
+#[derive(Debug, Clone, Copy, Default)]
+pub struct Floor {
+    value: Option<f64>,
+}
+
+impl Floor {
+    /// Takes a sample; anything but a finite number is ignored.
+    pub fn add(&mut self, sample: f64) {
+        if sample.is_finite() {
+            let rise = |floor: f64| if sample < floor { sample } else { floor + RISE * (sample - floor) };
+            self.value = Some(self.value.map_or(sample, rise));
+        }
+    }
+
+    /// The floor, once there was a sample.
+    pub fn get(&self) -> Option<f64> {
+        self.value
+    }
+}
+
 /// What decides whether moving a prompt's KV is worth it.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct Costs {
@@ -72,6 +96,23 @@ mod tests {
             mean.add(20.0);
         }
         assert!((mean.get().unwrap() - 20.0).abs() < 0.01);
+    }
+
+    #[test]
+    fn a_floor_is_hardly_moved_by_a_burst_of_load() {
+        let mut floor = Floor::default();
+        floor.add(1.0);
+        floor.add(f64::NAN);
+        for _ in 0..3 {
+            floor.add(10.0);
+        }
+        assert!(floor.get().unwrap() < 1.6);
+        for _ in 0..300 {
+            floor.add(10.0);
+        }
+        assert!(floor.get().unwrap() > 9.0, "but a slower path shows in the end");
+        floor.add(2.0);
+        assert_eq!(floor.get(), Some(2.0));
     }
 
     #[test]

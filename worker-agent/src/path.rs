@@ -8,7 +8,7 @@ use baton_config::WorkerId;
 use baton_config::protocol::PathStatus;
 use baton_transfer::Session;
 
-use crate::meter::{Costs, Mean};
+use crate::meter::{Costs, Floor};
 
 /// Peers remembered at most.
 const PEERS_MAX: usize = 1024;
@@ -25,7 +25,9 @@ pub struct Paths(Arc<Mutex<BTreeMap<WorkerId, Path>>>);
 struct Path {
     session: Option<Session>,
     failure: Option<String>,
-    round_trip_s: Mean,
+    /// Not a mean: under load messages wait for the processor, which is no property of the path, and would pull ever more
+    /// prefill work to a busy decode worker.
+    round_trip_s: Floor,
 }
 
 impl std::fmt::Debug for Path {
