@@ -124,7 +124,7 @@ impl Dispatcher {
         let now = Instant::now();
         let ready = |worker: &Arc<Worker>| worker.member.ready;
         let well =
-            |worker: &Arc<Worker>| !worker.is_down(now) && worker.silent_for(now) < self.timeouts.frozen;
+            |worker: &Arc<Worker>| !worker.is_down(now) && !worker.is_suspect(now, self.timeouts.frozen);
         let avoided = |worker: &Arc<Worker>| {
             avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
         };
