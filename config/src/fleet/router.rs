@@ -136,7 +136,7 @@ impl RouterSpec {
                 "router.limits.queue",
                 section.reader.position("router.limits.queue"),
                 format!(
-                    "is {}, more than the {} requests in flight it counts into",
+                    "is {}, more than the {} requests in flight that it waits for",
                     limits.queue, limits.in_flight
                 ),
                 "lower router.limits.queue or raise router.limits.in_flight",
