@@ -141,7 +141,7 @@ impl Dispatcher {
         let work = Work { tokens, ticket: self.tickets.fetch_add(1, Ordering::Relaxed) };
         let transfer_s =
             |prefill: usize, decode: usize| transfer_s(&workers[prefill], &workers[decode], tokens);
-        let choice = schedule::choose(&Snapshot { decode, prefill }, work, self.rules, &transfer_s)?;
+        let choice = schedule::choose(&Snapshot::new(decode, prefill), work, self.rules, &transfer_s)?;
         Some(Pair {
             decode: Arc::clone(&workers[choice.decode]),
             prefill: choice.prefill.map(|key| Arc::clone(&workers[key])),
