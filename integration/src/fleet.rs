@@ -25,6 +25,17 @@ pub struct FleetOptions {
 }
 
 impl FleetOptions {
+    /// The default fleet, with the router on a free port.
+    ///
+    /// # Panics
+    /// When the example is not there.
+    pub fn laptop() -> Self {
+        let path = binary::root().join("examples/fleets/laptop.yaml");
+        let document = std::fs::read_to_string(path).expect("the default fleet document");
+        let document = document.replace("path: examples/", "path: {root}/examples/");
+        Self { document: document + "router: { listen: 127.0.0.1:0 }\n" }
+    }
+
     /// The tiny model with these pools (YAML list items).
     pub fn tiny(pools: &str) -> Self {
         let document = format!(
