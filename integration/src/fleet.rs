@@ -33,7 +33,7 @@ impl FleetOptions {
         let path = binary::root().join("examples/fleets/laptop.yaml");
         let document = std::fs::read_to_string(path).expect("the default fleet document");
         let document = document.replace("path: examples/", "path: {root}/examples/");
-        Self { document: document + "router: { listen: 127.0.0.1:0 }\n" }
+        Self { document: document.replace("router: { ", "router: { listen: 127.0.0.1:0, ") }
     }
 
     /// The tiny model with these pools (YAML list items).
