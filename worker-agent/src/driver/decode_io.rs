@@ -122,7 +122,11 @@ struct Done {
 /// Reads blocks of a peer into the own arena.
 async fn read(io: &Io, peer: &PeerRef, handoff: HandoffId, order: PullOrder, dest_blocks: Vec<u32>) -> Done {
     let failed = |fault| Done { upto: order.tokens.start, bytes: 0, fault: Some(fault) };
-    let session = match session(io, peer).await {
+    let session = match order.again_after {
+        Some(PullFault::Integrity) => second_session(io, peer).await,
+        _ => session(io, peer).await,
+    };
+    let session = match session {
         Ok(session) => session,
         Err(fault) => return failed(fault),
     };
@@ -157,14 +161,29 @@ fn pull_time(bytes: u64, bytes_per_second: Option<f64>) -> Duration {
     Duration::from_secs_f64(seconds).clamp(PULL_MIN, PULL_MAX)
 }
 
+/// A session for blocks that came damaged: over another path than the usual one, which serves again where it is the only
+/// one. It is not the path of the pair: neither status nor measurements take note of it.
+async fn second_session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
+    let usual = session(io, peer).await?;
+    let avoid = usual.path().backend;
+    let metadata = metadata_of(io, peer).await?;
+    let connect = io.agent.connect_avoiding(&peer.worker, peer.epoch, &metadata, avoid);
+    match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
+        Ok(Ok(other)) => {
+            tracing::info!(peer = %peer.worker, path = %other.path().backend, %avoid, "reading again over another path");
+            Ok(other)
+        }
+        Ok(Err(ConnectError::Stale { .. })) => Err(PullFault::Stale),
+        Ok(Err(_)) | Err(_) => {
+            tracing::info!(peer = %peer.worker, path = %avoid, "reading again over the same path: there is no other");
+            Ok(usual)
+        }
+    }
+}
+
 /// The session with a peer in the life of the handoff.
 async fn session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
-    let record = record_of(io, peer).await.ok_or(PullFault::Stale)?;
-    let metadata = base64::engine::general_purpose::STANDARD.decode(&record.transfer);
-    let metadata = metadata.map_err(|error| {
-        tracing::warn!(peer = %peer.worker, %error, "the transfer metadata of a peer is no base64");
-        PullFault::Refused
-    })?;
+    let metadata = metadata_of(io, peer).await?;
     let connect = io.agent.connect(&peer.worker, peer.epoch, &metadata);
     match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
         Ok(Ok(session)) => {
@@ -191,6 +210,16 @@ async fn session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
             Err(PullFault::Link)
         }
     }
+}
+
+/// What a peer published for connecting to it.
+async fn metadata_of(io: &Io, peer: &PeerRef) -> Result<Vec<u8>, PullFault> {
+    let record = record_of(io, peer).await.ok_or(PullFault::Stale)?;
+    let metadata = base64::engine::general_purpose::STANDARD.decode(&record.transfer);
+    metadata.map_err(|error| {
+        tracing::warn!(peer = %peer.worker, %error, "the transfer metadata of a peer is no base64");
+        PullFault::Refused
+    })
 }
 
 /// The peer as the own view has it; waits a little where the router's view is ahead.

@@ -317,7 +317,7 @@ impl Decode {
                 blocks: Vec::new(),
                 geometry,
                 tokens: self.upto..self.upto,
-                again: false,
+                again_after: None,
             };
             let mut seq = self.next_seq;
             while let Some(held) = self.held.get(&seq) {
@@ -423,8 +423,10 @@ impl Decode {
                         self.taken(pulling.next_seq, out);
                         self.advance(now, limits, out);
                     }
-                    Some(PullFault::Integrity | PullFault::Link) if !pulling.order.again => {
-                        pulling.order.again = true;
+                    Some(fault @ (PullFault::Integrity | PullFault::Link))
+                        if pulling.order.again_after.is_none() =>
+                    {
+                        pulling.order.again_after = Some(fault);
                         pulling.order.tokens.start = self.upto;
                         self.pull(now, pulling.order, pulling.next_seq, limits, out);
                     }

@@ -1,17 +1,19 @@
 //! Two workers and a conductor in one process, each worker on a runtime of its own, over loopback.
 
 mod fleet;
+mod tamper;
 
 use std::time::Duration;
 
 use baton_config::protocol::{
-    FailureCode, FinishReason, GenerateEvent, HandoffOutcome, KvEvent, WorkerError,
+    FailureCode, FinishReason, GenerateEvent, HandoffOutcome, KvEvent, WorkerError, WorkerStatus,
 };
 use baton_config::{Epoch, HandoffId};
 use baton_engine::sim::oracle;
 use baton_transfer::{ArenaMemory, BackendKind};
 
 use fleet::{Fleet, Setup, prompt, until};
+use tamper::Tamper;
 
 /// Lengths around the edges of blocks of 16 and 32 tokens and of chunks of 64.
 const LENGTHS: [usize; 12] = [1, 2, 15, 16, 17, 31, 32, 33, 64, 65, 130, 300];
@@ -41,34 +43,34 @@ fn proves_equal(setup: Setup) {
         p.audit().await;
         d.audit().await;
         let text = d.text("/metrics").await;
-        let line = format!("baton_transfer_bytes_total{{backend=\"{}\"}} 0", setup.backend);
-        assert!(!text.contains(&line), "the blocks came over {}", setup.backend);
+        let line = format!("baton_transfer_bytes_total{{backend=\"{}\"}} 0", setup.backends[0]);
+        assert!(!text.contains(&line), "the blocks came over {}", setup.backends[0]);
     });
 }
 
 #[test]
 fn simulated_over_tcp_from_a_device_to_other_blocks() {
-    proves_equal(Setup { backend: BackendKind::Tcp, ..Setup::sim() });
+    proves_equal(Setup { backends: &[BackendKind::Tcp], ..Setup::sim() });
 }
 
 #[test]
 fn simulated_over_shm_from_a_device_to_other_blocks() {
-    proves_equal(Setup { backend: BackendKind::Shm, ..Setup::sim() });
+    proves_equal(Setup { backends: &[BackendKind::Shm], ..Setup::sim() });
 }
 
 #[test]
 fn simulated_over_shm_from_host_memory() {
-    proves_equal(Setup { backend: BackendKind::Shm, device: false, ..Setup::sim() });
+    proves_equal(Setup { backends: &[BackendKind::Shm], device: false, ..Setup::sim() });
 }
 
 #[test]
 fn reference_over_tcp_from_host_memory() {
-    proves_equal(Setup { backend: BackendKind::Tcp, device: false, ..Setup::reference() });
+    proves_equal(Setup { backends: &[BackendKind::Tcp], device: false, ..Setup::reference() });
 }
 
 #[test]
 fn reference_over_shm_from_a_device() {
-    proves_equal(Setup { backend: BackendKind::Shm, ..Setup::reference() });
+    proves_equal(Setup { backends: &[BackendKind::Shm], ..Setup::reference() });
 }
 
 #[test]
@@ -137,6 +139,31 @@ fn bytes_corrupted_after_the_ticket_are_caught_and_prefilled_again() {
         assert!(text.contains("baton_agent_local_prefill_total{reason=\"integrity\"} 1"));
         assert_eq!(prefill.await.unwrap().outcome, HandoffOutcome::Cancelled);
         until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+    });
+}
+
+#[test]
+fn blocks_damaged_on_one_path_are_read_again_over_the_other() {
+    let fleet = Fleet::start(Setup { backends: &[BackendKind::Tcp, BackendKind::Shm], ..Setup::sim() });
+    let tamper = fleet.block_on(Tamper::start());
+    let (p, d) = (fleet.prefill_behind("p-0", &tamper), fleet.decode("d-0"));
+    fleet.block_on(async {
+        for n in 1..=2 {
+            let request = fleet.request(prompt(n, 60, fleet.vocab()), 6);
+            let (apart, reply) = fleet.hand_over(&p, &d, &request, u128::from(n)).await;
+            assert_eq!((apart.report.fallback, apart.report.imported_tokens), (None, 60));
+            assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 6));
+            assert_eq!(reply.unwrap().outcome, HandoffOutcome::Done);
+        }
+        assert!(tamper.damaged() >= 2, "each handoff tries its usual path first");
+        assert!(d.transferred(BackendKind::Shm) > 0, "the good bytes came over the other path");
+        assert!(!d.text("/metrics").await.contains("baton_transfer_checksum_mismatch_total 0"));
+        // The second path is not taken for the path of the pair.
+        let status: WorkerStatus = d.get("/v1/state").await.json().await.unwrap();
+        assert_eq!(status.paths[0].backend, "tcp");
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+        p.audit().await;
+        d.audit().await;
     });
 }
 

@@ -72,8 +72,9 @@ pub struct PullOrder {
     pub geometry: KvGeometry,
     /// Prompt tokens to lay out into this worker's blocks.
     pub tokens: Range<u32>,
-    /// Whether this is the second try: on another path, if there is one.
-    pub again: bool,
+    /// Why the first try failed, if this is the second. After [`PullFault::Integrity`] it takes another path, if there
+    /// is one.
+    pub again_after: Option<PullFault>,
 }
 
 /// What an import brought, for the report of the request.

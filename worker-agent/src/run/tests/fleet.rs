@@ -21,6 +21,7 @@ use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
 
 use super::super::{Stop, Worker};
+use super::Tamper;
 use crate::handoff;
 use crate::options::{ArenaOptions, DeviceOptions, EngineChoice, TransferOptions, WorkerOptions, geometry};
 
@@ -35,7 +36,7 @@ const PATIENCE: Duration = Duration::from_secs(20);
 /// What is varied.
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Setup {
-    pub(super) backend: BackendKind,
+    pub(super) backends: &'static [BackendKind],
     pub(super) device: bool,
     pub(super) reference: bool,
     pub(super) us_per_token: f64,
@@ -48,7 +49,7 @@ pub(super) struct Setup {
 impl Setup {
     pub(super) fn sim() -> Self {
         Self {
-            backend: BackendKind::Tcp,
+            backends: &[BackendKind::Tcp],
             device: true,
             reference: false,
             us_per_token: 10.0,
@@ -246,7 +247,7 @@ impl Fleet {
             transfer: TransferOptions {
                 listen: "127.0.0.1:0".parse().unwrap(),
                 advertise: None,
-                backends: vec![self.setup.backend],
+                backends: self.setup.backends.to_vec(),
                 integrity: Integrity::Digest,
                 streams: 2,
             },
@@ -259,6 +260,15 @@ impl Fleet {
             join_timeout: Duration::from_secs(20),
             handoff: handoff::Limits::default(),
         }
+    }
+
+    /// A prefill worker whose transfer agent peers reach over a path that damages blocks.
+    pub(super) fn prefill_behind(&self, name: &str, tamper: &Tamper) -> Running {
+        let mut options = self.options(name, Role::Prefill, (32, KvLayout::Nhd), self.setup.device);
+        options.transfer.advertise = Some(tamper.address);
+        let running = self.run(name, options);
+        tamper.lead_to(running.worker.io.agent.local_address());
+        running
     }
 
     /// A prefill worker whose model has more heads.
@@ -514,7 +524,11 @@ impl Running {
     }
 
     pub(super) fn imported_bytes(&self) -> u64 {
-        BackendKind::ALL.iter().map(|b| self.worker.shared.metrics.transferred(*b)).sum()
+        BackendKind::ALL.iter().map(|b| self.transferred(*b)).sum()
+    }
+
+    pub(super) fn transferred(&self, backend: BackendKind) -> u64 {
+        self.worker.shared.metrics.transferred(backend)
     }
 
     /// Messages waiting for their request.

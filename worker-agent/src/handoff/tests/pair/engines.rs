@@ -94,7 +94,7 @@ impl Pair {
             DecodeAction::Pull(order) => {
                 assert_eq!(request.seat, Seat::Reserved, "seed {seed}: read into blocks not held");
                 assert!(request.pulls.is_empty(), "seed {seed}: two reads at once");
-                self.tally.rereads += u64::from(order.again);
+                self.tally.rereads += u64::from(order.again_after.is_some());
                 let pull = order.pull;
                 request.pulls.insert(pull, order);
                 let stuck = self.dice.permille(self.faults.stuck_read);
