@@ -1,10 +1,10 @@
 //! An executor without arithmetic: modelled time, KV rows that prove themselves, tokens an oracle knows.
 //!
-//! - The KV row of a token is a hash of *all tokens up to it*, the layer, key or value, and the head. Its numbers are
+//! - The KV row of a token is a hash of the seed, *all tokens up to it*, the layer, key or value, and the head. Its numbers are
 //!   exact in bf16, so that they survive any re-layout and conversion between f32 and bf16.
 //! - A forward pass checks rows of the context it attends to against the tokens it is told: a block that is wrong, stale,
 //!   swapped, missing or of another sequence gives [`ExecuteError::CorruptKv`], not a plausible token.
-//! - The next token is a hash of all tokens before it, put into the logits as a peak that no temperature up to 2 overcomes:
+//! - The next token is a hash of the seed and all tokens before it, put into the logits as a peak that no temperature up to 2 overcomes:
 //!   sampler, log-probabilities and digests work as with a real model, and [`oracle`] tells the output beforehand.
 //! - Time is not spent but reported, in [`Forward::modelled`].
 
@@ -36,6 +36,9 @@ pub struct SimConfig {
     pub verify_rows: u32,
     /// Mean length of the output when the model may end it, drawn by the prompt; `None`: it never does.
     pub mean_output_tokens: Option<u32>,
+    /// Stands for the weights: tokens and KV bytes depend on it. Workers that hand over to each other, or take up each
+    /// other's streams, must have the same one; blocks of another seed are [`ExecuteError::CorruptKv`].
+    pub seed: u64,
 }
 
 impl Default for SimConfig {
@@ -51,6 +54,7 @@ impl Default for SimConfig {
             decode_per_context_token_ns: 0.0,
             verify_rows: 256,
             mean_output_tokens: None,
+            seed: 0,
         }
     }
 }
@@ -71,7 +75,7 @@ pub struct Sim {
 ///
 /// Holds for greedy sampling and temperatures up to 2 without penalties or bias.
 pub fn oracle(config: &SimConfig, model: &ModelInfo, prompt: &[u32], count: usize) -> Vec<u32> {
-    let mut prefix = prompt.iter().fold(PrefixHash::EMPTY, |prefix, token| prefix.push(*token));
+    let mut prefix = prompt.iter().fold(PrefixHash::empty(config.seed), |prefix, token| prefix.push(*token));
     let mut output = Vec::new();
     while output.len() < count {
         let token = prefix.next_token(config, model);
@@ -93,7 +97,7 @@ impl Sim {
 
     fn hash_prefixes(&mut self, item: &BatchItem<'_>) {
         self.prefixes.clear();
-        let mut prefix = PrefixHash::EMPTY;
+        let mut prefix = PrefixHash::empty(self.config.seed);
         for token in item.context.iter().chain(item.tokens) {
             prefix = prefix.push(*token);
             self.prefixes.push(prefix);

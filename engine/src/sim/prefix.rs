@@ -13,8 +13,11 @@ const NEXT_TOKEN: u64 = 0x6e65_7874;
 const END: u64 = 0x656e_6400;
 
 impl PrefixHash {
-    /// No tokens.
-    pub(super) const EMPTY: Self = Self(0x6261_746f_6e00_0000);
+    /// No tokens yet, of the model that `seed` stands for.
+    pub(super) fn empty(seed: u64) -> Self {
+        const SALT: u64 = 0x6261_746f_6e00_0000;
+        Self(SALT ^ mix(seed))
+    }
 
     pub(super) fn push(self, token: u32) -> Self {
         Self(mix(self.0 ^ (u64::from(token) + 1).wrapping_mul(GOLDEN)))

@@ -155,6 +155,21 @@ fn the_model_ends_only_when_it_may() {
 }
 
 #[test]
+fn another_seed_is_another_model() {
+    let other = SimConfig { seed: 1, ..config(u32::MAX) };
+    let tokens = prompt(17);
+    let (ours, theirs) = (oracle(&config(0), &model(), &tokens, 20), oracle(&other, &model(), &tokens, 20));
+    let equal = ours.iter().zip(&theirs).filter(|(a, b)| a == b).count();
+    assert!(equal < 5, "{equal} of 20 tokens are equal");
+    let arena = arena(KvLayout::Hnd, Dtype::Bf16, 8);
+    pass(&mut Sim::new(config(u32::MAX), model()), &arena, &table(3), &tokens[..16], 0).unwrap();
+    let error = pass(&mut Sim::new(other.clone(), model()), &arena, &table(3), &tokens, 16).unwrap_err();
+    assert!(matches!(error, ExecuteError::CorruptKv { position: 0, .. }), "{error}");
+    let out = pass(&mut Sim::new(other, model()), &arena, &table(3), &tokens, 0).unwrap();
+    assert!(out.logits[theirs[0] as usize] >= 60.0);
+}
+
+#[test]
 fn time_follows_the_model() {
     let config = SimConfig {
         prefill_base_us: 100.0,
