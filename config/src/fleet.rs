@@ -134,6 +134,7 @@ impl Fleet {
         check::ports(&reader, &conductor, &router, &pools);
         check::memory(&reader, model.as_ref(), &pools);
         check::weights(&reader, model.as_ref(), &pools);
+        check::seeds(&reader, &pools);
         let pairs = pairs::plan(&reader, &pools);
         let unsupported = availability::list(&reader, &conductor, &router, &pools);
         let (faults, resolved) = reader.finish();

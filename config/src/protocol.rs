@@ -114,7 +114,8 @@ pub struct GenerateRequest {
 
 /// `POST /v1/prefill`: compute the KV cache of `tokens` and hand it to the peer.
 ///
-/// The answer, a [`PrefillReply`], comes when the handoff has ended; dropping the connection cancels it.
+/// The answer, a [`PrefillReply`], comes when the handoff has ended, at once if that was before this request came;
+/// dropping the connection cancels it.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct PrefillRequest {
@@ -204,7 +205,8 @@ pub struct PrefillReport {
     pub prefill_ms: f64,
     /// Milliseconds between the peer's last block being ready and the last one being verified here.
     pub transfer_tail_ms: f64,
-    /// Why the handoff was given up and the prompt prefilled here, if so.
+    /// What went wrong with the handoff, if the prompt was prefilled here because of it. Nothing did when this worker
+    /// chose to prefill a short prompt by itself: then nothing was imported and there is no reason here.
     pub fallback: Option<String>,
 }
 

@@ -74,6 +74,24 @@ pub(super) fn weights(reader: &Reader<'_>, model: Option<&ModelSpec>, pools: &[(
     }
 }
 
+/// Every simulated pool stands for the same model: streams go from any pool to any other, with a handoff or without.
+pub(super) fn seeds(reader: &Reader<'_>, pools: &[(String, Pool)]) {
+    let mut sims = pools.iter().filter(|(path, _)| reader.is_clean(path)).filter_map(|(path, pool)| {
+        if let EngineSpec::Sim(spec) = &pool.engine { Some((path, pool, spec.seed)) } else { None }
+    });
+    let Some((first_path, first, expected)) = sims.next() else { return };
+    for (path, _, seed) in sims {
+        if seed != expected {
+            let key = format!("{path}.engine.seed");
+            let written = reader.position(&key);
+            let at = written.or_else(|| reader.position(&format!("{first_path}.engine.seed")));
+            let problem =
+                format!("is {seed}, but {expected} in {}: they would make up different answers", first.name);
+            reader.fault(&key, at, problem, "write the same seed in every sim pool");
+        }
+    }
+}
+
 /// Pool names are unique.
 pub(super) fn names(reader: &Reader<'_>, pools: &[(String, Pool)]) {
     let mut seen = BTreeMap::new();

@@ -76,7 +76,7 @@ pub struct SimSpec {
     pub decode_per_seq: Duration,
     /// Cost of a token of context of a decoding sequence.
     pub decode_per_context_token: Duration,
-    /// Seeds the tokens and KV bytes it makes up; pools that hand over to each other must agree on it.
+    /// Stands for the weights: the tokens and KV bytes it makes up follow from it; the same in every sim pool of a fleet.
     pub seed: u64,
     /// Batching.
     pub limits: EngineLimits,

@@ -357,6 +357,17 @@ fn parts_that_do_not_go_together_are_faults() {
             fleet.yaml:4:47: pools[1].engine.kind: is reference, but sim in p: a simulated KV cache means nothing to a real engine
               remedy: use sim in both pools, or in neither"#]],
     );
+    let seeds = "pools:
+  - { name: a, role: both, engine: { kind: sim } }
+  - { name: b, role: both, engine: { kind: sim, seed: 7 } }
+  - { name: c, role: both, engine: { kind: sim, seed: 0 } }
+";
+    faults(
+        &with_head(seeds),
+        &expect![[r#"
+        fleet.yaml:5:55: pools[1].engine.seed: is 7, but 0 in a: they would make up different answers
+          remedy: write the same seed in every sim pool"#]],
+    );
     let ports = "router: { listen: 127.0.0.1:7501 }
 pools:
   - { name: a, role: both, listen: 127.0.0.1:7500, replicas: 2 }
