@@ -272,3 +272,6 @@ fn sim_config(spec: &SimSpec) -> SimConfig {
         ..SimConfig::default()
     }
 }
+
+#[cfg(test)]
+mod tests;
