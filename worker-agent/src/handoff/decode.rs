@@ -572,3 +572,6 @@ fn why_of(fault: PullFault) -> GiveUp {
         PullFault::Geometry => GiveUp::Geometry,
     }
 }
+
+#[cfg(test)]
+mod tests;
