@@ -260,6 +260,11 @@ impl GiveUp {
         }
     }
 
+    /// Whether something went wrong; else it was this side's choice.
+    pub fn is_fault(self) -> bool {
+        self != Self::Short
+    }
+
     /// Whether the peer may still hold something for this handoff and is worth telling.
     fn peer_may_hold(self) -> bool {
         !matches!(self, Self::PeerEnded)

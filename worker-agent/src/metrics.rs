@@ -139,7 +139,7 @@ impl Metrics {
             stale_epoch: make.counter("stale_epoch_refused_total", "messages of another life refused")?,
             fallbacks: make.counters(
                 "agent_local_prefill_total",
-                "handoffs given up for a prefill here",
+                "prompts prefilled here that another worker was to prefill",
                 &["reason"],
             )?,
             requests: make.counters("agent_requests_total", "requests that ended", &["kind", "end"])?,

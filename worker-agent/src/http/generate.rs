@@ -268,7 +268,7 @@ impl Generation {
             queue_ms: self.queued.as_secs_f64() * 1e3,
             prefill_ms: prefilled.as_secs_f64() * 1e3,
             transfer_tail_ms: self.import.tail.as_secs_f64() * 1e3,
-            fallback: self.fallback.map(|why| why.name().to_owned()),
+            fallback: self.fallback.filter(|why| why.is_fault()).map(|why| why.name().to_owned()),
         };
         self.send(&GenerateEvent::Prefilled(report)).await
     }

@@ -16,10 +16,20 @@ use tokio::time::Instant;
 
 use super::fault::{Fault, parse};
 use super::{Phase, Shared};
+use crate::driver::OpenFailure;
 use crate::engine_thread::Sequence;
-use crate::handoff::{Opening, PrefillEvent};
+use crate::handoff::{OpenError, Opening, PrefillEvent};
 use crate::metrics::{RequestEnd, RequestKind, TokenKind};
 use crate::validate;
+
+/// The answer to a prefill whose handoff had ended before it came.
+const ENDED_BEFORE: PrefillReply = PrefillReply {
+    outcome: HandoffOutcome::Cancelled,
+    cached_tokens: 0,
+    computed_tokens: 0,
+    queue_ms: 0.0,
+    prefill_ms: 0.0,
+};
 
 pub(super) async fn prefill(
     State(shared): State<Arc<Shared>>,
@@ -45,11 +55,16 @@ async fn begin(shared: &Arc<Shared>, body: Result<Bytes, BytesRejection>) -> Res
     let permit =
         permit.map_err(|_| Fault::overloaded("as many requests as this worker takes are in flight"))?;
     let (reply, answer) = oneshot::channel();
-    let task_shared = Arc::clone(shared);
+    let (task_shared, task_metrics) = (Arc::clone(shared), shared.metrics.clone());
     shared.tasks.spawn(async move {
         let _permit = permit;
         match Export::start(task_shared, request).await {
-            Ok(export) => export.run(reply).await,
+            Ok(Some(export)) => export.run(reply).await,
+            Ok(None) => {
+                task_metrics.request(RequestKind::Prefill, RequestEnd::Cancelled);
+                // The router may have left.
+                let _ = reply.send(Ok(ENDED_BEFORE));
+            }
             Err(fault) => drop(reply.send(Err(fault))),
         }
     });
@@ -71,7 +86,8 @@ struct Export {
 }
 
 impl Export {
-    async fn start(shared: Arc<Shared>, request: PrefillRequest) -> Result<Self, Fault> {
+    /// `None` if the decode side was quicker and chose to do without.
+    async fn start(shared: Arc<Shared>, request: PrefillRequest) -> Result<Option<Self>, Fault> {
         let prompt = u32::try_from(request.tokens.len()).unwrap_or(u32::MAX);
         let PrefillRequest { tokens, generated, sampling, cache_salt, logits_digest, handoff, .. } = request;
         let spec = SequenceSpec {
@@ -87,7 +103,7 @@ impl Export {
         let HandoffRef { id, own_epoch, peer } = handoff;
         let opening = Opening { id, own_epoch, peer, prompt };
         match shared.handoffs.open_prefill(opening, sequence.id).await {
-            Ok(outcome) => Ok(Self {
+            Ok(outcome) => Ok(Some(Self {
                 shared,
                 id,
                 sequence,
@@ -98,10 +114,13 @@ impl Export {
                 queued: Duration::ZERO,
                 admitted: None,
                 prefilled: Duration::ZERO,
-            }),
+            })),
             Err(failure) => {
                 shared.engine.cancel(sequence.id, Writers::Gone).await;
-                Err(failure.into())
+                match failure {
+                    OpenFailure::Refused(OpenError::Ended) => Ok(None),
+                    failure => Err(failure.into()),
+                }
             }
         }
     }
