@@ -85,9 +85,10 @@ fn resident_mib(pid: u32) -> f64 {
 
 fn part_name(pid: u32) -> String {
     let line = std::fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
-    let words: Vec<String> =
-        line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect();
-    words.get(1).cloned().unwrap_or_default()
+    let words = line.split(|byte| *byte == 0).map(String::from_utf8_lossy);
+    let part =
+        words.into_iter().find(|word| ["conductor", "router", "worker", "up"].contains(&word.as_ref()));
+    part.map_or_else(String::new, std::borrow::Cow::into_owned)
 }
 
 async fn idle_fleet() {
