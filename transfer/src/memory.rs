@@ -2,7 +2,7 @@
 //!
 //! Ownership rules, on which every `SAFETY` comment below leans:
 //!
-//! 1. A `Mapping` owns `[base, base + len)` from `mmap` until its `Drop` unmaps it. Nobody else unmaps it.
+//! 1. A [`Mapping`] owns `[base, base + len)` from `mmap` until its `Drop` unmaps it. Nobody else unmaps it.
 //! 2. The file behind a mapping never shrinks: it is sealed against shrinking before it is mapped (own memory) or
 //!    the seal is checked before it is mapped (a peer's), so no access within `len` can fault.
 //! 3. Every access is checked against `len` first, goes through raw pointers or system calls, and keeps no
