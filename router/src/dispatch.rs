@@ -124,7 +124,7 @@ impl Dispatcher {
         let now = Instant::now();
         let ready = |worker: &Arc<Worker>| worker.member.ready;
         let well =
-            |worker: &Arc<Worker>| !worker.is_down(now) && worker.silent_for(now) < self.timeouts.frozen;
+            |worker: &Arc<Worker>| !worker.is_down(now) && !worker.is_suspect(now, self.timeouts.frozen);
         let avoided = |worker: &Arc<Worker>| {
             avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
         };
@@ -141,7 +141,7 @@ impl Dispatcher {
         let work = Work { tokens, ticket: self.tickets.fetch_add(1, Ordering::Relaxed) };
         let transfer_s =
             |prefill: usize, decode: usize| transfer_s(&workers[prefill], &workers[decode], tokens);
-        let choice = schedule::choose(&Snapshot { decode, prefill }, work, self.rules, &transfer_s)?;
+        let choice = schedule::choose(&Snapshot::new(decode, prefill), work, self.rules, &transfer_s)?;
         Some(Pair {
             decode: Arc::clone(&workers[choice.decode]),
             prefill: choice.prefill.map(|key| Arc::clone(&workers[key])),

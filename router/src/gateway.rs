@@ -247,7 +247,7 @@ impl Gateway {
             return match answer::collect(deltas, &head, meter, choices).await {
                 Ok(body) => {
                     entry.answered(200);
-                    reply::json(StatusCode::OK, body)
+                    reply::named(reply::json(StatusCode::OK, body), &head.id)
                 }
                 Err(error) => {
                     let refused = refusal(&error);
@@ -259,9 +259,10 @@ impl Gateway {
         // The status is decided by the first token: no error may hide inside a 200 that has not begun.
         match deltas.next().await {
             Some(Ok(first)) => {
+                let id = head.id.clone();
                 let writer = ChunkWriter::new(head, choices);
                 let events = EventStream::new(deltas, first, writer, meter, held);
-                reply::event_stream(AnswerBody::Events(Box::pin(events)))
+                reply::named(reply::event_stream(AnswerBody::Events(Box::pin(events))), &id)
             }
             other => {
                 let refused = match other {

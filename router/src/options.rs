@@ -150,15 +150,16 @@ impl Default for Timeouts {
     fn default() -> Self {
         let s = Duration::from_secs;
         Self {
-            header: s(10),
-            body: s(10),
+            header: defaults::HEADER_TIMEOUT,
+            body: defaults::BODY_TIMEOUT,
             idle: s(60),
             queue: defaults::QUEUE_TIMEOUT,
             request: defaults::REQUEST_TIMEOUT,
             connect: s(1),
             first_token: s(120),
             progress: s(10),
-            frozen: s(3),
+            // Noticed within three seconds, looked for every quarter of one.
+            frozen: Duration::from_millis(2500),
             replacement: s(5),
             settle: defaults::DRAIN_SETTLE,
             grace: defaults::DRAIN_GRACE,

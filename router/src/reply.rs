@@ -252,6 +252,14 @@ pub(crate) fn json(status: StatusCode, body: Bytes) -> Response<AnswerBody> {
     response
 }
 
+/// The answer with its id in `x-request-id`, under which the log knows it.
+pub(crate) fn named(mut response: Response<AnswerBody>, id: &str) -> Response<AnswerBody> {
+    if let Ok(value) = HeaderValue::from_str(id) {
+        response.headers_mut().insert("x-request-id", value);
+    }
+    response
+}
+
 /// A plain-text answer, for probes and metrics.
 pub(crate) fn text(ready: bool, content_type: &'static str, body: String) -> Response<AnswerBody> {
     let mut response = Response::new(AnswerBody::full(Bytes::from(body)));

@@ -35,6 +35,21 @@ pub(crate) struct Snapshot {
     pub(crate) prefill: Vec<Candidate>,
 }
 
+impl Snapshot {
+    /// A snapshot in which workers that have measured nothing are taken to be as fast as the fastest of the fleet,
+    /// so that they are tried, and then measured.
+    pub(crate) fn new(mut decode: Vec<Candidate>, mut prefill: Vec<Candidate>) -> Self {
+        let all = || decode.iter().chain(&prefill);
+        let fastest = all().filter_map(|candidate| candidate.prefill_tokens_per_s).max_by(f64::total_cmp);
+        let itl_ms = all().filter_map(|candidate| candidate.itl_ms).min_by(f64::total_cmp);
+        for candidate in decode.iter_mut().chain(&mut prefill) {
+            candidate.prefill_tokens_per_s = candidate.prefill_tokens_per_s.or(fastest);
+            candidate.itl_ms = candidate.itl_ms.or(itl_ms);
+        }
+        Self { decode, prefill }
+    }
+}
+
 /// What is to be placed.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Work {
@@ -102,41 +117,42 @@ fn timing(prefill: &Candidate, decode: &Candidate, work: Work, transfer_s: Trans
     }
 }
 
+/// Costs this much above the lowest count as equal: predictions are not better than that. Of equals the least loaded
+/// are taken, and of these any one.
+const TIE_RATIO: f64 = 1.05;
+/// The same for costs so low that their ratio means nothing, in seconds.
+const TIE_S: f64 = 0.001;
+
 /// The pair, or the decode worker alone, with the lowest predicted cost.
 fn choose_jointly(snapshot: &Snapshot, work: Work, rules: Rules, transfer_s: Transfer<'_>) -> Option<Choice> {
-    let mut best: Option<(f64, u64, Choice)> = None;
-    let mut offer = |cost: f64, choice: Choice| {
-        let lot = draw(
-            rules.seed,
-            work.ticket,
-            (choice.decode as u64) << 32 | choice.prefill.map_or(0, |p| p as u64 + 1),
-        );
-        let better = best.is_none_or(|(lowest, tie, _)| cost < lowest || (cost == lowest && lot < tie));
-        if better {
-            best = Some((cost, lot, choice));
-        }
-    };
+    let mut offers: Vec<(f64, u64, Choice)> = Vec::new();
     for decode in &snapshot.decode {
-        let mut pairs = 0;
+        let before = offers.len();
         if rules.disaggregation != Disaggregation::Never {
             for prefill in snapshot.prefill.iter().filter(|prefill| prefill.key != decode.key) {
                 let timing = timing(prefill, decode, work, transfer_s);
                 if decide(rules.disaggregation, &timing) {
-                    pairs += 1;
                     let choice = Choice { decode: decode.key, prefill: Some(prefill.key) };
-                    offer(timing.remote_s() + predict::decode_cost_s(decode), choice);
+                    let cost = timing.remote_s() + predict::decode_cost_s(decode);
+                    let load = u64::from(decode.requests) + u64::from(prefill.requests);
+                    offers.push((cost, load, choice));
                 }
             }
         }
-        if pairs == 0 || rules.disaggregation != Disaggregation::Always {
+        if offers.len() == before || rules.disaggregation != Disaggregation::Always {
             let local = Prefill::on(decode, work.tokens, Side::Decode);
-            offer(
-                local.total_s() + predict::decode_cost_s(decode),
-                Choice { decode: decode.key, prefill: None },
-            );
+            let choice = Choice { decode: decode.key, prefill: None };
+            let cost = local.total_s() + predict::decode_cost_s(decode);
+            offers.push((cost, u64::from(decode.requests), choice));
         }
     }
-    best.map(|(_, _, choice)| choice)
+    let lowest = offers.iter().map(|(cost, ..)| *cost).min_by(f64::total_cmp)?;
+    let equal = offers.iter().filter(|(cost, ..)| *cost <= (lowest * TIE_RATIO).max(lowest + TIE_S));
+    let lot = |choice: &Choice| {
+        let pair = (choice.decode as u64) << 32 | choice.prefill.map_or(0, |prefill| prefill as u64 + 1);
+        draw(rules.seed, work.ticket, pair)
+    };
+    equal.min_by_key(|(_, load, choice)| (*load, lot(choice))).map(|(.., choice)| *choice)
 }
 
 /// Picks one worker by a policy that looks at each side by itself.

@@ -43,9 +43,9 @@ pub const ROUTER_IN_FLIGHT: u32 = 4096;
 /// `router.limits.connections`.
 pub const ROUTER_CONNECTIONS: u32 = 8192;
 /// `router.limits.header_timeout_ms`.
-pub const HEADER_TIMEOUT: Duration = Duration::from_secs(60);
+pub const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// `router.limits.body_timeout_ms`.
-pub const BODY_TIMEOUT: Duration = Duration::from_secs(30);
+pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// `router.limits.queue_timeout_ms`.
 pub const QUEUE_TIMEOUT: Duration = Duration::from_secs(30);
 /// `router.limits.request_timeout_ms`.

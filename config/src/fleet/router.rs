@@ -84,13 +84,13 @@ pub struct RouterLimits {
     pub body: Bytes,
     /// Requests waiting for a worker.
     pub queue: u32,
-    /// Requests being served, waiting ones included.
+    /// Requests being served; further ones wait in the queue.
     pub in_flight: u32,
     /// Client connections.
     pub connections: u32,
-    /// Time a client may take to send the head of a request; also how long an idle connection is kept.
+    /// Time a client may take to send the head of a request.
     pub header_timeout: Duration,
-    /// Time a client may take to send the body of a request.
+    /// Time a client may pause while it sends the body of a request.
     pub body_timeout: Duration,
     /// Time a request may wait for a worker.
     pub queue_timeout: Duration,
@@ -136,7 +136,7 @@ impl RouterSpec {
                 "router.limits.queue",
                 section.reader.position("router.limits.queue"),
                 format!(
-                    "is {}, more than the {} requests in flight it counts into",
+                    "is {}, more than the {} requests in flight that it waits for",
                     limits.queue, limits.in_flight
                 ),
                 "lower router.limits.queue or raise router.limits.in_flight",

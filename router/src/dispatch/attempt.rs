@@ -165,6 +165,8 @@ pub(super) struct Attempt {
     progress_at: Instant,
     deadline: Instant,
     begun: bool,
+    /// The stream cannot go on elsewhere once it has begun.
+    irreplaceable: bool,
     tick: Pin<Box<Sleep>>,
 }
 
@@ -219,10 +221,15 @@ impl Attempt {
                 handoff: HandoffRef { id, own_epoch: prefill.member.epoch, peer: pair.decode.peer() },
             };
             let body = encode(&request);
-            let occupied = prefill.occupy(uncached);
-            let (caller, metrics) = (dispatcher.caller.clone(), Arc::clone(&dispatcher.metrics));
-            let call = call_prefill(caller, metrics, Arc::clone(prefill), body, occupied);
-            Box::pin(call) as PrefillCall
+            let call = PrefillJob {
+                caller: dispatcher.caller.clone(),
+                metrics: Arc::clone(&dispatcher.metrics),
+                prefill: Arc::clone(prefill),
+                decode: Arc::clone(&pair.decode),
+                handoff: id,
+                _occupied: prefill.occupy(uncached),
+            };
+            Box::pin(call.run(body)) as PrefillCall
         });
         let occupied = pair.decode.occupy(if prefill.is_some() { 0 } else { uncached });
         Self {
@@ -235,6 +242,7 @@ impl Attempt {
             progress_at: Instant::now(),
             deadline: job.deadline,
             begun: false,
+            irreplaceable: job.logits_digest,
             tick: Box::pin(tokio::time::sleep(TICK)),
         }
     }
@@ -278,8 +286,10 @@ impl Attempt {
         }
         let quiet = now.duration_since(self.progress_at);
         let patience = if self.begun { self.timeouts.progress } else { self.timeouts.first_token };
+        // A false alarm costs a stream that cannot be replayed its life: that one waits for certainty.
+        let hasty = !(self.begun && self.irreplaceable);
         let frozen =
-            quiet >= self.timeouts.frozen && self.pair.decode.silent_for(now) >= self.timeouts.frozen;
+            hasty && quiet >= self.timeouts.frozen && self.pair.decode.is_suspect(now, self.timeouts.frozen);
         if quiet >= patience || frozen { Err(Lost::Silent(quiet)) } else { Ok(()) }
     }
 
@@ -360,30 +370,41 @@ fn encode<T: serde::Serialize>(message: &T) -> Bytes {
     }
 }
 
-/// Calls the prefill worker and sees to its answer; the decode worker needs no help to get over its failure.
-async fn call_prefill(
+/// One call to a prefill worker, for as long as it takes.
+struct PrefillJob {
     caller: Caller,
     metrics: Arc<Metrics>,
-    worker: Arc<Worker>,
-    body: Bytes,
-    occupied: Occupied,
-) {
-    let _occupied = occupied;
-    let answer = async {
-        let response = caller.post(worker.authority(), "/v1/prefill", body).await.map_err(call::sort)?;
-        let bytes = call::read_whole(call::accepted(response).await?).await?;
-        serde_json::from_slice::<PrefillReply>(&bytes).map_err(CallError::Protocol)
-    };
-    match answer.await {
-        Ok(reply) => {
-            tracing::debug!(worker = %worker.member.worker, outcome = ?reply.outcome, "prefill done");
-        }
-        Err(error) => {
-            metrics.prefill_failures.inc();
-            if matches!(error, CallError::Connect(_)) {
-                worker.mark_down(Instant::now());
+    prefill: Arc<Worker>,
+    decode: Arc<Worker>,
+    handoff: HandoffId,
+    _occupied: Occupied,
+}
+
+impl PrefillJob {
+    /// Calls, and where that fails tells the decode worker, which then prefills itself instead of waiting.
+    async fn run(self, body: Bytes) {
+        let name = &self.prefill.member.worker;
+        let error = match self.call(body).await {
+            Ok(reply) => {
+                tracing::debug!(worker = %name, outcome = ?reply.outcome, "prefill done");
+                return;
             }
-            tracing::warn!(worker = %worker.member.worker, error = chain(&error), "prefill failed");
+            Err(error) => error,
+        };
+        self.metrics.prefill_failures.inc();
+        if matches!(error, CallError::Connect(_)) {
+            self.prefill.mark_down(Instant::now());
         }
+        tracing::warn!(worker = %name, error = chain(&error), "prefill failed");
+        if let Err(error) = self.caller.end_handoff(self.decode.authority(), self.handoff).await {
+            // It finds out by itself, only later.
+            tracing::debug!(worker = %self.decode.member.worker, error = chain(&error), "handoff not ended");
+        }
+    }
+
+    async fn call(&self, body: Bytes) -> Result<PrefillReply, CallError> {
+        let answer = self.caller.post(self.prefill.authority(), "/v1/prefill", body);
+        let body = call::accepted(answer.await.map_err(call::sort)?).await?;
+        serde_json::from_slice(&call::read_whole(body).await?).map_err(CallError::Protocol)
     }
 }

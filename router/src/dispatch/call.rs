@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_config::HandoffId;
 use baton_config::protocol::{FailureCode, WorkerError, WorkerStatus};
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
@@ -65,12 +66,21 @@ impl Caller {
     }
 
     /// Begins a POST; the future resolves when the head of the answer is there.
-    pub(super) fn post(&self, authority: &Authority, path: &'static str, body: Bytes) -> ResponseFuture {
+    pub(super) fn post(&self, authority: &Authority, path: &str, body: Bytes) -> ResponseFuture {
         let mut request = Request::new(Full::new(body));
         *request.method_mut() = Method::POST;
         *request.uri_mut() = uri(authority, path);
         request.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         self.client.request(request)
+    }
+
+    /// `DELETE /v1/handoffs/{id}`: the worker goes on without its peer.
+    pub(super) async fn end_handoff(&self, authority: &Authority, id: HandoffId) -> Result<(), CallError> {
+        let mut request = Request::new(Full::default());
+        *request.method_mut() = Method::DELETE;
+        *request.uri_mut() = uri(authority, &format!("/v1/handoffs/{id}"));
+        let response = self.client.request(request).await.map_err(sort)?;
+        accepted(response).await.map(drop)
     }
 
     /// `GET /v1/state`.
@@ -84,13 +94,11 @@ impl Caller {
     }
 }
 
-fn uri(authority: &Authority, path: &'static str) -> Uri {
-    let mut parts = http::uri::Parts::default();
-    parts.scheme = Some(http::uri::Scheme::HTTP);
-    parts.authority = Some(authority.clone());
-    parts.path_and_query = Some(http::uri::PathAndQuery::from_static(path));
-    // All three parts are there, which is all that can go wrong.
-    Uri::from_parts(parts).unwrap_or_default()
+fn uri(authority: &Authority, path: &str) -> Uri {
+    let uri =
+        Uri::builder().scheme(http::uri::Scheme::HTTP).authority(authority.clone()).path_and_query(path);
+    // Paths are ours and plain, which is all that could go wrong.
+    uri.build().unwrap_or_default()
 }
 
 /// Tells a refused connection from one that broke later.

@@ -120,8 +120,15 @@ impl Worker {
     }
 
     /// How long its state has not been answered.
-    pub(crate) fn silent_for(&self, now: Instant) -> Duration {
+    pub(super) fn silent_for(&self, now: Instant) -> Duration {
         self.health.seen().silent_since.map_or(Duration::ZERO, |since| now.duration_since(since))
+    }
+
+    /// Whether it has not answered its state for so long that a stream without progress for `frozen` is lost.
+    ///
+    /// Half of it suffices: the last answer may be as old as a poll when the worker freezes.
+    pub(crate) fn is_suspect(&self, now: Instant, frozen: Duration) -> bool {
+        self.silent_for(now) >= frozen / 2
     }
 
     /// Notes that a connection to it failed.

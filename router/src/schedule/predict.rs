@@ -11,8 +11,8 @@ const CHUNK_TOKENS: f64 = 256.0;
 const HANDOFF_S: f64 = 0.002;
 /// Time between tokens assumed of a worker that has measured none.
 const DEFAULT_ITL_S: f64 = 0.02;
-/// Tokens that a new request makes all others of its batch wait for, in the cost of a decode worker.
-const DECODE_HORIZON_TOKENS: f64 = 4.0;
+/// Tokens by which a new request delays each request that shares its batch, in the cost of a decode worker.
+const DELAY_TOKENS: f64 = 0.4;
 
 /// Which part a worker plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -73,11 +73,11 @@ pub(crate) fn remote_is_sooner(timing: &Timing) -> bool {
     timing.remote_s() < timing.decode.total_s()
 }
 
-/// What one more request costs on a decode worker: those that share its batch, more where blocks are short.
+/// What one more request costs on a decode worker: the tokens it delays for those that share its batch, more where
+/// blocks are short.
 pub(crate) fn decode_cost_s(decode: &Candidate) -> f64 {
-    let crowd = f64::from(decode.requests);
     let scarcity = 1.0 / (1.0 - decode.kv_used.clamp(0.0, 0.99));
-    crowd * itl_s(decode) * DECODE_HORIZON_TOKENS * 0.1 * scarcity
+    f64::from(decode.requests) * itl_s(decode) * DELAY_TOKENS * scarcity
 }
 
 fn itl_s(candidate: &Candidate) -> f64 {

@@ -149,6 +149,34 @@ fn a_worker_that_does_both_is_never_its_own_prefill_worker() {
     }
 }
 
+#[test]
+fn workers_that_are_about_as_good_share_the_work() {
+    let mut decode = vec![candidate(0, 0, 0), candidate(1, 0, 0), candidate(2, 0, 0)];
+    decode[0].prefill_tokens_per_s = Some(1010.0);
+    decode[2].prefill_tokens_per_s = Some(500.0);
+    let snapshot = Snapshot { decode, prefill: Vec::new() };
+    let mut chosen = [0; 3];
+    for ticket in 0..1000 {
+        let rules = rules(PolicyKind::KvAware, Disaggregation::Auto);
+        chosen[choose(&snapshot, work(ticket), rules, &free).unwrap().decode] += 1;
+    }
+    assert!(chosen[0] > 400 && chosen[1] > 400 && chosen[2] == 0, "{chosen:?}");
+}
+
+#[test]
+fn a_worker_that_has_measured_nothing_is_tried() {
+    let unmeasured = Candidate { prefill_tokens_per_s: None, itl_ms: None, ..candidate(2, 0, 0) };
+    let fast = Candidate { prefill_tokens_per_s: Some(40_000.0), ..candidate(1, 0, 0) };
+    let snapshot = Snapshot::new(vec![candidate(0, 3, 20_000)], vec![fast, unmeasured]);
+    assert_eq!(snapshot.prefill[1].prefill_tokens_per_s, Some(40_000.0));
+    assert_eq!(snapshot.prefill[1].itl_ms, Some(10.0));
+    let tried = (0..100).any(|ticket| {
+        let rules = rules(PolicyKind::KvAware, Disaggregation::Auto);
+        choose(&snapshot, work(ticket), rules, &free).unwrap().prefill == Some(2)
+    });
+    assert!(tried);
+}
+
 fn any_candidates(from: usize) -> impl Strategy<Value = Vec<Candidate>> {
     let one =
         (0u32..50, 0u64..20_000, prop::option::of(1.0f64..1e5), prop::option::of(0.1f64..500.0), 0.0f64..1.0);

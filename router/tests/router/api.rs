@@ -62,6 +62,7 @@ async fn whole_and_streamed_answers_are_equal() {
     assert_eq!(whole.content(0), streamed.content(0));
     assert_eq!(whole.json()["choices"][0]["message"]["role"], "assistant");
     assert_eq!(whole.json()["choices"][0]["finish_reason"], "length");
+    assert_eq!(whole.headers["x-request-id"], whole.json()["id"].as_str().expect("an id"));
     assert!(whole.json()["choices"][0].get("baton").is_none(), "the extension is for those who ask");
     harness.finish().await;
 }

@@ -274,6 +274,14 @@ async fn prefill_trouble_never_fails_a_request() {
             assert_eq!(answer.status, 200, "{trouble}: {}", answer.text);
             assert_eq!(answer.content(0).len(), 20, "{trouble}");
         }
+        if trouble != "hang" {
+            let first = decode.generated()[0].handoff.as_ref().expect("a handoff").id.to_string();
+            harness
+                .until("the decode worker is told", async || {
+                    decode.seen.ended.lock().expect("unpoisoned").contains(&first)
+                })
+                .await;
+        }
         harness.finish().await;
     }
 }

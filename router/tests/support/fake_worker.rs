@@ -81,6 +81,8 @@ pub(crate) struct Seen {
     pub(crate) open: AtomicUsize,
     /// Prefill calls not answered.
     pub(crate) prefilling: AtomicUsize,
+    /// Handoffs ended by the router.
+    pub(crate) ended: Mutex<Vec<String>>,
     /// Bytes handed to the socket.
     pub(crate) sent: AtomicUsize,
 }
@@ -214,11 +216,16 @@ async fn accept(listener: TcpListener, script: Arc<Script>, seen: Arc<Seen>) {
 }
 
 async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>) -> Answer {
-    let path = request.uri().path().to_owned();
+    let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     match path.as_str() {
         "/v1/state" => whole(200, &state(&script, &seen)),
         "/v1/prefill" => prefill(&body, &script, seen).await,
+        _ if method == http::Method::DELETE => {
+            let id = path.rsplit('/').next().unwrap_or_default();
+            seen.ended.lock().expect("unpoisoned").push(id.to_owned());
+            whole(200, &())
+        }
         "/v1/generate" => {
             let request: GenerateRequest = serde_json::from_slice(&body).expect("a request of the protocol");
             seen.generate.lock().expect("unpoisoned").push(request.clone());
