@@ -10,9 +10,8 @@ use std::time::Duration;
 use baton_config::{Epoch, HandoffId, WorkerId};
 use tokio::time::Instant;
 
-use crate::digest::BlockDigest;
 use crate::error::{LinkError, Refusal};
-use crate::session::{BlockRead, Destination};
+use crate::session::{BlockRead, Destination, Expected};
 use crate::wire::{self, Header, Hello, WireError};
 
 /// How long a peer may take to answer a connection and its handshake.
@@ -51,19 +50,9 @@ pub(crate) struct ReadJob<'a> {
 }
 
 impl ReadJob<'_> {
-    /// Starts the digest of a block where one is to be verified, in the place of the last block's; whether it did.
-    pub(crate) fn start_digest(&self, index: usize, digest: &mut Option<BlockDigest>) -> bool {
-        let Some(expected) = self.blocks[index].expected.filter(|_| self.verify) else { return false };
-        match digest {
-            Some(digest) => digest.restart(expected.seed),
-            None => *digest = Some(BlockDigest::new(expected.seed)),
-        }
-        true
-    }
-
-    /// Whether a finished digest is the expected one.
-    pub(crate) fn is_good(&self, index: usize, digest: &BlockDigest) -> bool {
-        self.blocks[index].expected.is_none_or(|expected| digest.finish() == expected.digest)
+    /// What the digest of a block must be, where it is to be verified.
+    pub(crate) fn expected(&self, index: usize) -> Option<Expected> {
+        self.blocks[index].expected.filter(|_| self.verify)
     }
 }
 

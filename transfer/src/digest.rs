@@ -10,7 +10,7 @@ mod kernel;
 use baton_config::{Epoch, HandoffId};
 use twox_hash::XxHash3_64;
 
-use self::kernel::{Lanes, STRIPE};
+use self::kernel::{Lanes, STRIPE, digest_28};
 
 /// What a digest is bound to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
@@ -29,7 +29,7 @@ impl DigestSeed {
         bytes[..16].copy_from_slice(&self.handoff.0.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.epoch.0.to_le_bytes());
         bytes[24..].copy_from_slice(&self.index.to_le_bytes());
-        XxHash3_64::oneshot(&bytes)
+        digest_28(&bytes)
     }
 }
 
@@ -77,32 +77,6 @@ impl BlockDigest {
             self.buffer[BUFFER_BYTES - STRIPE..].copy_from_slice(last);
         }
         self.buffer(after);
-    }
-
-    /// Adds `len` bytes from `from` and stores them at `to`, loading each once: what is stored is what is digested,
-    /// even while someone else changes the source.
-    ///
-    /// # Safety
-    /// `from` must be valid for reads and `to` for writes of `len` bytes, the two may not overlap, and nobody else
-    /// may access what `to` points to.
-    #[expect(unsafe_code, reason = "copies between mapped memories in the same pass that digests")]
-    pub(crate) unsafe fn update_copying(&mut self, from: *const u8, to: *mut u8, len: usize) {
-        let direct = self.direct(len);
-        self.len += len as u64;
-        // SAFETY: the start of the ranges the caller vouches for.
-        self.buffer(unsafe { copied(from, to, direct.start) });
-        self.flush_before(direct.len());
-        if !direct.is_empty() {
-            // SAFETY: the middle of the ranges the caller vouches for, in whole stripes; what was stored is within
-            // `to`, which nobody else accesses.
-            let last = unsafe {
-                self.lanes.take_copying(from.add(direct.start), to.add(direct.start), direct.len() / STRIPE);
-                std::slice::from_raw_parts(to.add(direct.end - STRIPE), STRIPE)
-            };
-            self.buffer[BUFFER_BYTES - STRIPE..].copy_from_slice(last);
-        }
-        // SAFETY: the end of the ranges the caller vouches for.
-        self.buffer(unsafe { copied(from.add(direct.end), to.add(direct.end), len - direct.end) });
     }
 
     /// The digest of all bytes so far.
@@ -154,19 +128,6 @@ impl BlockDigest {
     }
 }
 
-/// Copies and gives what was stored.
-///
-/// # Safety
-/// As [`BlockDigest::update_copying`]; the result lives as long as nobody else accesses `to`.
-#[expect(unsafe_code, reason = "copies between mapped memories")]
-unsafe fn copied<'a>(from: *const u8, to: *mut u8, len: usize) -> &'a [u8] {
-    // SAFETY: handed on to the caller.
-    unsafe {
-        std::ptr::copy_nonoverlapping(from, to, len);
-        std::slice::from_raw_parts(to, len)
-    }
-}
-
 impl std::fmt::Debug for BlockDigest {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         write!(f, "BlockDigest({:016x})", self.finish())
@@ -175,9 +136,31 @@ impl std::fmt::Debug for BlockDigest {
 
 /// The digest of a whole block.
 pub fn block_digest(seed: DigestSeed, bytes: &[u8]) -> u64 {
-    let mut digest = BlockDigest::new(seed);
-    digest.update(bytes);
-    digest.finish()
+    let seed = seed.fold();
+    match bytes.len() as u64 <= SHORT_BYTES {
+        true => XxHash3_64::oneshot_with_seed(seed, bytes),
+        false => kernel::digest(seed, bytes),
+    }
+}
+
+/// Copies a whole block and gives its digest, loading each byte once: what is stored is what is digested, even while
+/// someone else changes the source.
+///
+/// # Safety
+/// `from` must be valid for reads and `to` for writes of `len` bytes, the two may not overlap, and nobody else may
+/// access what `to` points to.
+#[expect(unsafe_code, reason = "copies between mapped memories in the same pass that digests")]
+pub(crate) unsafe fn copy_digesting(seed: DigestSeed, from: *const u8, to: *mut u8, len: usize) -> u64 {
+    if len as u64 > SHORT_BYTES {
+        // SAFETY: handed on to the caller; the length was just checked.
+        return unsafe { kernel::digest_copying(seed.fold(), from, to, len) };
+    }
+    // SAFETY: handed on to the caller; what was stored is read while nobody else accesses it.
+    let stored = unsafe {
+        std::ptr::copy_nonoverlapping(from, to, len);
+        std::slice::from_raw_parts(to, len)
+    };
+    block_digest(seed, stored)
 }
 
 #[cfg(test)]

@@ -22,7 +22,7 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
 
-use crate::digest::BlockDigest;
+use crate::digest::{BlockDigest, DigestSeed, block_digest, copy_digesting};
 
 /// Smallest mapping worth asking huge pages for.
 const HUGE_PAGE_BYTES: usize = 2 << 20;
@@ -142,6 +142,13 @@ impl Mapping {
         // SAFETY: in bounds and mapped for the call; the caller owns the range by agreement (rule 4), so it is
         // not written meanwhile, and the reference ends with the call (rule 3).
         digest.update(unsafe { std::slice::from_raw_parts(at.as_ptr(), len) });
+    }
+
+    #[track_caller]
+    fn block_digest(&self, seed: DigestSeed, offset: usize, len: usize) -> u64 {
+        let at = self.at(offset, len);
+        // SAFETY: as in `Mapping::digest`.
+        block_digest(seed, unsafe { std::slice::from_raw_parts(at.as_ptr(), len) })
     }
 }
 
@@ -263,6 +270,12 @@ impl HostMemory {
         self.0.digest(digest, offset, len);
     }
 
+    /// The digest of a whole block, which nobody may write meanwhile.
+    #[track_caller]
+    pub(crate) fn block_digest(&self, seed: DigestSeed, offset: usize, len: usize) -> u64 {
+        self.0.block_digest(seed, offset, len)
+    }
+
     /// Publishes a control word: all writes before it are visible to who reads the word.
     pub(crate) fn store_word(&self, offset: usize, value: u64) {
         self.0.word(offset).store(value, Ordering::SeqCst);
@@ -318,27 +331,27 @@ impl PeerMemory {
         self.0.copy_to(offset, &to.0, to_offset, len);
     }
 
-    /// Copies to own memory and digests what was copied in the same pass.
+    /// Copies a block to own memory; the digest of what was copied, found in the same pass.
     pub(crate) fn copy_to_digesting(
         &self,
         offset: usize,
         to: &HostMemory,
         to_offset: usize,
         len: usize,
-        digest: &mut BlockDigest,
-    ) {
+        seed: DigestSeed,
+    ) -> u64 {
         let from = self.0.at(offset, len);
         let to = to.0.at(to_offset, len);
         // SAFETY: both ranges are in bounds; they are of two mappings, so their addresses do not overlap; the
         // destination of a read is owned by its operation (rule 4).
-        unsafe { digest.update_copying(from.as_ptr(), to.as_ptr(), len) };
+        unsafe { copy_digesting(seed, from.as_ptr(), to.as_ptr(), len) }
     }
 
-    /// Copies out and digests what was copied in the same pass.
-    pub(crate) fn read_digesting(&self, offset: usize, into: &mut [u8], digest: &mut BlockDigest) {
+    /// Copies a block out; the digest of what was copied, found in the same pass.
+    pub(crate) fn read_digesting(&self, offset: usize, into: &mut [u8], seed: DigestSeed) -> u64 {
         let from = self.0.at(offset, into.len());
         // SAFETY: both ranges are valid for `into.len()` bytes; `into` is exclusive (as in `Mapping::read`).
-        unsafe { digest.update_copying(from.as_ptr(), into.as_mut_ptr(), into.len()) };
+        unsafe { copy_digesting(seed, from.as_ptr(), into.as_mut_ptr(), into.len()) }
     }
 
     /// Reads a control word; what was read before the call is not mixed with what comes after it.

@@ -82,31 +82,22 @@ impl Lanes {
         unsafe { self.run::<false>(bytes.as_ptr(), std::ptr::null_mut(), bytes.len() / STRIPE) }
     }
 
-    /// Takes `stripes` stripes from `from` and stores each at `to` as it was taken.
-    ///
-    /// # Safety
-    /// Both ranges of `stripes * STRIPE` bytes must be valid, `from` for reads and `to` for writes, and must not
-    /// overlap. What `from` holds may change meanwhile: every byte is loaded once.
-    pub(crate) unsafe fn take_copying(&mut self, from: *const u8, to: *mut u8, stripes: usize) {
-        // SAFETY: handed on to the caller.
-        unsafe { self.run::<true>(from, to, stripes) }
-    }
-
     /// Digest after all stripes, those in `pending`, and `last`, the last 64 bytes of all `len`.
     pub(crate) fn finish(&self, pending: &[u8], last: &[u8; STRIPE], len: u64) -> u64 {
         let mut lanes = self.clone();
         lanes.take(pending);
+        lanes.end(last, len)
+    }
+
+    fn end(mut self, last: &[u8; STRIPE], len: u64) -> u64 {
         let keys = std::array::from_fn(|lane| self.secret_at(LAST_AT_BYTES + lane * 8));
-        accumulate(&mut lanes.sums, last, keys);
+        accumulate(&mut self.sums, last, keys);
         let mut sum = len.wrapping_mul(PRIME64_1);
         for pair in 0..LANES / 2 {
-            let key = |lane: usize| lanes.sums[lane] ^ lanes.secret_at(MERGE_AT_BYTES + lane * 8);
-            let product = u128::from(key(pair * 2)) * u128::from(key(pair * 2 + 1));
-            sum = sum.wrapping_add(product as u64 ^ (product >> 64) as u64);
+            let key = |lane: usize| self.sums[lane] ^ self.secret_at(MERGE_AT_BYTES + lane * 8);
+            sum = sum.wrapping_add(fold(key(pair * 2), key(pair * 2 + 1)));
         }
-        sum ^= sum >> 37;
-        sum = sum.wrapping_mul(PRIME_MX1);
-        sum ^ (sum >> 32)
+        avalanche(sum)
     }
 
     /// The word at any byte of the secret but a multiple of 8.
@@ -115,38 +106,78 @@ impl Lanes {
         (self.secret[at] >> bits) | (self.secret[at + 1] << (64 - bits))
     }
 
+    /// Takes `stripes` stripes from `from` and, if it copies, stores each at `to` as it was taken.
+    ///
     /// # Safety
-    /// As [`Lanes::take_copying`]; `to` may be anything when `COPY` is false.
-    unsafe fn run<const COPY: bool>(&mut self, mut from: *const u8, mut to: *mut u8, mut stripes: usize) {
-        let run = variant::<COPY>();
-        while stripes > 0 {
-            let now = stripes.min(STRIPES_PER_BLOCK - self.taken);
-            // Whole blocks from the start of one go in one call.
-            let blocks = if self.taken == 0 { stripes / STRIPES_PER_BLOCK } else { 0 };
-            let now = if blocks > 0 { blocks * STRIPES_PER_BLOCK } else { now };
-            // SAFETY: `now <= stripes`, so both ranges are within what the caller vouches for; the variant was
-            // chosen for this processor.
-            unsafe { run(&mut self.sums, from, to, now, &self.secret, self.taken) };
-            if blocks == 0 {
-                self.taken += now;
-                if self.taken == STRIPES_PER_BLOCK {
-                    scramble(&mut self.sums, &self.secret);
-                    self.taken = 0;
-                }
-            }
-            stripes -= now;
-            // SAFETY: at most one past what was just taken.
-            from = unsafe { from.add(now * STRIPE) };
-            if COPY {
-                // SAFETY: as for `from`.
-                to = unsafe { to.add(now * STRIPE) };
-            }
-        }
+    /// Both ranges of `stripes * STRIPE` bytes must be valid, `from` for reads and `to` for writes, and must not
+    /// overlap; without `COPY`, `to` may be anything. What `from` holds may change meanwhile: every byte is loaded
+    /// once.
+    unsafe fn run<const COPY: bool>(&mut self, from: *const u8, to: *mut u8, stripes: usize) {
+        // SAFETY: handed on to the caller; the variant was chosen for this processor.
+        unsafe { variant::<COPY>()(&mut self.sums, from, to, stripes, &self.secret, self.taken) };
+        self.taken = (self.taken + stripes) % STRIPES_PER_BLOCK;
     }
 }
 
-/// Takes stripes from one place of the secret on, or whole blocks of them with their scrambles when given a
-/// multiple of a block; stores them at `to` if it copies.
+/// Digest of more than 240 bytes in one go.
+pub(crate) fn digest(seed: u64, bytes: &[u8]) -> u64 {
+    // SAFETY: `bytes` is readable for its length, and nothing is stored.
+    unsafe { run_whole::<false>(seed, bytes.as_ptr(), std::ptr::null_mut(), bytes.len()) }
+}
+
+/// As [`digest`], storing what is digested at `to`.
+///
+/// # Safety
+/// As [`Lanes::run`], for `len` bytes, which are more than 240; nobody else may access what `to` points to.
+pub(crate) unsafe fn digest_copying(seed: u64, from: *const u8, to: *mut u8, len: usize) -> u64 {
+    // SAFETY: handed on to the caller.
+    unsafe { run_whole::<true>(seed, from, to, len) }
+}
+
+/// # Safety
+/// As [`digest_copying`]; without `COPY`, `to` may be anything.
+unsafe fn run_whole<const COPY: bool>(seed: u64, from: *const u8, to: *mut u8, len: usize) -> u64 {
+    debug_assert!(len > STRIPE, "short blocks have formulas of their own");
+    let mut lanes = Lanes::new(seed);
+    let stripes = (len - 1) / STRIPE;
+    // SAFETY: whole stripes of the ranges the caller vouches for; of the copy, the rest follows and then its last
+    // stripe is read back, so that what is digested is what is stored.
+    let last = unsafe {
+        lanes.run::<COPY>(from, to, stripes);
+        let taken = stripes * STRIPE;
+        if COPY {
+            std::ptr::copy_nonoverlapping(from.add(taken), to.add(taken), len - taken);
+        }
+        let stored = if COPY { to.cast_const() } else { from };
+        stored.add(len - STRIPE).cast::<[u8; STRIPE]>().read_unaligned()
+    };
+    lanes.end(&last, len as u64)
+}
+
+/// Digest of 28 bytes, without a seed.
+pub(crate) fn digest_28(bytes: &[u8; 28]) -> u64 {
+    let word = |at: usize| {
+        let mut word = [0; 8];
+        word.copy_from_slice(&bytes[at..at + 8]);
+        u64::from_le_bytes(word)
+    };
+    let mix = |at: usize, key: usize| fold(word(at) ^ SECRET[key], word(at + 8) ^ SECRET[key + 1]);
+    avalanche(28u64.wrapping_mul(PRIME64_1).wrapping_add(mix(0, 0)).wrapping_add(mix(12, 2)))
+}
+
+fn fold(a: u64, b: u64) -> u64 {
+    let product = u128::from(a) * u128::from(b);
+    product as u64 ^ (product >> 64) as u64
+}
+
+fn avalanche(mut sum: u64) -> u64 {
+    sum ^= sum >> 37;
+    sum = sum.wrapping_mul(PRIME_MX1);
+    sum ^ (sum >> 32)
+}
+
+/// Takes stripes, the first as number `taken` of its block, with a scramble after each block's last; stores them at
+/// `to` if it copies.
 type Run = unsafe fn(&mut [u64; LANES], *const u8, *mut u8, usize, &[u64; SECRET_WORDS], usize);
 
 fn variant<const COPY: bool>() -> Run {
@@ -166,7 +197,7 @@ fn variant<const COPY: bool>() -> Run {
 }
 
 /// # Safety
-/// As [`Lanes::take_copying`].
+/// As [`Lanes::run`].
 unsafe fn run_portable<const COPY: bool>(
     sums: &mut [u64; LANES],
     from: *const u8,
@@ -184,7 +215,7 @@ unsafe fn run_portable<const COPY: bool>(
             unsafe { to.add(i * STRIPE).cast::<[u8; STRIPE]>().write_unaligned(stripe) };
         }
         accumulate(sums, &stripe, std::array::from_fn(|lane| secret[at + lane]));
-        if stripes >= STRIPES_PER_BLOCK && at + 1 == STRIPES_PER_BLOCK {
+        if at + 1 == STRIPES_PER_BLOCK {
             scramble(sums, secret);
         }
     }
@@ -213,7 +244,7 @@ mod x86 {
     use super::{LANES, PRIME32_1, SCRAMBLE_AT, SECRET_WORDS, STRIPE, STRIPES_PER_BLOCK};
 
     /// # Safety
-    /// As [`super::Lanes::take_copying`], on a processor with AVX-512F.
+    /// As [`super::Lanes::run`], on a processor with AVX-512F.
     #[target_feature(enable = "avx512f")]
     pub(super) unsafe fn run_avx512<const COPY: bool>(
         sums: &mut [u64; LANES],
@@ -240,40 +271,55 @@ mod x86 {
             };
             let zero = _mm512_setzero_si512();
             let key = |at: usize| _mm512_loadu_si512(secret.as_ptr().add(at).cast());
-            if stripes < STRIPES_PER_BLOCK {
+            let scramble_key = key(SCRAMBLE_AT);
+            let prime = _mm512_set1_epi64(PRIME32_1 as i64);
+            let scramble = |acc: __m512i| {
+                let mixed =
+                    _mm512_xor_si512(_mm512_xor_si512(acc, _mm512_srli_epi64::<47>(acc)), scramble_key);
+                let low = _mm512_mul_epu32(mixed, prime);
+                let high = _mm512_mul_epu32(_mm512_srli_epi64::<32>(mixed), prime);
+                _mm512_add_epi64(low, _mm512_slli_epi64::<32>(high))
+            };
+            // Part of a block: `count` stripes from the place `at` of the secret on.
+            let some = |acc: &mut __m512i, start: usize, count: usize, at: usize| {
                 let mut swaps = zero;
-                for at in 0..stripes {
-                    step(&mut acc, &mut swaps, at, key(taken + at));
+                for i in 0..count {
+                    step(acc, &mut swaps, start + i, key(at + i));
                 }
-                acc = _mm512_add_epi64(acc, swaps);
-            } else {
+                *acc = _mm512_add_epi64(*acc, swaps);
+            };
+            let mut done = 0;
+            if taken > 0 {
+                done = stripes.min(STRIPES_PER_BLOCK - taken);
+                some(&mut acc, 0, done, taken);
+                if taken + done == STRIPES_PER_BLOCK {
+                    acc = scramble(acc);
+                }
+            }
+            if stripes - done >= STRIPES_PER_BLOCK {
                 let mut keys = [zero; STRIPES_PER_BLOCK];
                 for (at, slot) in keys.iter_mut().enumerate() {
                     *slot = key(at);
                 }
-                let scramble = _mm512_loadu_si512(secret.as_ptr().add(SCRAMBLE_AT).cast());
-                let prime = _mm512_set1_epi64(PRIME32_1 as i64);
-                for block in 0..stripes / STRIPES_PER_BLOCK {
+                while stripes - done >= STRIPES_PER_BLOCK {
                     let (mut odd, mut swaps, mut odd_swaps) = (zero, zero, zero);
                     for pair in 0..STRIPES_PER_BLOCK / 2 {
-                        let at = block * STRIPES_PER_BLOCK + 2 * pair;
+                        let at = done + 2 * pair;
                         step(&mut acc, &mut swaps, at, keys[2 * pair]);
                         step(&mut odd, &mut odd_swaps, at + 1, keys[2 * pair + 1]);
                     }
                     acc = _mm512_add_epi64(_mm512_add_epi64(acc, odd), _mm512_add_epi64(swaps, odd_swaps));
-                    let mixed =
-                        _mm512_xor_si512(_mm512_xor_si512(acc, _mm512_srli_epi64::<47>(acc)), scramble);
-                    let low = _mm512_mul_epu32(mixed, prime);
-                    let high = _mm512_mul_epu32(_mm512_srli_epi64::<32>(mixed), prime);
-                    acc = _mm512_add_epi64(low, _mm512_slli_epi64::<32>(high));
+                    acc = scramble(acc);
+                    done += STRIPES_PER_BLOCK;
                 }
             }
+            some(&mut acc, done, stripes - done, 0);
             _mm512_storeu_si512(sums.as_mut_ptr().cast(), acc);
         }
     }
 
     /// # Safety
-    /// As [`super::Lanes::take_copying`], on a processor with AVX2.
+    /// As [`super::Lanes::run`], on a processor with AVX2.
     #[target_feature(enable = "avx2")]
     pub(super) unsafe fn run_avx2<const COPY: bool>(
         sums: &mut [u64; LANES],
@@ -301,7 +347,7 @@ mod x86 {
                     let swapped = _mm256_shuffle_epi32::<0x4E>(data);
                     *acc = _mm256_add_epi64(*acc, _mm256_add_epi64(product, swapped));
                 }
-                if stripes >= STRIPES_PER_BLOCK && at + 1 == STRIPES_PER_BLOCK {
+                if at + 1 == STRIPES_PER_BLOCK {
                     for (half, acc) in acc.iter_mut().enumerate() {
                         let key = _mm256_loadu_si256(secret.as_ptr().add(SCRAMBLE_AT + half * 4).cast());
                         let mixed =
@@ -345,7 +391,9 @@ mod tests {
             sums
         };
         for (name, [plain, copying]) in variants {
-            for (stripes, taken) in [(0, 0), (1, 0), (5, 3), (15, 1), (16, 0), (32, 0), (64, 0)] {
+            for (stripes, taken) in
+                [(0, 0), (1, 0), (5, 3), (15, 1), (16, 0), (32, 0), (64, 0), (70, 0), (3, 15), (40, 5)]
+            {
                 let mut copy = vec![0; stripes * STRIPE];
                 let expected = run(run_portable::<false>, stripes, taken, &mut []);
                 assert_eq!(run(plain, stripes, taken, &mut []), expected, "{name}: {stripes} from {taken}");

@@ -30,19 +30,25 @@ fn digests_are_xxh3() {
 
 #[test]
 #[expect(unsafe_code, reason = "calls the copying form on plain vectors")]
-fn copying_digests_what_it_copies_whatever_came_before() {
+fn copying_digests_what_it_copies() {
     let bytes: Vec<u8> = (0..9000u32).map(|i| ((i * 7) >> 2) as u8).collect();
-    for first in [0, 1, 63, 64, 255, 256, 257, 1000] {
-        for len in [0, 1, 64, 65, 200, 256, 257, 320, 321, 1024, 4097, 8000] {
-            let whole = &bytes[..first + len];
-            let mut copy = vec![0; len];
-            let mut digest = BlockDigest::new(SEED);
-            digest.update(&whole[..first]);
-            // SAFETY: both are vectors of their own and as long as said.
-            unsafe { digest.update_copying(whole[first..].as_ptr(), copy.as_mut_ptr(), len) };
-            assert_eq!(copy, whole[first..], "{first} + {len}");
-            assert_eq!(digest.finish(), block_digest(SEED, whole), "{first} + {len}");
-        }
+    for len in (0..1400).chain([2047, 2048, 2049, 4096, 4097, 9000]) {
+        let mut copy = vec![0; len];
+        // SAFETY: both are vectors of their own and as long as said.
+        let digest = unsafe { copy_digesting(SEED, bytes.as_ptr(), copy.as_mut_ptr(), len) };
+        assert_eq!(copy, bytes[..len], "{len}");
+        assert_eq!(digest, XxHash3_64::oneshot_with_seed(SEED.fold(), &bytes[..len]), "{len}");
+    }
+}
+
+#[test]
+fn seeds_are_xxh3() {
+    for index in [0, 1, 77, u32::MAX] {
+        let seed = DigestSeed { handoff: HandoffId(u128::MAX / 3), epoch: Epoch(1 << 40), index };
+        let mut bytes = seed.handoff.0.to_le_bytes().to_vec();
+        bytes.extend(seed.epoch.0.to_le_bytes());
+        bytes.extend(index.to_le_bytes());
+        assert_eq!(seed.fold(), XxHash3_64::oneshot(&bytes));
     }
 }
 

@@ -105,16 +105,14 @@ fn a_digesting_copy_digests_exactly_what_it_copied() {
     source.write(5, &bytes);
     let peer = PeerMemory::map(source.file().try_clone_to_owned().unwrap(), source.len(), "peer").unwrap();
     let dest = HostMemory::allocate(bytes.len() + 9, "dest").unwrap();
-    let mut digest = BlockDigest::new(seed);
-    peer.copy_to_digesting(5, &dest, 9, bytes.len(), &mut digest);
-    assert_eq!(digest.finish(), block_digest(seed, &bytes));
+    let digest = peer.copy_to_digesting(5, &dest, 9, bytes.len(), seed);
+    assert_eq!(digest, block_digest(seed, &bytes));
     let mut copied = vec![0; bytes.len()];
     dest.read(9, &mut copied);
     assert_eq!(copied, bytes);
-    let mut digest = BlockDigest::new(seed);
     copied.fill(0);
-    peer.read_digesting(5, &mut copied, &mut digest);
-    assert_eq!((digest.finish(), copied), (block_digest(seed, &bytes), bytes));
+    let digest = peer.read_digesting(5, &mut copied, seed);
+    assert_eq!((digest, copied), (block_digest(seed, &bytes), bytes));
 }
 
 #[test]

@@ -16,7 +16,6 @@ use super::control::{PeerControl, Shown};
 use super::pass;
 use crate::agent::RegionId;
 use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
-use crate::digest::BlockDigest;
 use crate::error::{LinkError, Refusal};
 use crate::memory::PeerMemory;
 use crate::session::Destination;
@@ -88,7 +87,7 @@ impl ShmLink {
         self.check_life()?;
         let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
         let mut corrupt = Vec::new();
-        let mut scratch = Scratch::default();
+        let mut staging = Vec::new();
         let mut region: Option<(RegionId, PeerMemory)> = None;
         let mut turn = Instant::now();
         for (index, block) in job.blocks.iter().enumerate() {
@@ -102,13 +101,13 @@ impl ShmLink {
             let len = block.source.len as usize;
             let from = usize::try_from(block.source.offset).ok().filter(|from| memory.fits(*from, len));
             let from = from.ok_or(Fault::Refused(Refusal::OutsideRegion))?;
-            let good = copy(job, index, memory, from, &mut scratch);
+            let good = copy(job, index, memory, from, &mut staging);
             self.check_words(&shown)?;
             match good {
                 false => corrupt.push(index),
                 true => {
                     if let Destination::Sink(sink) = job.into {
-                        sink.block(index, &scratch.staging[..len]);
+                        sink.block(index, &staging[..len]);
                     }
                 }
             }
@@ -165,32 +164,32 @@ impl ShmLink {
     }
 }
 
-/// What is reused from block to block of a read.
-#[derive(Default)]
-struct Scratch {
-    staging: Vec<u8>,
-    digest: Option<BlockDigest>,
-}
-
-/// Copies one block to its place or to the staging buffer; whether its digest is the expected one.
-fn copy(job: &ReadJob<'_>, index: usize, memory: &PeerMemory, from: usize, scratch: &mut Scratch) -> bool {
+/// Copies one block to its place or to `staging`, which grows to hold it; whether its digest is the expected one.
+fn copy(job: &ReadJob<'_>, index: usize, memory: &PeerMemory, from: usize, staging: &mut Vec<u8>) -> bool {
     let block = &job.blocks[index];
     let len = block.source.len as usize;
-    let digesting = job.start_digest(index, &mut scratch.digest);
-    let mut digest = scratch.digest.as_mut().filter(|_| digesting);
-    match (job.into, &mut digest) {
-        (Destination::Memory(to), None) => memory.copy_to(from, to, block.to, len),
-        (Destination::Memory(to), Some(digest)) => memory.copy_to_digesting(from, to, block.to, len, digest),
-        (Destination::Sink(_), digest) => {
-            scratch.staging.resize(scratch.staging.len().max(len), 0);
-            let staging = &mut scratch.staging[..len];
-            match digest {
-                None => memory.read(from, staging),
-                Some(digest) => memory.read_digesting(from, staging, digest),
+    let expected = job.expected(index);
+    let digest = match (job.into, &expected) {
+        (Destination::Memory(to), None) => {
+            memory.copy_to(from, to, block.to, len);
+            None
+        }
+        (Destination::Memory(to), Some(expected)) => {
+            Some(memory.copy_to_digesting(from, to, block.to, len, expected.seed))
+        }
+        (Destination::Sink(_), expected) => {
+            staging.resize(staging.len().max(len), 0);
+            let staging = &mut staging[..len];
+            match expected {
+                None => {
+                    memory.read(from, staging);
+                    None
+                }
+                Some(expected) => Some(memory.read_digesting(from, staging, expected.seed)),
             }
         }
-    }
-    digest.is_none_or(|digest| job.is_good(index, digest))
+    };
+    digest == expected.map(|expected| expected.digest)
 }
 
 /// Connects without ever waiting: a full backlog is an error, not a reason to block a thread.

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::os::fd::BorrowedFd;
 
 use crate::backend::ReadJob;
-use crate::digest::BlockDigest;
+use crate::digest::{BlockDigest, block_digest};
 use crate::memory::{HostMemory, Span, read_scattered};
 use crate::session::{BlockSink, Destination};
 
@@ -22,9 +22,10 @@ pub(crate) struct Receiver<'a> {
     /// The block being received and the bytes of it that have arrived.
     block: usize,
     within: usize,
+    /// Of the current block, when it arrives in pieces and is to be verified.
     digest: Option<BlockDigest>,
-    /// Whether `digest` is that of the current block.
-    digesting: bool,
+    /// Digest of the current block once it is whole.
+    found: Option<u64>,
     pub(crate) corrupt: Vec<usize>,
 }
 
@@ -47,18 +48,16 @@ impl<'a> Receiver<'a> {
                 Landing::Staging { sink, bytes: Vec::new(), group: blocks.start..blocks.start, filled: 0 }
             }
         };
-        let mut receiver = Self {
+        Self {
             job,
             landing,
             end: blocks.end,
             block: blocks.start,
             within: 0,
             digest: None,
-            digesting: false,
+            found: None,
             corrupt: Vec::new(),
-        };
-        receiver.start_block();
-        receiver
+        }
     }
 
     /// Reads once into `head` and the places of blocks before `until`; 0 is the end of the stream.
@@ -103,22 +102,45 @@ impl<'a> Receiver<'a> {
             let read = &self.job.blocks[self.block];
             let len = read.source.len as usize;
             let took = bytes.min(len - self.within);
-            let digest = self.digest.as_mut().filter(|_| self.digesting);
-            match (&mut self.landing, digest) {
-                (Landing::Memory(memory), Some(digest)) => memory.digest(digest, read.to + self.within, took),
-                (Landing::Memory(_), None) => {}
-                (Landing::Staging { bytes: staging, filled, .. }, digest) => {
-                    if let Some(digest) = digest {
-                        digest.update(&staging[*filled..*filled + took]);
-                    }
-                    *filled += took;
-                }
+            self.digest(took);
+            if let Landing::Staging { filled, .. } = &mut self.landing {
+                *filled += took;
             }
             bytes -= took;
             self.within += took;
             if self.within == len {
                 self.end_block(len);
             }
+        }
+    }
+
+    /// Digests the next `took` bytes of the current block, which are in place.
+    fn digest(&mut self, took: usize) {
+        let Some(expected) = self.job.expected(self.block) else { return };
+        let read = &self.job.blocks[self.block];
+        let len = read.source.len as usize;
+        if took == len {
+            self.found = Some(match &self.landing {
+                Landing::Memory(memory) => memory.block_digest(expected.seed, read.to, len),
+                Landing::Staging { bytes, filled, .. } => {
+                    block_digest(expected.seed, &bytes[*filled..*filled + len])
+                }
+            });
+            return;
+        }
+        if self.within == 0 {
+            match &mut self.digest {
+                Some(digest) => digest.restart(expected.seed),
+                None => self.digest = Some(BlockDigest::new(expected.seed)),
+            }
+        }
+        let Some(digest) = &mut self.digest else { return };
+        match &self.landing {
+            Landing::Memory(memory) => memory.digest(digest, read.to + self.within, took),
+            Landing::Staging { bytes, filled, .. } => digest.update(&bytes[*filled..*filled + took]),
+        }
+        if self.within + took == len {
+            self.found = Some(digest.finish());
         }
     }
 
@@ -129,8 +151,7 @@ impl<'a> Receiver<'a> {
 
     /// Judges the block that has just become whole, hands it on when it is good, and goes on to the next.
     fn end_block(&mut self, len: usize) {
-        let digest = self.digest.as_ref().filter(|_| self.digesting);
-        if digest.is_none_or(|digest| self.job.is_good(self.block, digest)) {
+        if self.found.take() == self.job.expected(self.block).map(|expected| expected.digest) {
             if let Landing::Staging { sink, bytes, filled, .. } = &self.landing {
                 sink.block(self.block, &bytes[*filled - len..*filled]);
             }
@@ -139,11 +160,6 @@ impl<'a> Receiver<'a> {
         }
         self.block += 1;
         self.within = 0;
-        self.start_block();
-    }
-
-    fn start_block(&mut self) {
-        self.digesting = self.block < self.end && self.job.start_digest(self.block, &mut self.digest);
     }
 }
 
