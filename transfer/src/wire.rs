@@ -278,9 +278,11 @@ pub fn encode_read(handoff: HandoffId, blocks: impl ExactSizeIterator<Item = Des
     let mut bytes = Vec::with_capacity(HANDOFF_BYTES + blocks.len() * DESCRIPTOR_BYTES);
     bytes.extend_from_slice(&handoff.0.to_le_bytes());
     for block in blocks {
-        bytes.extend_from_slice(&block.region.0.to_le_bytes());
-        bytes.extend_from_slice(&block.len.to_le_bytes());
-        bytes.extend_from_slice(&block.offset.to_le_bytes());
+        let mut descriptor = [0; DESCRIPTOR_BYTES];
+        descriptor[..4].copy_from_slice(&block.region.0.to_le_bytes());
+        descriptor[4..8].copy_from_slice(&block.len.to_le_bytes());
+        descriptor[8..].copy_from_slice(&block.offset.to_le_bytes());
+        bytes.extend_from_slice(&descriptor);
     }
     bytes
 }

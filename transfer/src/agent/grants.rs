@@ -82,7 +82,7 @@ impl Grants {
     pub(crate) fn permit(&self, handoff: HandoffId, blocks: &[Descriptor]) -> Result<Permit, Refusal> {
         let table = self.lock();
         let grant = table.get(&handoff).ok_or(Refusal::NotGranted)?;
-        if !blocks.iter().all(|block| grant.covers(block)) {
+        if !grant.cover(blocks) {
             return Err(Refusal::OutsideGrant);
         }
         Ok(Permit { revoked: grant.revoked.clone(), _serving: grant.serving.token() })
@@ -94,11 +94,20 @@ impl Grants {
 }
 
 impl Grant {
-    fn covers(&self, block: &Descriptor) -> bool {
-        let start = (block.region, block.offset);
-        let Some(((region, from), len)) = self.ranges.range(..=start).next_back() else { return false };
-        let end = block.offset.checked_add(u64::from(block.len));
-        *region == block.region && end.is_some_and(|end| end <= from + u64::from(*len))
+    /// Whether each block lies inside a range. Neighbours often share one: the last found is tried first.
+    fn cover(&self, blocks: &[Descriptor]) -> bool {
+        let mut found: Option<(RegionId, std::ops::Range<u64>)> = None;
+        blocks.iter().all(|block| {
+            let Some(end) = block.offset.checked_add(u64::from(block.len)) else { return false };
+            let inside = |(region, range): &(RegionId, std::ops::Range<u64>)| {
+                *region == block.region && range.start <= block.offset && end <= range.end
+            };
+            if !found.as_ref().is_some_and(inside) {
+                let before = self.ranges.range(..=(block.region, block.offset)).next_back();
+                found = before.map(|((region, from), len)| (*region, *from..from + u64::from(*len)));
+            }
+            found.as_ref().is_some_and(inside)
+        })
     }
 
     fn end(self) -> Revoked {

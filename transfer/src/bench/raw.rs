@@ -6,6 +6,7 @@ use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
 use super::Shape;
+use crate::backend::tcp::tune_local;
 use crate::memory::{HostMemory, Span, read_scattered, write_gathered};
 
 /// Most blocks of one system call (`IOV_MAX`).
@@ -27,6 +28,7 @@ pub(super) fn serve(memory: HostMemory) -> io::Result<SocketAddr> {
 /// Answers requests of 8 bytes, blocks and bytes of a block, until the other side closes.
 fn answer(mut stream: TcpStream, memory: &HostMemory) -> io::Result<()> {
     stream.set_nodelay(true)?;
+    tune_local(&stream, stream.local_addr(), stream.peer_addr());
     let mut request = [0; 8];
     loop {
         stream.read_exact(&mut request)?;
@@ -44,6 +46,7 @@ impl RawTcp {
     pub(super) fn connect(address: SocketAddr) -> io::Result<Self> {
         let stream = TcpStream::connect(address)?;
         stream.set_nodelay(true)?;
+        tune_local(&stream, stream.local_addr(), stream.peer_addr());
         Ok(Self(stream))
     }
 

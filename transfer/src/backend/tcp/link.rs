@@ -1,5 +1,6 @@
 //! The reading side of `tcp`: a pool of streams to one peer.
 
+use std::io;
 use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -119,6 +120,7 @@ impl Stream {
         pair: &Pair,
     ) -> Result<Vec<usize>, Fault> {
         let mut receiver = Receiver::new(job, blocks.clone());
+        self.expect_nothing();
         let first = self.ask(job, blocks.start..blocks.end, pair).await?;
         let mut asked = first.end;
         let mut receiving = first;
@@ -134,6 +136,13 @@ impl Stream {
             asked = next.end;
             receiving = next;
         }
+    }
+
+    /// Forgets that there was something to read: no answer is outstanding, and an attempt before the next one has
+    /// arrived would be a system call for nothing. Its arrival, or the end of the stream, is told anew.
+    fn expect_nothing(&self) {
+        let nothing = || Err::<(), _>(io::ErrorKind::WouldBlock.into());
+        let _ = self.socket.try_io(Interest::READABLE, nothing);
     }
 
     /// Asks for as many of `blocks` as one request takes, and says which.
@@ -214,6 +223,9 @@ fn check_answer(head: &[u8; HEADER_BYTES], total: usize, seq: u64, pair: &Pair) 
 fn plan_stripes(blocks: &[BlockRead], streams: usize) -> Vec<Range<usize>> {
     let total: u64 = blocks.iter().map(|read| u64::from(read.source.len)).sum();
     let wanted = (total / STRIPE_BYTES).clamp(1, streams as u64);
+    if wanted == 1 {
+        return std::iter::once(0..blocks.len()).collect();
+    }
     let mut stripes = Vec::with_capacity(wanted as usize);
     let (mut start, mut bytes) = (0, 0);
     for (at, read) in blocks.iter().enumerate() {

@@ -71,10 +71,12 @@ impl Connection {
         else {
             return Ok(());
         };
+        let ended = life.ended.cancelled();
+        tokio::pin!(ended);
         loop {
             let frame = tokio::select! {
                 biased;
-                () = life.ended.cancelled() => return Ok(()),
+                () = &mut ended => return Ok(()),
                 frame = self.frames.next(&mut self.stream) => frame?,
             };
             let Some((header, payload)) = frame else { return Ok(()) };
@@ -127,18 +129,27 @@ impl Connection {
             let memory = region(&regions, block.region)?;
             Some(Span { memory, offset: block.offset as usize, len: block.len as usize })
         };
-        let Some(spans) = read.blocks.iter().map(span).collect::<Option<Vec<_>>>() else {
+        let mut spans = Vec::with_capacity(read.blocks.len());
+        spans.extend(read.blocks.iter().map_while(span));
+        if spans.len() < read.blocks.len() {
             return self.refuse(Denial::Refused(Refusal::OutsideRegion), header.seq).await;
-        };
-        let send = send(&self.stream, &head, &spans);
+        }
+        let mut cursor = Gather { head: &head, spans: &spans, within: 0 };
+        // The socket has room more often than not: try before asking the reactor.
+        cursor.send_some(&self.stream)?;
+        if cursor.is_done() {
+            self.server.counters.served(u64::from(len));
+            return Ok(());
+        }
         let sent = tokio::select! {
             biased;
-            sent = timeout(STALL_TIMEOUT, send) => sent.map_err(|_| LinkError::Closed)?,
+            sent = timeout(STALL_TIMEOUT, cursor.send_rest(&self.stream)) => sent.map_err(|_| LinkError::Closed)?,
             // The memory is about to be reused: rather no answer than a wrong one.
             () = permit.revoked.cancelled() => Err(LinkError::Closed),
             () = life.ended.cancelled() => Err(LinkError::Closed),
         };
-        self.server.counters.served(sent?);
+        sent?;
+        self.server.counters.served(u64::from(len));
         Ok(())
     }
 }
@@ -152,29 +163,6 @@ pub(crate) fn refusal(server: &Server, denial: Denial, seq: u64) -> [u8; wire::H
     wire::encode_refusal(refusal, server.epoch(), seq)
 }
 
-/// Sends a header and blocks; the bytes of blocks sent.
-async fn send(stream: &TcpStream, head: &[u8], spans: &[Span<'_>]) -> Result<u64, LinkError> {
-    let mut cursor = Gather { head, spans, within: 0 };
-    // The socket has room more often than not: try before asking the reactor.
-    let mut wrote = cursor.write(stream);
-    let mut total = 0;
-    loop {
-        match wrote {
-            Ok(0) => return Err(LinkError::Closed),
-            Ok(bytes) => {
-                total += bytes as u64;
-                cursor.advance(bytes);
-            }
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(LinkError::io("sending blocks")(error)),
-        }
-        if cursor.is_done() {
-            return Ok(total - wire::HEADER_BYTES as u64);
-        }
-        wrote = stream.async_io(Interest::WRITABLE, || cursor.write(stream)).await;
-    }
-}
-
 /// What is still to be sent.
 struct Gather<'a> {
     head: &'a [u8],
@@ -184,6 +172,29 @@ struct Gather<'a> {
 }
 
 impl Gather<'_> {
+    /// Sends what the socket takes now.
+    fn send_some(&mut self, stream: &TcpStream) -> Result<(), LinkError> {
+        self.sent(self.write(stream))
+    }
+
+    async fn send_rest(mut self, stream: &TcpStream) -> Result<(), LinkError> {
+        while !self.is_done() {
+            let wrote = stream.async_io(Interest::WRITABLE, || self.write(stream)).await;
+            self.sent(wrote)?;
+        }
+        Ok(())
+    }
+
+    fn sent(&mut self, wrote: io::Result<usize>) -> Result<(), LinkError> {
+        match wrote {
+            Ok(0) => return Err(LinkError::Closed),
+            Ok(bytes) => self.advance(bytes),
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            Err(error) => return Err(LinkError::io("sending blocks")(error)),
+        }
+        Ok(())
+    }
+
     fn write(&self, stream: &TcpStream) -> io::Result<usize> {
         let mut room = GATHER_BYTES;
         let spans = self.spans.iter().enumerate().map_while(|(i, span)| {
