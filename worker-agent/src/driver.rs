@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_conductor::{Client, View};
-use baton_config::protocol::{HandoffOutcome, HandoffStatus, PeerRef, Ticket, Want};
+use baton_config::protocol::{HandoffOutcome, PeerRef};
 use baton_config::{Epoch, HandoffId, KvGeometry, WorkerId};
 use baton_engine::SeqId;
 use baton_engine::arena::BlockId;
@@ -22,15 +22,17 @@ use tokio_util::task::TaskTracker;
 
 use crate::engine_thread::EngineHandle;
 use crate::handoff::decode::{DecodeEnd, ImportReport};
-use crate::handoff::{
-    Action, Answer, DecodeEvent, Desk, GiveUp, Limits, OpenError, Opening, PrefillEvent, Waiter,
-};
+use crate::handoff::{Action, Answer, DecodeEvent, Desk, Limits, OpenError, Opening, PrefillEvent, Waiter};
 use crate::metrics::{Metrics, TokenKind};
 use crate::path::Paths;
 use crate::peer::PeerClient;
 
 mod decode_io;
+mod handle;
 mod prefill_io;
+
+use handle::Command;
+pub use handle::{DecodeNews, Handoffs, Open, OpenFailure};
 
 /// Commands waiting for the owner at most; senders wait beyond that.
 const COMMANDS_MAX: usize = 4096;
@@ -63,59 +65,6 @@ pub struct Io {
     pub local_prefill: bool,
 }
 
-/// How the handoff of a generate request went.
-#[derive(Debug, Clone, Copy, PartialEq)]
-pub enum DecodeNews {
-    /// The whole prompt was imported; tokens follow.
-    Imported(ImportReport),
-    /// The prompt is prefilled here.
-    Local(GiveUp, ImportReport),
-    /// The blocks can't be used: the request must be replayed elsewhere.
-    Failed,
-}
-
-/// Why a handoff was not opened.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
-pub enum OpenFailure {
-    /// The desk refused it.
-    #[error(transparent)]
-    Refused(#[from] OpenError),
-    /// This worker is shutting down.
-    #[error("the worker is shutting down")]
-    Closed,
-}
-
-enum Command {
-    OpenPrefill(Opening, SeqId, oneshot::Sender<Result<oneshot::Receiver<HandoffOutcome>, OpenError>>),
-    OpenDecode(Opening, SeqId, oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>),
-    PrefillBlocks(HandoffId, Vec<BlockId>),
-    Prefill(HandoffId, PrefillEvent),
-    DecodeAdmitted { id: HandoffId, cached: u32, blocks: Vec<BlockId> },
-    Decode(HandoffId, DecodeEvent),
-    CloseDecode(HandoffId),
-    Ticket(HandoffId, Box<Ticket>, oneshot::Sender<Answer>),
-    Want(HandoffId, Want, oneshot::Sender<Answer>),
-    Status(HandoffId, oneshot::Sender<Result<HandoffStatus, Answer>>),
-    Delete(HandoffId, oneshot::Sender<()>),
-    Epoch(Epoch, oneshot::Sender<()>),
-}
-
-/// The handoffs of this worker; clones share them.
-#[derive(Debug, Clone)]
-pub struct Handoffs {
-    commands: mpsc::Sender<Command>,
-    open: watch::Receiver<Open>,
-}
-
-/// Handoffs that are open.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub struct Open {
-    /// On the prefill side.
-    pub prefills: usize,
-    /// On the decode side.
-    pub decodes: usize,
-}
-
 impl Handoffs {
     /// Starts the owner; it ends when `stop` is cancelled.
     pub fn start(io: Arc<Io>, limits: Limits, stop: CancellationToken) -> Self {
@@ -134,98 +83,6 @@ impl Handoffs {
         };
         io.tasks.spawn(owner.run(receiver, stop));
         Self { commands, open }
-    }
-
-    /// Opens the prefill side, which `seq` computes; the receiver gets the end of the handoff.
-    ///
-    /// # Errors
-    /// [`OpenFailure`].
-    pub async fn open_prefill(
-        &self,
-        opening: Opening,
-        seq: SeqId,
-    ) -> Result<oneshot::Receiver<HandoffOutcome>, OpenFailure> {
-        let opened = self.ask(|answer| Command::OpenPrefill(opening, seq, answer)).await;
-        Ok(opened.ok_or(OpenFailure::Closed)??)
-    }
-
-    /// Opens the decode side, which `seq` waits for; the receiver gets one piece of news, unless the request is closed
-    /// first.
-    ///
-    /// # Errors
-    /// [`OpenFailure`].
-    pub async fn open_decode(
-        &self,
-        opening: Opening,
-        seq: SeqId,
-    ) -> Result<mpsc::Receiver<DecodeNews>, OpenFailure> {
-        let opened = self.ask(|answer| Command::OpenDecode(opening, seq, answer)).await;
-        Ok(opened.ok_or(OpenFailure::Closed)??)
-    }
-
-    /// The engine gave the prefill side its blocks.
-    pub async fn prefill_blocks(&self, id: HandoffId, blocks: Vec<BlockId>) {
-        self.tell(Command::PrefillBlocks(id, blocks)).await;
-    }
-
-    /// Something happened to the prefill side.
-    pub async fn prefill(&self, id: HandoffId, event: PrefillEvent) {
-        self.tell(Command::Prefill(id, event)).await;
-    }
-
-    /// The engine gave the decode side its blocks.
-    pub async fn decode_admitted(&self, id: HandoffId, cached: u32, blocks: Vec<BlockId>) {
-        self.tell(Command::DecodeAdmitted { id, cached, blocks }).await;
-    }
-
-    /// The request of a decode side has ended, well or not. Must be called once for each that was opened: it takes
-    /// the sequence out of the engine, with whatever fencing its blocks need.
-    pub async fn close_decode(&self, id: HandoffId) {
-        self.tell(Command::CloseDecode(id)).await;
-    }
-
-    /// A ticket arrived; waits until it can be answered.
-    pub async fn ticket(&self, id: HandoffId, ticket: Ticket) -> Answer {
-        self.ask(|answer| Command::Ticket(id, Box::new(ticket), answer)).await.unwrap_or(Answer::Busy)
-    }
-
-    /// A want arrived.
-    pub async fn want(&self, id: HandoffId, want: Want) -> Answer {
-        self.ask(|answer| Command::Want(id, want, answer)).await.unwrap_or(Answer::Busy)
-    }
-
-    /// The state of a handoff.
-    ///
-    /// # Errors
-    /// The answer to give instead.
-    pub async fn status(&self, id: HandoffId) -> Result<HandoffStatus, Answer> {
-        self.ask(|answer| Command::Status(id, answer)).await.unwrap_or(Err(Answer::Busy))
-    }
-
-    /// Ends a handoff.
-    pub async fn delete(&self, id: HandoffId) {
-        self.ask(|answer| Command::Delete(id, answer)).await;
-    }
-
-    /// Enters a life; done when messages of the old one are refused.
-    pub async fn set_epoch(&self, epoch: Epoch) {
-        self.ask(|answer| Command::Epoch(epoch, answer)).await;
-    }
-
-    /// Handoffs that are open, with changes.
-    pub fn open(&self) -> watch::Receiver<Open> {
-        self.open.clone()
-    }
-
-    async fn ask<T>(&self, command: impl FnOnce(oneshot::Sender<T>) -> Command) -> Option<T> {
-        let (sender, answer) = oneshot::channel();
-        self.commands.send(command(sender)).await.ok()?;
-        answer.await.ok()
-    }
-
-    /// For commands that mean nothing once the owner is gone.
-    async fn tell(&self, command: Command) {
-        let _ = self.commands.send(command).await;
     }
 }
 

@@ -21,23 +21,11 @@ use crate::handoff::{
 
 mod chance;
 mod engines;
+mod lives;
+mod network;
 
 pub(super) use chance::{Dice, Faults};
-
-#[derive(Debug, Clone)]
-enum Message {
-    Ticket(Ticket),
-    Want(Want),
-    Status,
-    Delete,
-}
-
-#[derive(Debug, Clone)]
-enum Reply {
-    Ticket(Result<TicketAck, PeerFault>),
-    Want(Result<(), PeerFault>),
-    Status(Result<HandoffStatus, PeerFault>),
-}
+use network::{Message, Reply};
 
 #[derive(Debug, Clone)]
 enum Event {
@@ -471,168 +459,6 @@ impl Pair {
         self.carry_out(Side::Decode, out);
     }
 
-    fn call(&mut self, from: Side, id: HandoffId, message: Message) {
-        let call = self.next_call;
-        self.next_call += 1;
-        let epoch = self.worker(from).epoch;
-        self.calls.insert(call, (from, epoch, id, message.clone()));
-        let to = match from {
-            Side::Prefill => Side::Decode,
-            Side::Decode => Side::Prefill,
-        };
-        let timeout = match &message {
-            Message::Ticket(_) => Duration::from_secs(6),
-            _ => Duration::from_millis(750),
-        };
-        let unanswered = answer_of(&message, Err(PeerFault::Unreachable));
-        if let Some(reply) = unanswered {
-            self.at(timeout, id, Some(from), Event::Reply { call, reply });
-        }
-        let copies = if self.dice.permille(self.faults.loss) {
-            0
-        } else {
-            1 + u32::from(self.dice.permille(self.faults.duplicate))
-        };
-        for _ in 0..copies {
-            let after = self.delay();
-            self.at(after, id, None, Event::Deliver { to, call, message: message.clone() });
-        }
-    }
-
-    fn deliver(&mut self, to: Side, call: u64, id: HandoffId, message: Message) {
-        let now = self.now;
-        let mut out = Vec::new();
-        let worker = self.worker(to);
-        if !worker.alive {
-            if let Some(reply) = answer_of(&message, Err(PeerFault::Refused)) {
-                self.send_reply(call, id, reply);
-            }
-            return;
-        }
-        match message {
-            Message::Ticket(ticket) => worker.desk.ticket(now, id, ticket, Waiter(call), &mut out),
-            Message::Want(want) => worker.desk.want(now, id, want, Waiter(call), &mut out),
-            Message::Delete => worker.desk.delete(now, id, &mut out),
-            Message::Status => {
-                let status = worker.desk.status(now, id, &mut out).map_err(fault_of);
-                self.send_reply(call, id, Reply::Status(status));
-            }
-        }
-        self.carry_out(to, out);
-    }
-
-    fn send_reply(&mut self, call: u64, id: HandoffId, reply: Reply) {
-        if self.dice.permille(self.faults.loss) {
-            return;
-        }
-        let after = self.delay();
-        self.at(after, id, None, Event::Reply { call, reply });
-    }
-
-    fn reply(&mut self, call: u64, reply: Reply) {
-        let Some((from, epoch, id, message)) = self.calls.remove(&call) else { return };
-        let now = self.now;
-        let mut out = Vec::new();
-        let worker = self.worker(from);
-        if !worker.alive || worker.epoch != epoch {
-            return;
-        }
-        match (reply, message) {
-            (Reply::Ticket(result), Message::Ticket(ticket)) => {
-                let event = PrefillEvent::Answered { seq: ticket.seq, result };
-                worker.desk.prefill(now, id, event, &mut out);
-            }
-            (Reply::Want(result), _) => {
-                worker.desk.decode(now, id, DecodeEvent::WantAnswered(result), &mut out)
-            }
-            (Reply::Status(result), _) => {
-                worker.desk.decode(now, id, DecodeEvent::StatusAnswered(result), &mut out);
-            }
-            (reply, message) => panic!("{reply:?} to {message:?}"),
-        }
-        self.carry_out(from, out);
-    }
-
-    fn crash(&mut self, side: Side) {
-        if !self.worker(side).alive {
-            return;
-        }
-        self.worker(side).alive = false;
-        for request in self.requests.values_mut() {
-            match side {
-                Side::Prefill => request.p_free = true,
-                Side::Decode => {
-                    request.seat = Seat::Free;
-                    request.pulls.clear();
-                    request.d_open = None;
-                }
-            }
-        }
-        let after = self.dice.micros(100_000..4_000_000);
-        self.at(after, HandoffId(0), None, Event::Restart(side));
-        let other = match side {
-            Side::Prefill => Side::Decode,
-            Side::Decode => Side::Prefill,
-        };
-        // The lease of the dead life ends some time after it.
-        let after = self.dice.micros(500_000..12_000_000);
-        self.at(after, HandoffId(0), None, Event::View { at: other, peer: None });
-    }
-
-    fn restart(&mut self, side: Side) {
-        let epoch = Epoch(self.next_epoch);
-        self.next_epoch += 1;
-        let now = self.now;
-        let limits = self.limits.clone();
-        let worker = self.worker(side);
-        worker.epoch = epoch;
-        worker.alive = true;
-        worker.desk = Desk::new(name(side), limits);
-        worker.desk.set_epoch(now, epoch, &mut Vec::new());
-        let other = match side {
-            Side::Prefill => Side::Decode,
-            Side::Decode => Side::Prefill,
-        };
-        let after = self.dice.micros(1_000..300_000);
-        self.at(after, HandoffId(0), None, Event::View { at: other, peer: Some(epoch) });
-    }
-
-    /// A new life of a process that goes on: everything between the two sides is void, nothing in it is lost.
-    fn rejoin(&mut self, side: Side) {
-        let epoch = Epoch(self.next_epoch);
-        let now = self.now;
-        if !self.worker(side).alive {
-            return;
-        }
-        self.next_epoch += 1;
-        let before = self.worker(side).epoch;
-        self.worker(side).epoch = epoch;
-        for scheduled in self.events.values_mut().filter(|s| s.life == Some((side, before))) {
-            scheduled.life = Some((side, epoch));
-        }
-        for call in self.calls.values_mut().filter(|call| (call.0, call.1) == (side, before)) {
-            call.1 = epoch;
-        }
-        for request in self.requests.values_mut() {
-            let open = match side {
-                Side::Prefill => &mut request.p_open,
-                Side::Decode => &mut request.d_open,
-            };
-            if *open == Some(before) {
-                *open = Some(epoch);
-            }
-        }
-        let mut out = Vec::new();
-        self.worker(side).desk.set_epoch(now, epoch, &mut out);
-        self.carry_out(side, out);
-        let other = match side {
-            Side::Prefill => Side::Decode,
-            Side::Decode => Side::Prefill,
-        };
-        let after = self.dice.micros(1_000..300_000);
-        self.at(after, HandoffId(0), None, Event::View { at: other, peer: Some(epoch) });
-    }
-
     fn carry_out(&mut self, _side: Side, actions: Vec<Action>) {
         for action in actions {
             match action {
@@ -659,44 +485,5 @@ impl Pair {
                 }
             }
         }
-    }
-
-    fn answer(&mut self, waiter: Waiter, answer: Answer) {
-        if matches!(answer, Answer::Stale { .. }) {
-            self.tally.stale += 1;
-        }
-        let Some((_, _, id, message)) = self.calls.get(&waiter.0) else { return };
-        let id = *id;
-        let result = match answer {
-            Answer::Ack(ack) => Ok(Some(ack)),
-            Answer::Noted => Ok(None),
-            other => Err(fault_of(other)),
-        };
-        let reply = match message {
-            Message::Ticket(_) => Reply::Ticket(result.map(|ack| ack.expect("an ack"))),
-            Message::Want(_) => Reply::Want(result.map(|_| ())),
-            Message::Status | Message::Delete => panic!("no such waiter"),
-        };
-        self.send_reply(waiter.0, id, reply);
-    }
-}
-
-fn fault_of(answer: Answer) -> PeerFault {
-    match answer {
-        Answer::Stale { .. } => PeerFault::Stale,
-        Answer::Unknown => PeerFault::Unknown,
-        Answer::Busy => PeerFault::Busy,
-        Answer::Ended | Answer::Malformed(_) => PeerFault::Ended,
-        Answer::Ack(_) | Answer::Noted => panic!("not a fault"),
-    }
-}
-
-fn answer_of(message: &Message, fault: Result<std::convert::Infallible, PeerFault>) -> Option<Reply> {
-    let Err(fault) = fault;
-    match message {
-        Message::Ticket(_) => Some(Reply::Ticket(Err(fault))),
-        Message::Want(_) => Some(Reply::Want(Err(fault))),
-        Message::Status => Some(Reply::Status(Err(fault))),
-        Message::Delete => None,
     }
 }
