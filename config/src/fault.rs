@@ -1,5 +1,6 @@
 //! What is wrong with a document, told so that it can be put right.
 
+use std::borrow::Cow;
 use std::fmt;
 use std::path::Path;
 
@@ -30,6 +31,16 @@ pub struct Fault {
 pub struct Faults {
     source_name: String,
     list: Vec<Fault>,
+}
+
+/// `text` without what would move the cursor or colour of a terminal: faults quote what a file holds.
+fn printable(text: &str) -> Cow<'_, str> {
+    if !text.chars().any(char::is_control) {
+        return Cow::Borrowed(text);
+    }
+    let escaped =
+        text.chars().map(|c| if c.is_control() { c.escape_default().to_string() } else { c.into() });
+    Cow::Owned(escaped.collect())
 }
 
 impl Faults {
@@ -66,10 +77,10 @@ impl fmt::Display for Faults {
             }
             f.write_str(": ")?;
             if !fault.path.is_empty() {
-                write!(f, "{}: ", fault.path)?;
+                write!(f, "{}: ", printable(&fault.path))?;
             }
-            writeln!(f, "{}", fault.problem)?;
-            write!(f, "  remedy: {}", fault.remedy)?;
+            writeln!(f, "{}", printable(&fault.problem))?;
+            write!(f, "  remedy: {}", printable(&fault.remedy))?;
         }
         match self.list.len() {
             0 | 1 => Ok(()),

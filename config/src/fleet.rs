@@ -36,7 +36,7 @@ use crate::environment;
 use crate::fault::{Fault, Faults};
 use crate::model_shape::ModelShape;
 use crate::names::PoolName;
-use crate::reader::{Lookup, Reader, Resolved, Section, Text, read_scalar};
+use crate::reader::{Lookup, Origin, Reader, Resolved, Section, Text, read_scalar};
 use crate::yaml::{self, MAX_DOCUMENT_BYTES};
 
 /// A whole fleet document.
@@ -120,6 +120,8 @@ impl Fleet {
     /// As [`Fleet::load`].
     pub fn parse(text: &str, source: &Source<'_>) -> Result<Self, Faults> {
         let failed = |faults: Vec<Fault>| Faults::new(source.name.clone(), faults);
+        // Windows editors put a byte order mark first, which YAML allows.
+        let text = text.strip_prefix('\u{feff}').unwrap_or(text);
         let root = yaml::parse(text).map_err(|fault| failed(vec![fault]))?;
         let reader = Reader::new(source.environment, source.directory.clone());
         let mut document = Section::open(&reader, String::new(), root);
@@ -176,6 +178,17 @@ impl Fleet {
     /// The way KV blocks take between each prefill and each decode pool.
     pub fn pairs(&self) -> &[PairPath] {
         &self.pairs
+    }
+
+    /// A fault of the model directory that a part found: this crate reads no more than `config.json` of it.
+    pub fn model_fault(&self, problem: impl Into<String>, remedy: impl Into<String>) -> Faults {
+        let path = "model.path";
+        let at = self.resolved.iter().find(|value| value.path == path).and_then(|value| match value.origin {
+            Origin::File(at) => Some(at),
+            Origin::Default => None,
+        });
+        let fault = Fault { path: path.to_owned(), at, problem: problem.into(), remedy: remedy.into() };
+        Faults::new(self.source.clone(), vec![fault])
     }
 
     /// Refuses a fleet that this build cannot start.

@@ -85,6 +85,7 @@ pub enum ModelShapeError {
 }
 
 #[derive(Deserialize)]
+#[serde(expecting = "a JSON object with the numbers of a model")]
 struct Raw {
     #[serde(default)]
     architectures: Vec<String>,
@@ -112,6 +113,10 @@ impl ModelShape {
         let file = dir.join("config.json");
         let unreadable = |source| ModelShapeError::Unreadable { file: file.clone(), source };
         let mut text = Vec::new();
+        // Opening a pipe would wait for its writer.
+        if !std::fs::metadata(&file).map_err(unreadable)?.is_file() {
+            return Err(unreadable(std::io::Error::other("it is not a regular file")));
+        }
         let open = File::open(&file).map_err(unreadable)?;
         open.take(MAX_CONFIG_BYTES + 1).read_to_end(&mut text).map_err(unreadable)?;
         if text.len() as u64 > MAX_CONFIG_BYTES {

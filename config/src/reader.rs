@@ -207,6 +207,11 @@ impl<'r, 'e> Section<'r, 'e> {
         self.entries.iter().any(|entry| entry.key == key && !matches!(entry.value.value, Value::Null))
     }
 
+    /// Where the value of a key stands.
+    pub(crate) fn position(&self, key: &str) -> Option<Position> {
+        self.entries.iter().find(|entry| entry.key == key).map(|entry| entry.value.at)
+    }
+
     /// Reports that a key must be there.
     pub(crate) fn missing(&self, key: &str, expected: &str) {
         if !self.broken {
@@ -402,8 +407,12 @@ pub(crate) fn read_scalar<T>(
         reader.record(path.to_owned(), &text.shown, Some(at));
     } else {
         let plain = expected.split(" (the default").next().unwrap_or(expected);
-        let quotes = if text.quoted { " in quotes" } else { "" };
-        let problem = format!("is {}{quotes}, which is not {plain}", cut(&text.shown));
+        let shown = match (text.shown.as_str(), text.quoted) {
+            ("", _) => "empty".to_owned(),
+            (words, true) => format!("{} in quotes", cut(words)),
+            (words, false) => cut(words),
+        };
+        let problem = format!("is {shown}, which is not {plain}");
         reader.fault(path, Some(at), problem, format!("write {expected}"));
     }
     value

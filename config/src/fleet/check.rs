@@ -109,15 +109,7 @@ pub(super) fn roles(reader: &Reader<'_>, pools: &[(String, Pool)]) {
     if !reader.is_clean("pools") {
         return;
     }
-    if pools.is_empty() {
-        let at = reader.position("pools");
-        reader.fault(
-            "pools",
-            at,
-            "has no pool",
-            "add at least one pool, such as `- { name: all, role: both }`",
-        );
-    } else if !pools.iter().any(|(_, pool)| pool.role.decodes()) {
+    if !pools.iter().any(|(_, pool)| pool.role.decodes()) {
         let at = reader.position("pools[0].role");
         let problem = "has no pool that generates: every role is prefill";
         reader.fault("pools", at, problem, "add a pool with role: decode, or make one role: both");

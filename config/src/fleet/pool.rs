@@ -255,7 +255,13 @@ pub(super) fn read_pools(document: &mut Section<'_, '_>) -> Vec<(String, Pool)> 
     if !document.has("pools") {
         document.missing("pools", "at least one pool, such as `- { name: all, role: both }`");
     }
-    let items: Vec<(String, Node)> = document.list("pools").unwrap_or_default();
+    let at = document.position("pools");
+    let items = document.list("pools");
+    if items.as_ref().is_some_and(Vec::is_empty) {
+        let remedy = "add at least one pool, such as `- { name: all, role: both }`";
+        reader.fault("pools", at, "has no pool", remedy);
+    }
+    let items: Vec<(String, Node)> = items.unwrap_or_default();
     let mut next_port = u32::from(defaults::WORKER_PORT);
     let mut pools = Vec::with_capacity(items.len());
     for (path, node) in items {

@@ -325,7 +325,7 @@ fn parts_that_do_not_go_together_are_faults() {
     faults(
         &with_head("pools: []\n"),
         &expect![[r#"
-            fleet.yaml: pools: has no pool
+            fleet.yaml:3:8: pools: has no pool
               remedy: add at least one pool, such as `- { name: all, role: both }`"#]],
     );
     faults(
@@ -535,4 +535,40 @@ proptest! {
         }
         is_told(parse_without_disk(&String::from_utf8_lossy(&bytes)));
     }
+}
+
+#[test]
+fn a_byte_order_mark_is_no_part_of_the_first_key() {
+    assert!(parse(&format!("\u{feff}{}", with_head("pools: [{ name: a, role: both }]\n"))).is_ok());
+}
+
+#[test]
+fn a_fault_does_not_pass_terminal_codes_on() {
+    faults(
+        "version: 1\nmodel: { path: '' }\npools: [{ name: \"a\\e[31m\\n\", role: both }]\n",
+        &expect![[r#"
+            fleet.yaml:2:16: model.path: is empty, which is not the path of a model directory
+              remedy: write the path of a model directory
+            fleet.yaml:3:17: pools[0].name: is a\u{1b}[31m\n in quotes, which is not a name of at most 58 characters of a-z, 0-9 and '-'
+              remedy: write a name of at most 58 characters of a-z, 0-9 and '-'
+            2 faults in fleet.yaml"#]],
+    );
+}
+
+#[test]
+fn a_pipe_in_place_of_a_model_file_is_refused_at_once() {
+    let root = tempfile::tempdir().unwrap();
+    model_dir(root.path());
+    let config = root.path().join("examples/models/tiny/config.json");
+    std::fs::remove_file(&config).unwrap();
+    assert!(std::process::Command::new("mkfifo").arg(&config).status().unwrap().success());
+    let faults = parse_in(root.path(), &with_head("pools: [{ name: a, role: both }]\n")).unwrap_err();
+    assert!(faults.to_string().contains("not a regular file"), "{faults}");
+}
+
+#[test]
+fn a_fault_that_a_part_found_in_the_model_stands_where_its_path_does() {
+    let fleet = parse(&with_head("pools: [{ name: a, role: both }]\n")).unwrap();
+    let expected = "fleet.yaml:2:16: model.path: is worn\n  remedy: get another";
+    assert_eq!(fleet.model_fault("is worn", "get another").to_string(), expected);
 }
