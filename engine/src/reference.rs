@@ -73,6 +73,15 @@ impl Reference {
         Self::load_with(dir, threads, Isa::best())
     }
 
+    /// Checks that [`Reference::load`] would accept `dir`: its configuration and the shape of every tensor are
+    /// read, the weights are not.
+    ///
+    /// # Errors
+    /// As [`Reference::load`].
+    pub fn inspect(dir: &Path) -> Result<(), LoadError> {
+        load::inspect(dir)
+    }
+
     fn load_with(dir: &Path, threads: usize, isa: Isa) -> Result<Self, LoadError> {
         let team = Team::start(threads).map_err(|source| LoadError::Threads { threads, source })?;
         let (configuration, model) = team.run(|| load::load(dir, &team))?;

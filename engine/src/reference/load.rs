@@ -28,6 +28,12 @@ pub(super) fn load(dir: &Path, team: &Team) -> Result<(Configuration, Model), Lo
     Ok((configuration, model))
 }
 
+/// Everything of [`load`] that comes before the numbers.
+pub(super) fn inspect(dir: &Path) -> Result<(), LoadError> {
+    let configuration = Configuration::read(dir)?;
+    Plan::new(&configuration, &mut Checkpoint::open(dir)?).map(|_| ())
+}
+
 /// A weight matrix that exists with the right shape.
 struct Matrix {
     name: String,
