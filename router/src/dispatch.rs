@@ -248,8 +248,8 @@ impl Generation {
             self.dispatcher.metrics.fallbacks.inc();
             tracing::warn!(
                 request = self.job.request_id,
-                decode = ?self.trace.decode,
-                prefill = ?self.trace.prefill,
+                decode = self.trace.decode.as_ref().map(tracing::field::display),
+                prefill = self.trace.prefill.as_ref().map(tracing::field::display),
                 why,
                 "handoff given up; the decode worker prefilled"
             );

@@ -34,6 +34,6 @@ mod server;
 mod stop;
 
 pub use fleet::{Member, Roster, RosterFeed};
-pub use model::ModelError;
+pub use model::{ModelError, inspect};
 pub use options::{Limits, ModelOptions, RouterOptions, Timeouts};
 pub use server::{ServeError, Stop, serve, serve_with};

@@ -157,6 +157,14 @@ fn read_json<T: for<'de> Deserialize<'de>>(path: &Path, hint: &'static str) -> R
     serde_json::from_slice(&bytes).map_err(|source| ModelError::Json { path: path.to_owned(), source })
 }
 
+/// Checks that a router could serve the model of `options`: its limits, its tokenizer, its chat template.
+///
+/// # Errors
+/// As a router would say them when it starts.
+pub fn inspect(options: &ModelOptions) -> Result<(), ModelError> {
+    Model::load(options).map(|_| ())
+}
+
 impl Model {
     /// Reads the model directory of `options`.
     pub(crate) fn load(options: &ModelOptions) -> Result<Self, ModelError> {
