@@ -3,14 +3,17 @@
 use std::path::{Path, PathBuf};
 
 use baton_config::environment::Environment;
-use baton_config::fleet::{Fleet, explain};
+use baton_config::fleet::{EngineKind, Fleet, explain};
+use baton_engine::reference::Reference;
+use baton_router::RouterOptions;
 
 use crate::args::CheckArgs;
-use crate::failure::Failure;
+use crate::failure::{Failure, chain};
 use crate::output;
 
 pub(crate) fn run(args: &CheckArgs, environment: &Environment) -> Result<(), Failure> {
     let fleet = load(args.fleet.as_deref(), environment)?;
+    model(&fleet)?;
     output::print(&explain::explain(&fleet))
 }
 
@@ -21,6 +24,17 @@ pub(crate) fn load(flag: Option<&Path>, environment: &Environment) -> Result<Fle
         None => Fleet::laptop(),
     };
     Ok(fleet?)
+}
+
+/// Refuses a model directory that the parts of the fleet would refuse, before any of them is started.
+pub(crate) fn model(fleet: &Fleet) -> Result<(), Failure> {
+    let remedy = "use a complete directory of one Llama, Qwen2 or Qwen3 model, as it was published";
+    if fleet.pools.iter().any(|pool| pool.engine.kind() == EngineKind::Reference) {
+        Reference::inspect(&fleet.model.path).map_err(|error| fleet.model_fault(chain(&error), remedy))?;
+    }
+    baton_router::inspect(&RouterOptions::from_fleet(fleet).model)
+        .map_err(|error| fleet.model_fault(chain(&error), remedy))?;
+    Ok(())
 }
 
 /// The fleet file, unless the built-in fleet is meant.

@@ -45,6 +45,7 @@ pub(crate) fn run(args: UpArgs, logging: &Logging, environment: &Environment) ->
     let config = check::fleet_path(args.fleet.as_deref(), environment);
     let fleet = check::load(args.fleet.as_deref(), environment)?;
     fleet.startable()?;
+    check::model(&fleet)?;
     // A single thread: children are killed when the thread that started them ends.
     remote::block_on(async move {
         let mut signals = Signals::listen()?;

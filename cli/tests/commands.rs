@@ -235,3 +235,50 @@ fn a_part_does_not_outlive_its_launcher() {
     assert_eq!(output.status.code(), Some(1));
     assert_eq!(text(&output.stderr), "error: the launcher (process 1) is gone\n");
 }
+
+#[test]
+fn a_model_directory_that_no_part_could_use_is_refused_before_any_is_started() {
+    let directory = tempfile::tempdir().unwrap();
+    let good = root().join("examples/models/tiny");
+    let cases: [(&str, &str, &str); 4] = [
+        ("config.json", r#""LlamaForCausalLM""#, "this architecture is not supported"),
+        ("config.json", r#""hidden_size": 128"#, "hidden_size"),
+        ("tokenizer.json", "{", "does not load as a tokenizer"),
+        ("model.safetensors", "", "(the file is cut short)"),
+    ];
+    for (index, (file, cut, expected)) in cases.into_iter().enumerate() {
+        let model = directory.path().join(index.to_string());
+        std::fs::create_dir(&model).unwrap();
+        for entry in std::fs::read_dir(&good).unwrap() {
+            let entry = entry.unwrap();
+            std::fs::copy(entry.path(), model.join(entry.file_name())).unwrap();
+        }
+        let mut bytes = std::fs::read(model.join(file)).unwrap();
+        match cut {
+            "" => bytes.truncate(bytes.len() / 2),
+            cut => {
+                let text = String::from_utf8(bytes).unwrap();
+                assert!(text.contains(cut), "{file} holds {cut}");
+                let with = if cut.starts_with("\"Llama") { r#""MixtralForCausalLM""# } else { r#""x": 1"# };
+                bytes = text.replacen(cut, if cut == "{" { "{{" } else { with }, 1).into_bytes();
+            }
+        }
+        std::fs::write(model.join(file), bytes).unwrap();
+        let fleet = directory.path().join("fleet.yaml").display().to_string();
+        let document = format!(
+            "version: 1\nmodel: {{ path: {} }}\npools: [{{ name: all, role: both }}]\n",
+            model.display()
+        );
+        std::fs::write(&fleet, document).unwrap();
+        for command in ["check", "up"] {
+            let output = run(&[command, &fleet]);
+            let message = text(&output.stderr);
+            assert_eq!(output.status.code(), Some(2), "{command}: {message}");
+            assert!(
+                message.contains("fleet.yaml:2:16: model.path: ") && message.contains(expected),
+                "{message}"
+            );
+            assert_eq!(text(&output.stdout), "");
+        }
+    }
+}
