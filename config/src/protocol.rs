@@ -255,8 +255,10 @@ pub enum FinishReason {
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum FailureCode {
-    /// The request can never be served by this worker (too long, bad ids): do not retry.
+    /// The request can never be served by this worker (bad ids, bad numbers): do not retry.
     Refused,
+    /// The sequence is longer than this worker's KV cache holds: one with more memory may take it.
+    TooLong,
     /// No room now: retry elsewhere or later.
     Overloaded,
     /// The worker is draining or lost its lease: retry elsewhere.

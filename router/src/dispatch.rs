@@ -80,6 +80,12 @@ pub(crate) enum DispatchError {
     /// A worker says that no worker can ever serve this.
     #[error("refused by a worker")]
     Refused,
+    /// The prompt is longer than the KV cache of any worker that was asked.
+    #[error("{tokens} prompt tokens are too many for the workers")]
+    TooLong {
+        /// Length of the prompt.
+        tokens: usize,
+    },
     /// Too many workers were lost, or the stream cannot be replayed.
     #[error("worker lost")]
     WorkerLost,
@@ -179,6 +185,8 @@ pub(crate) struct Generation {
     /// Workers that failed this generation, in the life in which they did.
     failed: Vec<(WorkerId, Epoch)>,
     overloaded: bool,
+    /// How many of them, before a token, for want of KV memory.
+    too_long: usize,
     /// Set while a stream that had begun looks for another worker.
     moving: Option<(MoveReason, Instant)>,
     trace: Trace,
@@ -194,6 +202,7 @@ impl Generation {
             attempt: None,
             failed: Vec::new(),
             overloaded: false,
+            too_long: 0,
             moving: None,
             trace: Trace::default(),
         }
@@ -289,6 +298,7 @@ impl Generation {
         if matches!(lost, Lost::Refused(_)) && sent == 0 {
             return Err(DispatchError::Refused);
         }
+        self.too_long += usize::from(matches!(lost, Lost::TooLong(_)) && sent == 0);
         self.overloaded |= matches!(lost, Lost::Overloaded);
         self.failed.push((worker.member.worker.clone(), worker.member.epoch));
         if sent == 0 {
@@ -317,6 +327,8 @@ impl Generation {
             DispatchError::Overloaded
         } else if self.failed.is_empty() {
             DispatchError::NoWorker
+        } else if self.too_long == self.failed.len() {
+            DispatchError::TooLong { tokens: self.job.prompt.len() }
         } else {
             DispatchError::WorkerLost
         }

@@ -336,6 +336,14 @@ pub(crate) fn refusal(error: &DispatchError) -> Refusal {
         DispatchError::NoWorker => Refusal::NoWorker,
         DispatchError::Overloaded => Refusal::WorkersBusy,
         DispatchError::Refused => Refusal::malformed("The model's workers cannot serve this request."),
+        DispatchError::TooLong { tokens } => Refusal::coded(
+            "prompt",
+            "context_length_exceeded",
+            format!(
+                "The KV cache of the workers is too small for {tokens} prompt tokens. Please reduce the prompt, \
+                 or have kv.memory of the decode pools raised."
+            ),
+        ),
         DispatchError::WorkerLost => Refusal::WorkerLost,
         DispatchError::TimedOut => Refusal::TimedOut,
         DispatchError::Entropy => Refusal::Internal,

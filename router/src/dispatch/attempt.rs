@@ -70,6 +70,9 @@ pub(super) enum Lost {
     /// The worker says that this can never be served.
     #[error("refused: {0}")]
     Refused(String),
+    /// The worker's KV cache is too small for the sequence.
+    #[error("too long: {0}")]
+    TooLong(String),
     /// The engine broke.
     #[error("engine failed: {0}")]
     Engine(String),
@@ -94,9 +97,11 @@ impl Lost {
         match self {
             Self::Unreachable(_) | Self::Broken(_) => MoveReason::Connection,
             Self::Silent(_) | Self::Deadline => MoveReason::Timeout,
-            Self::Overloaded | Self::Unavailable(_) | Self::Refused(_) | Self::Engine(_) => {
-                MoveReason::Worker
-            }
+            Self::Overloaded
+            | Self::Unavailable(_)
+            | Self::Refused(_)
+            | Self::TooLong(_)
+            | Self::Engine(_) => MoveReason::Worker,
             Self::Protocol(_) => MoveReason::Protocol,
         }
     }
@@ -104,6 +109,7 @@ impl Lost {
     fn of_code(code: FailureCode, message: String) -> Self {
         match code {
             FailureCode::Refused => Self::Refused(message),
+            FailureCode::TooLong => Self::TooLong(message),
             FailureCode::Overloaded => Self::Overloaded,
             FailureCode::Unavailable => Self::Unavailable(message),
             FailureCode::Engine => Self::Engine(message),

@@ -157,6 +157,23 @@ async fn what_a_worker_refuses_for_good_is_the_clients_fault() {
 }
 
 #[tokio::test]
+async fn a_prompt_too_long_for_one_workers_memory_goes_to_a_larger_one_or_is_refused_by_its_name() {
+    let (first, second, harness) = two_workers().await;
+    first.always(Act::Status(400, FailureCode::TooLong));
+    for _ in 0..4 {
+        assert_eq!(harness.chat(&ask(false)).await.status, 200);
+    }
+    assert!(!first.generated().is_empty(), "the small one was asked too");
+    second.always(Act::Status(400, FailureCode::TooLong));
+    let answer = harness.chat(&ask(true)).await;
+    assert_eq!(answer.status, 400);
+    let error = &answer.json()["error"];
+    assert_eq!(error["code"], "context_length_exceeded");
+    assert!(error["message"].as_str().unwrap().contains("kv.memory"), "{error}");
+    harness.finish().await;
+}
+
+#[tokio::test]
 async fn after_three_moves_the_stream_ends_with_one_error_event() {
     let (first, second, harness) = two_workers().await;
     first.always(Act::DieAfter(2));

@@ -67,6 +67,9 @@ impl From<TakeError> for Fault {
             TakeError::Submit(SubmitError::Duplicate(_)) => {
                 Self::new(StatusCode::INTERNAL_SERVER_ERROR, FailureCode::Engine, message)
             }
+            TakeError::Submit(SubmitError::TooLong { .. }) => {
+                Self::new(StatusCode::BAD_REQUEST, FailureCode::TooLong, message)
+            }
             TakeError::Submit(_) => Self::refused(message),
             TakeError::Gone(_) => Self::unavailable(message),
         }
