@@ -25,7 +25,7 @@ pub struct FleetOptions {
 }
 
 impl FleetOptions {
-    /// The default fleet, with the router on a free port.
+    /// The default fleet, with router and conductor on free ports.
     ///
     /// # Panics
     /// When the example is not there.
@@ -33,6 +33,7 @@ impl FleetOptions {
         let path = binary::root().join("examples/fleets/laptop.yaml");
         let document = std::fs::read_to_string(path).expect("the default fleet document");
         let document = document.replace("path: examples/", "path: {root}/examples/");
+        let document = document.replace("127.0.0.1:7400", "127.0.0.1:0");
         Self { document: document.replace("router: { ", "router: { listen: 127.0.0.1:0, ") }
     }
 
