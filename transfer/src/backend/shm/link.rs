@@ -23,7 +23,7 @@ use crate::wire::{self, Kind};
 
 /// How long a read copies before other tasks get a turn.
 const TURN: Duration = Duration::from_micros(250);
-/// Bytes copied between two looks at the clock, each of which takes as long as copying 2 KiB: microseconds at most.
+/// Bytes copied between two looks at the clock, each of which takes about as long as copying 1 KiB.
 const LOOK_BYTES: usize = 64 << 10;
 
 /// A peer's memory as mapped here.
