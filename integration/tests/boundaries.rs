@@ -7,7 +7,9 @@ use std::process::Command;
 /// Each package with the packages of this workspace it may depend on.
 const MAY_IMPORT: &[(&str, &[&str])] = &[
     ("baton-config", &[]),
-    ("baton-transfer", &["baton-config"]),
+    ("baton-libfabric-sys", &[]),
+    ("baton-ucx-sys", &[]),
+    ("baton-transfer", &["baton-config", "baton-libfabric-sys", "baton-ucx-sys"]),
     ("baton-conductor", &["baton-config"]),
     ("baton-engine", &["baton-config"]),
     ("baton-worker-agent", &["baton-config", "baton-conductor", "baton-transfer", "baton-engine"]),

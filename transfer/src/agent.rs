@@ -27,18 +27,33 @@ use crate::wire::Metadata;
 pub enum BackendKind {
     /// The peer's memory mapped read-only; needs one host.
     Shm,
+    /// The peer's memory copied by the kernel (`process_vm_readv`); needs one host, and memory of any kind will do.
+    Cma,
+    /// libfabric: EFA and other network cards with one-sided operations.
+    Libfabric,
+    /// UCX: network cards with one-sided operations, and GPU memory.
+    Ucx,
+    /// A driver loaded from a shared object.
+    Plugin,
     /// Own framing over TCP streams; works everywhere.
     Tcp,
 }
 
 impl BackendKind {
     /// All of them, best first.
-    pub const ALL: [Self; 2] = [Self::Shm, Self::Tcp];
+    pub const ALL: [Self; 6] = [Self::Shm, Self::Cma, Self::Libfabric, Self::Ucx, Self::Plugin, Self::Tcp];
+
+    /// Those that need nothing of the machine.
+    pub const ALWAYS: [Self; 2] = [Self::Shm, Self::Tcp];
 
     /// As in the fleet document and metric labels.
     pub fn as_str(self) -> &'static str {
         match self {
             Self::Shm => "shm",
+            Self::Cma => "cma",
+            Self::Libfabric => "libfabric",
+            Self::Ucx => "ucx",
+            Self::Plugin => "plugin",
             Self::Tcp => "tcp",
         }
     }
@@ -84,14 +99,14 @@ pub struct AgentOptions {
 }
 
 impl AgentOptions {
-    /// The defaults: every backend, digests on, loopback, a free port.
+    /// The defaults: `shm` and `tcp`, digests on, loopback, a free port.
     pub fn new(worker: WorkerId) -> Self {
         Self {
             worker,
             bind: IpAddr::from([127, 0, 0, 1]),
             port: 0,
             advertise: None,
-            backends: BackendKind::ALL.to_vec(),
+            backends: BackendKind::ALWAYS.to_vec(),
             integrity: Integrity::Digest,
             streams: 2,
         }

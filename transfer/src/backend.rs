@@ -1,8 +1,12 @@
 //! The ways blocks move. Each has a serving side, run by the agent, and a link, owned by a session.
 
+pub(crate) mod fabric;
 pub(crate) mod frames;
+pub(crate) mod libfabric;
+pub(crate) mod plugin;
 pub(crate) mod shm;
 pub(crate) mod tcp;
+pub(crate) mod ucx;
 
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;

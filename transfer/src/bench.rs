@@ -76,7 +76,7 @@ impl BenchOptions {
     /// The defaults, with the arguments that make this program a peer.
     pub fn new(peer_arguments: Vec<OsString>) -> Self {
         Self {
-            backends: BackendKind::ALL.to_vec(),
+            backends: BackendKind::ALWAYS.to_vec(),
             shapes: Shape::DEFAULT.to_vec(),
             time_per_shape: Duration::from_secs(3),
             streams: 2,

@@ -11,6 +11,8 @@ use std::time::{Duration, Instant};
 
 use crate::memory::{HostMemory, MemoryError};
 
+pub mod cuda;
+pub mod neuron;
 #[cfg(test)]
 mod tests;
 

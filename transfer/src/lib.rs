@@ -45,7 +45,7 @@ pub use digest::{BlockDigest, DigestSeed, block_digest};
 pub use error::{ErrorKind, LinkError, Refusal, TransferError};
 pub use export::{ExportBlock, ExportError, ExportOptions, Exporter, ExporterError};
 pub use import::{ImportOptions, Importer, Pull, PullCause, PullError, PullReport};
-pub use memory::{HostMemory, MemoryError};
+pub use memory::{HostMemory, MemoryError, MemorySpan, Place};
 pub use plan::{PlanError, RelayoutPlan};
 pub use session::{
     BlockRead, BlockSink, Descriptor, Destination, Expected, PathInfo, ReadReport, Session, SessionStats,

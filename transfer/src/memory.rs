@@ -276,6 +276,18 @@ impl HostMemory {
         self.0.block_digest(seed, offset, len)
     }
 
+    /// The memory as a network library registers it.
+    pub fn span(&self) -> MemorySpan {
+        let owner: Arc<dyn std::any::Any + Send + Sync> = self.0.clone();
+        MemorySpan {
+            address: self.0.base.as_ptr().addr(),
+            len: self.0.len,
+            place: Place::Host,
+            dmabuf: None,
+            owner,
+        }
+    }
+
     /// Publishes a control word: all writes before it are visible to who reads the word.
     pub(crate) fn store_word(&self, offset: usize, value: u64) {
         self.0.word(offset).store(value, Ordering::SeqCst);
@@ -295,6 +307,90 @@ impl HostMemory {
 impl fmt::Debug for HostMemory {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "HostMemory({:?}, {} bytes)", self.0.label, self.0.len)
+    }
+}
+
+/// What kind of memory a span is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
+pub enum Place {
+    /// Memory of this process.
+    Host,
+    /// Memory of an NVIDIA GPU, by the driver's number.
+    Cuda(u32),
+    /// Memory of an AWS Neuron device, by the driver's number.
+    Neuron(u32),
+}
+
+impl Place {
+    /// For people and capability lists: `host`, `cuda`, `neuron`.
+    pub fn kind(self) -> &'static str {
+        match self {
+            Self::Host => "host",
+            Self::Cuda(_) => "cuda",
+            Self::Neuron(_) => "neuron",
+        }
+    }
+}
+
+/// Memory that a network library may register: where it is, and what keeps it there. Clones share it.
+#[derive(Clone)]
+pub struct MemorySpan {
+    address: usize,
+    len: usize,
+    place: Place,
+    /// The memory as a file that drivers of network cards import, and where in it the span begins.
+    dmabuf: Option<(Arc<OwnedFd>, u64)>,
+    owner: Arc<dyn std::any::Any + Send + Sync>,
+}
+
+impl MemorySpan {
+    /// Describes foreign memory, which `owner` keeps in place.
+    ///
+    /// # Safety
+    /// `[address, address + len)` is memory of kind `place`, and stays so, until every clone of `owner` is gone; no
+    /// Rust reference to any of it exists while a transfer may write it.
+    pub unsafe fn new(
+        address: usize,
+        len: usize,
+        place: Place,
+        dmabuf: Option<(OwnedFd, u64)>,
+        owner: Arc<dyn std::any::Any + Send + Sync>,
+    ) -> Self {
+        let dmabuf = dmabuf.map(|(file, offset)| (Arc::new(file), offset));
+        Self { address, len, place, dmabuf, owner }
+    }
+
+    /// Where it begins, in the address space of its kind.
+    pub fn address(&self) -> usize {
+        self.address
+    }
+
+    /// Bytes.
+    #[expect(clippy::len_without_is_empty, reason = "no registration is empty")]
+    pub fn len(&self) -> usize {
+        self.len
+    }
+
+    /// What kind of memory it is.
+    pub fn place(&self) -> Place {
+        self.place
+    }
+
+    /// The memory as a dma-buf, and the offset of the span in it.
+    pub fn dmabuf(&self) -> Option<(BorrowedFd<'_>, u64)> {
+        self.dmabuf.as_ref().map(|(file, offset)| (file.as_fd(), *offset))
+    }
+
+    /// Whether `other` is the same memory.
+    pub fn is_same(&self, other: &Self) -> bool {
+        (self.address, self.len, self.place) == (other.address, other.len, other.place)
+            && Arc::ptr_eq(&self.owner, &other.owner)
+    }
+}
+
+impl fmt::Debug for MemorySpan {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "MemorySpan({:?}, {} bytes)", self.place, self.len)
     }
 }
 

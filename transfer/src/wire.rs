@@ -400,6 +400,10 @@ fn backend_code(backend: BackendKind) -> u8 {
     match backend {
         BackendKind::Shm => 1,
         BackendKind::Tcp => 2,
+        BackendKind::Cma => 3,
+        BackendKind::Libfabric => 4,
+        BackendKind::Ucx => 5,
+        BackendKind::Plugin => 6,
     }
 }
 

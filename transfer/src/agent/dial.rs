@@ -145,6 +145,9 @@ impl Dialer {
         match backend {
             BackendKind::Shm if peer.host != self.host => Some("the peer is on another host"),
             BackendKind::Shm | BackendKind::Tcp => None,
+            BackendKind::Cma | BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
+                Some("not part of this build")
+            }
         }
     }
 
@@ -153,6 +156,9 @@ impl Dialer {
         match backend {
             BackendKind::Shm => ShmLink::open(pair).await.map(Link::Shm),
             BackendKind::Tcp => TcpLink::open(pair, peer.address, self.options.streams).await.map(Link::Tcp),
+            BackendKind::Cma | BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
+                Err(Fault::Refused(crate::error::Refusal::Unavailable))
+            }
         }
     }
 
@@ -164,6 +170,8 @@ impl Dialer {
 fn why(backend: BackendKind) -> &'static str {
     match backend {
         BackendKind::Shm => "same host, the peer's memory is mapped",
+        BackendKind::Cma => "same host, the kernel copies from the peer's memory",
+        BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => "both have the same fabric",
         BackendKind::Tcp => "reached by address",
     }
 }

@@ -129,8 +129,8 @@ impl Bench {
         let inner = Arc::clone(&self.0);
         let turn = tokio::task::spawn_blocking(move || {
             let mut tcp = match inner.backend {
-                BackendKind::Tcp => Some(RawTcp::connect(inner.raw)?),
                 BackendKind::Shm => None,
+                _ => Some(RawTcp::connect(inner.raw)?),
             };
             let mut each = Vec::new();
             let start = Instant::now();
@@ -207,7 +207,7 @@ async fn connect(
 fn raw_name(backend: BackendKind) -> &'static str {
     match backend {
         BackendKind::Shm => "memcpy",
-        BackendKind::Tcp => "writev/readv over tcp",
+        _ => "writev/readv over tcp",
     }
 }
 

@@ -14,7 +14,7 @@ use crate::support::{
     EPOCH, HANDOFF, OWNER, Owner, assert_in_place, deadline, memory, name, pattern, reader, reader_with,
 };
 
-const BOTH: [BackendKind; 2] = BackendKind::ALL;
+const BOTH: [BackendKind; 2] = BackendKind::ALWAYS;
 
 async fn read(session: &Session, blocks: &[BlockRead]) -> Result<u64, TransferError> {
     let into = memory(32 << 20);

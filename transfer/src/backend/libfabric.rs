@@ -1,0 +1,1 @@
+//! The libfabric driver: EFA and every other provider with reliable datagrams and one-sided operations.

@@ -1,0 +1,1 @@
+//! The UCX driver: RDMA, GPU memory and every other transport UCX knows.

@@ -1,0 +1,1 @@
+//! NVIDIA GPU memory through the CUDA driver, opened at run time.

@@ -1,0 +1,1 @@
+//! AWS Neuron device memory through libnrt, opened at run time.
