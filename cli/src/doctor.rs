@@ -75,7 +75,9 @@ fn backend(kind: BackendKind) -> Finding {
         BackendKind::Tcp => probed(probe_tcp(), "bring the loopback interface up"),
         BackendKind::Libfabric => from_library("backend", &name, Library::LIBFABRIC),
         BackendKind::Ucx => from_library("backend", &name, Library::UCX),
-        BackendKind::File | BackendKind::Object => probed(Err(NOT_BUILT.to_owned()), "use tcp or shm"),
+        BackendKind::Cma | BackendKind::Plugin | BackendKind::File | BackendKind::Object => {
+            probed(Err(NOT_BUILT.to_owned()), "use tcp or shm")
+        }
     }
 }
 

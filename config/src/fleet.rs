@@ -30,7 +30,7 @@ pub use pool::{Autoscale, KvCapacity, KvSpec, Pool, ScalerKind, WorkerLimits};
 pub use router::{
     AuthSpec, Disaggregation, Isolation, PolicyKind, PolicySpec, RouterLimits, RouterSpec, Slo,
 };
-pub use transfer::{BackendKind, Integrity, TransferPath, TransferSpec};
+pub use transfer::{BackendKind, Choose, Integrity, TransferLimitsSpec, TransferPath, TransferSpec};
 
 use crate::environment;
 use crate::fault::{Fault, Faults};

@@ -31,6 +31,7 @@ pub mod layout;
 #[expect(unsafe_code, reason = "maps memory and hands it to the kernel")]
 pub mod memory;
 pub mod plan;
+pub mod probe;
 pub mod session;
 pub mod slab;
 pub mod stats;

@@ -141,7 +141,7 @@ pub enum OptionsError {
         accelerator: Accelerator,
     },
     /// None of the pool's backends is in this build.
-    #[error("pool {pool} has no backend this build can use: shm and tcp are there")]
+    #[error("pool {pool} has no backend this build can use: it lacks file and object")]
     Backend {
         /// The pool.
         pool: PoolName,
@@ -238,8 +238,12 @@ fn transfer_of(pool: &fleet::Pool, replica: u16) -> Result<TransferOptions, Opti
     let spec = &pool.transfer;
     let ours = |kind: &fleet::BackendKind| match kind {
         fleet::BackendKind::Shm => Some(BackendKind::Shm),
+        fleet::BackendKind::Cma => Some(BackendKind::Cma),
+        fleet::BackendKind::Libfabric => Some(BackendKind::Libfabric),
+        fleet::BackendKind::Ucx => Some(BackendKind::Ucx),
+        fleet::BackendKind::Plugin => Some(BackendKind::Plugin),
         fleet::BackendKind::Tcp => Some(BackendKind::Tcp),
-        _ => None,
+        fleet::BackendKind::File | fleet::BackendKind::Object => None,
     };
     let backends: Vec<BackendKind> = spec.backends.iter().filter_map(ours).collect();
     if backends.is_empty() {

@@ -43,8 +43,8 @@ impl BackendKind {
     /// Whether this build has it.
     pub fn is_available(self) -> bool {
         match self {
-            Self::Shm | Self::Tcp => true,
-            Self::Libfabric | Self::Ucx | Self::File | Self::Object => false,
+            Self::Shm | Self::Tcp | Self::Cma | Self::Libfabric | Self::Ucx | Self::Plugin => true,
+            Self::File | Self::Object => false,
         }
     }
 }

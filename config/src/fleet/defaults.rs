@@ -4,7 +4,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use super::{
-    BackendKind, Disaggregation, EngineKind, Integrity, Isolation, PolicyKind, ScalerKind, TransferPath,
+    BackendKind, Choose, Disaggregation, EngineKind, Integrity, Isolation, PolicyKind, ScalerKind,
+    TransferPath,
 };
 use crate::geometry::{Dtype, KvLayout};
 use crate::names::Accelerator;
@@ -104,6 +105,18 @@ pub const KV_MEMORY: Bytes = Bytes(256 << 20);
 pub const TRANSFER_PATH: TransferPath = TransferPath::Auto;
 /// `pools[].transfer.backends`.
 pub const BACKENDS: &[BackendKind] = &[BackendKind::Shm, BackendKind::Tcp];
+/// `pools[].transfer.choose`.
+pub const CHOOSE: Choose = Choose::Measured;
+/// `pools[].transfer.rails`: the network cards of the largest machines in use.
+pub const RAILS: usize = 16;
+/// `pools[].transfer.limits.registered`.
+pub const REGISTERED: Bytes = Bytes(1 << 40);
+/// `pools[].transfer.limits.regions`.
+pub const REGIONS: u32 = 256;
+/// `pools[].transfer.limits.peer_ops`.
+pub const PEER_OPS: u32 = 64;
+/// `pools[].transfer.limits.peer_bytes`: some milliseconds of a fast network.
+pub const PEER_BYTES: Bytes = Bytes(16 << 20);
 /// `pools[].transfer.integrity`.
 pub const INTEGRITY: Integrity = Integrity::Digest;
 /// `pools[].transfer.streams`.

@@ -13,7 +13,7 @@ pub struct PairPath {
     pub prefill: PoolName,
     /// The side that reads.
     pub decode: PoolName,
-    /// Backends both sides name, in the order the decode side prefers them; the first that connects is used.
+    /// Backends both sides name, in the order the decode side prefers them.
     pub backends: Vec<BackendKind>,
     /// How blocks leave the prefill side: `HostBuffered`, `Direct` or `GpuDirect`.
     pub export: TransferPath,
@@ -114,11 +114,14 @@ fn pair(prefill: &Pool, decode: &Pool) -> PairPath {
     }
     for backend in &backends {
         match backend {
-            BackendKind::Shm => reasons.push("shm serves workers of one host".to_owned()),
+            BackendKind::Shm | BackendKind::Cma => {
+                reasons.push(format!("{backend} serves workers of one host"))
+            }
             other if !other.is_available() => reasons.push(format!("{other} is not available in this build")),
             BackendKind::Tcp
             | BackendKind::Libfabric
             | BackendKind::Ucx
+            | BackendKind::Plugin
             | BackendKind::File
             | BackendKind::Object => {}
         }

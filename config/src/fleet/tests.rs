@@ -163,7 +163,25 @@ fn names_what_is_not_in_this_build() {
     .assert_eq(&missing.to_string());
     let passed_over: Vec<&str> =
         fleet.unsupported().iter().filter(|u| !u.required).map(|u| u.what.as_str()).collect();
-    assert_eq!(passed_over, ["the backend libfabric", "autoscaling", "the backend ucx"]);
+    assert_eq!(passed_over, ["autoscaling"]);
+}
+
+#[test]
+fn agents_that_other_hosts_can_reach_share_a_token() {
+    let fleet = |transfer: &str| {
+        format!(
+            "version: 1\nmodel: {{ path: examples/models/tiny }}\npools:\n  - name: a\n    role: both\n    transfer: {{ {transfer} }}\n"
+        )
+    };
+    let faults = parse(&fleet("bind: 10.0.0.7, backends: [plugin, tcp]")).expect_err("no token, no plugin");
+    expect![[r#"
+        fleet.yaml:6:15: pools[0].transfer.plugin: is missing
+          remedy: write `plugin:` with the path of the plugin's shared object
+        fleet.yaml:6:23: pools[0].transfer.bind: is 10.0.0.7, where other hosts can connect, and the agents share no token
+          remedy: add auth: { token_file: PATH } with the same file for every pool, or bind 127.0.0.1
+        2 faults in fleet.yaml"#]].assert_eq(&faults.to_string());
+    let ours = parse(&fleet("bind: 10.0.0.7, auth: { token_file: t }")).unwrap();
+    assert_eq!(ours.pools[0].transfer.token_file.as_deref(), Some(std::path::Path::new("t")));
 }
 
 #[test]
@@ -221,8 +239,8 @@ pools:
           remedy: write a size from 1 KiB to 16 TiB, like 64MiB (the default is 256 MiB)
         fleet.yaml:12:33: pools[0].transfer.backends[1]: names shm again
           remedy: name each backend once, best first
-        fleet.yaml:12:38: pools[0].transfer.backends[2]: is smoke, which is not one of shm, tcp, libfabric, ucx, file, object
-          remedy: write one of shm, tcp, libfabric, ucx, file, object
+        fleet.yaml:12:38: pools[0].transfer.backends[2]: is smoke, which is not one of shm, tcp, cma, libfabric, ucx, plugin, file, object
+          remedy: write one of shm, tcp, cma, libfabric, ucx, plugin, file, object
         fleet.yaml:12:57: pools[0].transfer.integrity: is yes, which is not one of digest, off
           remedy: write one of digest, off
         fleet.yaml:13:15: pools[0].replicas: is two, which is not a whole number from 0 to 1024

@@ -1,6 +1,7 @@
 //! `pools[].transfer:` of the fleet document.
 
 use std::net::{IpAddr, SocketAddr};
+use std::path::PathBuf;
 use std::time::Duration;
 
 use super::defaults;
@@ -31,14 +32,28 @@ choice! {
         Shm => "shm",
         /// TCP streams.
         Tcp => "tcp",
+        /// The kernel copies between two processes of one host.
+        Cma => "cma",
         /// libfabric (EFA, verbs).
         Libfabric => "libfabric",
         /// UCX.
         Ucx => "ucx",
+        /// A driver in a shared object.
+        Plugin => "plugin",
         /// Files.
         File => "file",
         /// An object store.
         Object => "object",
+    }
+}
+
+choice! {
+    /// Which of the backends that both sides have is used.
+    Choose {
+        /// The one that was measured to be the quickest; the order of the list decides where they are close.
+        Measured => "measured",
+        /// The first of the list that works.
+        Listed => "listed",
     }
 }
 
@@ -60,8 +75,20 @@ pub struct TransferSpec {
     pub path: TransferPath,
     /// Which backends, best first; never empty, no repeats.
     pub backends: Vec<BackendKind>,
+    /// Which of the backends is used.
+    pub choose: Choose,
     /// Provider of libfabric, such as `efa`.
     pub provider: Option<String>,
+    /// Network interfaces of one backend used side by side, at most.
+    pub rails: usize,
+    /// Transports of UCX, such as `rc,cuda_ipc,tcp`; those that suit the machine without.
+    pub transports: Option<String>,
+    /// The shared object of the backend `plugin`.
+    pub plugin: Option<PathBuf>,
+    /// File of the token that all transfer agents of the fleet share.
+    pub token_file: Option<PathBuf>,
+    /// Bounds of one agent.
+    pub limits: TransferLimitsSpec,
     /// Whether blocks are verified.
     pub integrity: Integrity,
     /// TCP streams per peer.
@@ -82,6 +109,31 @@ pub struct TransferSpec {
     pub stall_timeout: Duration,
 }
 
+/// Bounds of what one transfer agent registers and has under way.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct TransferLimitsSpec {
+    /// Memory registered with network libraries.
+    pub registered: Bytes,
+    /// Regions registered.
+    pub regions: u32,
+    /// Operations under way with one peer.
+    pub peer_ops: u32,
+    /// Bytes under way with one peer.
+    pub peer_bytes: Bytes,
+}
+
+impl TransferLimitsSpec {
+    fn read(mut section: Section<'_, '_>) -> Self {
+        Self {
+            registered: section.bytes("registered", Bytes(1 << 20)..=Bytes(1 << 50), defaults::REGISTERED),
+            regions: section.count("regions", 1..=1024, defaults::REGIONS),
+            peer_ops: section.count("peer_ops", 1..=4096, defaults::PEER_OPS),
+            peer_bytes: section.bytes("peer_bytes", Bytes(64 << 10)..=Bytes(1 << 34), defaults::PEER_BYTES),
+        }
+    }
+}
+
 impl TransferSpec {
     pub(super) fn read(mut section: Section<'_, '_>, accelerator: Accelerator) -> Self {
         let path = section.choice("path", defaults::TRANSFER_PATH);
@@ -90,10 +142,19 @@ impl TransferSpec {
             section.reader.fault(&name, section.reader.position(&name), problem, remedy);
         }
         let backends = read_backends(&mut section);
+        let choose = section.choice("choose", defaults::CHOOSE);
         let provider = section.text("provider", "the name of a libfabric provider, like efa");
+        let rails = section.integer("rails", 1..=16, defaults::RAILS as u64);
+        let transports = section.text("transports", "transports of UCX, like rc,cuda_ipc,tcp");
+        let plugin = section.file("plugin");
+        if plugin.is_none() && backends.contains(&BackendKind::Plugin) {
+            section.missing("plugin", "the path of the plugin's shared object");
+        }
         let integrity = section.choice("integrity", defaults::INTEGRITY);
         let streams = section.integer("streams", 1..=64, defaults::STREAMS as u64);
         let bind = ip(&mut section, "bind");
+        let token_file = read_token_file(&mut section, bind);
+        let limits = TransferLimitsSpec::read(section.section("limits"));
         let port = section.count("port", 0..=65_535, u32::from(defaults::TRANSFER_PORT));
         let advertise = section.optional("advertise", ADDRESS_EXPECTED, address);
         let staging = section.bytes("staging", Bytes(4 << 10)..=Bytes(1 << 40), defaults::STAGING);
@@ -109,7 +170,13 @@ impl TransferSpec {
         Self {
             path,
             backends,
+            choose,
             provider,
+            rails: usize::try_from(rails).unwrap_or(defaults::RAILS),
+            transports,
+            plugin,
+            token_file,
+            limits,
             integrity,
             streams: usize::try_from(streams).unwrap_or(defaults::STREAMS),
             bind,
@@ -126,6 +193,24 @@ impl TransferSpec {
 fn ip(section: &mut Section<'_, '_>, key: &'static str) -> IpAddr {
     let default = defaults::TRANSFER_BIND;
     section.value(key, "an IP address, like 10.0.0.7", default, |text: &Text| text.text.parse().ok())
+}
+
+/// Where other hosts can connect, agents must know each other.
+fn read_token_file(section: &mut Section<'_, '_>, bind: IpAddr) -> Option<PathBuf> {
+    let token_file = section.section_if_given("auth").and_then(|mut auth| {
+        let token_file = auth.file("token_file");
+        if token_file.is_none() {
+            auth.missing("token_file", "the path of a file of at least 32 random characters");
+        }
+        token_file
+    });
+    if token_file.is_none() && !bind.is_loopback() {
+        let name = section.child("bind");
+        let problem = format!("is {bind}, where other hosts can connect, and the agents share no token");
+        let remedy = "add auth: { token_file: PATH } with the same file for every pool, or bind 127.0.0.1";
+        section.reader.fault(&name, section.reader.position(&name), problem, remedy);
+    }
+    token_file
 }
 
 /// Why memory of this kind cannot take that path, and what can.
