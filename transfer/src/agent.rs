@@ -2,6 +2,7 @@
 
 mod dial;
 pub(crate) mod grants;
+pub(crate) mod region;
 pub(crate) mod server;
 
 use std::net::{IpAddr, SocketAddr};
@@ -12,8 +13,10 @@ use tokio::net::TcpListener;
 use tokio_util::sync::DropGuard;
 
 pub use self::grants::Revoked;
+pub use self::region::DeviceMemory;
 
 use self::dial::Dialer;
+use self::region::Region;
 use self::server::Server;
 use crate::backend::{shm, tcp};
 use crate::error::Refusal;
@@ -257,7 +260,16 @@ impl Agent {
     /// # Errors
     /// When the table is full.
     pub fn register(&self, memory: HostMemory) -> Result<RegionId, RegisterError> {
-        self.server.register(memory)
+        self.server.register(Region::Host(memory))
+    }
+
+    /// Offers memory of a device to be read under grants: in place where a backend's library registers it, else through
+    /// copies, which `tcp` sends. Over `shm` it cannot be read.
+    ///
+    /// # Errors
+    /// When the table is full.
+    pub fn register_device(&self, memory: DeviceMemory) -> Result<RegionId, RegisterError> {
+        self.server.register(Region::Device(memory))
     }
 
     /// What peers need to connect, to be published: opaque, small, without keys.

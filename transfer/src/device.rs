@@ -9,7 +9,7 @@ use std::sync::{Mutex, PoisonError};
 use std::thread;
 use std::time::{Duration, Instant};
 
-use crate::memory::{HostMemory, MemoryError};
+use crate::memory::{HostMemory, MemoryError, MemorySpan};
 
 pub mod cuda;
 pub mod neuron;
@@ -83,6 +83,14 @@ pub trait Device: Send + Sync + fmt::Debug {
         host_offset: usize,
         len: usize,
     ) -> Result<(), DeviceError>;
+
+    /// The memory as network libraries register it, to move bytes without a copy through the host.
+    ///
+    /// # Errors
+    /// Why they cannot reach it, for people.
+    fn span(&self) -> Result<MemorySpan, String> {
+        Err(format!("network libraries cannot reach {} memory", self.kind()))
+    }
 }
 
 /// A device that is host memory nobody else can map, behind one copy engine of bounded bandwidth.
@@ -91,6 +99,8 @@ pub struct EmulatedDevice {
     /// Never registered with a transfer agent, which is what makes it a device.
     memory: HostMemory,
     engine: Option<CopyEngine>,
+    /// Whether network libraries may register it all the same.
+    reachable: bool,
 }
 
 impl EmulatedDevice {
@@ -100,7 +110,14 @@ impl EmulatedDevice {
     /// When the system refuses the memory.
     pub fn new(len: usize, bytes_per_s: Option<u64>) -> Result<Self, MemoryError> {
         let memory = HostMemory::allocate(len, "emulated device")?;
-        Ok(Self { memory, engine: bytes_per_s.map(CopyEngine::new) })
+        Ok(Self { memory, engine: bytes_per_s.map(CopyEngine::new), reachable: false })
+    }
+
+    /// The same device, but network libraries can reach its memory, as they can that of a GPU. Only explicit copies
+    /// and network libraries can: it is no host memory to anything else.
+    #[must_use]
+    pub fn reachable(self) -> Self {
+        Self { reachable: true, ..self }
     }
 
     fn paced(&self, len: usize, copy: impl FnOnce()) {
@@ -149,6 +166,13 @@ impl Device for EmulatedDevice {
     ) -> Result<(), DeviceError> {
         self.paced(len, || host.copy_to(host_offset, &self.memory, offset, len));
         Ok(())
+    }
+
+    fn span(&self) -> Result<MemorySpan, String> {
+        match self.reachable {
+            true => Ok(self.memory.span()),
+            false => Err("the network cannot reach the memory of an emulated device".to_owned()),
+        }
     }
 }
 

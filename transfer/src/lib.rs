@@ -38,7 +38,8 @@ pub mod stats;
 pub mod wire;
 
 pub use agent::{
-    Agent, AgentOptions, BackendKind, ConnectError, Integrity, RegionId, RegisterError, Revoked, StartError,
+    Agent, AgentOptions, BackendKind, ConnectError, DeviceMemory, Integrity, RegionId, RegisterError,
+    Revoked, StartError,
 };
 pub use arena_memory::ArenaMemory;
 pub use device::{Device, DeviceError, EmulatedDevice};

@@ -9,10 +9,11 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::grants::{Grants, Permit, Revoked};
+use super::region::Region;
 use super::{RegionId, RegisterError};
 use crate::backend::shm::control::Control;
 use crate::error::Refusal;
-use crate::memory::{HostMemory, MemoryError};
+use crate::memory::MemoryError;
 use crate::session::Descriptor;
 use crate::stats::Counters;
 use crate::wire::Hello;
@@ -34,7 +35,7 @@ pub(crate) struct Server {
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) control: Control,
     life: Mutex<Option<Life>>,
-    regions: RwLock<Arc<[HostMemory]>>,
+    regions: RwLock<Arc<[Region]>>,
     grants: Grants,
     /// The newest life seen of each peer: an older one is a process that should be dead.
     peers: Mutex<HashMap<WorkerId, Epoch>>,
@@ -125,7 +126,7 @@ impl Server {
         hello.from_epoch < *newest
     }
 
-    pub(crate) fn register(&self, memory: HostMemory) -> Result<RegionId, RegisterError> {
+    pub(crate) fn register(&self, memory: Region) -> Result<RegionId, RegisterError> {
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
         if regions.len() >= MAX_REGIONS {
             return Err(RegisterError::Full { limit: MAX_REGIONS });
@@ -134,12 +135,12 @@ impl Server {
         Ok(RegionId(regions.len() as u32))
     }
 
-    pub(crate) fn region(&self, id: RegionId) -> Option<HostMemory> {
+    pub(crate) fn region(&self, id: RegionId) -> Option<Region> {
         region(&self.regions(), id).cloned()
     }
 
     /// The region table as it is now; [`region`] looks into it.
-    pub(crate) fn regions(&self) -> Arc<[HostMemory]> {
+    pub(crate) fn regions(&self) -> Arc<[Region]> {
         self.regions.read().unwrap_or_else(PoisonError::into_inner).clone()
     }
 
@@ -161,7 +162,7 @@ impl Server {
     /// Allows serving `blocks` out of `regions`.
     pub(crate) fn permit(
         &self,
-        regions: &[HostMemory],
+        regions: &[Region],
         handoff: HandoffId,
         blocks: &[Descriptor],
     ) -> Result<Permit, Denial> {
@@ -180,6 +181,6 @@ impl Server {
 }
 
 /// Region `id` of a table; they are numbered from 1.
-pub(crate) fn region(regions: &[HostMemory], id: RegionId) -> Option<&HostMemory> {
+pub(crate) fn region(regions: &[Region], id: RegionId) -> Option<&Region> {
     regions.get((id.0 as usize).checked_sub(1)?)
 }

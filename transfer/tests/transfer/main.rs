@@ -1,6 +1,7 @@
 //! Agents over real sockets and shared memory: in one process, through a proxy that breaks things, and in two.
 #![cfg(test)]
 
+mod devices;
 mod faults;
 mod processes;
 mod proxy;

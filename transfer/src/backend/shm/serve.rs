@@ -9,6 +9,7 @@ use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
 use super::pass;
+use crate::agent::region::Region;
 use crate::agent::server::{Denial, Life, Server};
 use crate::backend::CONNECT_TIMEOUT;
 use crate::backend::frames::FrameReader;
@@ -71,8 +72,8 @@ impl Connection {
                 return Err(LinkError::Protocol(WireError::Kind));
             }
             let region = wire::decode_map(&payload).map_err(LinkError::Protocol)?;
-            match self.server.region(region) {
-                Some(memory) => self.pass(Kind::Mapped, &life, header.seq, &memory).await?,
+            match self.server.region(region).as_ref().and_then(Region::host) {
+                Some(memory) => self.pass(Kind::Mapped, &life, header.seq, memory).await?,
                 None => self.refuse(Denial::Refused(Refusal::OutsideRegion), header.seq).await?,
             }
         }

@@ -1,5 +1,7 @@
 //! The serving side of `tcp`: admits connections and answers reads out of region memory.
 
+mod staged;
+
 use std::io;
 use std::os::fd::AsFd;
 use std::sync::Arc;
@@ -9,6 +11,8 @@ use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
+use crate::agent::grants::Permit;
+use crate::agent::region::Region;
 use crate::agent::server::{Denial, Life, Server, region};
 use crate::backend::CONNECT_TIMEOUT;
 use crate::backend::frames::FrameReader;
@@ -125,8 +129,12 @@ impl Connection {
         };
         let len = read.blocks.iter().map(|block| block.len).sum();
         let head = Header { kind: Kind::Data, code: 0, len, epoch: life.epoch, seq: header.seq }.encode(&[]);
+        let device = |block: &Descriptor| matches!(region(&regions, block.region), Some(Region::Device(_)));
+        if read.blocks.iter().any(device) {
+            return self.answer_staged(life, &head, &regions, &read.blocks, permit).await;
+        }
         let span = |block: &Descriptor| {
-            let memory = region(&regions, block.region)?;
+            let memory = region(&regions, block.region)?.host()?;
             Some(Span { memory, offset: block.offset as usize, len: block.len as usize })
         };
         let mut spans = Vec::with_capacity(read.blocks.len());
@@ -150,6 +158,28 @@ impl Connection {
         };
         sent?;
         self.server.counters.served(u64::from(len));
+        Ok(())
+    }
+
+    /// As [`Connection::answer`], where a block is in device memory.
+    async fn answer_staged(
+        &self,
+        life: &Life,
+        head: &[u8],
+        regions: &Arc<[Region]>,
+        blocks: &[Descriptor],
+        permit: Permit,
+    ) -> Result<(), LinkError> {
+        let (revoked, permit) = (permit.revoked.clone(), Arc::new(permit));
+        let send = staged::send(&self.stream, head, (&self.server, regions), blocks, &permit);
+        let sent = tokio::select! {
+            biased;
+            sent = timeout(STALL_TIMEOUT, send) => sent.map_err(|_| LinkError::Closed)?,
+            () = revoked.cancelled() => Err(LinkError::Closed),
+            () = life.ended.cancelled() => Err(LinkError::Closed),
+        };
+        sent?;
+        self.server.counters.served(blocks.iter().map(|block| u64::from(block.len)).sum());
         Ok(())
     }
 }

@@ -1,0 +1,61 @@
+//! Memory of a device as a region: what network libraries cannot reach in place is copied for the peer.
+
+use std::sync::Arc;
+
+use baton_transfer::{
+    Agent, AgentOptions, BackendKind, Destination, Device, DeviceMemory, EmulatedDevice, Refusal,
+    TransferError,
+};
+
+use crate::support::{
+    EPOCH, HANDOFF, OWNER, assert_in_place, blocks, deadline, memory, name, pattern, reader,
+};
+
+/// An owner whose blocks are in the memory of a device.
+async fn owner(len: usize) -> (Agent, baton_transfer::RegionId) {
+    let agent = Agent::start(AgentOptions::new(name(OWNER))).await.unwrap();
+    agent.set_epoch(EPOCH);
+    let device = EmulatedDevice::new(len, None).unwrap().reachable();
+    device.write(0, &pattern(0, len as u32));
+    let region = agent.register_device(DeviceMemory::new(Arc::new(device)).unwrap()).unwrap();
+    (agent, region)
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_of_a_device_arrive_over_tcp() {
+    let (owner, region) = owner(40 << 20).await;
+    let reader = reader(BackendKind::Tcp).await;
+    let session = reader.connect(&name(OWNER), EPOCH, &owner.metadata()).await.unwrap();
+    for (count, len) in [(1, 1), (64, 4096), (33, 65_537), (6, 3 << 20), (2500, 100)] {
+        let blocks = blocks(region, count, len);
+        owner.grant(HANDOFF, blocks.iter().map(|block| block.source).collect());
+        let into = memory(32 << 20);
+        let report = session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline()).await.unwrap();
+        assert_eq!(report.bytes.0, count as u64 * u64::from(len));
+        assert_in_place(&into, &blocks);
+        owner.revoke(HANDOFF).settled().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_is_outside_a_device_region_or_not_host_memory_is_refused() {
+    let (owner, region) = owner(1 << 20).await;
+    for (backend, block_at) in [(BackendKind::Tcp, 1 << 20), (BackendKind::Shm, 0)] {
+        let reader = reader(backend).await;
+        let session = reader.connect(&name(OWNER), EPOCH, &owner.metadata()).await.unwrap();
+        let mut blocks = blocks(region, 1, 4096);
+        blocks[0].source.offset = block_at;
+        owner.grant(HANDOFF, vec![blocks[0].source]);
+        let into = memory(4096);
+        let outcome = session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline()).await;
+        let Err(TransferError::Refused { refusal, .. }) = outcome else { panic!("{outcome:?}") };
+        assert_eq!(refusal, Refusal::OutsideRegion, "{backend}");
+    }
+}
+
+#[test]
+fn a_device_that_networks_cannot_reach_says_so() {
+    let device = Arc::new(EmulatedDevice::new(4096, None).unwrap());
+    let why = DeviceMemory::new(device).unwrap_err();
+    assert_eq!(why, "the network cannot reach the memory of an emulated device");
+}
