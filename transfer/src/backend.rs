@@ -14,6 +14,7 @@ use std::time::Duration;
 use baton_config::{Epoch, HandoffId, WorkerId};
 use tokio::time::Instant;
 
+use crate::agent::DeviceMemory;
 use crate::error::{LinkError, Refusal};
 use crate::session::{BlockRead, Destination, Expected};
 use crate::wire::{self, Header, Hello, WireError};
@@ -54,9 +55,10 @@ pub(crate) struct ReadJob<'a> {
 }
 
 impl ReadJob<'_> {
-    /// What the digest of a block must be, where it is to be verified.
+    /// What the digest of a block must be, where it is to be verified here.
     pub(crate) fn expected(&self, index: usize) -> Option<Expected> {
-        self.blocks[index].expected.filter(|_| self.verify)
+        let here = self.verify && !matches!(self.into, Destination::Device(_));
+        self.blocks[index].expected.filter(|_| here)
     }
 }
 
@@ -139,6 +141,15 @@ impl Link {
         match self {
             Self::Shm(link) => link.read(job).await,
             Self::Tcp(link) => link.read(job).await,
+        }
+    }
+
+    /// Whether a read can go straight into the memory of a device.
+    #[expect(clippy::unused_async, reason = "a fabric's thread is asked")]
+    pub(crate) async fn reaches(&self, _memory: &DeviceMemory) -> Result<(), String> {
+        match self {
+            Self::Shm(_) => Err("shm copies to host memory only".to_owned()),
+            Self::Tcp(_) => Err("tcp receives into host memory only".to_owned()),
         }
     }
 

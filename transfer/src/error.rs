@@ -51,6 +51,9 @@ pub enum LinkError {
     /// The peer sent what the protocol does not allow.
     #[error("the peer broke the protocol")]
     Protocol(#[source] crate::wire::WireError),
+    /// The path does not reach the memory of a device: take the blocks through host memory.
+    #[error("the path does not reach the device's memory: {0}")]
+    Device(String),
     /// A peer's memory could not be mapped.
     #[error("the peer's memory cannot be mapped")]
     Memory(#[source] crate::memory::MemoryError),

@@ -7,7 +7,7 @@ use baton_config::{Bytes, Epoch, HandoffId, WorkerId};
 use tokio::time::{Instant, timeout_at};
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::{BackendKind, Integrity, RegionId};
+use crate::agent::{BackendKind, DeviceMemory, Integrity, RegionId};
 use crate::backend::{Fault, Link, Pair, Progress, ReadJob};
 use crate::digest::DigestSeed;
 use crate::error::{LinkError, Refusal, TransferError};
@@ -67,6 +67,9 @@ pub enum Destination<'a> {
     Memory(&'a HostMemory),
     /// Through a staging buffer to a sink, which sees verified bytes only.
     Sink(&'a dyn BlockSink),
+    /// Straight into memory of a device, block by block at [`BlockRead::to`], where the path reaches it (see
+    /// [`Session::reaches`]). Digests are not verified: only the device can look at the bytes, the caller asks it.
+    Device(&'a DeviceMemory),
 }
 
 /// What a read did.
@@ -150,6 +153,14 @@ impl Session {
         !self.0.closed.is_cancelled() && self.0.link.is_usable()
     }
 
+    /// Whether reads can go straight into the memory of a device, which is registered for that if need be.
+    ///
+    /// # Errors
+    /// Why not, for people: take the blocks through host memory then.
+    pub async fn reaches(&self, memory: &DeviceMemory) -> Result<(), String> {
+        self.0.link.reaches(memory).await
+    }
+
     /// Reads blocks granted under `handoff`; done when every byte is in place and verified.
     ///
     /// Fencing: the destination is written only while this future is being polled. Once it has returned, with
@@ -172,9 +183,12 @@ impl Session {
     ) -> Result<ReadReport, TransferError> {
         for block in blocks {
             assert!(block.source.len > 0, "a block has bytes");
-            if let Destination::Memory(memory) = into {
-                assert!(memory.fits(block.to, block.source.len as usize), "{block:?} is outside {memory:?}");
-            }
+            let fits = match into {
+                Destination::Memory(memory) => memory.fits(block.to, block.source.len as usize),
+                Destination::Device(memory) => memory.fits(block.to, block.source.len as usize),
+                Destination::Sink(_) => true,
+            };
+            assert!(fits, "{block:?} is outside its destination");
         }
         let progress = Progress::new();
         let job = ReadJob { handoff, blocks, into, verify: self.0.verify, progress: &progress };
@@ -193,10 +207,16 @@ impl Session {
         if job.blocks.iter().any(|block| u64::from(block.source.len) > MAX_READ_BYTES) {
             return Err(TransferError::Refused { worker: worker(), refusal: Refusal::TooLarge });
         }
+        let read = async {
+            if let Destination::Device(memory) = job.into {
+                link.reaches(memory).await.map_err(LinkError::Device)?;
+            }
+            link.read(job).await
+        };
         let outcome = tokio::select! {
             biased;
             () = closed.cancelled() => Err(LinkError::Closed.into()),
-            outcome = timeout_at(deadline, link.read(job)) => match outcome {
+            outcome = timeout_at(deadline, read) => match outcome {
                 Ok(outcome) => outcome,
                 Err(_) => return Err(TransferError::Deadline { worker: worker(), moved: moved() }),
             },

@@ -31,6 +31,11 @@ impl DeviceMemory {
     pub fn span(&self) -> &MemorySpan {
         &self.span
     }
+
+    /// Whether `[offset, offset + len)` lies within.
+    pub fn fits(&self, offset: usize, len: usize) -> bool {
+        offset.checked_add(len).is_some_and(|end| end <= self.span.len())
+    }
 }
 
 /// A registered memory. Clones share it.
@@ -44,11 +49,10 @@ pub(crate) enum Region {
 
 impl Region {
     pub(crate) fn fits(&self, offset: usize, len: usize) -> bool {
-        let bytes = match self {
-            Self::Host(memory) => memory.len(),
-            Self::Device(memory) => memory.span.len(),
-        };
-        offset.checked_add(len).is_some_and(|end| end <= bytes)
+        match self {
+            Self::Host(memory) => memory.fits(offset, len),
+            Self::Device(memory) => memory.fits(offset, len),
+        }
     }
 
     /// The memory, where the processor can reach it.

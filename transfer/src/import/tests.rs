@@ -84,6 +84,7 @@ impl Peer for FakePeer {
                 Destination::Memory(memory) => memory.write(read.to, &bytes),
                 Destination::Sink(sink) if good => sink.block(position, &bytes),
                 Destination::Sink(_) => {}
+                Destination::Device(_) => panic!("not asked for by these tests"),
             }
             if !good {
                 bad.push(position);

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use baton_transfer::{
-    Agent, AgentOptions, BackendKind, Destination, Device, DeviceMemory, EmulatedDevice, Refusal,
+    Agent, AgentOptions, BackendKind, Destination, Device, DeviceMemory, EmulatedDevice, LinkError, Refusal,
     TransferError,
 };
 
@@ -50,6 +50,28 @@ async fn what_is_outside_a_device_region_or_not_host_memory_is_refused() {
         let outcome = session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline()).await;
         let Err(TransferError::Refused { refusal, .. }) = outcome else { panic!("{outcome:?}") };
         assert_eq!(refusal, Refusal::OutsideRegion, "{backend}");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn paths_that_copy_in_host_memory_say_that_they_do_not_reach_a_device() {
+    let (owner, region) = owner(1 << 20).await;
+    let device = EmulatedDevice::new(4096, None).unwrap().reachable();
+    let into = DeviceMemory::new(Arc::new(device)).unwrap();
+    for (backend, why) in [
+        (BackendKind::Tcp, "tcp receives into host memory only"),
+        (BackendKind::Shm, "shm copies to host memory only"),
+    ] {
+        let reader = reader(backend).await;
+        let session = reader.connect(&name(OWNER), EPOCH, &owner.metadata()).await.unwrap();
+        assert_eq!(session.reaches(&into).await.unwrap_err(), why);
+        let blocks = blocks(region, 1, 4096);
+        owner.grant(HANDOFF, vec![blocks[0].source]);
+        let outcome = session.read(HANDOFF, &blocks, Destination::Device(&into), deadline()).await;
+        let Err(TransferError::Link { source: LinkError::Device(reason), .. }) = outcome else {
+            panic!("{outcome:?}")
+        };
+        assert_eq!(reason, why);
     }
 }
 

@@ -47,6 +47,7 @@ impl<'a> Receiver<'a> {
             Destination::Sink(sink) => {
                 Landing::Staging { sink, bytes: Vec::new(), group: blocks.start..blocks.start, filled: 0 }
             }
+            Destination::Device(_) => unreachable!("the session asked whether tcp reaches a device"),
         };
         Self {
             job,
