@@ -84,6 +84,7 @@ fn report(shape: &ModelShape) -> KvReport {
             block_tokens,
             layout: KvLayout::Nhd,
             dtype,
+            ..KvGeometry::PLAIN
         };
         let per_token = geometry(1).token_bytes().0;
         let block =

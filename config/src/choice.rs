@@ -1,6 +1,6 @@
 //! Words a document may choose from: one table per enum serves parsing, printing and suggestions.
 
-use crate::geometry::{Dtype, KvLayout};
+use crate::geometry::{Dtype, KvLayout, Scales};
 use crate::names::{Accelerator, Role};
 
 /// An enum whose variants are words of the document.
@@ -51,9 +51,30 @@ impl Choice for Accelerator {
 }
 
 impl Choice for KvLayout {
-    const ALL: &'static [(&'static str, Self)] = &[("nhd", Self::Nhd), ("hnd", Self::Hnd)];
+    const ALL: &'static [(&'static str, Self)] = &[
+        ("nhd", Self::Nhd),
+        ("hnd", Self::Hnd),
+        ("b2lnhd", Self::B2lNhd),
+        ("b2lhnd", Self::B2lHnd),
+        ("l2bnhd", Self::L2bNhd),
+        ("l2bhnd", Self::L2bHnd),
+        ("lb2nhd", Self::Lb2Nhd),
+        ("lb2hnd", Self::Lb2Hnd),
+        ("lbnhc", Self::Lbnhc),
+        ("lbhnc", Self::Lbhnc),
+        ("lhbnc", Self::Lhbnc),
+        ("blnhc", Self::Blnhc),
+        ("blhnc", Self::Blhnc),
+        ("bhlnc", Self::Bhlnc),
+    ];
 }
 
 impl Choice for Dtype {
-    const ALL: &'static [(&'static str, Self)] = &[("bf16", Self::Bf16), ("f32", Self::F32)];
+    const ALL: &'static [(&'static str, Self)] =
+        &[("bf16", Self::Bf16), ("f16", Self::F16), ("f32", Self::F32), ("fp8_e4m3", Self::Fp8E4m3)];
+}
+
+impl Choice for Scales {
+    const ALL: &'static [(&'static str, Self)] =
+        &[("none", Self::None), ("block", Self::Block), ("head", Self::Head)];
 }

@@ -18,6 +18,9 @@ pub mod reader;
 pub mod units;
 mod yaml;
 
-pub use geometry::{Dtype, KvGeometry, KvLayout};
+pub use geometry::{
+    Attention, BLOCK_MAX_BYTES, Dtype, GeometryError, KvAxis, KvGeometry, KvLayout, KvStrides, SCALE_BYTES,
+    Scales, Shard, ShardFault,
+};
 pub use names::{Accelerator, Epoch, HandoffId, NameError, PoolName, Role, WorkerId};
 pub use units::{ByteRate, Bytes, Tokens};

@@ -137,6 +137,7 @@ fn arena(model: &Reference, options: &Options, tokens: u32, sequences: u32) -> R
         block_tokens: BLOCK_TOKENS,
         layout: KvLayout::Hnd,
         dtype: options.kv,
+        ..KvGeometry::PLAIN
     };
     let blocks = geometry.blocks_for(tokens) * sequences;
     Ok(Arena::new(Arc::new(HeapMemory::new(geometry.block_bytes() * blocks as usize)), geometry, blocks)?)

@@ -4,7 +4,9 @@ use std::fmt;
 use std::ops::Range;
 use std::sync::Arc;
 
-use baton_config::{Dtype, KvGeometry, KvLayout};
+use baton_config::{Attention, Dtype, KvGeometry, KvStrides, Shard};
+use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 use crate::memory::KvMemory;
 
@@ -55,6 +57,9 @@ pub enum ArenaError {
     /// Some count of the geometry is zero.
     #[error("a KV block of {0} holds nothing")]
     Empty(KvGeometry),
+    /// The engines here compute with keys and values of all heads, in f32, bf16 or f16.
+    #[error("no engine of this build computes with KV blocks of {0}")]
+    Unsupported(KvGeometry),
     /// The memory is smaller than the blocks.
     #[error("{blocks} KV blocks take {needed} bytes, the memory has {available}")]
     TooSmall {
@@ -69,14 +74,16 @@ pub enum ArenaError {
 
 /// The KV blocks of one worker: a memory, a geometry, a number of blocks.
 ///
-/// Shape: block-first, block `b` is the run of `geometry.block_bytes()` bytes at `b * geometry.block_bytes()`.
-/// Rows go in and out as `f32`; a bf16 arena rounds to nearest, ties to even, on the way in.
+/// Shape: the order of axes is that of `geometry.layout`; with a block-first one, block `b` is the run of
+/// `geometry.block_bytes()` bytes at `b * geometry.block_bytes()`.
+/// Rows go in and out as `f32`; a bf16 or f16 arena rounds to nearest, ties to even, on the way in.
 /// Methods take a block table: `blocks[i]` holds the tokens from `i * block_tokens`. They panic on a layer, head or
 /// token outside the geometry or the table: a bug of the caller.
 #[derive(Clone)]
 pub struct Arena {
     memory: Arc<dyn KvMemory>,
     geometry: KvGeometry,
+    strides: KvStrides,
     blocks: u32,
 }
 
@@ -92,12 +99,16 @@ impl Arena {
         if geometry.block_bytes() == 0 {
             return Err(ArenaError::Empty(geometry));
         }
+        let is_plain = geometry.attention == Attention::Kv && geometry.shard == Shard::Whole;
+        if !is_plain || geometry.dtype == Dtype::Fp8E4m3 {
+            return Err(ArenaError::Unsupported(geometry));
+        }
         let needed = geometry.block_bytes().saturating_mul(blocks as usize);
         let available = memory.len();
         if needed > available {
             return Err(ArenaError::TooSmall { blocks, needed, available });
         }
-        Ok(Self { memory, geometry, blocks })
+        Ok(Self { memory, geometry, strides: geometry.arena_strides(blocks), blocks })
     }
 
     /// What a block looks like.
@@ -115,19 +126,19 @@ impl Arena {
         &self.memory
     }
 
-    /// Byte offset of a block in the memory.
+    /// Byte offset of the first row of a block in the memory.
     ///
     /// # Panics
     /// When there is no such block.
     pub fn block_offset(&self, block: BlockId) -> usize {
         assert!(block.0 < self.blocks, "{block} of an arena of {}", self.blocks);
-        block.0 as usize * self.geometry.block_bytes()
+        block.0 as usize * self.strides.block * self.geometry.dtype.size()
     }
 
     /// Reads the rows of one head for a range of tokens.
     ///
-    /// Shape: `out` is `[tokens][head_dim]`. One run of memory per block with the head-major layout, one per token
-    /// with the token-major layout.
+    /// Shape: `out` is `[tokens][head_dim]`. One run of memory per block where a head's tokens follow one another, else
+    /// one per token.
     ///
     /// # Panics
     /// When the range leaves the table or `out` has another size.
@@ -147,13 +158,12 @@ impl Arena {
             let (rows, later) = rest.split_at_mut(run.tokens as usize * dim);
             rest = later;
             let base = self.block_offset(blocks[run.index]);
-            match self.geometry.layout {
-                KvLayout::Hnd => stage.read(base + self.row(plane, run.first, head), rows),
-                KvLayout::Nhd => {
-                    for (row, token) in rows.chunks_exact_mut(dim).zip(run.first..) {
-                        stage.read(base + self.row(plane, token, head), row);
-                    }
-                }
+            if self.strides.token == dim {
+                stage.read(base + self.row(plane, run.first, head), rows);
+                continue;
+            }
+            for (row, token) in rows.chunks_exact_mut(dim).zip(run.first..) {
+                stage.read(base + self.row(plane, token, head), row);
             }
         }
     }
@@ -169,13 +179,12 @@ impl Arena {
         let base = self.block_offset(blocks[(token / self.geometry.block_tokens) as usize]);
         let first = token % self.geometry.block_tokens;
         let mut stage = Stage::new(self);
-        match self.geometry.layout {
-            KvLayout::Nhd => stage.read(base + self.row(plane, first, 0), out),
-            KvLayout::Hnd => {
-                for (row, head) in out.chunks_exact_mut(self.geometry.head_dim as usize).zip(0..) {
-                    stage.read(base + self.row(plane, first, head), row);
-                }
-            }
+        let dim = self.geometry.head_dim as usize;
+        if self.strides.head == dim {
+            return stage.read(base + self.row(plane, first, 0), out);
+        }
+        for (row, head) in out.chunks_exact_mut(dim).zip(0..) {
+            stage.read(base + self.row(plane, first, head), row);
         }
     }
 
@@ -195,14 +204,13 @@ impl Arena {
             let (now, later) = rest.split_at(run.tokens as usize * numbers);
             rest = later;
             let base = self.block_offset(blocks[run.index]);
-            match self.geometry.layout {
-                KvLayout::Nhd => stage.write(base + self.row(plane, run.first, 0), now),
-                KvLayout::Hnd => {
-                    for (token_rows, token) in now.chunks_exact(numbers).zip(run.first..) {
-                        for (row, head) in token_rows.chunks_exact(dim).zip(0..) {
-                            stage.write(base + self.row(plane, token, head), row);
-                        }
-                    }
+            if self.strides.head == dim && self.strides.token == numbers {
+                stage.write(base + self.row(plane, run.first, 0), now);
+                continue;
+            }
+            for (token_rows, token) in now.chunks_exact(numbers).zip(run.first..) {
+                for (row, head) in token_rows.chunks_exact(dim).zip(0..) {
+                    stage.write(base + self.row(plane, token, head), row);
                 }
             }
         }
@@ -229,7 +237,12 @@ impl Arena {
             "layer {} head {head} of blocks of {g}",
             plane.layer
         );
-        g.row_offset(plane.layer, plane.kv.index(), token, head)
+        let strides = &self.strides;
+        let numbers = plane.layer as usize * strides.layer
+            + plane.kv.index() as usize * strides.kv
+            + token as usize * strides.token
+            + head as usize * strides.head;
+        numbers * g.dtype.size()
     }
 
     /// Cuts a token range at the block boundaries.
@@ -292,6 +305,15 @@ impl<'a> Stage<'a> {
                         *number = f32::from_bits(u32::from(u16::from_le_bytes(*bytes)) << 16);
                     }
                 }
+                Dtype::F16 => {
+                    let mut halves = [f16::ZERO; STAGE_BYTES / 2];
+                    let halves = &mut halves[..part.len()];
+                    for (half, bytes) in halves.iter_mut().zip(bytes.as_chunks().0) {
+                        *half = f16::from_le_bytes(*bytes);
+                    }
+                    halves.convert_to_f32_slice(part);
+                }
+                Dtype::Fp8E4m3 => unreachable!("refused when the arena was made"),
             }
         }
     }
@@ -310,6 +332,15 @@ impl<'a> Stage<'a> {
                         *bytes = bf16_bits(*number).to_le_bytes();
                     }
                 }
+                Dtype::F16 => {
+                    let mut halves = [f16::ZERO; STAGE_BYTES / 2];
+                    let halves = &mut halves[..part.len()];
+                    halves.convert_from_f32_slice(part);
+                    for (half, bytes) in halves.iter().zip(bytes.as_chunks_mut().0) {
+                        *bytes = half.to_le_bytes();
+                    }
+                }
+                Dtype::Fp8E4m3 => unreachable!("refused when the arena was made"),
             }
             self.memory.write(offset, bytes);
             offset += bytes.len();

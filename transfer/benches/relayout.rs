@@ -24,6 +24,7 @@ fn main() -> anyhow::Result<()> {
         block_tokens,
         layout,
         dtype,
+        ..KvGeometry::PLAIN
     };
     let (nhd, hnd) = (KvLayout::Nhd, KvLayout::Hnd);
     let (bf16, f32) = (Dtype::Bf16, Dtype::F32);

@@ -25,8 +25,9 @@ impl Strides {
         let tokens = geometry.block_tokens as usize;
         let plane = tokens * heads * dims;
         match geometry.layout {
-            KvLayout::Nhd => Self { plane, head: dims, token: heads * dims },
             KvLayout::Hnd => Self { plane, head: tokens * dims, token: dims },
+            // Plans refuse the others until they know them.
+            _ => Self { plane, head: dims, token: heads * dims },
         }
     }
 }

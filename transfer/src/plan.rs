@@ -12,7 +12,7 @@
 
 use std::ops::Range;
 
-use baton_config::{Dtype, KvGeometry, KvLayout};
+use baton_config::{Attention, Dtype, GeometryError, KvGeometry, KvLayout, Scales, Shard};
 
 use crate::layout::{Axis, Nest, Strides};
 
@@ -22,10 +22,6 @@ pub(crate) mod reference;
 mod scatter;
 #[cfg(test)]
 mod tests;
-
-/// Largest block a plan accepts, in bytes. Geometries come from peers, so sizes are bounded before use: 1 GiB is 64
-/// times the block of a 405B-parameter model at 32 tokens in f32.
-pub const BLOCK_MAX_BYTES: u64 = 1 << 30;
 
 /// Why there is no plan between two geometries.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
@@ -40,13 +36,13 @@ pub enum PlanError {
         /// Blocks to fill.
         dest: KvGeometry,
     },
-    /// A count is zero, or a block is larger than [`BLOCK_MAX_BYTES`].
-    #[error(
-        "no block can have {geometry}: every count must be at least 1 and a block at most {BLOCK_MAX_BYTES} bytes"
-    )]
+    /// One of them is no geometry at all.
+    #[error("no block can have {geometry}: {fault}")]
     Impossible {
         /// The refused geometry.
         geometry: KvGeometry,
+        /// Why.
+        fault: GeometryError,
     },
 }
 
@@ -91,16 +87,26 @@ impl RelayoutPlan {
     /// [`PlanError`] when the two hold different numbers or one of them is no geometry at all.
     pub fn new(source: KvGeometry, dest: KvGeometry) -> Result<Self, PlanError> {
         let shape = |g: &KvGeometry| (g.layers, g.kv_heads, g.head_dim);
-        check_possible(source)?;
-        check_possible(dest)?;
+        for geometry in [source, dest] {
+            geometry.check().map_err(|fault| PlanError::Impossible { geometry, fault })?;
+        }
         if shape(&source) != shape(&dest) {
             return Err(PlanError::Geometry { source_geometry: source, dest });
         }
-        let conversion = match (source.dtype, dest.dtype) {
-            (Dtype::F32, Dtype::Bf16) => Conversion::Narrow,
-            (Dtype::Bf16, Dtype::F32) => Conversion::Widen,
-            (Dtype::F32, Dtype::F32) | (Dtype::Bf16, Dtype::Bf16) => Conversion::Copy,
+        let known = |g: &KvGeometry| {
+            let rest = KvGeometry { layout: KvLayout::Nhd, ..*g };
+            let plain =
+                KvGeometry { scales: Scales::None, attention: Attention::Kv, shard: Shard::Whole, ..rest };
+            matches!(g.layout, KvLayout::Nhd | KvLayout::Hnd) && rest == plain
         };
+        let conversion = match (source.dtype, dest.dtype) {
+            _ if !known(&source) || !known(&dest) => None,
+            (Dtype::F32, Dtype::Bf16) => Some(Conversion::Narrow),
+            (Dtype::Bf16, Dtype::F32) => Some(Conversion::Widen),
+            (Dtype::F32, Dtype::F32) | (Dtype::Bf16, Dtype::Bf16) => Some(Conversion::Copy),
+            _ => None,
+        };
+        let conversion = conversion.ok_or(PlanError::Geometry { source_geometry: source, dest })?;
         Ok(Self {
             source,
             dest,
@@ -180,17 +186,5 @@ impl RelayoutPlan {
                 axis(2 * self.source.layers, source.plane, dest.plane),
             ],
         )
-    }
-}
-
-/// Refuses geometries whose arithmetic would be empty or overflow.
-fn check_possible(geometry: KvGeometry) -> Result<(), PlanError> {
-    let counts = [geometry.layers, geometry.kv_heads, geometry.head_dim, geometry.block_tokens];
-    let bytes = counts
-        .iter()
-        .try_fold(2 * geometry.dtype.size() as u64, |bytes, count| bytes.checked_mul(u64::from(*count)));
-    match bytes {
-        Some(1..=BLOCK_MAX_BYTES) => Ok(()),
-        _ => Err(PlanError::Impossible { geometry }),
     }
 }

@@ -14,7 +14,7 @@ use baton_transfer::{
     Agent, AgentOptions, ArenaMemory, BackendKind, EmulatedDevice, ExportBlock, ExportOptions, Exporter,
     HostMemory, ImportOptions, Importer, Pull, PullCause, Session, TransferError,
 };
-use half::bf16;
+use half::{bf16, f16};
 use tokio::time::Instant;
 
 const HANDOFF: HandoffId = HandoffId(0x1234_5678_9abc_def0_0fed_cba9_8765_4321);
@@ -25,7 +25,7 @@ fn soon() -> Instant {
 }
 
 fn geometry(block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
-    KvGeometry { layers: 4, kv_heads: 2, head_dim: 32, block_tokens, layout, dtype }
+    KvGeometry { layers: 4, kv_heads: 2, head_dim: 32, block_tokens, layout, dtype, ..KvGeometry::PLAIN }
 }
 
 /// A worker's transfer half: an arena of `tokens` tokens and an agent.
@@ -73,6 +73,8 @@ impl Side {
         let bytes: Vec<u8> = match self.geometry.dtype {
             Dtype::F32 => numbers.iter().flat_map(|n| n.to_le_bytes()).collect(),
             Dtype::Bf16 => numbers.iter().flat_map(|n| bf16::from_f32(*n).to_le_bytes()).collect(),
+            Dtype::F16 => numbers.iter().flat_map(|n| f16::from_f32(*n).to_le_bytes()).collect(),
+            Dtype::Fp8E4m3 => unreachable!("not among the pairs here"),
         };
         self.memory.write(self.row(token, layer, kv, head), &bytes);
     }
@@ -82,6 +84,8 @@ impl Side {
         self.memory.read(self.row(token, layer, kv, head), &mut bytes);
         match self.geometry.dtype {
             Dtype::F32 => bytes.as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect(),
+            Dtype::F16 => bytes.as_chunks::<2>().0.iter().map(|b| f16::from_le_bytes(*b).to_f32()).collect(),
+            Dtype::Fp8E4m3 => unreachable!("not among the pairs here"),
             Dtype::Bf16 => {
                 bytes.as_chunks::<2>().0.iter().map(|b| bf16::from_le_bytes(*b).to_f32()).collect()
             }

@@ -218,7 +218,7 @@ fn model_info(fleet: &Fleet) -> ModelInfo {
 /// Blocks of a model.
 pub fn geometry(model: &ModelInfo, block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
     let ModelInfo { layers, kv_heads, head_dim, .. } = *model;
-    KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype }
+    KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype, ..KvGeometry::PLAIN }
 }
 
 fn device_of(pool: &fleet::Pool) -> Result<Option<DeviceOptions>, OptionsError> {

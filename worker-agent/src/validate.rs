@@ -1,7 +1,7 @@
 //! What a request must be before the engine sees it.
 
-use baton_config::HandoffId;
 use baton_config::protocol::{GenerateRequest, HandoffRef, PrefillRequest, Sampling, Ticket};
+use baton_config::{GeometryError, HandoffId};
 use baton_engine::ModelInfo;
 
 /// Longest `request_id`.
@@ -83,6 +83,9 @@ pub enum Invalid {
     /// The handoff id is zero: nobody minted it.
     #[error("a handoff id of zero was not minted by a router")]
     HandoffId,
+    /// A ticket whose blocks cannot be.
+    #[error("the ticket has blocks that cannot be: {0}")]
+    Geometry(GeometryError),
     /// A ticket that contradicts itself.
     #[error("the ticket {0}")]
     Ticket(&'static str),
@@ -130,6 +133,7 @@ pub fn ticket(ticket: &Ticket, model: &ModelInfo) -> Result<(), Invalid> {
     if numbers.iter().any(|number| *number > GEOMETRY_MAX) {
         return Err(Invalid::Ticket("has blocks larger than any memory"));
     }
+    ticket.geometry.check().map_err(Invalid::Geometry)?;
     if ticket.tokens > model.max_context {
         return Err(Invalid::TooLong { tokens: ticket.tokens as usize, context: model.max_context });
     }

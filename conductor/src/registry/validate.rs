@@ -10,8 +10,6 @@ use crate::api::{Register, TRANSFER_MAX_BYTES};
 use crate::record::{LAST_ERROR_MAX_BYTES, Load};
 use crate::server::PoolOptions;
 
-/// Largest KV block that is believed.
-const BLOCK_MAX_BYTES: u128 = 1 << 30;
 /// Largest value of one dimension of a KV geometry.
 const DIMENSION_MAX: u32 = 1 << 16;
 /// Longest model id and engine kind.
@@ -74,12 +72,7 @@ fn geometry(kv: &KvGeometry) -> Result<(), Fault> {
     if dimensions.iter().any(|d| !(1..=DIMENSION_MAX).contains(d)) {
         return fault("kv", format!("({kv}) must have every dimension in 1 to {DIMENSION_MAX}"));
     }
-    let numbers: u128 = dimensions.iter().map(|d| u128::from(*d)).product();
-    let bytes = numbers * 2 * kv.dtype.size() as u128;
-    if bytes > BLOCK_MAX_BYTES {
-        return fault("kv", format!("({kv}) has blocks of {bytes} bytes, limit {BLOCK_MAX_BYTES}"));
-    }
-    Ok(())
+    kv.check().map_err(|error| Fault { field: "kv", fault: format!("({kv}) cannot be: {error}") })
 }
 
 fn address(text: &str) -> Result<(), Fault> {

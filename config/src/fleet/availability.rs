@@ -3,6 +3,7 @@
 use super::{BackendKind, ConductorSpec, EngineKind, PolicyKind, Pool, RouterSpec, StoreSpec, TransferPath};
 use crate::choice::Choice;
 use crate::fault::{Fault, Position};
+use crate::geometry::Dtype;
 use crate::names::Accelerator;
 use crate::reader::Reader;
 
@@ -67,6 +68,16 @@ pub fn accelerator_is_available(accelerator: Accelerator) -> bool {
     }
 }
 
+impl Dtype {
+    /// Whether the in-process engines of this build compute with a KV cache of such numbers. Transfers know them all.
+    pub fn is_available(self) -> bool {
+        match self {
+            Self::F32 | Self::Bf16 | Self::F16 => true,
+            Self::Fp8E4m3 => false,
+        }
+    }
+}
+
 /// Gathers everything of a document that is not part of this build.
 pub(super) fn list(
     reader: &Reader<'_>,
@@ -101,6 +112,10 @@ pub(super) fn list(
         if !engine.is_available() {
             let what = format!("the engine {}", engine.word());
             push(&format!("{path}.engine.kind"), what, "use kind: reference or kind: sim", true);
+        }
+        if pool.engine.limits().is_some() && !pool.kv.dtype.is_available() {
+            let what = format!("a KV cache in {} for the engine {engine}", pool.kv.dtype);
+            push(&format!("{path}.kv.dtype"), what, "write bf16, f16 or f32", true);
         }
         if !accelerator_is_available(pool.accelerator) {
             let what = format!("the accelerator {}", pool.accelerator);

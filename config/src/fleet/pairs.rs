@@ -129,8 +129,9 @@ fn pair(prefill: &Pool, decode: &Pool) -> PairPath {
     if prefill.transfer.integrity == Integrity::Off {
         reasons.push("integrity is off: a corrupted block would be decoded from".to_owned());
     }
-    if (prefill.kv.dtype, decode.kv.dtype) == (Dtype::F32, Dtype::Bf16) {
-        reasons.push("f32 is rounded to bf16: tokens may differ from those of a single worker".to_owned());
+    let (from, to) = (prefill.kv.dtype, decode.kv.dtype);
+    if from != to && to != Dtype::F32 {
+        reasons.push(format!("{from} is rounded to {to}: tokens may differ from those of a single worker"));
     }
     PairPath {
         prefill: prefill.name.clone(),

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use super::{EngineSpec, Listen, TransferSpec, defaults};
 use crate::choice::choice;
-use crate::geometry::{Dtype, KvGeometry, KvLayout};
+use crate::geometry::{Dtype, KvGeometry, KvLayout, Scales};
 use crate::model_shape::ModelShape;
 use crate::names::{Accelerator, PoolName, Role};
 use crate::reader::{Section, Text};
@@ -49,6 +49,8 @@ pub struct KvSpec {
     pub layout: KvLayout,
     /// Number format.
     pub dtype: Dtype,
+    /// What a scale of fp8 numbers covers.
+    pub scales: Scales,
     /// How much of it.
     pub capacity: KvCapacity,
 }
@@ -73,6 +75,8 @@ impl KvSpec {
             block_tokens: self.block_tokens,
             layout: self.layout,
             dtype: self.dtype,
+            scales: self.scales,
+            ..KvGeometry::PLAIN
         }
     }
 }
@@ -200,6 +204,12 @@ impl KvSpec {
         let block_tokens = section.count("block_tokens", 1..=1024, defaults::BLOCK_TOKENS);
         let layout = section.choice("layout", defaults::KV_LAYOUT);
         let dtype = section.choice("dtype", defaults::KV_DTYPE);
+        let scales = section.choice("scales", Scales::None);
+        if scales != Scales::None && dtype != Dtype::Fp8E4m3 {
+            let (path, at) = (section.child("scales"), section.reader.position(&section.child("scales")));
+            let problem = format!("is {scales}, but {dtype} numbers have no scales");
+            section.reader.fault(&path, at.or(section.at), problem, "remove it, or write dtype: fp8_e4m3");
+        }
         let capacity = if section.has("blocks") {
             if section.has("memory") {
                 section.reader.fault(
@@ -215,7 +225,7 @@ impl KvSpec {
             section.take("blocks");
             KvCapacity::Memory(section.bytes("memory", Bytes(1 << 10)..=Bytes(1 << 44), defaults::KV_MEMORY))
         };
-        Self { block_tokens, layout, dtype, capacity }
+        Self { block_tokens, layout, dtype, scales, capacity }
     }
 }
 

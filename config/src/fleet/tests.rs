@@ -185,6 +185,23 @@ fn agents_that_other_hosts_can_reach_share_a_token() {
 }
 
 #[test]
+fn number_formats_the_engines_lack_and_scales_without_fp8_are_named() {
+    let pool = |kv: &str| with_head(&format!("pools: [{{ name: all, role: both, kv: {{ {kv} }} }}]\n"));
+    let fleet = parse(&pool("dtype: fp8_e4m3, scales: head, layout: lbhnc")).unwrap();
+    expect![[r#"
+        fleet.yaml:3:47: pools[0].kv.dtype: a KV cache in fp8_e4m3 for the engine reference is not available in this build
+          remedy: write bf16, f16 or f32"#]]
+    .assert_eq(&fleet.startable().expect_err("no engine has it").to_string());
+    assert!(parse(&pool("dtype: f16, layout: b2lnhd")).unwrap().startable().is_ok());
+    faults(
+        &pool("dtype: f16, scales: block"),
+        &expect![[r#"
+        fleet.yaml:3:60: pools[0].kv.scales: is block, but f16 numbers have no scales
+          remedy: remove it, or write dtype: fp8_e4m3"#]],
+    );
+}
+
+#[test]
 fn all_faults_of_a_file_are_listed_at_once() {
     let text = "version: 2
 model: { path: examples/models/none, served_ass: [a] }
@@ -231,10 +248,10 @@ pools:
           remedy: did you mean `prefill`?
         fleet.yaml:11:25: pools[0].kv.block_tokens: is 0, which is not a whole number from 1 to 1024
           remedy: write a whole number from 1 to 1024 (the default is 16)
-        fleet.yaml:11:36: pools[0].kv.layout: is NHD, which is not one of nhd, hnd
+        fleet.yaml:11:36: pools[0].kv.layout: is NHD, which is not one of nhd, hnd, b2lnhd, b2lhnd, l2bnhd, l2bhnd, lb2nhd, lb2hnd, lbnhc, lbhnc, lhbnc, blnhc, blhnc, bhlnc
           remedy: did you mean `nhd`?
-        fleet.yaml:11:48: pools[0].kv.dtype: is fp4, which is not one of bf16, f32
-          remedy: write one of bf16, f32
+        fleet.yaml:11:48: pools[0].kv.dtype: is fp4, which is not one of bf16, f16, f32, fp8_e4m3
+          remedy: write one of bf16, f16, f32, fp8_e4m3
         fleet.yaml:11:61: pools[0].kv.memory: is a list, not a single value
           remedy: write a size from 1 KiB to 16 TiB, like 64MiB (the default is 256 MiB)
         fleet.yaml:12:33: pools[0].transfer.backends[1]: names shm again

@@ -1,8 +1,11 @@
+use baton_config::{KvLayout, Scales};
+
 use super::*;
 use crate::memory::HeapMemory;
 
 fn arena(layout: KvLayout, dtype: Dtype, block_tokens: u32) -> Arena {
-    let geometry = KvGeometry { layers: 2, kv_heads: 3, head_dim: 6, block_tokens, layout, dtype };
+    let geometry =
+        KvGeometry { layers: 2, kv_heads: 3, head_dim: 6, block_tokens, layout, dtype, ..KvGeometry::PLAIN };
     let memory = Arc::new(HeapMemory::new(geometry.block_bytes() * 9));
     Arena::new(memory, geometry, 9).unwrap()
 }
@@ -13,8 +16,11 @@ fn number(plane: Plane, token: u32, i: usize) -> f32 {
 
 #[test]
 fn rows_come_back_in_every_geometry_and_by_either_way() {
-    for layout in [KvLayout::Nhd, KvLayout::Hnd] {
-        for dtype in [Dtype::F32, Dtype::Bf16] {
+    use KvLayout::*;
+    let layouts =
+        [Nhd, Hnd, B2lNhd, B2lHnd, L2bNhd, L2bHnd, Lb2Nhd, Lb2Hnd, Lbnhc, Lbhnc, Lhbnc, Blnhc, Blhnc, Bhlnc];
+    for layout in layouts {
+        for dtype in [Dtype::F32, Dtype::Bf16, Dtype::F16] {
             for block_tokens in [1, 4, 5, 16] {
                 let arena = arena(layout, dtype, block_tokens);
                 let blocks: Vec<BlockId> = [7, 2, 8, 0, 5, 1, 3].map(BlockId).to_vec();
@@ -66,7 +72,13 @@ fn what_does_not_fit_is_refused() {
     let memory: Arc<dyn KvMemory> = Arc::new(HeapMemory::new(good.block_bytes() * 2));
     assert!(matches!(Arena::new(memory.clone(), good, 3), Err(ArenaError::TooSmall { blocks: 3, .. })));
     let empty = KvGeometry { kv_heads: 0, ..good };
-    assert_eq!(Arena::new(memory, empty, 1).unwrap_err(), ArenaError::Empty(empty));
+    assert_eq!(Arena::new(memory.clone(), empty, 1).unwrap_err(), ArenaError::Empty(empty));
+    let fp8 = KvGeometry { dtype: Dtype::Fp8E4m3, scales: Scales::Head, ..good };
+    let part = KvGeometry { shard: Shard::Tensor { rank: 0, degree: 2, heads: 6 }, ..good };
+    let latent = KvGeometry { attention: Attention::Latent, kv_heads: 1, ..good };
+    for other in [fp8, part, latent] {
+        assert_eq!(Arena::new(memory.clone(), other, 1).unwrap_err(), ArenaError::Unsupported(other));
+    }
 }
 
 #[test]

@@ -44,7 +44,8 @@ impl Random {
 
 fn arena(info: &ModelInfo, block_tokens: u32, layout: KvLayout, dtype: Dtype, blocks: u32) -> Arena {
     let ModelInfo { layers, kv_heads, head_dim, .. } = *info;
-    let geometry = KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype };
+    let geometry =
+        KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype, ..KvGeometry::PLAIN };
     let memory = HeapMemory::new(geometry.block_bytes() * blocks as usize);
     Arena::new(Arc::new(memory), geometry, blocks).unwrap()
 }

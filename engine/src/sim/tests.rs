@@ -20,7 +20,8 @@ fn model() -> ModelInfo {
 }
 
 fn arena(layout: KvLayout, dtype: Dtype, block_tokens: u32) -> Arena {
-    let geometry = KvGeometry { layers: 2, kv_heads: 2, head_dim: 12, block_tokens, layout, dtype };
+    let geometry =
+        KvGeometry { layers: 2, kv_heads: 2, head_dim: 12, block_tokens, layout, dtype, ..KvGeometry::PLAIN };
     let memory = HeapMemory::new(geometry.block_bytes() * 64);
     Arena::new(Arc::new(memory), geometry, 64).unwrap()
 }

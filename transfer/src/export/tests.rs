@@ -20,6 +20,7 @@ const GEOMETRY: KvGeometry = KvGeometry {
     block_tokens: 8,
     layout: KvLayout::Nhd,
     dtype: Dtype::Bf16,
+    ..KvGeometry::PLAIN
 };
 
 fn soon() -> Instant {

@@ -100,7 +100,7 @@ impl Peer for FakePeer {
 }
 
 fn geometry(block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
-    KvGeometry { layers: 2, kv_heads: 2, head_dim: 8, block_tokens, layout, dtype }
+    KvGeometry { layers: 2, kv_heads: 2, head_dim: 8, block_tokens, layout, dtype, ..KvGeometry::PLAIN }
 }
 
 const NHD: KvLayout = KvLayout::Nhd;

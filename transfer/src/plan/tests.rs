@@ -16,6 +16,7 @@ fn geometry(layers: u32, kv_heads: u32, head_dim: u32) -> impl Strategy<Value = 
         block_tokens,
         layout: if nhd { KvLayout::Nhd } else { KvLayout::Hnd },
         dtype: if wide { Dtype::F32 } else { Dtype::Bf16 },
+        ..KvGeometry::PLAIN
     })
 }
 
@@ -120,7 +121,7 @@ fn widening_is_exact_for_every_bf16() {
 }
 
 fn example(block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
-    KvGeometry { layers: 32, kv_heads: 8, head_dim: 128, block_tokens, layout, dtype }
+    KvGeometry { layers: 32, kv_heads: 8, head_dim: 128, block_tokens, layout, dtype, ..KvGeometry::PLAIN }
 }
 
 #[test]
@@ -188,8 +189,9 @@ fn impossible_geometries_are_refused_before_any_arithmetic_overflows() {
             ..good
         },
     ] {
-        assert_eq!(RelayoutPlan::new(bad, good), Err(PlanError::Impossible { geometry: bad }));
-        assert_eq!(RelayoutPlan::new(good, bad), Err(PlanError::Impossible { geometry: bad }));
+        let impossible = Err(PlanError::Impossible { geometry: bad, fault: GeometryError::Size });
+        assert_eq!(RelayoutPlan::new(bad, good), impossible);
+        assert_eq!(RelayoutPlan::new(good, bad), impossible);
     }
 }
 

@@ -39,6 +39,7 @@ fn start(executor: Box<dyn Executor>) -> (EngineHandle, std::thread::JoinHandle<
         block_tokens: 16,
         layout: KvLayout::Hnd,
         dtype: Dtype::Bf16,
+        ..KvGeometry::PLAIN
     };
     let memory = Arc::new(HeapMemory::new(64 * geometry.block_bytes()));
     let arena = Arc::new(Arena::new(memory, geometry, 64).unwrap());

@@ -62,7 +62,8 @@ impl Shape {
     pub(super) fn over(self, executor: Box<dyn Executor>) -> Engine {
         let ModelInfo { layers, kv_heads, head_dim, .. } = *executor.model();
         let Self { block_tokens, layout, dtype, blocks, limits } = self;
-        let geometry = KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype };
+        let geometry =
+            KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype, ..KvGeometry::PLAIN };
         let memory = Arc::new(HeapMemory::new(geometry.block_bytes() * blocks as usize));
         let arena = Arena::new(memory, geometry, blocks).unwrap();
         Engine::new(executor, Arc::new(arena), limits).unwrap()

@@ -33,6 +33,7 @@ fn ticket(seq: u32) -> Ticket {
             block_tokens: BLOCK,
             layout: KvLayout::Nhd,
             dtype: Dtype::Bf16,
+            ..KvGeometry::PLAIN
         },
         tokens,
         blocks: vec![TicketBlock { index: seq, region: 1, offset: 0, digest: 0 }],

@@ -140,6 +140,7 @@ fn geometry() -> KvGeometry {
         block_tokens: P_BLOCK,
         layout: KvLayout::Nhd,
         dtype: Dtype::Bf16,
+        ..KvGeometry::PLAIN
     }
 }
 
