@@ -2,6 +2,7 @@
 
 mod dial;
 pub(crate) mod grants;
+pub mod options;
 pub(crate) mod region;
 pub(crate) mod server;
 
@@ -13,6 +14,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::DropGuard;
 
 pub use self::grants::Revoked;
+pub use self::options::{AgentOptions, Choose, Integrity, TransferLimits};
 pub use self::region::DeviceMemory;
 
 use self::dial::Dialer;
@@ -23,7 +25,7 @@ use crate::error::Refusal;
 use crate::memory::HostMemory;
 use crate::session::{Descriptor, Session};
 use crate::stats::Stats;
-use crate::wire::Metadata;
+use crate::wire::{Metadata, Offer};
 
 /// A way to move blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -68,53 +70,9 @@ impl std::fmt::Display for BackendKind {
     }
 }
 
-/// Whether receivers verify digests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Integrity {
-    /// Every block is verified before use.
-    #[default]
-    Digest,
-    /// Blocks are taken as they come.
-    Off,
-}
-
 /// A registered memory, numbered by its owner from 1.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct RegionId(pub u32);
-
-/// How an agent runs.
-#[derive(Debug, Clone)]
-pub struct AgentOptions {
-    /// Name of the worker.
-    pub worker: WorkerId,
-    /// Address to listen at.
-    pub bind: IpAddr,
-    /// Port to listen at; 0 takes a free one.
-    pub port: u16,
-    /// Address peers are told, where it is not the one bound (address translation, proxies).
-    pub advertise: Option<SocketAddr>,
-    /// Backends to offer and use, in order of preference.
-    pub backends: Vec<BackendKind>,
-    /// Whether reads verify digests.
-    pub integrity: Integrity,
-    /// TCP streams per session, at least 1.
-    pub streams: usize,
-}
-
-impl AgentOptions {
-    /// The defaults: `shm` and `tcp`, digests on, loopback, a free port.
-    pub fn new(worker: WorkerId) -> Self {
-        Self {
-            worker,
-            bind: IpAddr::from([127, 0, 0, 1]),
-            port: 0,
-            advertise: None,
-            backends: BackendKind::ALWAYS.to_vec(),
-            integrity: Integrity::Digest,
-            streams: 2,
-        }
-    }
-}
 
 /// Why an agent did not start.
 #[derive(Debug, thiserror::Error)]
@@ -133,6 +91,15 @@ pub enum StartError {
     Advertise {
         /// The address bound.
         address: SocketAddr,
+    },
+    /// Other hosts could connect, and nothing would tell friend from foe.
+    #[error(
+        "transfers would listen at {address}, where other hosts can connect, without a token: give all agents of the \
+         fleet the same token, or bind a loopback address"
+    )]
+    Unprotected {
+        /// The address asked for.
+        address: IpAddr,
     },
     /// No backend was asked for.
     #[error("no transfer backend is enabled")]
@@ -215,6 +182,9 @@ impl Agent {
         if options.backends.is_empty() {
             return Err(StartError::NoBackend);
         }
+        if options.auth.is_none() && !options.bind.is_loopback() {
+            return Err(StartError::Unprotected { address: options.bind });
+        }
         let wanted = SocketAddr::new(options.bind, options.port);
         let bind_error = |source| StartError::Bind { address: wanted, source };
         let listener = TcpListener::bind(wanted).await.map_err(bind_error)?;
@@ -224,7 +194,7 @@ impl Agent {
             return Err(StartError::Advertise { address: bound });
         }
         let incarnation = dial::random_u128().map_err(bind_error)?;
-        let server = Arc::new(Server::new(options.worker.clone(), incarnation)?);
+        let server = Arc::new(Server::new(options.worker.clone(), incarnation, options.auth.clone())?);
         let mut backends = options.backends.clone();
         if backends.contains(&BackendKind::Shm) {
             match shm::serve::bind(incarnation) {
@@ -238,9 +208,10 @@ impl Agent {
             }
         }
         server.tasks.spawn(tcp::serve::listen(Arc::clone(&server), listener));
-        let metadata = Metadata { incarnation, host: dial::host_id(), address, backends }.encode();
+        let offers = backends.iter().map(|backend| Offer::of(*backend)).collect();
+        let metadata = Metadata { incarnation, host: dial::host_id(), address, offers }.encode();
         Ok(Self {
-            dialer: Arc::new(Dialer::new(options, Arc::clone(&server.counters))),
+            dialer: Arc::new(Dialer::new(options, &server)),
             metadata: metadata.into(),
             address: bound,
             _stop: Arc::new(server.stop.clone().drop_guard()),

@@ -31,6 +31,21 @@ pub enum Refusal {
     /// The peer is at its limit of connections, closing, or has no epoch yet.
     #[error("the peer takes no sessions now")]
     Unavailable,
+    /// One side has no token, or not the other's.
+    #[error("the two sides do not share a token")]
+    Unauthenticated,
+    /// The two ends of a fabric have nothing in common.
+    #[error("the two ends speak different fabrics")]
+    Mismatch,
+    /// A queue or a budget of the peer is full: later it may not be.
+    #[error("the peer is at a limit")]
+    Overloaded,
+    /// Bytes that were written do not have the digest announced.
+    #[error("the bytes do not have their digest")]
+    Corrupt,
+    /// The request makes no sense.
+    #[error("the request is malformed")]
+    Malformed,
 }
 
 /// What broke on a link.

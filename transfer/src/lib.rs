@@ -19,6 +19,7 @@
 
 pub mod agent;
 pub mod arena_memory;
+pub mod auth;
 mod backend;
 pub mod bench;
 pub mod device;
@@ -38,10 +39,14 @@ pub mod stats;
 pub mod wire;
 
 pub use agent::{
-    Agent, AgentOptions, BackendKind, ConnectError, DeviceMemory, Integrity, RegionId, RegisterError,
-    Revoked, StartError,
+    Agent, AgentOptions, BackendKind, Choose, ConnectError, DeviceMemory, Integrity, RegionId, RegisterError,
+    Revoked, StartError, TransferLimits,
 };
 pub use arena_memory::ArenaMemory;
+pub use auth::{Token, TokenError};
+pub use backend::libfabric::LibfabricOptions;
+pub use backend::plugin::PluginOptions;
+pub use backend::ucx::UcxOptions;
 pub use device::{Device, DeviceError, EmulatedDevice};
 pub use digest::{BlockDigest, DigestSeed, block_digest};
 pub use error::{ErrorKind, LinkError, Refusal, TransferError};

@@ -6,8 +6,10 @@ use std::time::Duration;
 use baton_config::Bytes;
 
 use crate::agent::BackendKind;
-use crate::error::ErrorKind;
+use crate::agent::server::Denial;
+use crate::error::{ErrorKind, Refusal};
 use crate::session::SessionStats;
+use crate::wire::WireError;
 
 /// Weight of the newest value in a decaying mean.
 const NEWEST: f64 = 0.2;
@@ -24,6 +26,10 @@ pub struct Stats {
     pub checksum_mismatches: u64,
     /// Requests and sessions refused here because they meant another life, of this worker or of the peer.
     pub stale_refused: u64,
+    /// Connections and frames refused, here or there, because the sides do not share a token.
+    pub auth_refused: u64,
+    /// Connections ended because the peer broke the protocol, and requests refused because they made no sense.
+    pub malformed: u64,
 }
 
 impl Stats {
@@ -51,6 +57,8 @@ pub(crate) struct Counters {
     served: AtomicU64,
     checksum_mismatches: AtomicU64,
     stale_refused: AtomicU64,
+    auth_refused: AtomicU64,
+    malformed: AtomicU64,
 }
 
 impl Counters {
@@ -74,6 +82,31 @@ impl Counters {
         self.stale_refused.fetch_add(1, Ordering::Relaxed);
     }
 
+    pub(crate) fn auth_refused(&self) {
+        self.auth_refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// A request was denied.
+    pub(crate) fn denied(&self, denial: Denial) {
+        match denial {
+            Denial::Stale => self.stale_refused(),
+            Denial::Refused(Refusal::Malformed) => {
+                self.malformed.fetch_add(1, Ordering::Relaxed);
+            }
+            Denial::Refused(_) => {}
+        }
+    }
+
+    /// A peer broke the protocol, and the connection with it.
+    pub(crate) fn broken(&self, error: WireError) {
+        match error {
+            WireError::Forged => self.auth_refused(),
+            _ => {
+                self.malformed.fetch_add(1, Ordering::Relaxed);
+            }
+        }
+    }
+
     pub(crate) fn snapshot(&self) -> Stats {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
@@ -82,6 +115,8 @@ impl Counters {
             served: get(&self.served),
             checksum_mismatches: get(&self.checksum_mismatches),
             stale_refused: get(&self.stale_refused),
+            auth_refused: get(&self.auth_refused),
+            malformed: get(&self.malformed),
         }
     }
 }

@@ -5,18 +5,27 @@
 //! bytes the digests of the blocks cover. Lengths are checked against the bound of their kind before anything is
 //! allocated; nothing here trusts its input.
 
-use std::net::SocketAddr;
+pub mod control;
+mod fields;
+mod hello;
+mod metadata;
+mod read;
+#[cfg(test)]
+mod tests;
 
-use baton_config::names::NAME_MAX_BYTES;
-use baton_config::{Epoch, HandoffId, WorkerId};
+use baton_config::Epoch;
 use twox_hash::XxHash3_64;
 
-use crate::agent::{BackendKind, RegionId};
-use crate::error::Refusal;
-use crate::session::Descriptor;
+pub use self::hello::{CHALLENGE_BYTES, Hello, NONCE_BYTES, PROOF_BYTES};
+pub use self::metadata::{Metadata, Offer};
+pub use self::read::{Read, encode_read};
 
-/// Version of the frames; other versions are refused by name.
-pub const VERSION: u8 = 1;
+use self::fields::{Fields, put_text};
+use crate::agent::RegionId;
+use crate::error::Refusal;
+
+/// Version of the frames and of the metadata; other versions are refused by name.
+pub const VERSION: u8 = 2;
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 32;
 /// Most blocks of one request: what one vectored system call takes (`IOV_MAX`), less the header.
@@ -24,12 +33,21 @@ pub const MAX_READ_BLOCKS: usize = 1023;
 /// Most bytes of blocks of one request.
 pub const MAX_READ_BYTES: u64 = 1 << 30;
 /// Most bytes of published metadata.
-pub const MAX_METADATA_BYTES: usize = 512;
+pub const MAX_METADATA_BYTES: usize = 1024;
+/// Most bytes of the text that two ends of a fabric must have in common.
+pub const MAX_WIRE_TEXT_BYTES: usize = 64;
+/// Most bytes of a notification's payload.
+pub const MAX_NOTIFICATION_BYTES: usize = 4096;
+/// Bytes of the code that follows the header of every frame between agents that share a token.
+pub const MAC_BYTES: usize = 16;
+
+pub(crate) use crate::backend::fabric::driver::{ADDRESS_MAX_BYTES, KEY_MAX_BYTES};
 
 const MAGIC: [u8; 4] = *b"BTN\x01";
-const METADATA_MAGIC: [u8; 4] = *b"BTNM";
 const DESCRIPTOR_BYTES: usize = 16;
 const HANDOFF_BYTES: usize = 16;
+/// Of a [`Read`], which other requests carry too.
+const READ_MAX_BYTES: usize = HANDOFF_BYTES + MAX_READ_BLOCKS * DESCRIPTOR_BYTES;
 const CHECK_AT: std::ops::Range<usize> = 12..16;
 
 /// Why bytes are not what the protocol allows.
@@ -53,6 +71,9 @@ pub enum WireError {
     /// The check does not match: bytes changed on the way.
     #[error("a frame failed its check")]
     Check,
+    /// The code made with the shared token is not there or not right: forged, replayed, or another token.
+    #[error("a frame without the code of the shared token")]
+    Forged,
     /// A field has a value it cannot have.
     #[error("a field has an impossible value")]
     Field,
@@ -64,37 +85,147 @@ pub enum WireError {
 pub enum Kind {
     /// First frame of a connection, from who connects: [`Hello`].
     Hello = 1,
-    /// Its answer; over a Unix socket, with the control memory.
+    /// Its answer; over a Unix socket, with the control memory; where a token is shared, with the server's proof.
     Welcome = 2,
     /// The answer to anything that is not served: a [`Refusal`] in the code, the current epoch in the epoch.
     Refused = 3,
     /// Asks for blocks: [`Read`].
     Read = 4,
-    /// The blocks of a [`Read`], one after the other.
+    /// The blocks of a [`Read`] or of a [`control::Write`], one after the other.
     Data = 5,
     /// Asks for the memory of a region (Unix socket only): its number.
     Map = 6,
     /// The memory: its length, and its descriptor beside the frame.
     Mapped = 7,
+    /// Asks who connects to prove that it holds the token: the server's nonce.
+    Challenge = 8,
+    /// That proof.
+    Proof = 9,
+    /// Makes a fabric's endpoint known to its peer: [`control::Attach`].
+    Attach = 10,
+    /// The peer's endpoint: its address.
+    Attached = 11,
+    /// Asks for the key of a region: [`control::Key`].
+    Key = 12,
+    /// The key: [`control::KeyIs`].
+    KeyIs = 13,
+    /// Asks that blocks are gathered into one message: [`control::Pack`].
+    Pack = 14,
+    /// The message was handed over.
+    Packed = 15,
+    /// Asks whether a grant still covers blocks: [`Read`].
+    Confirm = 16,
+    /// It does.
+    Confirmed = 17,
+    /// Asks for a window to write through: [`control::Window`].
+    Window = 18,
+    /// The window: [`control::WindowIs`].
+    WindowIs = 19,
+    /// From the owner of a window: nothing may be written through the windows of a handoff any more: its id.
+    Fence = 20,
+    /// Nothing will be.
+    Fenced = 21,
+    /// A message for the peer's user: [`control::Notify`].
+    Notify = 22,
+    /// It was queued.
+    Notified = 23,
+    /// Announces blocks, which follow as `Data`: [`control::Write`].
+    Write = 24,
+    /// They are in place and verified.
+    Written = 25,
+    /// Passes memory that blocks are to be taken from (Unix socket only): [`control::Lend`].
+    Lend = 26,
+    /// They were taken and verified.
+    Taken = 27,
 }
 
 impl Kind {
+    const ALL: [Self; 27] = [
+        Self::Hello,
+        Self::Welcome,
+        Self::Refused,
+        Self::Read,
+        Self::Data,
+        Self::Map,
+        Self::Mapped,
+        Self::Challenge,
+        Self::Proof,
+        Self::Attach,
+        Self::Attached,
+        Self::Key,
+        Self::KeyIs,
+        Self::Pack,
+        Self::Packed,
+        Self::Confirm,
+        Self::Confirmed,
+        Self::Window,
+        Self::WindowIs,
+        Self::Fence,
+        Self::Fenced,
+        Self::Notify,
+        Self::Notified,
+        Self::Write,
+        Self::Written,
+        Self::Lend,
+        Self::Taken,
+    ];
+
     fn from_u8(value: u8) -> Option<Self> {
-        [Self::Hello, Self::Welcome, Self::Refused, Self::Read, Self::Data, Self::Map, Self::Mapped]
-            .into_iter()
-            .find(|kind| *kind as u8 == value)
+        Self::ALL.into_iter().find(|kind| *kind as u8 == value)
     }
 
     /// Most bytes of payload.
     pub fn max_len(self) -> u64 {
-        match self {
-            Self::Hello => HELLO_MAX_BYTES as u64,
-            Self::Refused => 0,
-            Self::Read => (HANDOFF_BYTES + MAX_READ_BLOCKS * DESCRIPTOR_BYTES) as u64,
-            Self::Data => MAX_READ_BYTES,
+        let bytes = match self {
+            Self::Hello => hello::HELLO_MAX_BYTES,
+            Self::Welcome => PROOF_BYTES,
+            Self::Challenge => CHALLENGE_BYTES,
+            Self::Proof => PROOF_BYTES,
+            Self::Refused
+            | Self::Packed
+            | Self::Confirmed
+            | Self::Fenced
+            | Self::Notified
+            | Self::Written
+            | Self::Taken => 0,
+            Self::Read | Self::Confirm => READ_MAX_BYTES,
+            Self::Data => return MAX_READ_BYTES,
             Self::Map => 4,
-            Self::Welcome | Self::Mapped => 8,
-        }
+            Self::Mapped => 8,
+            Self::Attach => control::ATTACH_MAX_BYTES,
+            Self::Attached => ADDRESS_MAX_BYTES,
+            Self::Key => control::KEY_REQUEST_BYTES,
+            Self::KeyIs => control::KEY_IS_MAX_BYTES,
+            Self::Pack => control::PACK_MAX_BYTES,
+            Self::Window => control::WINDOW_BYTES,
+            Self::WindowIs => control::WINDOW_IS_MAX_BYTES,
+            Self::Fence => HANDOFF_BYTES,
+            Self::Notify => control::NOTIFY_MAX_BYTES,
+            Self::Write => control::WRITE_MAX_BYTES,
+            Self::Lend => control::LEND_MAX_BYTES,
+        };
+        bytes as u64
+    }
+
+    /// Whether a frame of this kind answers one, and so belongs to a request of the side that receives it.
+    pub fn is_answer(self) -> bool {
+        matches!(
+            self,
+            Self::Welcome
+                | Self::Refused
+                | Self::Data
+                | Self::Mapped
+                | Self::Challenge
+                | Self::Attached
+                | Self::KeyIs
+                | Self::Packed
+                | Self::Confirmed
+                | Self::WindowIs
+                | Self::Fenced
+                | Self::Notified
+                | Self::Written
+                | Self::Taken
+        )
     }
 }
 
@@ -190,13 +321,13 @@ pub fn encode_frame(kind: Kind, epoch: Epoch, seq: u64, payload: &[u8]) -> Vec<u
     bytes
 }
 
-/// A refusal in bytes: a lone header. [`None`] in `refusal` means the epoch is not the current one.
-pub fn encode_refusal(refusal: Option<Refusal>, current: Option<Epoch>, seq: u64) -> [u8; HEADER_BYTES] {
+/// A refusal, which is a lone header. [`None`] in `refusal` means the epoch is not the current one.
+pub fn refusal_header(refusal: Option<Refusal>, current: Option<Epoch>, seq: u64) -> Header {
     let code = refusal.map_or(0, |refusal| {
         // Every refusal is in the table: its position is its code.
         REFUSALS.iter().position(|listed| *listed == refusal).map_or(u16::MAX, |at| at as u16 + 1)
     });
-    Header { kind: Kind::Refused, code, len: 0, epoch: current.unwrap_or_default(), seq }.encode(&[])
+    Header { kind: Kind::Refused, code, len: 0, epoch: current.unwrap_or_default(), seq }
 }
 
 /// What a refusal says.
@@ -210,7 +341,7 @@ pub fn decode_refusal(header: &Header) -> Result<Refusal, Option<Epoch>> {
     }
 }
 
-const REFUSALS: [Refusal; 8] = [
+const REFUSALS: [Refusal; 13] = [
     Refusal::NotGranted,
     Refusal::OutsideGrant,
     Refusal::OutsideRegion,
@@ -219,106 +350,12 @@ const REFUSALS: [Refusal; 8] = [
     Refusal::WrongWorker,
     Refusal::WrongIncarnation,
     Refusal::Unavailable,
+    Refusal::Unauthenticated,
+    Refusal::Mismatch,
+    Refusal::Overloaded,
+    Refusal::Corrupt,
+    Refusal::Malformed,
 ];
-
-const HELLO_MAX_BYTES: usize = 2 * (1 + NAME_MAX_BYTES) + 8 + 16;
-
-/// Who connects, and whom it means to reach; the header's epoch is the life it means to reach.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Hello {
-    /// The worker that connects.
-    pub from: WorkerId,
-    /// Its life (0 when it has none yet).
-    pub from_epoch: Epoch,
-    /// The worker it means to reach.
-    pub to: WorkerId,
-    /// The process it means to reach.
-    pub incarnation: u128,
-}
-
-impl Hello {
-    /// The payload in bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(HELLO_MAX_BYTES);
-        bytes.extend_from_slice(&self.incarnation.to_le_bytes());
-        bytes.extend_from_slice(&self.from_epoch.0.to_le_bytes());
-        put_text(&mut bytes, self.from.as_str());
-        put_text(&mut bytes, self.to.as_str());
-        bytes
-    }
-
-    /// Reads a payload.
-    ///
-    /// # Errors
-    /// When it is cut, has bytes too many, or a name is none.
-    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = Fields(bytes);
-        let hello = Self {
-            incarnation: u128::from_le_bytes(fields.take()?),
-            from_epoch: Epoch(u64::from_le_bytes(fields.take()?)),
-            from: fields.text()?.parse().map_err(|_| WireError::Field)?,
-            to: fields.text()?.parse().map_err(|_| WireError::Field)?,
-        };
-        fields.end(hello)
-    }
-}
-
-/// A request for blocks.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Read {
-    /// Under which grant.
-    pub handoff: HandoffId,
-    /// Which blocks, in the order they are sent.
-    pub blocks: Vec<Descriptor>,
-}
-
-/// The payload of a [`Read`] in bytes.
-pub fn encode_read(handoff: HandoffId, blocks: impl ExactSizeIterator<Item = Descriptor>) -> Vec<u8> {
-    debug_assert!(blocks.len() <= MAX_READ_BLOCKS, "requests are bounded");
-    let mut bytes = Vec::with_capacity(HANDOFF_BYTES + blocks.len() * DESCRIPTOR_BYTES);
-    bytes.extend_from_slice(&handoff.0.to_le_bytes());
-    for block in blocks {
-        let mut descriptor = [0; DESCRIPTOR_BYTES];
-        descriptor[..4].copy_from_slice(&block.region.0.to_le_bytes());
-        descriptor[4..8].copy_from_slice(&block.len.to_le_bytes());
-        descriptor[8..].copy_from_slice(&block.offset.to_le_bytes());
-        bytes.extend_from_slice(&descriptor);
-    }
-    bytes
-}
-
-impl Read {
-    /// Reads a payload.
-    ///
-    /// # Errors
-    /// When it is cut, too long, asks for nothing, for empty blocks, or for more than [`MAX_READ_BYTES`].
-    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        if bytes.len() as u64 > Kind::Read.max_len() {
-            return Err(WireError::Long);
-        }
-        let mut fields = Fields(bytes);
-        let handoff = HandoffId(u128::from_le_bytes(fields.take()?));
-        if fields.0.is_empty() || !fields.0.len().is_multiple_of(DESCRIPTOR_BYTES) {
-            return Err(WireError::Short);
-        }
-        let mut blocks = Vec::with_capacity(fields.0.len() / DESCRIPTOR_BYTES);
-        let mut total = 0u64;
-        while !fields.0.is_empty() {
-            let region = RegionId(u32::from_le_bytes(fields.take()?));
-            let len = u32::from_le_bytes(fields.take()?);
-            let offset = u64::from_le_bytes(fields.take()?);
-            total += u64::from(len);
-            if len == 0 || offset.checked_add(u64::from(len)).is_none() {
-                return Err(WireError::Field);
-            }
-            blocks.push(Descriptor { region, offset, len });
-        }
-        if total > MAX_READ_BYTES {
-            return Err(WireError::Long);
-        }
-        Ok(Self { handoff, blocks })
-    }
-}
 
 /// The length that `Welcome` and `Mapped` carry over a Unix socket.
 ///
@@ -339,101 +376,3 @@ pub fn decode_map(bytes: &[u8]) -> Result<RegionId, WireError> {
     let region = RegionId(u32::from_le_bytes(fields.take()?));
     fields.end(region)
 }
-
-/// What an agent publishes so that peers find it. It holds no keys: whoever reads it learns addresses only.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Metadata {
-    /// The process: random, new at each start.
-    pub incarnation: u128,
-    /// The host: equal for processes under one kernel.
-    pub host: u128,
-    /// Where its TCP listener is reached.
-    pub address: SocketAddr,
-    /// What it offers, in its order of preference.
-    pub backends: Vec<BackendKind>,
-}
-
-impl Metadata {
-    /// In bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = Vec::with_capacity(96);
-        bytes.extend_from_slice(&METADATA_MAGIC);
-        bytes.push(VERSION);
-        bytes.extend_from_slice(&self.incarnation.to_le_bytes());
-        bytes.extend_from_slice(&self.host.to_le_bytes());
-        put_text(&mut bytes, &self.address.to_string());
-        bytes.push(self.backends.len() as u8);
-        bytes.extend(self.backends.iter().map(|backend| backend_code(*backend)));
-        bytes
-    }
-
-    /// Reads published bytes; backends this build does not know are passed over.
-    ///
-    /// # Errors
-    /// When they are of another version, cut, too long, or carry impossible values.
-    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        if bytes.len() > MAX_METADATA_BYTES {
-            return Err(WireError::Long);
-        }
-        let mut fields = Fields(bytes);
-        if fields.take::<4>()? != METADATA_MAGIC {
-            return Err(WireError::Magic);
-        }
-        match fields.take::<1>()? {
-            [VERSION] => {}
-            [other] => return Err(WireError::Version(other)),
-        }
-        let incarnation = u128::from_le_bytes(fields.take()?);
-        let host = u128::from_le_bytes(fields.take()?);
-        let address = fields.text()?.parse().map_err(|_| WireError::Field)?;
-        let [count] = fields.take()?;
-        if fields.0.len() != usize::from(count) {
-            return Err(WireError::Short);
-        }
-        let known = |code: &u8| BackendKind::ALL.into_iter().find(|backend| backend_code(*backend) == *code);
-        let backends = fields.0.iter().filter_map(known).collect();
-        Ok(Self { incarnation, host, address, backends })
-    }
-}
-
-fn backend_code(backend: BackendKind) -> u8 {
-    match backend {
-        BackendKind::Shm => 1,
-        BackendKind::Tcp => 2,
-        BackendKind::Cma => 3,
-        BackendKind::Libfabric => 4,
-        BackendKind::Ucx => 5,
-        BackendKind::Plugin => 6,
-    }
-}
-
-fn put_text(bytes: &mut Vec<u8>, text: &str) {
-    debug_assert!(text.len() <= usize::from(u8::MAX), "texts on the wire are short");
-    bytes.push(text.len() as u8);
-    bytes.extend_from_slice(text.as_bytes());
-}
-
-/// Takes fields off the front of untrusted bytes.
-struct Fields<'a>(&'a [u8]);
-
-impl<'a> Fields<'a> {
-    fn take<const N: usize>(&mut self) -> Result<[u8; N], WireError> {
-        let (field, rest) = self.0.split_first_chunk::<N>().ok_or(WireError::Short)?;
-        self.0 = rest;
-        Ok(*field)
-    }
-
-    fn text(&mut self) -> Result<&'a str, WireError> {
-        let [len] = self.take()?;
-        let (text, rest) = self.0.split_at_checked(usize::from(len)).ok_or(WireError::Short)?;
-        self.0 = rest;
-        std::str::from_utf8(text).map_err(|_| WireError::Field)
-    }
-
-    fn end<T>(self, value: T) -> Result<T, WireError> {
-        if self.0.is_empty() { Ok(value) } else { Err(WireError::Long) }
-    }
-}
-
-#[cfg(test)]
-mod tests;

@@ -6,9 +6,12 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use baton_config::{Epoch, WorkerId};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 use twox_hash::XxHash3_64;
 
+use super::server::Server;
 use super::{AgentOptions, BackendKind, ConnectError};
+use crate::backend::handshake::Route;
 use crate::backend::shm::link::ShmLink;
 use crate::backend::tcp::link::TcpLink;
 use crate::backend::{Fault, Link, Pair};
@@ -24,6 +27,8 @@ pub(crate) struct Dialer {
     options: AgentOptions,
     host: u128,
     counters: Arc<Counters>,
+    /// Runs what listens on connections.
+    tasks: TaskTracker,
     own: Mutex<Own>,
 }
 
@@ -36,9 +41,10 @@ struct Own {
 }
 
 impl Dialer {
-    pub(crate) fn new(options: AgentOptions, counters: Arc<Counters>) -> Self {
+    pub(crate) fn new(options: AgentOptions, server: &Server) -> Self {
         let own = Own { epoch: Epoch(0), sessions: HashMap::new(), ended: CancellationToken::new() };
-        Self { options, host: host_id(), counters, own: Mutex::new(own) }
+        let (counters, tasks) = (Arc::clone(&server.counters), server.tasks.clone());
+        Self { options, host: host_id(), counters, tasks, own: Mutex::new(own) }
     }
 
     /// Enters a life of this worker: peers would refuse sessions of the last one.
@@ -91,7 +97,14 @@ impl Dialer {
             epoch,
             incarnation: metadata.incarnation,
         };
-        let (link, path) = self.choose(&pair, &metadata, avoid).await?;
+        let route = Route {
+            address: metadata.address,
+            auth: self.options.auth.clone(),
+            counters: Arc::clone(&self.counters),
+            tasks: self.tasks.clone(),
+            ended: ended.clone(),
+        };
+        let (link, path) = self.choose(&pair, &metadata, &route, avoid).await?;
         let counters = Arc::clone(&self.counters);
         let session = Session::new(pair, path, link, self.options.integrity, counters, ended.child_token());
         *place = Some(session.clone());
@@ -103,6 +116,7 @@ impl Dialer {
         &self,
         pair: &Pair,
         metadata: &Metadata,
+        route: &Route,
         avoid: Option<BackendKind>,
     ) -> Result<(Link, PathInfo), ConnectError> {
         let mut rejected: Vec<String> = Vec::new();
@@ -111,7 +125,7 @@ impl Dialer {
                 rejected.push(format!("{backend}: {reason}"));
                 continue;
             }
-            match self.open(backend, pair, metadata).await {
+            match self.open(backend, pair, route).await {
                 Ok(link) => {
                     let reason = [vec![format!("{backend}: {}", why(backend))], rejected].concat().join("; ");
                     return Ok((link, PathInfo { backend, reason }));
@@ -139,7 +153,7 @@ impl Dialer {
         if avoid == Some(backend) {
             return Some("avoided");
         }
-        if !peer.backends.contains(&backend) {
+        if peer.offer(backend).is_none() {
             return Some("not offered by the peer");
         }
         match backend {
@@ -151,11 +165,11 @@ impl Dialer {
         }
     }
 
-    async fn open(&self, backend: BackendKind, pair: &Pair, peer: &Metadata) -> Result<Link, Fault> {
+    async fn open(&self, backend: BackendKind, pair: &Pair, route: &Route) -> Result<Link, Fault> {
         let pair = pair.clone();
         match backend {
             BackendKind::Shm => ShmLink::open(pair).await.map(Link::Shm),
-            BackendKind::Tcp => TcpLink::open(pair, peer.address, self.options.streams).await.map(Link::Tcp),
+            BackendKind::Tcp => TcpLink::open(pair, route.clone(), self.options.streams).await.map(Link::Tcp),
             BackendKind::Cma | BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
                 Err(Fault::Refused(crate::error::Refusal::Unavailable))
             }

@@ -11,12 +11,13 @@ use tokio_util::task::TaskTracker;
 use super::grants::{Grants, Permit, Revoked};
 use super::region::Region;
 use super::{RegionId, RegisterError};
+use crate::auth::Token;
 use crate::backend::shm::control::Control;
 use crate::error::Refusal;
 use crate::memory::MemoryError;
 use crate::session::Descriptor;
 use crate::stats::Counters;
-use crate::wire::Hello;
+use crate::wire::{self, Header, Hello, WireError};
 
 /// Most regions of one agent: few large ones, blocks are ranges of them.
 const MAX_REGIONS: usize = 1024;
@@ -29,6 +30,7 @@ const MAX_PEERS: usize = 16 << 10;
 pub(crate) struct Server {
     pub(crate) worker: WorkerId,
     pub(crate) incarnation: u128,
+    pub(crate) auth: Option<Token>,
     pub(crate) counters: Arc<Counters>,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
@@ -57,11 +59,29 @@ pub(crate) enum Denial {
     Refused(Refusal),
 }
 
+impl Denial {
+    /// What the denied peer is told; `current` is the life of this worker, if it may know.
+    pub(crate) fn header(self, current: Option<Epoch>, seq: u64) -> Header {
+        let refusal = match self {
+            Self::Stale => None,
+            Self::Refused(refusal) => Some(refusal),
+        };
+        wire::refusal_header(refusal, current, seq)
+    }
+}
+
+impl From<WireError> for Denial {
+    fn from(_: WireError) -> Self {
+        Self::Refused(Refusal::Malformed)
+    }
+}
+
 impl Server {
-    pub(crate) fn new(worker: WorkerId, incarnation: u128) -> Result<Self, MemoryError> {
+    pub(crate) fn new(worker: WorkerId, incarnation: u128, auth: Option<Token>) -> Result<Self, MemoryError> {
         Ok(Self {
             worker,
             incarnation,
+            auth,
             counters: Arc::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),

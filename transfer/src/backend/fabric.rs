@@ -9,3 +9,4 @@
 
 #[expect(dead_code, reason = "the drivers come with the commits that follow")]
 pub(crate) mod driver;
+pub(crate) mod serve;

@@ -1,21 +1,37 @@
-//! Reads control frames off a stream, never holding more than one frame and what came with it.
+//! Control frames off and onto a stream, never holding more than one frame and what came with it.
 
-use bytes::{Buf, Bytes, BytesMut};
+use baton_config::Epoch;
+use bytes::{Bytes, BytesMut};
 use tokio::io::{AsyncRead, AsyncReadExt};
 
+use crate::auth::Mac;
 use crate::error::LinkError;
-use crate::wire::{HEADER_BYTES, Header, Kind, WireError};
+use crate::wire::{HEADER_BYTES, Header, Kind, MAC_BYTES, WireError};
 
 /// Room for a typical request, so that it takes one system call.
 const BUFFER_BYTES: usize = 4096;
+/// Most bytes before the payload of a frame.
+pub(crate) const HEAD_MAX_BYTES: usize = HEADER_BYTES + MAC_BYTES;
 
+/// Takes frames off a stream.
 pub(crate) struct FrameReader {
     buffer: BytesMut,
+    mac: Option<Mac>,
 }
 
 impl FrameReader {
     pub(crate) fn new() -> Self {
-        Self { buffer: BytesMut::with_capacity(BUFFER_BYTES) }
+        Self { buffer: BytesMut::with_capacity(BUFFER_BYTES), mac: None }
+    }
+
+    /// From the next frame on, each must be signed.
+    pub(crate) fn expect_signed(&mut self, mac: Mac) {
+        self.mac = Some(mac);
+    }
+
+    /// What checks the frames, for who goes on reading them in another way.
+    pub(crate) fn into_mac(self) -> Option<Mac> {
+        self.mac
     }
 
     /// The next frame, checked; `None` when the peer closed between two frames.
@@ -36,23 +52,92 @@ impl FrameReader {
     }
 
     fn take(&mut self) -> Result<Option<(Header, Bytes)>, WireError> {
-        let Some(head) = self.buffer.first_chunk::<HEADER_BYTES>().copied() else {
+        let head_len = head_len(self.mac.as_ref());
+        let Some(bytes) = self.buffer.first_chunk::<HEADER_BYTES>().copied() else {
             self.buffer.reserve(BUFFER_BYTES);
             return Ok(None);
         };
         // Bounds the length by the kind of frame before room is made for it.
-        let header = Header::decode(&head)?;
+        let header = Header::decode(&bytes)?;
         if header.kind == Kind::Data {
             return Err(WireError::Kind);
         }
         let len = header.len as usize;
-        if self.buffer.len() < HEADER_BYTES + len {
-            self.buffer.reserve(HEADER_BYTES + len - self.buffer.len());
+        if self.buffer.len() < head_len + len {
+            self.buffer.reserve(head_len + len - self.buffer.len());
             return Ok(None);
         }
-        self.buffer.advance(HEADER_BYTES);
+        let head = self.buffer.split_to(head_len);
         let payload = self.buffer.split_to(len).freeze();
-        header.verify(&head, &payload)?;
+        check(&header, &head, &payload, self.mac.as_mut())?;
         Ok(Some((header, payload)))
+    }
+}
+
+/// Bytes before the payload of each frame.
+pub(crate) fn head_len(mac: Option<&Mac>) -> usize {
+    HEADER_BYTES + if mac.is_some() { MAC_BYTES } else { 0 }
+}
+
+/// Checks that a frame arrived as it was sent, by its code where the two sides share a token.
+pub(crate) fn check(
+    header: &Header,
+    head: &[u8],
+    payload: &[u8],
+    mac: Option<&mut Mac>,
+) -> Result<(), WireError> {
+    let (bytes, code) = head.split_first_chunk::<HEADER_BYTES>().ok_or(WireError::Short)?;
+    header.verify(bytes, payload)?;
+    let Some(mac) = mac else { return Ok(()) };
+    let code = code.first_chunk::<MAC_BYTES>().ok_or(WireError::Short)?;
+    if mac.check(bytes, payload, code) { Ok(()) } else { Err(WireError::Forged) }
+}
+
+/// Makes frames of one connection, signed where the two sides share a token. They must be sent in the order made.
+#[derive(Default)]
+pub(crate) struct FrameWriter {
+    mac: Option<Mac>,
+}
+
+/// What comes before the payload of a frame.
+pub(crate) struct Head {
+    bytes: [u8; HEAD_MAX_BYTES],
+    len: usize,
+}
+
+impl std::ops::Deref for Head {
+    type Target = [u8];
+
+    fn deref(&self) -> &[u8] {
+        &self.bytes[..self.len]
+    }
+}
+
+impl FrameWriter {
+    /// From the next frame on, each is signed.
+    pub(crate) fn sign(&mut self, mac: Mac) {
+        self.mac = Some(mac);
+    }
+
+    /// The start of a frame; `payload` is what its check and its code cover (nothing for `Data`).
+    pub(crate) fn head(&mut self, header: &Header, payload: &[u8]) -> Head {
+        let len = head_len(self.mac.as_ref());
+        let mut bytes = [0; HEAD_MAX_BYTES];
+        let head = header.encode(payload);
+        bytes[..HEADER_BYTES].copy_from_slice(&head);
+        if let Some(mac) = &mut self.mac {
+            bytes[HEADER_BYTES..].copy_from_slice(&mac.sign(&head, payload));
+        }
+        Head { bytes, len }
+    }
+
+    /// A whole frame.
+    pub(crate) fn frame(&mut self, kind: Kind, epoch: Epoch, seq: u64, payload: &[u8]) -> Vec<u8> {
+        debug_assert!(payload.len() as u64 <= kind.max_len(), "{kind:?} frames are bounded");
+        let head = self.head(&Header { kind, code: 0, len: payload.len() as u32, epoch, seq }, payload);
+        let mut bytes = Vec::with_capacity(head.len() + payload.len());
+        bytes.extend_from_slice(&head);
+        bytes.extend_from_slice(payload);
+        bytes
     }
 }

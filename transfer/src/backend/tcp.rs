@@ -23,7 +23,7 @@ const LOST_HOST_TIMEOUT: Duration = Duration::from_secs(15);
 const LOCAL_CONTROL: &str = "reno";
 
 /// Small frames at once, lost hosts noticed. Options the system does not know are no reason to fail.
-fn tune(stream: &TcpStream) {
+pub(crate) fn tune(stream: &TcpStream) {
     let _ = stream.set_nodelay(true);
     let _ = sockopt::set_socket_keepalive(stream, true);
     let _ = sockopt::set_tcp_keepidle(stream, LOST_HOST_TIMEOUT);

@@ -1,6 +1,10 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::agent::BackendKind;
+use crate::session::Descriptor;
+use baton_config::HandoffId;
+use baton_config::names::NAME_MAX_BYTES;
 
 fn hello() -> Hello {
     Hello {
@@ -8,6 +12,7 @@ fn hello() -> Hello {
         from_epoch: Epoch(9),
         to: "prefill-1".parse().unwrap(),
         incarnation: 7 << 100,
+        nonce: None,
     }
 }
 
@@ -32,7 +37,12 @@ fn frames_survive_the_wire() {
 #[test]
 fn the_longest_names_fit_a_hello() {
     let name = "x".repeat(NAME_MAX_BYTES);
-    let hello = Hello { from: name.parse().unwrap(), to: name.parse().unwrap(), ..hello() };
+    let hello = Hello {
+        from: name.parse().unwrap(),
+        to: name.parse().unwrap(),
+        nonce: Some([3; NONCE_BYTES]),
+        ..hello()
+    };
     assert_eq!(hello.encode().len() as u64, Kind::Hello.max_len());
     assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
 }
@@ -40,12 +50,12 @@ fn the_longest_names_fit_a_hello() {
 #[test]
 fn every_refusal_has_its_code() {
     for refusal in REFUSALS {
-        let bytes = encode_refusal(Some(refusal), Some(Epoch(3)), 8);
+        let bytes = refusal_header(Some(refusal), Some(Epoch(3)), 8).encode(&[]);
         let header = Header::decode(&bytes).unwrap();
         header.verify(&bytes, &[]).unwrap();
         assert_eq!((header.seq, decode_refusal(&header)), (8, Ok(refusal)));
     }
-    let stale = |current| decode_refusal(&Header::decode(&encode_refusal(None, current, 0)).unwrap());
+    let stale = |current| decode_refusal(&refusal_header(None, current, 0));
     assert_eq!(stale(Some(Epoch(3))), Err(Some(Epoch(3))));
     assert_eq!(stale(None), Err(None));
 }
@@ -70,24 +80,44 @@ fn reads_that_make_no_sense_are_refused() {
     assert_eq!(read(&[Descriptor { len: u32::MAX, ..block }]), Err(WireError::Long));
 }
 
-#[test]
-fn metadata_is_small_and_passes_over_backends_of_later_builds() {
-    let metadata = Metadata {
+fn metadata() -> Metadata {
+    let fabric = Offer { backend: BackendKind::Libfabric, wire: "x".repeat(MAX_WIRE_TEXT_BYTES) };
+    Metadata {
         incarnation: u128::MAX - 5,
         host: 99,
         address: "[2001:db8::1]:7501".parse().unwrap(),
-        backends: vec![BackendKind::Tcp, BackendKind::Shm],
-    };
+        offers: vec![fabric, Offer::of(BackendKind::Tcp), Offer::of(BackendKind::Shm)],
+    }
+}
+
+#[test]
+fn metadata_is_small_and_passes_over_backends_of_later_builds() {
+    let metadata = metadata();
     let mut bytes = metadata.encode();
     assert!(bytes.len() < 200, "{} bytes", bytes.len());
     assert_eq!(Metadata::decode(&bytes).unwrap(), metadata);
-    let count = bytes.len() - 3;
-    bytes[count] = 3;
-    bytes.push(200);
+    let count = bytes.len() - 2 - 2 - 2 - MAX_WIRE_TEXT_BYTES - 1;
+    assert_eq!(bytes[count], 3);
+    bytes[count] = 4;
+    assert_eq!(Metadata::decode(&bytes), Err(WireError::Short), "an offer that is not there");
+    bytes.extend([200, 0]);
     assert_eq!(Metadata::decode(&bytes).unwrap(), metadata);
     bytes[4] = VERSION + 1;
     assert_eq!(Metadata::decode(&bytes), Err(WireError::Version(VERSION + 1)));
     assert_eq!(Metadata::decode(&[0; MAX_METADATA_BYTES + 1]), Err(WireError::Long));
+}
+
+#[test]
+fn metadata_with_texts_too_long_or_bytes_too_many_is_refused() {
+    let mut bytes = Metadata { offers: vec![Offer::of(BackendKind::Tcp)], ..metadata() }.encode();
+    let text = bytes.len() - 1;
+    bytes[text] = MAX_WIRE_TEXT_BYTES as u8 + 1;
+    bytes.extend([b'x'; MAX_WIRE_TEXT_BYTES + 1]);
+    assert_eq!(Metadata::decode(&bytes), Err(WireError::Long));
+    bytes[text] = MAX_WIRE_TEXT_BYTES as u8;
+    assert_eq!(Metadata::decode(&bytes), Err(WireError::Long), "a byte behind the end");
+    bytes.pop();
+    assert!(Metadata::decode(&bytes).is_ok());
 }
 
 fn descriptor() -> impl Strategy<Value = Descriptor> {
@@ -115,10 +145,7 @@ proptest! {
     fn bytes_behind_good_starts_never_panic_a_decoder(
         tail in proptest::collection::vec(any::<u8>(), 0..200), cut in 0..100usize,
     ) {
-        let metadata = Metadata {
-            incarnation: 1, host: 2, address: "10.0.0.1:1".parse().unwrap(), backends: vec![BackendKind::Tcp],
-        };
-        for good in [hello().encode(), metadata.encode(), encode_read(HandoffId(2), [].into_iter())] {
+        for good in [hello().encode(), metadata().encode(), encode_read(HandoffId(2), [].into_iter())] {
             let mut bytes = good[..cut.min(good.len())].to_vec();
             bytes.extend_from_slice(&tail);
             let _ = Hello::decode(&bytes);

@@ -4,10 +4,10 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use baton_config::{Epoch, HandoffId};
-use baton_transfer::wire::Metadata;
+use baton_transfer::wire::{Metadata, Offer};
 use baton_transfer::{
     Agent, AgentOptions, BackendKind, BlockRead, ConnectError, Descriptor, Destination, ErrorKind, Integrity,
-    LinkError, Refusal, RegionId, Session, StartError, TransferError,
+    LinkError, Refusal, RegionId, Session, StartError, Token, TransferError,
 };
 
 use crate::support::{
@@ -219,9 +219,9 @@ async fn the_path_is_chosen_by_both_sides_and_says_why() {
     let far = path(&|metadata| metadata.host ^= 1).await.unwrap();
     assert_eq!(far.backend, BackendKind::Tcp);
     assert_eq!(far.reason, "tcp: reached by address; shm: the peer is on another host");
-    let tcp_only = path(&|metadata| metadata.backends = vec![BackendKind::Tcp]).await.unwrap();
+    let tcp_only = path(&|metadata| metadata.offers = vec![Offer::of(BackendKind::Tcp)]).await.unwrap();
     assert_eq!(tcp_only.reason, "tcp: reached by address; shm: not offered by the peer");
-    match path(&|metadata| metadata.backends.clear()).await {
+    match path(&|metadata| metadata.offers.clear()).await {
         Err(ConnectError::Link { tried, .. }) => {
             assert_eq!(tried, "shm: not offered by the peer; tcp: not offered by the peer");
         }
@@ -284,6 +284,10 @@ async fn wrong_bytes_are_named_and_never_delivered() {
 async fn an_agent_nobody_could_reach_does_not_start() {
     let mut options = AgentOptions::new(name("w"));
     options.bind = "0.0.0.0".parse().unwrap();
+    let unprotected = Agent::start(options.clone()).await.err().unwrap();
+    assert!(matches!(unprotected, StartError::Unprotected { .. }));
+    assert!(unprotected.to_string().contains("the same token"), "{unprotected}");
+    options.auth = Some(Token::from_file_bytes(b"k7Jw0pQx9ZfLr2TnVb5Ys8HdMc3Ge6Ua").unwrap());
     assert!(matches!(Agent::start(options.clone()).await, Err(StartError::Advertise { .. })));
     options.advertise = Some("10.1.2.3:7700".parse().unwrap());
     let agent = Agent::start(options.clone()).await.unwrap();

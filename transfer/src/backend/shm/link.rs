@@ -63,7 +63,8 @@ impl ShmLink {
     pub(crate) async fn open(pair: Pair) -> Result<Self, Fault> {
         let connect = async {
             let mut stream = connect(pair.incarnation).map_err(LinkError::io("connecting to its socket"))?;
-            stream.write_all(&pair.hello()).await.map_err(LinkError::io("sending a hello"))?;
+            let hello = wire::encode_frame(Kind::Hello, pair.epoch, 0, &pair.hello(None).encode());
+            stream.write_all(&hello).await.map_err(LinkError::io("sending a hello"))?;
             let (_, file, len) = pass::receive(&stream, Kind::Welcome).await?;
             let memory = PeerMemory::map(file, len, "a peer's control").map_err(LinkError::Memory)?;
             let control = PeerControl::new(memory).ok_or(LinkError::Closed)?;

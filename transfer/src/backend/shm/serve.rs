@@ -13,7 +13,6 @@ use crate::agent::region::Region;
 use crate::agent::server::{Denial, Life, Server};
 use crate::backend::CONNECT_TIMEOUT;
 use crate::backend::frames::FrameReader;
-use crate::backend::tcp::serve::refusal;
 use crate::error::{LinkError, Refusal};
 use crate::memory::HostMemory;
 use crate::wire::{self, Hello, Kind, WireError};
@@ -115,7 +114,7 @@ impl Connection {
     }
 
     async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
-        let bytes = refusal(&self.server, denial, seq);
+        let bytes = denial.header(self.server.epoch(), seq).encode(&[]);
         self.stream.write_all(&bytes).await.map_err(LinkError::io("sending a refusal"))
     }
 }

@@ -1,7 +1,6 @@
 //! The reading side of `tcp`: a pool of streams to one peer.
 
 use std::io;
-use std::net::SocketAddr;
 use std::ops::Range;
 use std::os::fd::AsFd;
 use std::sync::{Mutex, MutexGuard, PoisonError};
@@ -9,14 +8,15 @@ use std::sync::{Mutex, MutexGuard, PoisonError};
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
 use tokio::sync::Semaphore;
-use tokio::time::timeout;
 
 use super::receive::Receiver;
-use crate::backend::frames::FrameReader;
-use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
+use crate::auth::Mac;
+use crate::backend::frames::{self, FrameWriter, HEAD_MAX_BYTES, head_len};
+use crate::backend::handshake::{self, Opened, Route};
+use crate::backend::{Fault, Pair, ReadJob};
 use crate::error::LinkError;
 use crate::session::BlockRead;
-use crate::wire::{self, HEADER_BYTES, Header, Kind, MAX_READ_BLOCKS, WireError};
+use crate::wire::{self, Header, Kind, MAX_READ_BLOCKS, WireError};
 
 /// Bytes worth a stream of their own.
 const STRIPE_BYTES: u64 = 8 << 20;
@@ -28,7 +28,7 @@ const YIELD_BYTES: usize = 4 << 20;
 /// The streams of one session.
 pub(crate) struct TcpLink {
     pair: Pair,
-    address: SocketAddr,
+    route: Route,
     streams: usize,
     /// Permits to use a stream, given in the order they were asked for.
     slots: Semaphore,
@@ -38,16 +38,19 @@ pub(crate) struct TcpLink {
 /// A connection past its handshake, with no answer outstanding.
 struct Stream {
     socket: TcpStream,
+    writer: FrameWriter,
+    /// Checks the answers, where the two sides share a token.
+    mac: Option<Mac>,
     next_seq: u64,
 }
 
 impl TcpLink {
     /// Opens the first stream, which proves that the peer is there and in the epoch meant.
-    pub(crate) async fn open(pair: Pair, address: SocketAddr, streams: usize) -> Result<Self, Fault> {
+    pub(crate) async fn open(pair: Pair, route: Route, streams: usize) -> Result<Self, Fault> {
         let streams = streams.clamp(1, 64);
-        let first = Stream::open(&pair, address).await?;
+        let first = Stream::open(&pair, &route).await?;
         let idle = Mutex::new(vec![first]);
-        Ok(Self { pair, address, streams, slots: Semaphore::new(streams), idle })
+        Ok(Self { pair, route, streams, slots: Semaphore::new(streams), idle })
     }
 
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
@@ -77,7 +80,7 @@ impl TcpLink {
         let idle = self.idle().pop();
         let mut stream = match idle {
             Some(stream) => stream,
-            None => Stream::open(&self.pair, self.address).await?,
+            None => Stream::open(&self.pair, &self.route).await?,
         };
         let corrupt = stream.read(job, stripe, &self.pair).await?;
         // Only a stream that gave every byte asked for is used again; dropping it closes it.
@@ -91,25 +94,9 @@ impl TcpLink {
 }
 
 impl Stream {
-    async fn open(pair: &Pair, address: SocketAddr) -> Result<Self, Fault> {
-        let connect = async {
-            let mut socket = TcpStream::connect(address).await.map_err(LinkError::io("connecting"))?;
-            super::tune(&socket);
-            socket.write_all(&pair.hello()).await.map_err(LinkError::io("sending a hello"))?;
-            let answer = FrameReader::new().next(&mut socket).await.map_err(|error| match error {
-                LinkError::Protocol(error) => Fault::protocol(error),
-                other => Fault::Link(other),
-            })?;
-            let (header, _) = answer.ok_or(LinkError::Closed)?;
-            match header.kind {
-                Kind::Welcome if header.epoch == pair.epoch => Ok(Self { socket, next_seq: 1 }),
-                Kind::Refused => Err(Fault::refused(&header)),
-                _ => Err(Fault::protocol(WireError::Kind)),
-            }
-        };
-        timeout(CONNECT_TIMEOUT, connect)
-            .await
-            .unwrap_or_else(|_| Err(LinkError::io("connecting")(std::io::ErrorKind::TimedOut.into()).into()))
+    async fn open(pair: &Pair, route: &Route) -> Result<Self, Fault> {
+        let Opened { socket, reader, writer } = handshake::open(pair, route).await?;
+        Ok(Self { socket, writer, mac: reader.into_mac(), next_seq: 1 })
     }
 
     /// Reads `blocks` of the job with one request ahead of the answer being received.
@@ -162,7 +149,7 @@ impl Stream {
         let asked = blocks.start..blocks.start + count;
         let sources = job.blocks[asked.clone()].iter().map(|read| read.source);
         let payload = wire::encode_read(job.handoff, sources);
-        let frame = wire::encode_frame(Kind::Read, pair.epoch, self.next_seq, &payload);
+        let frame = self.writer.frame(Kind::Read, pair.epoch, self.next_seq, &payload);
         self.next_seq += 1;
         self.socket.write_all(&frame).await.map_err(LinkError::io("asking for blocks"))?;
         Ok(asked)
@@ -178,21 +165,22 @@ impl Stream {
         pair: &Pair,
     ) -> Result<(), Fault> {
         let total: usize = job.blocks[blocks.clone()].iter().map(|read| read.source.len as usize).sum();
-        let mut head = [0; HEADER_BYTES];
+        let head_len = head_len(self.mac.as_ref());
+        let mut head = [0; HEAD_MAX_BYTES];
         let (mut headed, mut received, mut unyielded) = (0, 0, 0);
         let socket = &self.socket;
         while received < total {
             let until = blocks.end;
-            let fill = || receiver.fill(socket.as_fd(), &mut head[headed..], until);
+            let fill = || receiver.fill(socket.as_fd(), &mut head[headed..head_len], until);
             let filled = socket.async_io(Interest::READABLE, fill).await;
             let filled = filled.map_err(LinkError::io("receiving blocks"))?;
             if filled == 0 {
                 return Err(LinkError::Closed.into());
             }
-            let of_head = filled.min(HEADER_BYTES - headed);
+            let of_head = filled.min(head_len - headed);
             headed += of_head;
-            if of_head > 0 && headed == HEADER_BYTES {
-                check_answer(&head, total, seq, pair)?;
+            if of_head > 0 && headed == head_len {
+                check_answer(&head[..head_len], self.mac.as_mut(), total, seq, pair)?;
             }
             receiver.advance(filled - of_head);
             received += filled - of_head;
@@ -208,9 +196,16 @@ impl Stream {
 }
 
 /// Whether `head` starts the `Data` of request `seq`.
-fn check_answer(head: &[u8; HEADER_BYTES], total: usize, seq: u64, pair: &Pair) -> Result<(), Fault> {
-    let header = Header::decode(head).map_err(Fault::protocol)?;
-    header.verify(head, &[]).map_err(Fault::protocol)?;
+fn check_answer(
+    head: &[u8],
+    mac: Option<&mut Mac>,
+    total: usize,
+    seq: u64,
+    pair: &Pair,
+) -> Result<(), Fault> {
+    let bytes = head.first_chunk().ok_or(LinkError::Closed)?;
+    let header = Header::decode(bytes).map_err(Fault::protocol)?;
+    frames::check(&header, head, &[], mac).map_err(Fault::protocol)?;
     match header.kind {
         Kind::Refused => Err(Fault::refused(&header)),
         Kind::Data if header.epoch != pair.epoch => Err(Fault::Stale(Some(header.epoch))),

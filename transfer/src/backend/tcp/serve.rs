@@ -7,6 +7,7 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use bytes::Bytes;
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
@@ -15,11 +16,13 @@ use crate::agent::grants::Permit;
 use crate::agent::region::Region;
 use crate::agent::server::{Denial, Life, Server, region};
 use crate::backend::CONNECT_TIMEOUT;
-use crate::backend::frames::FrameReader;
+use crate::backend::control::{self, Accepted};
+use crate::backend::frames::{FrameReader, FrameWriter};
+use crate::backend::handshake::{self, Admitted};
 use crate::error::{LinkError, Refusal};
 use crate::memory::{Span, write_gathered};
 use crate::session::Descriptor;
-use crate::wire::{self, Header, Hello, Kind, WireError};
+use crate::wire::{self, Header, Kind, WireError};
 
 /// How long a peer may leave an answer lying before its stream is closed.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
@@ -48,9 +51,13 @@ pub(crate) async fn listen(server: Arc<Server>, listener: TcpListener) {
             tracing::warn!(%peer, "too many transfer connections, one was turned away");
             continue;
         };
-        let connection = Connection::new(Arc::clone(&server), stream);
+        let connection = Connection::run(Arc::clone(&server), stream);
+        let counters = Arc::clone(&server.counters);
         server.tasks.spawn(async move {
-            if let Err(error) = connection.run().await {
+            if let Err(error) = connection.await {
+                if let LinkError::Protocol(error) = &error {
+                    counters.broken(*error);
+                }
                 tracing::debug!(%peer, error = &error as &dyn std::error::Error, "transfer stream ended");
             }
             drop(slot);
@@ -62,64 +69,55 @@ struct Connection {
     server: Arc<Server>,
     stream: TcpStream,
     frames: FrameReader,
+    writer: FrameWriter,
 }
 
 impl Connection {
-    fn new(server: Arc<Server>, stream: TcpStream) -> Self {
+    async fn run(server: Arc<Server>, mut stream: TcpStream) -> Result<(), LinkError> {
         super::tune(&stream);
-        Self { server, stream, frames: FrameReader::new() }
+        let mut frames = FrameReader::new();
+        let admitted = timeout(CONNECT_TIMEOUT, handshake::admit(&server, &mut stream, &mut frames));
+        let Some(admitted) = admitted.await.map_err(|_| LinkError::Closed)?? else { return Ok(()) };
+        let Admitted { hello, life, writer } = admitted;
+        let mut connection = Self { server, stream, frames, writer };
+        let Some(first) = connection.serve_reads(&life).await? else { return Ok(()) };
+        let Self { server, stream: socket, frames, writer } = connection;
+        control::serve(server, Accepted { socket, frames, writer, hello, life }, first).await
     }
 
-    async fn run(mut self) -> Result<(), LinkError> {
-        let Some(life) = timeout(CONNECT_TIMEOUT, self.welcome()).await.map_err(|_| LinkError::Closed)??
-        else {
-            return Ok(());
-        };
+    /// Answers reads until the connection ends, or its first request is another: then it is a control connection.
+    async fn serve_reads(&mut self, life: &Life) -> Result<Option<(Header, Bytes)>, LinkError> {
         let ended = life.ended.cancelled();
         tokio::pin!(ended);
+        let mut is_first = true;
         loop {
             let frame = tokio::select! {
                 biased;
-                () = &mut ended => return Ok(()),
+                () = &mut ended => return Ok(None),
                 frame = self.frames.next(&mut self.stream) => frame?,
             };
-            let Some((header, payload)) = frame else { return Ok(()) };
-            if header.kind != Kind::Read {
-                return Err(LinkError::Protocol(WireError::Kind));
+            let Some((header, payload)) = frame else { return Ok(None) };
+            match header.kind {
+                Kind::Read => {}
+                kind if is_first && !kind.is_answer() => return Ok(Some((header, payload))),
+                _ => return Err(LinkError::Protocol(WireError::Kind)),
             }
-            let read = wire::Read::decode(&payload).map_err(LinkError::Protocol)?;
-            self.answer(&life, &header, &read).await?;
-        }
-    }
-
-    /// The handshake; `None` when the connection was refused, which the peer has been told.
-    async fn welcome(&mut self) -> Result<Option<Life>, LinkError> {
-        let Some((header, payload)) = self.frames.next(&mut self.stream).await? else { return Ok(None) };
-        if header.kind != Kind::Hello {
-            return Err(LinkError::Protocol(WireError::Kind));
-        }
-        let hello = Hello::decode(&payload).map_err(LinkError::Protocol)?;
-        match self.server.admit(header.epoch, &hello) {
-            Ok(life) => {
-                let welcome = wire::encode_frame(Kind::Welcome, life.epoch, 0, &[]);
-                self.stream.write_all(&welcome).await.map_err(LinkError::io("sending a welcome"))?;
-                Ok(Some(life))
-            }
-            Err(denial) => {
-                self.refuse(denial, 0).await?;
-                Ok(None)
+            is_first = false;
+            match wire::Read::decode(&payload) {
+                Ok(read) => self.answer(life, &header, &read).await?,
+                Err(error) => self.refuse(error.into(), header.seq).await?,
             }
         }
     }
 
     async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
-        let bytes = refusal(&self.server, denial, seq);
-        self.stream.write_all(&bytes).await.map_err(LinkError::io("sending a refusal"))
+        self.server.counters.denied(denial);
+        let head = self.writer.head(&denial.header(self.server.epoch(), seq), &[]);
+        self.stream.write_all(&head).await.map_err(LinkError::io("sending a refusal"))
     }
 
     async fn answer(&mut self, life: &Life, header: &Header, read: &wire::Read) -> Result<(), LinkError> {
         if header.epoch != life.epoch {
-            self.server.counters.stale_refused();
             return self.refuse(Denial::Stale, header.seq).await;
         }
         let regions = self.server.regions();
@@ -128,7 +126,8 @@ impl Connection {
             Err(denial) => return self.refuse(denial, header.seq).await,
         };
         let len = read.blocks.iter().map(|block| block.len).sum();
-        let head = Header { kind: Kind::Data, code: 0, len, epoch: life.epoch, seq: header.seq }.encode(&[]);
+        let data = Header { kind: Kind::Data, code: 0, len, epoch: life.epoch, seq: header.seq };
+        let head = self.writer.head(&data, &[]);
         let device = |block: &Descriptor| matches!(region(&regions, block.region), Some(Region::Device(_)));
         if read.blocks.iter().any(device) {
             return self.answer_staged(life, &head, &regions, &read.blocks, permit).await;
@@ -182,15 +181,6 @@ impl Connection {
         self.server.counters.served(blocks.iter().map(|block| u64::from(block.len)).sum());
         Ok(())
     }
-}
-
-/// What a denied peer is told.
-pub(crate) fn refusal(server: &Server, denial: Denial, seq: u64) -> [u8; wire::HEADER_BYTES] {
-    let refusal = match denial {
-        Denial::Stale => None,
-        Denial::Refused(refusal) => Some(refusal),
-    };
-    wire::encode_refusal(refusal, server.epoch(), seq)
 }
 
 /// What is still to be sent.

@@ -1,0 +1,400 @@
+//! Payloads of the control connection: how fabrics meet, share keys and windows, and how users notify each other.
+//!
+//! Beside them, the requests that announce blocks to be written.
+
+use baton_config::HandoffId;
+
+use super::metadata::{backend_code, backend_of};
+use super::read::{put_descriptor, take_blocks, take_descriptor};
+use super::{
+    ADDRESS_MAX_BYTES, DESCRIPTOR_BYTES, Fields, HANDOFF_BYTES, KEY_MAX_BYTES, MAX_NOTIFICATION_BYTES,
+    MAX_READ_BLOCKS, MAX_WIRE_TEXT_BYTES, READ_MAX_BYTES, Read, WireError, encode_read, put_text,
+};
+use crate::agent::{BackendKind, RegionId};
+use crate::session::Descriptor;
+
+pub(super) const ATTACH_MAX_BYTES: usize = 1 + 1 + MAX_WIRE_TEXT_BYTES + ADDRESS_MAX_BYTES;
+pub(super) const KEY_REQUEST_BYTES: usize = 1 + 4;
+pub(super) const KEY_IS_MAX_BYTES: usize = 8 + 8 + KEY_MAX_BYTES;
+pub(super) const PACK_MAX_BYTES: usize = 1 + 8 + READ_MAX_BYTES;
+pub(super) const WINDOW_BYTES: usize = 1 + HANDOFF_BYTES + DESCRIPTOR_BYTES;
+pub(super) const WINDOW_IS_MAX_BYTES: usize = 8 + 8 + KEY_MAX_BYTES;
+pub(super) const NOTIFY_MAX_BYTES: usize = HANDOFF_BYTES + MAX_NOTIFICATION_BYTES;
+const DIGEST_BYTES: usize = 8;
+pub(super) const WRITE_MAX_BYTES: usize =
+    HANDOFF_BYTES + 4 + 1 + MAX_READ_BLOCKS * (DESCRIPTOR_BYTES + DIGEST_BYTES);
+const PLACE_BYTES: usize = 8;
+pub(super) const LEND_MAX_BYTES: usize = 8 + 2 + MAX_READ_BLOCKS * PLACE_BYTES + WRITE_MAX_BYTES;
+
+/// Makes the endpoint of a fabric known to the peer, which answers with its own.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attach {
+    /// Which fabric.
+    pub backend: BackendKind,
+    /// What both ends must have in common.
+    pub wire: String,
+    /// The address of the endpoint that asks, opaque.
+    pub address: Vec<u8>,
+}
+
+impl Attach {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        debug_assert!(self.wire.len() <= MAX_WIRE_TEXT_BYTES && self.address.len() <= ADDRESS_MAX_BYTES);
+        let mut bytes = Vec::with_capacity(2 + self.wire.len() + self.address.len());
+        bytes.push(backend_code(self.backend));
+        put_text(&mut bytes, &self.wire);
+        bytes.extend_from_slice(&self.address);
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut, too long, or names no backend.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let backend = backend(&mut fields)?;
+        let wire = fields.text()?;
+        if wire.len() > MAX_WIRE_TEXT_BYTES || fields.rest_len() > ADDRESS_MAX_BYTES {
+            return Err(WireError::Long);
+        }
+        let wire = wire.to_owned();
+        Ok(Self { backend, wire, address: fields.rest().to_vec() })
+    }
+}
+
+/// Asks for the key by which a fabric reads a region.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Key {
+    /// Which fabric.
+    pub backend: BackendKind,
+    /// Which region.
+    pub region: RegionId,
+}
+
+impl Key {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![backend_code(self.backend)];
+        bytes.extend_from_slice(&self.region.0.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut, too long, or names no backend.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let key = Self { backend: backend(&mut fields)?, region: RegionId(fields.u32()?) };
+        fields.end(key)
+    }
+}
+
+/// The key of a region.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct KeyIs {
+    /// Bytes of the region.
+    pub len: u64,
+    /// Where the region starts in the registration.
+    pub base: u64,
+    /// The key, opaque.
+    pub key: Vec<u8>,
+}
+
+impl KeyIs {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        opaque(self.len, self.base, &self.key)
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut, too long, or its numbers overflow.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let (len, base, key) = take_opaque(bytes)?;
+        base.checked_add(len).ok_or(WireError::Field)?;
+        Ok(Self { len, base, key })
+    }
+}
+
+/// Asks that blocks are gathered and sent as one message.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Pack {
+    /// Over which fabric.
+    pub backend: BackendKind,
+    /// Where the message is awaited: random, used once.
+    pub tag: u64,
+    /// Which blocks.
+    pub read: Read,
+}
+
+impl Pack {
+    /// A payload in bytes.
+    pub fn encode(
+        backend: BackendKind,
+        tag: u64,
+        handoff: HandoffId,
+        blocks: impl ExactSizeIterator<Item = Descriptor>,
+    ) -> Vec<u8> {
+        let mut bytes = vec![backend_code(backend)];
+        bytes.extend_from_slice(&tag.to_le_bytes());
+        bytes.extend(encode_read(handoff, blocks));
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut, too long, names no backend, or its blocks make no sense.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let (backend, tag) = (backend(&mut fields)?, fields.u64()?);
+        Ok(Self { backend, tag, read: Read::decode(fields.rest())? })
+    }
+}
+
+/// Asks for a window through which blocks are written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Window {
+    /// Over which fabric.
+    pub backend: BackendKind,
+    /// Under which grant.
+    pub handoff: HandoffId,
+    /// The bytes to be written.
+    pub range: Descriptor,
+}
+
+impl Window {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![backend_code(self.backend)];
+        bytes.extend_from_slice(&self.handoff.0.to_le_bytes());
+        put_descriptor(&mut bytes, self.range);
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut, too long, names no backend, or its range makes no sense.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let window = Self {
+            backend: backend(&mut fields)?,
+            handoff: HandoffId(fields.u128()?),
+            range: take_descriptor(&mut fields)?,
+        };
+        fields.end(window)
+    }
+}
+
+/// A window.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WindowIs {
+    /// Its number, new for each.
+    pub window: u64,
+    /// Where the range starts in the registration.
+    pub base: u64,
+    /// The key of the registration, opaque.
+    pub key: Vec<u8>,
+}
+
+impl WindowIs {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        opaque(self.window, self.base, &self.key)
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut or too long.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let (window, base, key) = take_opaque(bytes)?;
+        Ok(Self { window, base, key })
+    }
+}
+
+/// The handoff of a `Fence` in bytes.
+pub fn encode_fence(handoff: HandoffId) -> [u8; HANDOFF_BYTES] {
+    handoff.0.to_le_bytes()
+}
+
+/// The handoff of a `Fence`.
+///
+/// # Errors
+/// When it is cut or too long.
+pub fn decode_fence(bytes: &[u8]) -> Result<HandoffId, WireError> {
+    let mut fields = Fields(bytes);
+    let handoff = HandoffId(fields.u128()?);
+    fields.end(handoff)
+}
+
+/// A message for the peer's user.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Notify {
+    /// What it is about.
+    pub handoff: HandoffId,
+    /// What it says, at most [`MAX_NOTIFICATION_BYTES`].
+    pub payload: Vec<u8>,
+}
+
+impl Notify {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        debug_assert!(self.payload.len() <= MAX_NOTIFICATION_BYTES, "notifications are bounded");
+        let mut bytes = Vec::with_capacity(HANDOFF_BYTES + self.payload.len());
+        bytes.extend_from_slice(&self.handoff.0.to_le_bytes());
+        bytes.extend_from_slice(&self.payload);
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut or too long.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        if bytes.len() > NOTIFY_MAX_BYTES {
+            return Err(WireError::Long);
+        }
+        let mut fields = Fields(bytes);
+        Ok(Self { handoff: HandoffId(fields.u128()?), payload: fields.rest().to_vec() })
+    }
+}
+
+/// Announces blocks to be written, whose bytes follow, or are taken from memory that was lent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Write {
+    /// Under which grant.
+    pub handoff: HandoffId,
+    /// Position in the whole write of the first block; digests are bound to positions.
+    pub first: u32,
+    /// Where the blocks go.
+    pub blocks: Vec<Descriptor>,
+    /// The digest of each block, where they are to be verified; else empty.
+    pub digests: Vec<u64>,
+}
+
+impl Write {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        debug_assert!(self.blocks.len() <= MAX_READ_BLOCKS, "requests are bounded");
+        debug_assert!(self.digests.is_empty() || self.digests.len() == self.blocks.len());
+        let mut bytes = Vec::with_capacity(WRITE_MAX_BYTES.min(32 + self.blocks.len() * 24));
+        bytes.extend_from_slice(&self.handoff.0.to_le_bytes());
+        bytes.extend_from_slice(&self.first.to_le_bytes());
+        bytes.push(u8::from(!self.digests.is_empty()));
+        for block in &self.blocks {
+            put_descriptor(&mut bytes, *block);
+        }
+        bytes.extend(self.digests.iter().flat_map(|digest| digest.to_le_bytes()));
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut, too long, writes nothing, empty blocks, or more than one request may.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        if bytes.len() > WRITE_MAX_BYTES {
+            return Err(WireError::Long);
+        }
+        let mut fields = Fields(bytes);
+        let handoff = HandoffId(fields.u128()?);
+        let first = fields.u32()?;
+        let (verify, each) = match fields.take()? {
+            [0] => (false, DESCRIPTOR_BYTES),
+            [1] => (true, DESCRIPTOR_BYTES + DIGEST_BYTES),
+            _ => return Err(WireError::Field),
+        };
+        if fields.is_empty() || !fields.rest_len().is_multiple_of(each) {
+            return Err(WireError::Short);
+        }
+        let count = fields.rest_len() / each;
+        if count > MAX_READ_BLOCKS {
+            return Err(WireError::Long);
+        }
+        first.checked_add(count as u32).ok_or(WireError::Field)?;
+        let blocks = take_blocks(&mut fields, count)?;
+        let digests = (0..if verify { count } else { 0 }).map(|_| fields.u64()).collect::<Result<_, _>>()?;
+        fields.end(Self { handoff, first, blocks, digests })
+    }
+}
+
+/// Passes memory that the blocks of a [`Write`] are to be taken from.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Lend {
+    /// Bytes of the memory.
+    pub len: u64,
+    /// Where each block is in it.
+    pub places: Vec<u64>,
+    /// Where the blocks go.
+    pub write: Write,
+}
+
+impl Lend {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        debug_assert_eq!(self.places.len(), self.write.blocks.len());
+        let mut bytes = Vec::with_capacity(16 + self.places.len() * 32);
+        bytes.extend_from_slice(&self.len.to_le_bytes());
+        bytes.extend_from_slice(&(self.places.len() as u16).to_le_bytes());
+        bytes.extend(self.places.iter().flat_map(|place| place.to_le_bytes()));
+        bytes.extend(self.write.encode());
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut, too long, or a block is not within the memory lent.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let len = fields.u64()?;
+        let count = usize::from(fields.u16()?);
+        if count > MAX_READ_BLOCKS {
+            return Err(WireError::Long);
+        }
+        if count * PLACE_BYTES > fields.rest_len() {
+            return Err(WireError::Short);
+        }
+        let places = (0..count).map(|_| fields.u64()).collect::<Result<Vec<_>, _>>()?;
+        let write = Write::decode(fields.rest())?;
+        if write.blocks.len() != count {
+            return Err(WireError::Field);
+        }
+        let inside = |(place, block): (&u64, &Descriptor)| {
+            place.checked_add(u64::from(block.len)).is_some_and(|end| end <= len)
+        };
+        match places.iter().zip(&write.blocks).all(inside) {
+            true => Ok(Self { len, places, write }),
+            false => Err(WireError::Field),
+        }
+    }
+}
+
+fn backend(fields: &mut Fields<'_>) -> Result<BackendKind, WireError> {
+    let [code] = fields.take()?;
+    backend_of(code).ok_or(WireError::Field)
+}
+
+fn opaque(first: u64, second: u64, key: &[u8]) -> Vec<u8> {
+    debug_assert!(key.len() <= KEY_MAX_BYTES, "keys are bounded");
+    let mut bytes = Vec::with_capacity(16 + key.len());
+    bytes.extend_from_slice(&first.to_le_bytes());
+    bytes.extend_from_slice(&second.to_le_bytes());
+    bytes.extend_from_slice(key);
+    bytes
+}
+
+fn take_opaque(bytes: &[u8]) -> Result<(u64, u64, Vec<u8>), WireError> {
+    let mut fields = Fields(bytes);
+    let (first, second) = (fields.u64()?, fields.u64()?);
+    if fields.rest_len() > KEY_MAX_BYTES {
+        return Err(WireError::Long);
+    }
+    Ok((first, second, fields.rest().to_vec()))
+}
