@@ -381,12 +381,32 @@ impl MemorySpan {
         self.dmabuf.as_ref().map(|(file, offset)| (file.as_fd(), *offset))
     }
 
+    /// The same memory behind one more owner: however often the result is cloned, the memory's own owner is held once.
+    pub(crate) fn lent(&self) -> Self {
+        Self { owner: Arc::new(Lent(Arc::clone(&self.owner))), ..self.clone() }
+    }
+
+    /// Of a lent span: whether nobody but those it was lent to holds the memory any more.
+    pub(crate) fn is_orphan(&self) -> bool {
+        self.owner.downcast_ref::<Lent>().is_some_and(|Lent(owner)| Arc::strong_count(owner) == 1)
+    }
+
+    /// The host memory this is a span of, lent or not.
+    #[cfg(test)]
+    pub(crate) fn host(&self) -> Option<HostMemory> {
+        let owner = self.owner.downcast_ref::<Lent>().map_or(&self.owner, |Lent(owner)| owner);
+        Arc::clone(owner).downcast::<Mapping>().ok().map(HostMemory)
+    }
+
     /// Whether `other` is the same memory.
     pub fn is_same(&self, other: &Self) -> bool {
         (self.address, self.len, self.place) == (other.address, other.len, other.place)
             && Arc::ptr_eq(&self.owner, &other.owner)
     }
 }
+
+/// The owner of memory that was lent.
+struct Lent(Arc<dyn std::any::Any + Send + Sync>);
 
 impl fmt::Debug for MemorySpan {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {

@@ -7,6 +7,52 @@
 //!
 //! A [`driver::Driver`] is all that a library needs to provide, and all that is unsafe. Everything above it is shared.
 
-#[expect(dead_code, reason = "the drivers come with the commits that follow")]
+#![expect(dead_code, reason = "the links that use it come with the commits that follow")]
+
+pub(crate) mod batch;
 pub(crate) mod driver;
+pub(crate) mod registry;
 pub(crate) mod serve;
+mod table;
+#[cfg(test)]
+pub(crate) mod testing;
+pub(crate) mod thread;
+mod window;
+
+use self::driver::DriverInfo;
+use self::window::Bounds;
+
+/// Bytes of one operation where a peer is reached over several rails: small enough that a block uses all of them.
+const STRIPE_BYTES: usize = 256 << 10;
+/// Bytes of one operation over a single rail.
+const OP_BYTES: usize = 1 << 20;
+
+/// Bounds of one fabric.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct FabricLimits {
+    /// Operations posted to one peer at once.
+    pub(crate) ops_per_peer: usize,
+    /// Bytes posted to one peer at once.
+    pub(crate) bytes_per_peer: usize,
+    /// Bytes registered with the library.
+    pub(crate) registered_bytes: u64,
+    /// Registrations.
+    pub(crate) regions: usize,
+}
+
+impl Default for FabricLimits {
+    fn default() -> Self {
+        Self { ops_per_peer: 64, bytes_per_peer: 16 << 20, registered_bytes: 1 << 40, regions: 256 }
+    }
+}
+
+impl FabricLimits {
+    fn bounds(&self, info: &DriverInfo) -> Bounds {
+        let op_bytes = if info.rails > 1 { STRIPE_BYTES } else { OP_BYTES };
+        Bounds {
+            ops: self.ops_per_peer.max(1),
+            bytes: self.bytes_per_peer.max(1),
+            op_bytes: op_bytes.min(info.op_max).max(1),
+        }
+    }
+}

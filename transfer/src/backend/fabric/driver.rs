@@ -49,7 +49,7 @@ pub(crate) struct DriverInfo {
 }
 
 /// Who may use a registration.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash)]
 pub(crate) enum Access {
     /// Local end of operations only.
     Local,

@@ -1,0 +1,240 @@
+//! Operations that belong together: posted, awaited, aborted and fenced as one.
+
+use std::any::Any;
+use std::future::poll_fn;
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::task::{Poll, Waker};
+use std::time::{Duration, Instant};
+
+use super::driver::{LocalRange, RemoteId};
+use super::thread::{Fabric, Peer};
+use super::window::Work;
+
+/// How long an aborted batch may take to end by itself before its peer is disconnected.
+const ABORT_GRACE: Duration = Duration::from_millis(2);
+/// How often a fence that takes too long is told of.
+const FENCE_REPORT: Duration = Duration::from_secs(5);
+/// Bytes in place that are worth waking a task for before the batch is whole: they are still in a cache then.
+const WAKE_BYTES: usize = 256 << 10;
+
+/// One transfer of a batch.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Transfer {
+    pub(crate) verb: Verb,
+    pub(crate) local: LocalRange,
+}
+
+/// What is done with the local range.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Verb {
+    /// Filled from `offset` of a peer's registration.
+    Read { remote: RemoteId, offset: u64 },
+    /// Written to `offset` of a peer's registration.
+    Write { remote: RemoteId, offset: u64 },
+    /// Sent to where the peer awaits `tag`.
+    Send { tag: u64 },
+    /// Filled by the message of `tag`.
+    Receive { tag: u64 },
+}
+
+/// Transfers with one peer, all of one verb.
+pub(crate) struct Batch {
+    pub(super) peer: Peer,
+    transfers: Vec<Transfer>,
+    state: Mutex<State>,
+    settled: Condvar,
+    /// What must live until nothing of the batch is posted any more: registrations, slots.
+    _keep: Box<dyn Any + Send + Sync>,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    /// Transfers that are complete and not yet handed to the task.
+    done: Vec<u32>,
+    done_bytes: usize,
+    failed: Option<Arc<str>>,
+    /// Nothing of the batch is posted, or ever will be.
+    settled: bool,
+    waker: Option<Waker>,
+}
+
+impl Batch {
+    pub(crate) fn new(peer: Peer, transfers: Vec<Transfer>, keep: Box<dyn Any + Send + Sync>) -> Arc<Self> {
+        debug_assert!(!transfers.is_empty(), "a batch of nothing never ends");
+        Arc::new(Self { peer, transfers, state: Mutex::default(), settled: Condvar::new(), _keep: keep })
+    }
+
+    pub(super) fn transfer(&self, index: usize) -> Transfer {
+        self.transfers[index]
+    }
+
+    /// Whether it awaits messages, which no peer's window holds.
+    pub(super) fn receives(&self) -> bool {
+        matches!(self.transfers.first(), Some(Transfer { verb: Verb::Receive { .. }, .. }))
+    }
+
+    /// Whether the peer's bytes land in its local ranges: what fences are about.
+    fn fills(&self) -> bool {
+        matches!(
+            self.transfers.first(),
+            Some(Transfer { verb: Verb::Read { .. } | Verb::Receive { .. }, .. })
+        )
+    }
+
+    /// Notes what came of it since the last time; wakes the task when that is worth it.
+    pub(super) fn note(&self, done: &mut Vec<u32>, failed: Option<&Arc<str>>, settled: bool) {
+        let mut state = self.state();
+        for transfer in done.drain(..) {
+            state.done_bytes += self.transfers[transfer as usize].local.len;
+            state.done.push(transfer);
+        }
+        if state.failed.is_none() {
+            state.failed = failed.cloned();
+        }
+        if settled && !state.settled {
+            state.settled = true;
+            self.settled.notify_all();
+        }
+        let waker = if state.is_news() { state.waker.take() } else { None };
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
+    /// Ends it before anything was posted, or after the driver was closed.
+    pub(super) fn fail(&self, why: &Arc<str>) {
+        self.note(&mut Vec::new(), Some(why), true);
+    }
+
+    fn state(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Waits for the end of everything posted, for `grace` or without a bound; whether it came.
+    fn wait_settled(&self, grace: Duration) -> bool {
+        let until = Instant::now() + grace;
+        let mut state = self.state();
+        while !state.settled {
+            let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
+            state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+        }
+        true
+    }
+}
+
+impl State {
+    fn is_news(&self) -> bool {
+        self.settled || self.done_bytes >= WAKE_BYTES
+    }
+}
+
+/// A batch as the window of its peer sees it, with its number in the table of the thread.
+#[derive(Clone)]
+pub(super) struct Posting {
+    pub(super) job: u64,
+    pub(super) batch: Arc<Batch>,
+}
+
+impl Work for Posting {
+    fn transfers(&self) -> usize {
+        self.batch.transfers.len()
+    }
+
+    fn bytes(&self, transfer: usize) -> usize {
+        self.batch.transfers[transfer].local.len
+    }
+
+    fn splits(&self) -> bool {
+        matches!(
+            self.batch.transfers.first(),
+            Some(Transfer { verb: Verb::Read { .. } | Verb::Write { .. }, .. })
+        )
+    }
+}
+
+/// A batch handed to the progress thread. Dropping it before its end aborts it; see [`Running::fenced`].
+pub(crate) struct Running {
+    fabric: Fabric,
+    batch: Arc<Batch>,
+    fenced: bool,
+    ended: bool,
+}
+
+impl Running {
+    pub(super) fn new(fabric: Fabric, batch: Arc<Batch>) -> Self {
+        Self { fabric, batch, fenced: false, ended: false }
+    }
+
+    /// Makes the drop a fence: once it returns, nothing of the batch writes its local ranges any more. It blocks for
+    /// as long as the driver takes: [`ABORT_GRACE`] for what is posted to end, then a disconnect.
+    pub(crate) fn fenced(mut self) -> Self {
+        self.fenced = self.batch.fills();
+        self
+    }
+
+    /// The transfer `index` of the batch, as it was given.
+    pub(crate) fn transfer(&self, index: u32) -> Transfer {
+        self.batch.transfers[index as usize]
+    }
+
+    /// Waits for news and appends the transfers that are complete to `done`; whether more are to come.
+    ///
+    /// # Errors
+    /// With the fabric's reason, once nothing of the batch is posted any more.
+    pub(crate) async fn next(&mut self, done: &mut Vec<u32>) -> Result<bool, Arc<str>> {
+        let more = poll_fn(|context| {
+            let mut state = self.batch.state();
+            if !state.is_news() {
+                if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
+                    state.waker = Some(context.waker().clone());
+                }
+                return Poll::Pending;
+            }
+            state.done_bytes = 0;
+            done.append(&mut state.done);
+            match &state.failed {
+                Some(why) if state.settled => Poll::Ready(Err(Arc::clone(why))),
+                _ => Poll::Ready(Ok(!state.settled)),
+            }
+        });
+        let more = more.await;
+        self.ended = !matches!(more, Ok(true));
+        more
+    }
+
+    /// Waits for the end of the whole batch.
+    ///
+    /// # Errors
+    /// As [`Running::next`].
+    pub(crate) async fn end(&mut self) -> Result<(), Arc<str>> {
+        let mut done = Vec::new();
+        while self.next(&mut done).await? {
+            done.clear();
+        }
+        Ok(())
+    }
+
+    /// Lets it go on without anybody who waits for it.
+    pub(crate) fn detach(mut self) {
+        self.ended = true;
+    }
+}
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        if self.ended {
+            return;
+        }
+        self.fabric.abort(&self.batch);
+        if !self.fenced || self.batch.wait_settled(ABORT_GRACE) {
+            return;
+        }
+        self.batch.peer.sever("a read was given up and its operations did not end");
+        // The driver may take a while, but there is no way back: the memory must not be written after this returns. The
+        // progress thread settles every batch, at the latest when it ends.
+        while !self.batch.wait_settled(FENCE_REPORT) {
+            tracing::error!("a network library does not let go of memory: waiting");
+        }
+    }
+}

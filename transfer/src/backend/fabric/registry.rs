@@ -1,0 +1,149 @@
+//! Memory registered with a library: once, for as long as somebody has the memory, within bounds.
+
+use std::collections::HashMap;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use super::driver::{Access, DriverError, LocalId};
+use super::thread::{Fabric, Queue};
+use crate::memory::{MemorySpan, Place};
+
+/// A registration; it ends when nobody holds it.
+pub(crate) struct Registration {
+    pub(crate) id: LocalId,
+    /// What a peer needs to use it.
+    pub(crate) key: Vec<u8>,
+    span: MemorySpan,
+    queue: Arc<Queue>,
+    /// The registry's count of uses when it was used last.
+    used: AtomicU64,
+}
+
+impl Registration {
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        self.span.len()
+    }
+}
+
+impl Drop for Registration {
+    fn drop(&mut self) {
+        self.queue.deregister(self.id);
+    }
+}
+
+/// The registrations of one fabric that may be used again.
+///
+/// Memory is the same when place, address and length are: while it is registered it stays where it is.
+#[derive(Default)]
+pub(super) struct Registry {
+    known: Mutex<Known>,
+    /// Held while something is registered, so that nothing is registered twice.
+    registering: tokio::sync::Mutex<()>,
+}
+
+type Identity = (Place, usize, usize, Access);
+
+#[derive(Default)]
+struct Known {
+    kept: HashMap<Identity, Arc<Registration>>,
+    uses: u64,
+    /// Registrations that are not kept but still count: those of one use.
+    others: usize,
+    other_bytes: u64,
+}
+
+impl Known {
+    fn find(&mut self, identity: &Identity) -> Option<Arc<Registration>> {
+        let found = self.kept.get(identity)?;
+        self.uses += 1;
+        found.used.store(self.uses, Ordering::Relaxed);
+        Some(Arc::clone(found))
+    }
+
+    fn bytes(&self) -> u64 {
+        self.kept.values().map(|kept| kept.len() as u64).sum::<u64>() + self.other_bytes
+    }
+
+    fn count(&self) -> usize {
+        self.kept.len() + self.others
+    }
+
+    /// Lets go of memory that nobody else has.
+    fn drop_orphans(&mut self) {
+        self.kept.retain(|_, kept| !kept.span.is_orphan() || Arc::strong_count(kept) > 1);
+    }
+
+    /// Lets go of what was used longest ago and is not used now.
+    fn drop_oldest(&mut self) -> bool {
+        let idle = self.kept.iter().filter(|(_, kept)| Arc::strong_count(kept) == 1);
+        let oldest = idle.min_by_key(|(_, kept)| kept.used.load(Ordering::Relaxed));
+        let oldest = oldest.map(|(identity, _)| *identity);
+        oldest.is_some_and(|identity| self.kept.remove(&identity).is_some())
+    }
+}
+
+impl Registry {
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Fabric {
+    /// The registration of `span`, made if there is none.
+    ///
+    /// # Errors
+    /// The driver's, or the name of the bound that it would exceed.
+    pub(crate) async fn registered(
+        &self,
+        span: &MemorySpan,
+        access: Access,
+    ) -> Result<Arc<Registration>, DriverError> {
+        let identity = (span.place(), span.address(), span.len(), access);
+        if let Some(found) = self.registry().known().find(&identity) {
+            return Ok(found);
+        }
+        let _registering = self.registry().registering.lock().await;
+        if let Some(found) = self.registry().known().find(&identity) {
+            return Ok(found);
+        }
+        self.make_room(span.len())?;
+        let made = Arc::new(self.register_now(span, access).await?);
+        let mut known = self.registry().known();
+        known.kept.insert(identity, Arc::clone(&made));
+        known.find(&identity);
+        Ok(made)
+    }
+
+    async fn register_now(&self, span: &MemorySpan, access: Access) -> Result<Registration, DriverError> {
+        let span = span.lent();
+        let (id, key) = self.register(span.clone(), access).await?;
+        Ok(Registration { id, key, span, queue: Arc::clone(self.queue()), used: AtomicU64::new(0) })
+    }
+
+    /// Makes sure that `len` bytes more are within the bounds.
+    fn make_room(&self, len: usize) -> Result<(), DriverError> {
+        let limits = self.limits();
+        let mut known = self.registry().known();
+        known.drop_orphans();
+        loop {
+            let bytes = known.bytes().saturating_add(len as u64);
+            let fault = if bytes > limits.registered_bytes {
+                let what = format!(
+                    "registering {len} bytes with {} would make {bytes}, the limit is {}",
+                    self.kind(),
+                    limits.registered_bytes
+                );
+                DriverError { what, remedy: "raise transfer.limits.registered".into() }
+            } else if known.count() >= limits.regions {
+                let what = format!("{} regions are registered with {} already", known.count(), self.kind());
+                DriverError { what, remedy: "raise transfer.limits.regions".into() }
+            } else {
+                return Ok(());
+            };
+            if !known.drop_oldest() {
+                return Err(fault);
+            }
+        }
+    }
+}

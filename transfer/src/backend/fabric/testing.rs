@@ -1,0 +1,450 @@
+//! Drivers within one process that are slow, lossy, full or dead as a test wants: seeded, without a library.
+
+use std::collections::HashMap;
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::time::{Duration, Instant};
+
+use rustix::event::{EventfdFlags, eventfd};
+
+use super::driver::{
+    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, PostError, RemoteId,
+};
+use crate::memory::{HostMemory, MemorySpan};
+
+/// A small generator of numbers that look random (splitmix64).
+#[derive(Debug, Clone)]
+pub(crate) struct Rng(u64);
+
+impl Rng {
+    pub(crate) fn new(seed: u64) -> Self {
+        Self(seed)
+    }
+
+    pub(crate) fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mixed = (self.0 ^ self.0 >> 30).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        let mixed = (mixed ^ mixed >> 27).wrapping_mul(0x94d0_49bb_1331_11eb);
+        mixed ^ mixed >> 31
+    }
+
+    /// Below `end`, which is not 0.
+    pub(crate) fn below(&mut self, end: u64) -> u64 {
+        self.next() % end
+    }
+
+    fn per_mille(&mut self, chance: u32) -> bool {
+        self.below(1000) < u64::from(chance)
+    }
+}
+
+/// What goes wrong, in chances per mille where it is a chance.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Faults {
+    /// Longest time an operation takes: each takes a random part of it, so that they end out of order.
+    pub(crate) delay: Duration,
+    /// Posts that find the queues full.
+    pub(crate) again: u32,
+    /// Operations that happen, or not, and are never reported.
+    pub(crate) lost: u32,
+    /// Operations that fail.
+    pub(crate) failed: u32,
+    /// Operations of which a byte changes on the way.
+    pub(crate) flipped: u32,
+    /// Most operations the driver takes at once.
+    pub(crate) depth: usize,
+    /// Longest message; 0: there are none.
+    pub(crate) message_max: usize,
+    /// Whether there is a descriptor to wait for; without, the thread naps.
+    pub(crate) descriptor: bool,
+}
+
+impl Default for Faults {
+    fn default() -> Self {
+        Self {
+            delay: Duration::ZERO,
+            again: 0,
+            lost: 0,
+            failed: 0,
+            flipped: 0,
+            depth: usize::MAX,
+            message_max: 1 << 20,
+            descriptor: false,
+        }
+    }
+}
+
+/// All drivers that can reach each other.
+#[derive(Clone, Default)]
+pub(crate) struct World(Arc<Mutex<Vec<Endpoint>>>);
+
+#[derive(Default)]
+struct Endpoint {
+    alive: bool,
+    /// Neither answers nor breaks.
+    frozen: bool,
+    shown: HashMap<u32, (HostMemory, Access)>,
+    awaited: HashMap<u64, (u64, HostMemory, LocalRange)>,
+    unexpected: HashMap<u64, Vec<u8>>,
+    done: Vec<Done>,
+    bell: Option<Arc<OwnedFd>>,
+    registered: usize,
+    polls: usize,
+    /// Most operations and bytes posted to one peer at once.
+    peak: (usize, usize),
+}
+
+impl World {
+    fn endpoints(&self) -> MutexGuard<'_, Vec<Endpoint>> {
+        self.0.lock().unwrap()
+    }
+
+    /// Opens a driver of this world.
+    pub(crate) fn driver(&self, seed: u64, faults: Faults) -> MemoryDriver {
+        let bell = faults
+            .descriptor
+            .then(|| Arc::new(eventfd(0, EventfdFlags::NONBLOCK | EventfdFlags::CLOEXEC).unwrap()));
+        let mut endpoints = self.endpoints();
+        endpoints.push(Endpoint { alive: true, bell: bell.clone(), ..Endpoint::default() });
+        MemoryDriver {
+            world: self.clone(),
+            me: endpoints.len() - 1,
+            info: DriverInfo {
+                detail: "memory".into(),
+                wire: "memory".into(),
+                same_host: false,
+                read: true,
+                write: true,
+                message_max: faults.message_max,
+                op_max: 1 << 30,
+                rails: 1,
+                device_memory: Vec::new(),
+            },
+            faults,
+            rng: Rng::new(seed),
+            bell,
+            local: HashMap::new(),
+            peers: HashMap::new(),
+            remotes: HashMap::new(),
+            posted: Vec::new(),
+            next: 0,
+        }
+    }
+
+    /// The process of an endpoint dies: what is posted to it fails.
+    pub(crate) fn kill(&self, endpoint: usize) {
+        self.endpoints()[endpoint].alive = false;
+    }
+
+    /// An endpoint answers no more, or again.
+    pub(crate) fn freeze(&self, endpoint: usize, frozen: bool) {
+        self.endpoints()[endpoint].frozen = frozen;
+    }
+
+    /// Most operations and bytes an endpoint had posted to one peer at once.
+    pub(crate) fn peak(&self, endpoint: usize) -> (usize, usize) {
+        self.endpoints()[endpoint].peak
+    }
+
+    /// How often an endpoint was polled.
+    pub(crate) fn polls(&self, endpoint: usize) -> usize {
+        self.endpoints()[endpoint].polls
+    }
+
+    /// Whether the driver of an endpoint is open and not killed.
+    pub(crate) fn is_alive(&self, endpoint: usize) -> bool {
+        self.endpoints()[endpoint].alive
+    }
+
+    /// Registrations of an endpoint now.
+    pub(crate) fn registered(&self, endpoint: usize) -> usize {
+        self.endpoints()[endpoint].registered
+    }
+}
+
+pub(crate) struct MemoryDriver {
+    world: World,
+    me: usize,
+    info: DriverInfo,
+    faults: Faults,
+    rng: Rng,
+    bell: Option<Arc<OwnedFd>>,
+    local: HashMap<u32, HostMemory>,
+    peers: HashMap<u32, usize>,
+    remotes: HashMap<u32, (PeerId, u32)>,
+    posted: Vec<Posted>,
+    next: u32,
+}
+
+struct Posted {
+    op: u64,
+    peer: PeerId,
+    due: Instant,
+    what: What,
+    local: LocalRange,
+    memory: HostMemory,
+    lost: bool,
+}
+
+#[derive(Clone, Copy)]
+enum What {
+    Read { region: u32, offset: u64 },
+    Write { region: u32, offset: u64 },
+    Send { tag: u64 },
+}
+
+impl MemoryDriver {
+    fn number(&mut self) -> u32 {
+        self.next += 1;
+        self.next
+    }
+
+    fn post(&mut self, peer: PeerId, what: What, local: LocalRange, op: u64) -> Result<(), PostError> {
+        if !self.peers.contains_key(&peer.0) {
+            return Err(PostError::Failed("not connected".into()));
+        }
+        let memory = self.local_range(local)?;
+        if self.posted.len() >= self.faults.depth || self.rng.per_mille(self.faults.again) {
+            return Err(PostError::Again);
+        }
+        let delay = self.faults.delay.mul_f64(self.rng.below(1001) as f64 / 1000.0);
+        let lost = self.rng.per_mille(self.faults.lost);
+        self.posted.push(Posted { op, peer, due: Instant::now() + delay, what, local, memory, lost });
+        let of_peer = self.posted.iter().filter(|posted| posted.peer == peer);
+        let now = of_peer.fold((0, 0), |(ops, bytes), posted| (ops + 1, bytes + posted.local.len));
+        let peak = &mut self.world.endpoints()[self.me].peak;
+        *peak = (peak.0.max(now.0), peak.1.max(now.1));
+        Ok(())
+    }
+
+    fn local_range(&self, range: LocalRange) -> Result<HostMemory, PostError> {
+        let memory = self.local.get(&range.id.0).filter(|memory| memory.fits(range.offset, range.len));
+        memory.cloned().ok_or(PostError::Range)
+    }
+
+    fn region(&self, peer: PeerId, remote: RemoteId) -> Result<u32, PostError> {
+        let found = self.remotes.get(&remote.0).filter(|(owner, _)| *owner == peer);
+        found.map(|(_, region)| *region).ok_or(PostError::Range)
+    }
+
+    /// Does what an operation is for.
+    fn perform(&mut self, posted: &Posted) -> Result<usize, String> {
+        let peer = self.peers[&posted.peer.0];
+        let Posted { local, memory, .. } = posted;
+        let flip = self.rng.per_mille(self.faults.flipped).then(|| self.rng.below(local.len as u64) as usize);
+        if self.rng.per_mille(self.faults.failed) {
+            return Err("it failed".into());
+        }
+        let mut endpoints = self.world.endpoints();
+        let peer = &mut endpoints[peer];
+        if !peer.alive {
+            return Err("the peer is dead".into());
+        }
+        let mut bytes = vec![0; local.len];
+        let shown = |region: u32, access: Access| {
+            let found = peer.shown.get(&region).filter(|(_, shown)| *shown == access);
+            found.map(|(memory, _)| memory.clone()).ok_or("no such key")
+        };
+        match posted.what {
+            What::Read { region, offset } => {
+                shown(region, Access::RemoteRead)?.read(offset as usize, &mut bytes);
+                flip.iter().for_each(|at| bytes[*at] ^= 4);
+                memory.write(local.offset, &bytes);
+            }
+            What::Write { region, offset } => {
+                memory.read(local.offset, &mut bytes);
+                flip.iter().for_each(|at| bytes[*at] ^= 4);
+                shown(region, Access::RemoteWrite)?.write(offset as usize, &bytes);
+            }
+            What::Send { tag } => {
+                memory.read(local.offset, &mut bytes);
+                flip.iter().for_each(|at| bytes[*at] ^= 4);
+                match peer.awaited.remove(&tag) {
+                    Some((op, memory, to)) => peer.deliver(op, &memory, to, &bytes),
+                    None => _ = peer.unexpected.insert(tag, bytes),
+                }
+            }
+        }
+        Ok(local.len)
+    }
+}
+
+impl Endpoint {
+    fn deliver(&mut self, op: u64, memory: &HostMemory, to: LocalRange, bytes: &[u8]) {
+        let result = if bytes.len() > to.len {
+            Err("a message longer than its buffer".into())
+        } else {
+            memory.write(to.offset, bytes);
+            Ok(bytes.len())
+        };
+        self.done.push(Done { op, result });
+        if let Some(bell) = &self.bell {
+            rustix::io::write(bell, &1u64.to_ne_bytes()).unwrap();
+        }
+    }
+}
+
+impl Driver for MemoryDriver {
+    fn info(&self) -> &DriverInfo {
+        &self.info
+    }
+
+    fn address(&self) -> Vec<u8> {
+        (self.me as u64).to_le_bytes().to_vec()
+    }
+
+    fn register(&mut self, span: &MemorySpan, access: Access) -> Result<(LocalId, Vec<u8>), DriverError> {
+        let refused = || DriverError { what: "not host memory".into(), remedy: String::new() };
+        let memory = span.host().ok_or_else(refused)?;
+        let id = self.number();
+        self.local.insert(id, memory.clone());
+        let mut endpoints = self.world.endpoints();
+        endpoints[self.me].registered += 1;
+        if access == Access::Local {
+            return Ok((LocalId(id), Vec::new()));
+        }
+        endpoints[self.me].shown.insert(id, (memory, access));
+        Ok((LocalId(id), [(self.me as u64).to_le_bytes(), u64::from(id).to_le_bytes()].concat()))
+    }
+
+    fn deregister(&mut self, id: LocalId) {
+        assert!(self.local.remove(&id.0).is_some(), "registered once, deregistered once");
+        let mut endpoints = self.world.endpoints();
+        endpoints[self.me].registered -= 1;
+        endpoints[self.me].shown.remove(&id.0);
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerId, DriverError> {
+        let refused = || DriverError { what: "no such endpoint".into(), remedy: String::new() };
+        let endpoint = u64::from_le_bytes(address.try_into().map_err(|_| refused())?) as usize;
+        if !self.world.endpoints().get(endpoint).is_some_and(|endpoint| endpoint.alive) {
+            return Err(refused());
+        }
+        let id = self.number();
+        self.peers.insert(id, endpoint);
+        Ok(PeerId(id))
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        assert!(self.peers.remove(&peer.0).is_some(), "connected once, disconnected once");
+        let gone = self.posted.extract_if(.., |posted| posted.peer == peer);
+        let failed = gone.map(|posted| Done { op: posted.op, result: Err("disconnected".into()) });
+        self.world.endpoints()[self.me].done.extend(failed);
+        self.remotes.retain(|_, (owner, _)| *owner != peer);
+    }
+
+    fn import(&mut self, peer: PeerId, key: &[u8]) -> Result<RemoteId, DriverError> {
+        let refused = || DriverError { what: "not a key".into(), remedy: String::new() };
+        let (owner, region) = key.split_first_chunk::<8>().ok_or_else(refused)?;
+        let region = u64::from_le_bytes(region.try_into().map_err(|_| refused())?);
+        if self.peers.get(&peer.0) != Some(&(u64::from_le_bytes(*owner) as usize)) {
+            return Err(refused());
+        }
+        let id = self.number();
+        self.remotes.insert(id, (peer, region as u32));
+        Ok(RemoteId(id))
+    }
+
+    fn forget(&mut self, _peer: PeerId, remote: RemoteId) {
+        self.remotes.remove(&remote.0);
+    }
+
+    fn read(
+        &mut self,
+        peer: PeerId,
+        remote: RemoteId,
+        offset: u64,
+        to: LocalRange,
+        op: u64,
+    ) -> Result<(), PostError> {
+        let region = self.region(peer, remote)?;
+        self.post(peer, What::Read { region, offset }, to, op)
+    }
+
+    fn write(
+        &mut self,
+        peer: PeerId,
+        remote: RemoteId,
+        offset: u64,
+        from: LocalRange,
+        op: u64,
+    ) -> Result<(), PostError> {
+        let region = self.region(peer, remote)?;
+        self.post(peer, What::Write { region, offset }, from, op)
+    }
+
+    fn send(&mut self, peer: PeerId, tag: u64, from: LocalRange, op: u64) -> Result<(), PostError> {
+        assert!(from.len <= self.info.message_max, "a message of {} bytes", from.len);
+        self.post(peer, What::Send { tag }, from, op)
+    }
+
+    fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
+        let memory = self.local_range(to)?;
+        if self.rng.per_mille(self.faults.again) {
+            return Err(PostError::Again);
+        }
+        let own = &mut self.world.endpoints()[self.me];
+        match own.unexpected.remove(&tag) {
+            Some(bytes) => own.deliver(op, &memory, to, &bytes),
+            None => _ = own.awaited.insert(tag, (op, memory, to)),
+        }
+        Ok(())
+    }
+
+    fn cancel_receive(&mut self, op: u64) {
+        let own = &mut self.world.endpoints()[self.me];
+        let before = own.awaited.len();
+        own.awaited.retain(|_, (awaited, _, _)| *awaited != op);
+        if own.awaited.len() < before {
+            own.done.push(Done { op, result: Err("cancelled".into()) });
+        }
+    }
+
+    fn poll(&mut self, done: &mut Vec<Done>) -> bool {
+        if let Some(bell) = &self.bell {
+            let _ = rustix::io::read(bell, &mut [0; 8]);
+        }
+        self.world.endpoints()[self.me].polls += 1;
+        let now = Instant::now();
+        let before = done.len();
+        let frozen: Vec<usize> =
+            self.world.endpoints().iter().enumerate().filter(|(_, e)| e.frozen).map(|(at, _)| at).collect();
+        let peers = self.peers.clone();
+        let is_due = |posted: &mut Posted| posted.due <= now && !frozen.contains(&peers[&posted.peer.0]);
+        let due: Vec<Posted> = self.posted.extract_if(.., |posted| is_due(posted)).collect();
+        for mut posted in due {
+            let result = self.perform(&posted);
+            if posted.lost {
+                // Done, perhaps, and silent about it for ever.
+                posted.due = now + Duration::from_secs(3600);
+                self.posted.push(posted);
+                continue;
+            }
+            done.push(Done { op: posted.op, result });
+        }
+        done.append(&mut self.world.endpoints()[self.me].done);
+        done.len() > before
+    }
+
+    fn arm(&mut self) -> bool {
+        let now = Instant::now();
+        self.world.endpoints()[self.me].done.is_empty() && !self.posted.iter().any(|posted| posted.due <= now)
+    }
+
+    fn wait_fd(&self) -> Option<RawFd> {
+        self.bell.as_ref().map(|bell| bell.as_raw_fd())
+    }
+
+    fn nap(&self) -> Duration {
+        Duration::from_micros(100)
+    }
+}
+
+impl Drop for MemoryDriver {
+    fn drop(&mut self) {
+        let own = &mut self.world.endpoints()[self.me];
+        own.alive = false;
+        own.shown.clear();
+        own.awaited.clear();
+    }
+}

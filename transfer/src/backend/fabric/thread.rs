@@ -1,0 +1,319 @@
+//! The progress thread of a fabric and the handle through which tasks reach it.
+//!
+//! Who owns what:
+//!
+//! 1. The thread owns the driver: it alone calls it, from the first to the last call.
+//! 2. Tasks hand it commands through a bounded queue and wake it through an event descriptor if it sleeps.
+//! 3. What comes of a [`Batch`] is noted in the batch, once per turn of the thread; its task is woken when a good part
+//!    or all of it is done, not for every operation.
+//! 4. However the thread ends, the driver is closed first and then every batch is settled: nobody waits for ever.
+
+mod progress;
+#[expect(unsafe_code, reason = "lends the descriptor of a driver to poll(2)")]
+mod sleep;
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::thread::JoinHandle;
+
+use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+
+use self::progress::Progress;
+use self::sleep::Alarm;
+use super::FabricLimits;
+use super::batch::{Batch, Running};
+use super::driver::{Access, Driver, DriverError, DriverInfo, LocalId, PeerId, RemoteId};
+use super::registry::Registry;
+use crate::agent::BackendKind;
+use crate::memory::MemorySpan;
+
+/// Most commands that wait for the thread.
+const COMMANDS_MAX: usize = 1024;
+
+/// A network library at work on a thread of its own; clones share it. With the last one the library is closed.
+#[derive(Clone)]
+pub(crate) struct Fabric(Arc<Inner>);
+
+struct Inner {
+    kind: BackendKind,
+    limits: FabricLimits,
+    opened: Opened,
+    queue: Arc<Queue>,
+    registry: Registry,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+/// What is known of a driver once it is open.
+#[derive(Debug, Clone)]
+struct Opened {
+    info: DriverInfo,
+    address: Vec<u8>,
+}
+
+/// What tasks want of the thread.
+enum Command {
+    Register {
+        span: MemorySpan,
+        access: Access,
+        reply: oneshot::Sender<Result<(LocalId, Vec<u8>), DriverError>>,
+    },
+    Deregister(LocalId),
+    Connect {
+        address: Vec<u8>,
+        reply: oneshot::Sender<Result<Peer, DriverError>>,
+    },
+    Import {
+        peer: Peer,
+        key: Vec<u8>,
+        reply: oneshot::Sender<Result<RemoteId, DriverError>>,
+    },
+    Submit(Arc<Batch>),
+    Abort(Arc<Batch>),
+    /// Nothing more to or from this peer.
+    Sever {
+        peer: u64,
+        why: &'static str,
+    },
+    /// The same, and it is forgotten.
+    Disconnect {
+        peer: u64,
+    },
+}
+
+/// The commands that wait for the thread.
+pub(super) struct Queue {
+    alarm: Alarm,
+    room: Arc<Semaphore>,
+    state: Mutex<Waiting>,
+}
+
+#[derive(Default)]
+struct Waiting {
+    commands: VecDeque<(Command, Option<OwnedSemaphorePermit>)>,
+    /// The thread sleeps, or is about to: ring.
+    asleep: bool,
+    /// No handle is left, or the thread has ended.
+    closed: bool,
+}
+
+impl Queue {
+    fn state(&self) -> MutexGuard<'_, Waiting> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Whether the thread will see it.
+    fn push(&self, command: Command, room: Option<OwnedSemaphorePermit>) -> Result<(), Command> {
+        let mut state = self.state();
+        if state.closed {
+            return Err(command);
+        }
+        state.commands.push_back((command, room));
+        let asleep = std::mem::take(&mut state.asleep);
+        drop(state);
+        if asleep {
+            self.alarm.ring();
+        }
+        Ok(())
+    }
+
+    pub(super) fn deregister(&self, id: LocalId) {
+        let _ = self.push(Command::Deregister(id), None);
+    }
+
+    fn close(&self) {
+        self.state().closed = true;
+        self.alarm.ring();
+    }
+}
+
+fn gone(kind: BackendKind) -> DriverError {
+    DriverError { what: format!("the progress thread of {kind} has ended"), remedy: String::new() }
+}
+
+impl Fabric {
+    /// Opens a driver on a thread of its own.
+    ///
+    /// Dropped before it is done, the driver is closed as soon as it is open.
+    ///
+    /// # Errors
+    /// The driver's, or the system's when it gives no thread.
+    pub(crate) async fn start(
+        kind: BackendKind,
+        open: impl FnOnce() -> Result<Box<dyn Driver>, DriverError> + Send + 'static,
+        limits: FabricLimits,
+    ) -> Result<Self, DriverError> {
+        let system = |error: std::io::Error| DriverError {
+            what: format!("no progress thread for {kind}: {error}"),
+            remedy: String::new(),
+        };
+        let alarm = Alarm::new().map_err(system)?;
+        let room = Arc::new(Semaphore::new(COMMANDS_MAX));
+        let queue = Arc::new(Queue { alarm, room, state: Mutex::default() });
+        let (tell, told) = oneshot::channel();
+        let own = Arc::clone(&queue);
+        let run = move || {
+            let driver = match open() {
+                Ok(driver) => driver,
+                Err(error) => {
+                    let _ = tell.send(Err(error));
+                    return;
+                }
+            };
+            let opened = Opened { info: driver.info().clone(), address: driver.address() };
+            let progress = Progress::new(driver, own, limits);
+            if tell.send(Ok(opened)).is_ok() {
+                progress.run();
+            }
+        };
+        let thread = std::thread::Builder::new().name(format!("baton-{kind}")).spawn(run).map_err(system)?;
+        let opened = told.await.map_err(|_| gone(kind))??;
+        tracing::debug!(%kind, detail = opened.info.detail, "fabric opened");
+        let thread = Mutex::new(Some(thread));
+        Ok(Self(Arc::new(Inner { kind, limits, opened, queue, registry: Registry::default(), thread })))
+    }
+
+    /// Which backend it is.
+    pub(crate) fn kind(&self) -> BackendKind {
+        self.0.kind
+    }
+
+    /// What the driver can do.
+    pub(crate) fn info(&self) -> &DriverInfo {
+        &self.0.opened.info
+    }
+
+    /// Where peers' drivers reach this one.
+    pub(crate) fn address(&self) -> &[u8] {
+        &self.0.opened.address
+    }
+
+    /// Its bounds.
+    pub(crate) fn limits(&self) -> &FabricLimits {
+        &self.0.limits
+    }
+
+    /// Registers memory with the driver. Without bound and not shared: [`super::registry`] is what tasks use.
+    pub(super) async fn register(
+        &self,
+        span: MemorySpan,
+        access: Access,
+    ) -> Result<(LocalId, Vec<u8>), DriverError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Command::Register { span, access, reply }).await?;
+        answer.await.map_err(|_| gone(self.0.kind))?
+    }
+
+    pub(super) fn queue(&self) -> &Arc<Queue> {
+        &self.0.queue
+    }
+
+    pub(super) fn registry(&self) -> &Registry {
+        &self.0.registry
+    }
+
+    /// Makes a peer known by its driver's address.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) async fn connect(&self, address: Vec<u8>) -> Result<Peer, DriverError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Command::Connect { address, reply }).await?;
+        answer.await.map_err(|_| gone(self.0.kind))?
+    }
+
+    /// Takes a key of a peer; it is forgotten with the peer.
+    ///
+    /// # Errors
+    /// The driver's.
+    pub(crate) async fn import(&self, peer: &Peer, key: Vec<u8>) -> Result<RemoteId, DriverError> {
+        let (reply, answer) = oneshot::channel();
+        self.ask(Command::Import { peer: peer.clone(), key, reply }).await?;
+        answer.await.map_err(|_| gone(self.0.kind))?
+    }
+
+    /// Hands a batch to the thread.
+    ///
+    /// # Errors
+    /// When the thread has ended.
+    pub(crate) async fn submit(&self, batch: Arc<Batch>) -> Result<Running, Arc<str>> {
+        self.ask(Command::Submit(Arc::clone(&batch))).await.map_err(|error| Arc::from(error.what))?;
+        // Nothing is awaited between the two: what was taken has somebody who aborts it.
+        Ok(Running::new(self.clone(), batch))
+    }
+
+    /// Posts nothing more of a batch; it is settled when what is posted has ended.
+    pub(super) fn abort(&self, batch: &Arc<Batch>) {
+        if let Err(Command::Abort(batch)) = self.0.queue.push(Command::Abort(Arc::clone(batch)), None) {
+            batch.fail(&"the fabric is closed".into());
+        }
+    }
+
+    async fn ask(&self, command: Command) -> Result<(), DriverError> {
+        let room = match Arc::clone(&self.0.queue.room).try_acquire_owned() {
+            Ok(room) => room,
+            // Never closed; were it, so would the thread be.
+            Err(_) => Arc::clone(&self.0.queue.room).acquire_owned().await.map_err(|_| gone(self.0.kind))?,
+        };
+        self.0.queue.push(command, Some(room)).map_err(|_| gone(self.0.kind))
+    }
+}
+
+impl Drop for Inner {
+    fn drop(&mut self) {
+        self.queue.close();
+        let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
+        // What a batch keeps may hold the last handle: the thread cannot wait for itself.
+        if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id())
+            && thread.join().is_err()
+        {
+            tracing::error!(kind = %self.kind, "the progress thread panicked");
+        }
+    }
+}
+
+/// A peer that the driver is connected to; clones share it. It is disconnected with the last one.
+#[derive(Clone)]
+pub(crate) struct Peer(Arc<PeerInner>);
+
+struct PeerInner {
+    id: PeerId,
+    /// Its number in the table of the thread.
+    key: OnceLock<u64>,
+    queue: Arc<Queue>,
+    failed: OnceLock<Arc<str>>,
+}
+
+impl Peer {
+    /// Why nothing can be exchanged with it any more.
+    pub(crate) fn failure(&self) -> Option<&Arc<str>> {
+        self.0.failed.get()
+    }
+
+    /// Ends everything with this peer: what is posted ends or is cut off, and nothing more is posted.
+    pub(crate) fn sever(&self, why: &'static str) {
+        let _ = self.0.failed.set(why.into());
+        let _ = self.0.queue.push(Command::Sever { peer: self.key(), why }, None);
+    }
+
+    fn key(&self) -> u64 {
+        // Set before the handle leaves the thread; the table has no key 0.
+        self.0.key.get().copied().unwrap_or(0)
+    }
+}
+
+impl Drop for PeerInner {
+    fn drop(&mut self) {
+        if let Some(key) = self.key.get() {
+            let _ = self.queue.push(Command::Disconnect { peer: *key }, None);
+        }
+    }
+}
+
+impl std::fmt::Debug for Peer {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Peer({:?})", self.0.id)
+    }
+}
+
+#[cfg(test)]
+mod tests;

@@ -1,0 +1,509 @@
+//! What the progress thread does: takes commands, posts, polls, tells, rests.
+
+use std::collections::VecDeque;
+use std::sync::{Arc, Weak};
+use std::time::{Duration, Instant};
+
+use super::{Command, Peer, PeerInner, Queue};
+use crate::backend::fabric::FabricLimits;
+use crate::backend::fabric::batch::{Batch, Posting, Verb};
+use crate::backend::fabric::driver::{Done, Driver, DriverError, LocalRange, PeerId, PostError};
+use crate::backend::fabric::table::Table;
+use crate::backend::fabric::window::{Bounds, Part, Window};
+
+/// How long the thread looks again and again before it sleeps while operations are under way: less than waking it takes.
+const SPIN: Duration = Duration::from_micros(5);
+/// How long after the last event the thread still wakes up by itself, for libraries that miss wake-ups.
+const WARM: Duration = Duration::from_millis(100);
+/// Longest sleep of a thread with nothing to do.
+const IDLE: Duration = Duration::from_secs(1);
+/// Longest sleep of a thread with nothing to do whose driver has nothing to wait for.
+const IDLE_BLIND: Duration = Duration::from_millis(10);
+/// Sleep while the driver takes nothing more.
+const FULL: Duration = Duration::from_micros(50);
+/// Operations of one peer posted before the next peer's turn.
+const TURN_OPS: usize = 16;
+
+/// The state of the thread.
+pub(super) struct Progress {
+    /// Always there, until the drop closes it before anything else.
+    driver: Option<Box<dyn Driver>>,
+    queue: Arc<Queue>,
+    bounds: Bounds,
+    peers: Table<PeerState>,
+    jobs: Table<Job>,
+    ops: Table<Op>,
+    /// Peers whose window may let something through.
+    ready: VecDeque<u64>,
+    /// Messages to await: job and transfer.
+    receives: VecDeque<(u64, usize)>,
+    /// Jobs with something to tell.
+    touched: Vec<u64>,
+    dones: Vec<Done>,
+    /// The driver took nothing more the last time.
+    full: bool,
+    /// The driver's descriptor is broken, or there is none.
+    blind: bool,
+    /// When something happened last.
+    last: Instant,
+}
+
+struct PeerState {
+    id: PeerId,
+    window: Window<Posting>,
+    is_ready: bool,
+    failed: Option<Arc<str>>,
+    handle: Weak<PeerInner>,
+}
+
+/// A batch under way.
+struct Job {
+    batch: Arc<Batch>,
+    peer: u64,
+    /// Bytes missing of each transfer.
+    missing: Vec<usize>,
+    /// Transfers with bytes missing.
+    open: usize,
+    /// Operations posted and not ended.
+    posted: usize,
+    done: Vec<u32>,
+    failed: Option<Arc<str>>,
+    /// Its peer is disconnected: what is posted touches nothing any more.
+    cut: bool,
+    touched: bool,
+}
+
+impl Job {
+    /// Whether nothing of it writes local memory, now or later.
+    fn is_settled(&self) -> bool {
+        self.cut || (self.posted == 0 && (self.open == 0 || self.failed.is_some()))
+    }
+}
+
+/// A posted operation.
+struct Op {
+    job: u64,
+    /// Whose window holds it; none for a receive.
+    peer: Option<u64>,
+    transfer: usize,
+    len: usize,
+}
+
+impl Progress {
+    pub(super) fn new(driver: Box<dyn Driver>, queue: Arc<Queue>, limits: FabricLimits) -> Self {
+        let bounds = limits.bounds(driver.info());
+        Self {
+            driver: Some(driver),
+            queue,
+            bounds,
+            peers: Table::new(),
+            jobs: Table::new(),
+            ops: Table::new(),
+            ready: VecDeque::new(),
+            receives: VecDeque::new(),
+            touched: Vec::new(),
+            dones: Vec::new(),
+            full: false,
+            blind: false,
+            last: Instant::now(),
+        }
+    }
+
+    /// Works until no handle is left.
+    pub(super) fn run(mut self) {
+        let mut commands = VecDeque::new();
+        loop {
+            {
+                let mut state = self.queue.state();
+                if state.closed {
+                    return;
+                }
+                std::mem::swap(&mut commands, &mut state.commands);
+            }
+            let mut busy = !commands.is_empty();
+            for (command, _room) in commands.drain(..) {
+                self.obey(command);
+            }
+            busy |= self.post();
+            busy |= self.poll();
+            self.tell();
+            match busy {
+                true => self.last = Instant::now(),
+                false => self.rest(),
+            }
+        }
+    }
+
+    #[expect(clippy::expect_used, reason = "only the drop takes the driver")]
+    fn driver(&mut self) -> &mut dyn Driver {
+        &mut **self.driver.as_mut().expect("the driver is there until the drop")
+    }
+
+    fn obey(&mut self, command: Command) {
+        match command {
+            Command::Register { span, access, reply } => {
+                if !reply.is_closed()
+                    && let Err(Ok((id, _))) = reply.send(self.driver().register(&span, access))
+                {
+                    self.driver().deregister(id);
+                }
+            }
+            Command::Deregister(id) => self.driver().deregister(id),
+            Command::Connect { address, reply } => {
+                if !reply.is_closed() {
+                    // An unclaimed handle disconnects by its drop.
+                    let _ = reply.send(self.connect(&address));
+                }
+            }
+            Command::Import { peer, key, reply } => {
+                let imported = match self
+                    .peers
+                    .get_mut(peer.key())
+                    .map(|state| (state.id, state.failed.clone()))
+                {
+                    Some((id, None)) => self.driver().import(id, &key),
+                    _ => Err(DriverError { what: "the peer is disconnected".into(), remedy: String::new() }),
+                };
+                let _ = reply.send(imported);
+            }
+            Command::Submit(batch) => self.submit(batch),
+            Command::Abort(batch) => self.abort(&batch),
+            Command::Sever { peer, why } => self.sever(peer, &why.into()),
+            Command::Disconnect { peer } => {
+                self.sever(peer, &"disconnected".into());
+                self.peers.remove(peer);
+            }
+        }
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<Peer, DriverError> {
+        let id = self.driver().connect(address)?;
+        let inner = Arc::new(PeerInner {
+            id,
+            key: std::sync::OnceLock::new(),
+            queue: Arc::clone(&self.queue),
+            failed: std::sync::OnceLock::new(),
+        });
+        let state = PeerState {
+            id,
+            window: Window::new(self.bounds),
+            is_ready: false,
+            failed: None,
+            handle: Arc::downgrade(&inner),
+        };
+        let _ = inner.key.set(self.peers.insert(state));
+        Ok(Peer(inner))
+    }
+
+    fn submit(&mut self, batch: Arc<Batch>) {
+        let peer = batch.peer.key();
+        let Some(state) = self.peers.get_mut(peer) else {
+            return batch.fail(&"the peer is disconnected".into());
+        };
+        if let Some(why) = &state.failed {
+            return batch.fail(why);
+        }
+        let posting = Posting { job: 0, batch: Arc::clone(&batch) };
+        use crate::backend::fabric::window::Work as _;
+        let missing: Vec<usize> = (0..posting.transfers()).map(|transfer| posting.bytes(transfer)).collect();
+        let open = missing.len();
+        let receives = batch.receives();
+        let job = Job {
+            batch,
+            peer,
+            missing,
+            open,
+            posted: 0,
+            done: Vec::new(),
+            failed: None,
+            cut: false,
+            touched: false,
+        };
+        let job = self.jobs.insert(job);
+        if receives {
+            self.receives.extend((0..open).map(|transfer| (job, transfer)));
+        } else {
+            state.window.submit(Posting { job, ..posting });
+            if !std::mem::replace(&mut state.is_ready, true) {
+                self.ready.push_back(peer);
+            }
+        }
+    }
+
+    fn abort(&mut self, batch: &Arc<Batch>) {
+        let found = self.jobs.iter().find(|(_, job)| Arc::ptr_eq(&job.batch, batch)).map(|(key, _)| key);
+        match found {
+            Some(job) => self.give_up(job, &"given up".into()),
+            // It ended already, or was never taken.
+            None => batch.fail(&"given up".into()),
+        }
+    }
+
+    /// Posts nothing more of a job and stops awaiting its messages.
+    fn give_up(&mut self, key: u64, why: &Arc<str>) {
+        let Some(job) = self.jobs.get_mut(key) else { return };
+        if job.failed.is_none() {
+            job.failed = Some(Arc::clone(why));
+        }
+        let (peer, receives) = (job.peer, job.batch.receives());
+        if receives {
+            self.receives.retain(|(job, _)| *job != key);
+            let posted: Vec<u64> =
+                self.ops.iter().filter(|(_, op)| op.job == key).map(|(op, _)| op).collect();
+            for op in posted {
+                self.driver().cancel_receive(op);
+            }
+        } else if let Some(peer) = self.peers.get_mut(peer) {
+            peer.window.withdraw(|posting| posting.job == key);
+        }
+        self.touch(key);
+    }
+
+    /// Ends everything with a peer: its first failure is its last.
+    fn sever(&mut self, key: u64, why: &Arc<str>) {
+        let Some(peer) = self.peers.get_mut(key) else { return };
+        if peer.failed.is_some() {
+            return;
+        }
+        peer.failed = Some(Arc::clone(why));
+        if let Some(handle) = peer.handle.upgrade() {
+            let _ = handle.failed.set(Arc::clone(why));
+        }
+        let id = peer.id;
+        let jobs: Vec<u64> =
+            self.jobs.iter().filter(|(_, job)| job.peer == key).map(|(key, _)| key).collect();
+        for job in &jobs {
+            self.give_up(*job, why);
+        }
+        self.driver().disconnect(id);
+        for job in jobs {
+            if let Some(job) = self.jobs.get_mut(job) {
+                // A message that is awaited is nobody's until it comes: its buffer is free when it was reported.
+                job.cut = !job.batch.receives();
+            }
+        }
+    }
+
+    /// Posts what the bounds let through; whether anything was.
+    fn post(&mut self) -> bool {
+        self.full = false;
+        let mut any = self.post_receives();
+        for _ in 0..self.ready.len() {
+            let Some(key) = self.ready.pop_front() else { break };
+            any |= self.post_to(key);
+            let Some(peer) = self.peers.get_mut(key) else { continue };
+            peer.is_ready = peer.window.next().is_some();
+            if peer.is_ready {
+                self.ready.push_back(key);
+            }
+        }
+        any
+    }
+
+    fn post_receives(&mut self) -> bool {
+        let mut any = false;
+        while let Some((key, transfer)) = self.receives.front().copied() {
+            let Some(job) = self.jobs.get_mut(key) else {
+                self.receives.pop_front();
+                continue;
+            };
+            let to = job.batch.transfer(transfer);
+            let Verb::Receive { tag } = to.verb else { unreachable!("a batch is of one verb") };
+            let op = self.ops.insert(Op { job: key, peer: None, transfer, len: to.local.len });
+            match self.driver().receive(tag, to.local, op) {
+                Ok(()) => {
+                    self.receives.pop_front();
+                    self.count_posted(key);
+                    any = true;
+                }
+                Err(error) => {
+                    self.ops.remove(op);
+                    if error == PostError::Again {
+                        self.full = true;
+                        break;
+                    }
+                    self.receives.pop_front();
+                    self.give_up(key, &error.to_string().into());
+                }
+            }
+        }
+        any
+    }
+
+    fn post_to(&mut self, key: u64) -> bool {
+        for posted in 0..TURN_OPS {
+            let Some(peer) = self.peers.get_mut(key) else { return posted > 0 };
+            let id = peer.id;
+            let Some((posting, part)) = peer.window.next() else { return posted > 0 };
+            let (job, transfer) = (posting.job, posting.batch.transfer(part.transfer));
+            let op = self.ops.insert(Op { job, peer: Some(key), transfer: part.transfer, len: part.len });
+            match self.post_one(id, transfer.verb, transfer.local, part, op) {
+                Ok(()) => {
+                    if let Some(peer) = self.peers.get_mut(key) {
+                        peer.window.posted();
+                    }
+                    self.count_posted(job);
+                }
+                Err(error) => {
+                    self.ops.remove(op);
+                    match error {
+                        PostError::Again => self.full = true,
+                        PostError::Range => self.give_up(job, &error.to_string().into()),
+                        PostError::Failed(why) => self.sever(key, &why.into()),
+                    }
+                    return posted > 0;
+                }
+            }
+        }
+        true
+    }
+
+    fn post_one(
+        &mut self,
+        peer: PeerId,
+        verb: Verb,
+        local: LocalRange,
+        part: Part,
+        op: u64,
+    ) -> Result<(), PostError> {
+        let driver = self.driver();
+        let at = part.offset as u64;
+        let local = LocalRange { offset: local.offset + part.offset, len: part.len, ..local };
+        match verb {
+            Verb::Read { remote, offset } => driver.read(peer, remote, offset + at, local, op),
+            Verb::Write { remote, offset } => driver.write(peer, remote, offset + at, local, op),
+            Verb::Send { tag } => driver.send(peer, tag, local, op),
+            Verb::Receive { .. } => Err(PostError::Range),
+        }
+    }
+
+    fn count_posted(&mut self, job: u64) {
+        if let Some(job) = self.jobs.get_mut(job) {
+            job.posted += 1;
+        }
+    }
+
+    /// Lets the driver work and takes note of what ended; whether anything happened.
+    fn poll(&mut self) -> bool {
+        let mut dones = std::mem::take(&mut self.dones);
+        let happened = self.driver().poll(&mut dones);
+        let any = happened || !dones.is_empty();
+        for done in dones.drain(..) {
+            self.end(done);
+        }
+        self.dones = dones;
+        any
+    }
+
+    fn end(&mut self, done: Done) {
+        let Some(op) = self.ops.remove(done.op) else {
+            tracing::error!(op = done.op, "a driver reported an operation that is not under way");
+            return;
+        };
+        if let Some(key) = op.peer
+            && let Some(peer) = self.peers.get_mut(key)
+        {
+            peer.window.ended(op.len);
+            if peer.window.is_waiting() && !std::mem::replace(&mut peer.is_ready, true) {
+                self.ready.push_back(key);
+            }
+        }
+        self.touch(op.job);
+        let Some(job) = self.jobs.get_mut(op.job) else { return };
+        job.posted -= 1;
+        let why = match done.result {
+            Ok(len) if len == op.len => {
+                let missing = &mut job.missing[op.transfer];
+                *missing -= op.len;
+                if *missing == 0 && job.failed.is_none() {
+                    job.open -= 1;
+                    job.done.push(op.transfer as u32);
+                }
+                return;
+            }
+            Ok(len) => format!("{len} bytes arrived instead of {}", op.len),
+            Err(why) => why,
+        };
+        let why = why.into();
+        self.give_up(op.job, &why);
+        if let Some(peer) = op.peer {
+            self.sever(peer, &why);
+        }
+    }
+
+    fn touch(&mut self, key: u64) {
+        if let Some(job) = self.jobs.get_mut(key)
+            && !std::mem::replace(&mut job.touched, true)
+        {
+            self.touched.push(key);
+        }
+    }
+
+    /// Tells the batches what came of them in this turn.
+    fn tell(&mut self) {
+        while let Some(key) = self.touched.pop() {
+            let Some(job) = self.jobs.get_mut(key) else { continue };
+            job.touched = false;
+            let settled = job.is_settled();
+            job.batch.note(&mut job.done, job.failed.as_ref(), settled);
+            if settled && job.posted == 0 {
+                self.jobs.remove(key);
+            }
+        }
+    }
+
+    /// Spins for a moment if something is under way, then sleeps.
+    #[expect(clippy::expect_used, reason = "only the drop takes the driver")]
+    fn rest(&mut self) {
+        let idle_for = self.last.elapsed();
+        if self.ops.len() > 0 && idle_for < SPIN {
+            std::hint::spin_loop();
+            return;
+        }
+        {
+            let mut state = self.queue.state();
+            if !state.commands.is_empty() || state.closed {
+                return;
+            }
+            state.asleep = true;
+        }
+        let driver = self.driver.as_deref_mut().expect("the driver is there until the drop");
+        let blind = self.blind || driver.wait_fd().is_none();
+        let most = match (self.full, self.ops.len() > 0 || idle_for < WARM, blind) {
+            (true, _, _) => FULL.min(driver.nap()),
+            (false, true, _) => driver.nap(),
+            (false, false, false) => IDLE,
+            (false, false, true) => IDLE_BLIND,
+        };
+        if driver.arm() {
+            self.blind |= !self.queue.alarm.sleep(driver, most, self.blind);
+        }
+        self.queue.state().asleep = false;
+    }
+}
+
+impl Drop for Progress {
+    fn drop(&mut self) {
+        // Closed first: from here on nothing writes memory for it, and what was under way can be settled.
+        drop(self.driver.take());
+        let why: Arc<str> = "the fabric is closed".into();
+        let waiting = {
+            let mut state = self.queue.state();
+            state.closed = true;
+            std::mem::take(&mut state.commands)
+        };
+        for (_, job) in self.jobs.iter() {
+            job.batch.fail(&why);
+        }
+        for (_, peer) in self.peers.iter() {
+            if let Some(handle) = peer.handle.upgrade() {
+                let _ = handle.failed.set(Arc::clone(&why));
+            }
+        }
+        for (command, _) in waiting {
+            if let Command::Submit(batch) | Command::Abort(batch) = command {
+                batch.fail(&why);
+            }
+        }
+    }
+}
