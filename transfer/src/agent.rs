@@ -196,14 +196,15 @@ impl Agent {
         let incarnation = dial::random_u128().map_err(bind_error)?;
         let server = Arc::new(Server::new(options.worker.clone(), incarnation, options.auth.clone())?);
         let mut backends = options.backends.clone();
-        if backends.contains(&BackendKind::Shm) {
+        let same_host = |backend: &BackendKind| matches!(backend, BackendKind::Shm | BackendKind::Cma);
+        if backends.iter().any(same_host) {
             match shm::serve::bind(incarnation) {
                 Ok(socket) => {
                     server.tasks.spawn(shm::serve::listen(Arc::clone(&server), socket));
                 }
                 Err(error) => {
                     tracing::warn!(%error, "shared memory is not offered to peers");
-                    backends.retain(|backend| *backend != BackendKind::Shm);
+                    backends.retain(|backend| !same_host(backend));
                 }
             }
         }

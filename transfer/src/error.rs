@@ -69,6 +69,15 @@ pub enum LinkError {
     /// The path does not reach the memory of a device: take the blocks through host memory.
     #[error("the path does not reach the device's memory: {0}")]
     Device(String),
+    /// The kernel does not let this process copy from the peer's memory.
+    #[error(
+        "reading the memory of process {pid} is not allowed: both need the same user, and the right to trace \
+         (kernel.yama.ptrace_scope = 0, or CAP_SYS_PTRACE)"
+    )]
+    Trace {
+        /// The peer's process.
+        pid: i32,
+    },
     /// A peer's memory could not be mapped.
     #[error("the peer's memory cannot be mapped")]
     Memory(#[source] crate::memory::MemoryError),

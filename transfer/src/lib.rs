@@ -46,6 +46,7 @@ pub use arena_memory::ArenaMemory;
 pub use auth::{Token, TokenError};
 pub use backend::libfabric::LibfabricOptions;
 pub use backend::plugin::PluginOptions;
+pub use backend::shm::probe_cma;
 pub use backend::ucx::UcxOptions;
 pub use device::{Device, DeviceError, EmulatedDevice};
 pub use digest::{BlockDigest, DigestSeed, block_digest};

@@ -1,8 +1,9 @@
-//! Host memory that other processes of this machine can map: the only module of this crate with unsafe code.
+//! Host memory that other processes of this machine can map, or copy from through the kernel.
 //!
 //! Ownership rules, on which every `SAFETY` comment below leans:
 //!
-//! 1. A [`Mapping`] owns `[base, base + len)` from `mmap` until its `Drop` unmaps it. Nobody else unmaps it.
+//! 1. A [`Mapping`] owns `[base, base + len)` from `mmap` until its `Drop` unmaps it. Nobody else unmaps it. One of
+//!    foreign memory holds the [`MemorySpan`] instead, whose maker vouches for the same range.
 //! 2. The file behind a mapping never shrinks: it is sealed against shrinking before it is mapped (own memory) or
 //!    the seal is checked before it is mapped (a peer's), so no access within `len` can fault.
 //! 3. Every access is checked against `len` first, goes through raw pointers or system calls, and keeps no
@@ -10,6 +11,8 @@
 //! 4. The bytes may change under a reader: threads and processes share them. Whoever needs them stable must own
 //!    the range by agreement (a KV block has one writer at a time); whoever reads a peer's memory copies first
 //!    and verifies the copy.
+
+mod process;
 
 use std::ffi::c_void;
 use std::fmt;
@@ -21,6 +24,8 @@ use std::sync::atomic::{AtomicU64, Ordering, fence};
 
 use rustix::fs::{MemfdFlags, SealFlags};
 use rustix::mm::{Advice, MapFlags, ProtFlags};
+
+pub(crate) use self::process::{MAX_RANGES, Process, RemoteRange, copy_from_process};
 
 use crate::digest::{BlockDigest, DigestSeed, block_digest, copy_digesting};
 
@@ -49,6 +54,14 @@ pub enum MemoryError {
         #[source]
         source: io::Error,
     },
+    /// Foreign memory that processors do not reach by plain loads and stores, or that cannot exist.
+    #[error("memory {label:?} of kind {} is no host memory of this process", .place.kind())]
+    NotHost {
+        /// What it was for.
+        label: String,
+        /// Where it is.
+        place: Place,
+    },
     /// A peer passed a descriptor whose file is smaller than it says or could shrink under its readers.
     #[error("the memory a peer passed as {label:?} is not sealed at {len} bytes")]
     Unsealed {
@@ -59,12 +72,18 @@ pub enum MemoryError {
     },
 }
 
-/// One `mmap` of a memory file.
+/// One `mmap` of a memory file, or foreign memory.
 struct Mapping {
     base: NonNull<u8>,
     len: usize,
-    file: OwnedFd,
+    backing: Backing,
     label: Box<str>,
+}
+
+/// What is behind a [`Mapping`].
+enum Backing {
+    File(OwnedFd),
+    Foreign(MemorySpan),
 }
 
 // SAFETY: the mapping is plain memory, valid from any thread until dropped (rule 1); accesses follow rules 3 and 4.
@@ -81,7 +100,7 @@ impl Mapping {
         let Some(base) = NonNull::new(base.cast::<u8>()) else {
             return Err(system("map", label, len, rustix::io::Errno::NOMEM));
         };
-        let mapping = Self { base, len, file, label: label.into() };
+        let mapping = Self { base, len, backing: Backing::File(file), label: label.into() };
         if len >= HUGE_PAGE_BYTES {
             // Best effort: kernels without huge pages for shared memory say no, and small pages work as well.
             let _ = mapping.advise(Advice::LinuxHugepage);
@@ -113,9 +132,9 @@ impl Mapping {
 
     #[track_caller]
     fn word(&self, offset: usize) -> &AtomicU64 {
-        assert!(offset.is_multiple_of(align_of::<AtomicU64>()), "word at {offset} is not aligned");
         let at = self.at(offset, size_of::<AtomicU64>());
-        // SAFETY: in bounds, aligned (mmap is page-aligned), mapped for as long as `self`, and only ever
+        assert!(at.cast::<AtomicU64>().is_aligned(), "word at {offset} is not aligned");
+        // SAFETY: in bounds, aligned, mapped for as long as `self`, and only ever
         // accessed atomically: control words are not part of any block.
         unsafe { AtomicU64::from_ptr(at.as_ptr().cast::<u64>()) }
     }
@@ -154,6 +173,9 @@ impl Mapping {
 
 impl Drop for Mapping {
     fn drop(&mut self) {
+        if let Backing::Foreign(_) = self.backing {
+            return;
+        }
         // SAFETY: this value owns the mapping (rule 1) and nothing refers to it any more.
         let unmapped = unsafe { rustix::mm::munmap(self.base.as_ptr().cast::<c_void>(), self.len) };
         debug_assert!(unmapped.is_ok(), "munmap of a whole mapping cannot fail");
@@ -164,10 +186,10 @@ fn system(step: &'static str, label: &str, len: usize, errno: rustix::io::Errno)
     MemoryError::System { step, label: label.to_owned(), len, source: errno.into() }
 }
 
-/// Zeroed host memory that peers on this machine may map read-only; clones share it.
+/// Host memory that peers on this machine may map read-only; clones share it.
 ///
 /// Units: offsets and lengths in bytes. The memory lives until the last clone is gone, also when a transfer holds
-/// one. Pages are taken from the system at first touch; [`HostMemory::prefault`] takes them at once.
+/// one. What was [adopted](HostMemory::adopt) cannot be mapped by peers: the kernel copies it for them. Pages are taken from the system at first touch; [`HostMemory::prefault`] takes them at once.
 ///
 /// Bytes have no lock: two parties that write the same range at once leave a mixture. In Baton a KV block has one
 /// writer at any time, which the block pool guarantees.
@@ -190,21 +212,43 @@ impl HostMemory {
         )
         .map_err(|errno| system("create", label, len, errno))?;
         rustix::fs::ftruncate(&file, len as u64).map_err(|errno| system("size", label, len, errno))?;
-        let mapping = Mapping::new(file, len, ProtFlags::READ | ProtFlags::WRITE, label)?;
-        // From here on this mapping is the only one that can ever write the file, whoever gets the descriptor.
-        rustix::fs::fcntl_add_seals(
-            &mapping.file,
-            SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL,
-        )
-        .map_err(|errno| system("seal", label, len, errno))?;
-        Ok(Self(Arc::new(mapping)))
+        let memory = Self(Arc::new(Mapping::new(file, len, ProtFlags::READ | ProtFlags::WRITE, label)?));
+        if let Some(file) = memory.file() {
+            // From here on this mapping is the only one that can ever write the file, whoever gets the descriptor.
+            let seals = SealFlags::SHRINK | SealFlags::GROW | SealFlags::FUTURE_WRITE | SealFlags::SEAL;
+            rustix::fs::fcntl_add_seals(file, seals).map_err(|errno| system("seal", label, len, errno))?;
+        }
+        Ok(memory)
     }
 
-    /// Takes every page from the system now instead of at first touch.
+    /// Takes memory that something else allocated, such as the buffers of an engine, as it is; `label` shows in errors.
+    ///
+    /// # Errors
+    /// When it is empty or not [`Place::Host`].
+    pub fn adopt(span: MemorySpan, label: &str) -> Result<Self, MemoryError> {
+        let len = span.len;
+        if len == 0 {
+            return Err(MemoryError::Empty { label: label.to_owned() });
+        }
+        let base = NonNull::new(std::ptr::with_exposed_provenance_mut::<u8>(span.address));
+        let exists = span.address.checked_add(len).is_some() && isize::try_from(len).is_ok();
+        match base {
+            Some(base) if span.place == Place::Host && exists => {
+                let backing = Backing::Foreign(span);
+                Ok(Self(Arc::new(Mapping { base, len, backing, label: label.into() })))
+            }
+            _ => Err(MemoryError::NotHost { label: label.to_owned(), place: span.place }),
+        }
+    }
+
+    /// Takes every page from the system now instead of at first touch; adopted memory stays as it is.
     ///
     /// # Errors
     /// When there is not enough memory.
     pub fn prefault(&self) -> Result<(), MemoryError> {
+        if let Backing::Foreign(_) = self.0.backing {
+            return Ok(());
+        }
         self.0
             .advise(Advice::LinuxPopulateWrite)
             .map_err(|errno| system("take", &self.0.label, self.0.len, errno))
@@ -278,6 +322,9 @@ impl HostMemory {
 
     /// The memory as a network library registers it.
     pub fn span(&self) -> MemorySpan {
+        if let Backing::Foreign(span) = &self.0.backing {
+            return span.clone();
+        }
         let owner: Arc<dyn std::any::Any + Send + Sync> = self.0.clone();
         MemorySpan {
             address: self.0.base.as_ptr().addr(),
@@ -298,9 +345,17 @@ impl HostMemory {
         self.0.word(offset).load(Ordering::SeqCst)
     }
 
-    /// The memory file, for passing to a peer: sealed, so that the peer can only read it.
-    pub(crate) fn file(&self) -> BorrowedFd<'_> {
-        self.0.file.as_fd()
+    /// The memory file, for passing to a peer: sealed, so that the peer can only read it. Adopted memory has none.
+    pub(crate) fn file(&self) -> Option<BorrowedFd<'_>> {
+        match &self.0.backing {
+            Backing::File(file) => Some(file.as_fd()),
+            Backing::Foreign(_) => None,
+        }
+    }
+
+    /// Where it is in the address space of this process.
+    pub(crate) fn place(&self) -> RemoteRange {
+        RemoteRange { address: self.0.base.as_ptr().addr(), len: self.0.len }
     }
 }
 
@@ -347,8 +402,9 @@ impl MemorySpan {
     /// Describes foreign memory, which `owner` keeps in place.
     ///
     /// # Safety
-    /// `[address, address + len)` is memory of kind `place`, and stays so, until every clone of `owner` is gone; no
-    /// Rust reference to any of it exists while a transfer may write it.
+    /// `[address, address + len)` is memory of kind `place`, to be read and written, and stays so, until every clone of
+    /// `owner` is gone; no Rust reference to any of it exists while a transfer, or who holds it as [`HostMemory`], may
+    /// write it.
     pub unsafe fn new(
         address: usize,
         len: usize,

@@ -137,10 +137,14 @@ pub enum Kind {
     Lend = 26,
     /// They were taken and verified.
     Taken = 27,
+    /// Asks where a region is (Unix socket only): its number, or 0 for the control memory.
+    Locate = 28,
+    /// Where it is: its address in the owner and its length. Also the answer to [`Kind::Map`] of what cannot be mapped.
+    Located = 29,
 }
 
 impl Kind {
-    const ALL: [Self; 27] = [
+    const ALL: [Self; 29] = [
         Self::Hello,
         Self::Welcome,
         Self::Refused,
@@ -168,6 +172,8 @@ impl Kind {
         Self::Written,
         Self::Lend,
         Self::Taken,
+        Self::Locate,
+        Self::Located,
     ];
 
     fn from_u8(value: u8) -> Option<Self> {
@@ -190,8 +196,9 @@ impl Kind {
             | Self::Taken => 0,
             Self::Read | Self::Confirm => READ_MAX_BYTES,
             Self::Data => return MAX_READ_BYTES,
-            Self::Map => 4,
+            Self::Map | Self::Locate => 4,
             Self::Mapped => 8,
+            Self::Located => 16,
             Self::Attach => control::ATTACH_MAX_BYTES,
             Self::Attached => ADDRESS_MAX_BYTES,
             Self::Key => control::KEY_REQUEST_BYTES,
@@ -215,6 +222,7 @@ impl Kind {
                 | Self::Refused
                 | Self::Data
                 | Self::Mapped
+                | Self::Located
                 | Self::Challenge
                 | Self::Attached
                 | Self::KeyIs

@@ -12,7 +12,7 @@ use twox_hash::XxHash3_64;
 use super::server::Server;
 use super::{AgentOptions, BackendKind, ConnectError};
 use crate::backend::handshake::Route;
-use crate::backend::shm::link::ShmLink;
+use crate::backend::shm::link::{Access, ShmLink};
 use crate::backend::tcp::link::TcpLink;
 use crate::backend::{Fault, Link, Pair};
 use crate::session::{PathInfo, Session};
@@ -157,20 +157,21 @@ impl Dialer {
             return Some("not offered by the peer");
         }
         match backend {
-            BackendKind::Shm if peer.host != self.host => Some("the peer is on another host"),
-            BackendKind::Shm | BackendKind::Tcp => None,
-            BackendKind::Cma | BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
-                Some("not part of this build")
+            BackendKind::Shm | BackendKind::Cma if peer.host != self.host => {
+                Some("the peer is on another host")
             }
+            BackendKind::Shm | BackendKind::Cma | BackendKind::Tcp => None,
+            BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => Some("not part of this build"),
         }
     }
 
     async fn open(&self, backend: BackendKind, pair: &Pair, route: &Route) -> Result<Link, Fault> {
         let pair = pair.clone();
         match backend {
-            BackendKind::Shm => ShmLink::open(pair).await.map(Link::Shm),
+            BackendKind::Shm => ShmLink::open(pair, Access::Map).await.map(Link::Shm),
+            BackendKind::Cma => ShmLink::open(pair, Access::Copy).await.map(Link::Shm),
             BackendKind::Tcp => TcpLink::open(pair, route.clone(), self.options.streams).await.map(Link::Tcp),
-            BackendKind::Cma | BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
+            BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
                 Err(Fault::Refused(crate::error::Refusal::Unavailable))
             }
         }

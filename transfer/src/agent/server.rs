@@ -86,7 +86,7 @@ impl Server {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
-            control: Control::new()?,
+            control: Control::new(incarnation)?,
             life: Mutex::new(None),
             regions: RwLock::new(Arc::new([])),
             grants: Grants::default(),

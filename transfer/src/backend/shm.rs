@@ -5,9 +5,14 @@
 //! others. A reader needs no word with the owner per read: it looks for the epoch and the grant in the control
 //! memory before and after it copies. The open socket is the sign of life.
 //!
+//! What cannot be mapped, such as memory that an engine allocated itself, is copied by the kernel instead, by its
+//! address in the owner (`process_vm_readv`, [`cma`]): as a backend of its own (`cma`) for every region, or under `shm` for the
+//! regions that need it. Everything else is the same.
+//!
 //! A grant is checked by handoff here, not by range: a process that may map a region can read all of it. That is
 //! why only processes of the same user are let in.
 
+mod cma;
 pub(crate) mod control;
 pub(crate) mod link;
 mod pass;
@@ -15,6 +20,13 @@ pub(crate) mod serve;
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::SocketAddr;
+
+pub use self::cma::probe as probe_cma;
+
+use crate::agent::RegionId;
+
+/// Stands for the control memory where regions are asked for; they are numbered from 1.
+const CONTROL: RegionId = RegionId(0);
 
 /// The address of the socket of the process `incarnation`.
 fn socket_address(incarnation: u128) -> std::io::Result<SocketAddr> {

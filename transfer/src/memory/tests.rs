@@ -9,7 +9,7 @@ use crate::digest::{DigestSeed, block_digest};
 #[test]
 fn bytes_written_are_read_by_every_clone_and_every_mapping() {
     let memory = HostMemory::allocate(8192, "test").unwrap();
-    let peer = PeerMemory::map(memory.file().try_clone_to_owned().unwrap(), 8192, "peer").unwrap();
+    let peer = PeerMemory::map(memory.file().unwrap().try_clone_to_owned().unwrap(), 8192, "peer").unwrap();
     memory.clone().write(4090, b"across a page");
     let (mut own, mut theirs) = ([0; 13], [0; 13]);
     memory.read(4090, &mut own);
@@ -24,7 +24,7 @@ fn bytes_written_are_read_by_every_clone_and_every_mapping() {
 fn a_mapping_outlives_the_handle_it_came_from() {
     let memory = HostMemory::allocate(4096, "short-lived").unwrap();
     memory.write(0, b"still here");
-    let peer = PeerMemory::map(memory.file().try_clone_to_owned().unwrap(), 4096, "peer").unwrap();
+    let peer = PeerMemory::map(memory.file().unwrap().try_clone_to_owned().unwrap(), 4096, "peer").unwrap();
     drop(memory);
     let mut bytes = [0; 10];
     peer.read(0, &mut bytes);
@@ -34,7 +34,7 @@ fn a_mapping_outlives_the_handle_it_came_from() {
 #[test]
 fn a_peer_cannot_write_or_shrink_the_memory_it_was_passed() {
     let memory = HostMemory::allocate(4096, "sealed").unwrap();
-    let file = memory.file().try_clone_to_owned().unwrap();
+    let file = memory.file().unwrap().try_clone_to_owned().unwrap();
     assert!(rustix::fs::ftruncate(&file, 0).is_err());
     assert!(rustix::io::pwrite(&file, b"x", 0).is_err());
     // SAFETY: the mapping is expected to be refused; nothing is accessed.
@@ -57,7 +57,7 @@ fn unsealed_or_short_files_of_a_peer_are_refused() {
     rustix::fs::ftruncate(&file, 4096).unwrap();
     assert!(matches!(PeerMemory::map(file, 4096, "x"), Err(MemoryError::Unsealed { .. })));
     let memory = HostMemory::allocate(4096, "short").unwrap();
-    let file = memory.file().try_clone_to_owned().unwrap();
+    let file = memory.file().unwrap().try_clone_to_owned().unwrap();
     assert!(matches!(PeerMemory::map(file, 8192, "x"), Err(MemoryError::Unsealed { .. })));
     assert!(matches!(HostMemory::allocate(0, "none"), Err(MemoryError::Empty { .. })));
 }
@@ -103,7 +103,8 @@ fn a_digesting_copy_digests_exactly_what_it_copied() {
     let bytes: Vec<u8> = (0..50_077).map(|i| (i % 251) as u8).collect();
     let source = HostMemory::allocate(bytes.len() + 5, "source").unwrap();
     source.write(5, &bytes);
-    let peer = PeerMemory::map(source.file().try_clone_to_owned().unwrap(), source.len(), "peer").unwrap();
+    let peer =
+        PeerMemory::map(source.file().unwrap().try_clone_to_owned().unwrap(), source.len(), "peer").unwrap();
     let dest = HostMemory::allocate(bytes.len() + 9, "dest").unwrap();
     let digest = peer.copy_to_digesting(5, &dest, 9, bytes.len(), seed);
     assert_eq!(digest, block_digest(seed, &bytes));
@@ -118,7 +119,44 @@ fn a_digesting_copy_digests_exactly_what_it_copied() {
 #[test]
 fn control_words_travel_between_mappings() {
     let memory = HostMemory::allocate(4096, "control").unwrap();
-    let peer = PeerMemory::map(memory.file().try_clone_to_owned().unwrap(), 4096, "peer").unwrap();
+    let peer = PeerMemory::map(memory.file().unwrap().try_clone_to_owned().unwrap(), 4096, "peer").unwrap();
     memory.store_word(64, 42);
     assert_eq!((peer.load_word(64), memory.load_word(64)), (42, 42));
+}
+
+fn copied(process: &Process, address: usize, len: usize) -> io::Result<Vec<u8>> {
+    let mut bytes = vec![0; len];
+    copy_from_process(process, &[RemoteRange { address, len }], &mut bytes, std::iter::empty())?;
+    Ok(bytes)
+}
+
+#[test]
+fn a_process_is_read_by_address_and_what_is_not_there_is_an_error() {
+    let own = Process::open(rustix::process::getpid()).unwrap();
+    let memory = HostMemory::allocate(2 << 12, "test").unwrap();
+    memory.write(4000, b"across a page, by address");
+    let place = memory.place();
+    assert_eq!(copied(&own, place.address + 4000, 25).unwrap(), b"across a page, by address");
+    let into = HostMemory::allocate(4096, "test").unwrap();
+    let from = [(4007, 1), (4000, 6)].map(|(at, len)| RemoteRange { address: place.address + at, len });
+    let spans = [(100, 3), (200, 4)].map(|(offset, len)| Span { memory: &into, offset, len });
+    copy_from_process(&own, &from, &mut [], spans.into_iter()).unwrap();
+    let mut bytes = [0; 4];
+    into.read(200, &mut bytes);
+    assert_eq!(&bytes, b"ross", "ranges of one side need not match those of the other");
+    assert_eq!(copied(&own, 8, 16).unwrap_err().raw_os_error(), Some(libc::EFAULT));
+    let from = [(place.address, 8), (8, 8)].map(|(address, len)| RemoteRange { address, len });
+    let half = copy_from_process(&own, &from, &mut [0; 16], std::iter::empty());
+    assert_eq!(half.unwrap_err().raw_os_error(), Some(libc::EFAULT), "a part is not taken for the whole");
+}
+
+#[test]
+fn a_process_that_ended_is_not_taken_for_another() {
+    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
+    let process = Process::open(rustix::process::Pid::from_child(&child)).unwrap();
+    assert!(process.is_alive());
+    child.kill().unwrap();
+    child.wait().unwrap();
+    assert!(!process.is_alive());
+    assert!(copied(&process, 4096, 8).is_err());
 }

@@ -3,6 +3,7 @@
 
 mod devices;
 mod faults;
+mod foreign;
 mod processes;
 mod proxy;
 mod sessions;

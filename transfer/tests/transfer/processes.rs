@@ -11,7 +11,9 @@ use baton_transfer::{
 use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::Instant;
 
-use crate::support::{EPOCH, HANDOFF, OWNER, Owner, assert_in_place, blocks, deadline, memory, name, reader};
+use crate::support::{
+    EACH, EPOCH, HANDOFF, OWNER, Owner, assert_in_place, blocks, deadline, memory, name, reader,
+};
 
 const REGION_BYTES: usize = 32 << 20;
 /// Marks the argument that turns the test below into the other process: `owner:PORT:EPOCH`.
@@ -31,6 +33,7 @@ fn the_other_process() {
     let owner = runtime.block_on(async {
         let mut options = AgentOptions::new(name(OWNER));
         options.port = port;
+        options.backends = EACH.to_vec();
         let owner = Owner::start_with(options, REGION_BYTES).await;
         owner.agent.set_epoch(epoch);
         owner.granted(8, 1 << 20);
@@ -105,7 +108,7 @@ async fn read(session: &Session, into: &HostMemory, until: Instant) -> Result<()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocks_cross_between_processes() {
     let other = Other::start(0, EPOCH);
-    for backend in BackendKind::ALWAYS {
+    for backend in EACH {
         let reader = reader(backend).await;
         let session = other.session(&reader).await;
         assert_eq!(session.path().backend, backend);
@@ -118,7 +121,7 @@ async fn blocks_cross_between_processes() {
 /// Killed in the middle of reads, started again at the same address in another life.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_owner_breaks_the_link_and_its_next_life_is_stale() {
-    for backend in BackendKind::ALWAYS {
+    for backend in EACH {
         let other = Other::start(0, EPOCH);
         let socket =
             format!("{:032x}", baton_transfer::wire::Metadata::decode(&other.metadata).unwrap().incarnation);
@@ -162,6 +165,28 @@ async fn a_killed_owner_breaks_the_link_and_its_next_life_is_stale() {
             BackendKind::Tcp => assert!(matches!(refused, Err(ConnectError::Stale { .. })), "{refused:?}"),
             _ => assert!(matches!(refused, Err(ConnectError::Link { .. })), "{refused:?}"),
         }
+    }
+}
+
+/// Its memory needs nobody's help to be read; what it would have to be asked for costs the deadline.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_frozen_owner_on_this_host_is_read_from_as_before() {
+    let other = Other::start(0, EPOCH);
+    for backend in [BackendKind::Shm, BackendKind::Cma] {
+        let reader = reader(backend).await;
+        let (session, fresh) =
+            (other.session(&reader).await, other.session(&self::reader(backend).await).await);
+        let into = memory(REGION_BYTES);
+        read(&session, &into, deadline()).await.unwrap();
+        other.signal(Signal::STOP);
+        let into = memory(REGION_BYTES);
+        read(&session, &into, deadline()).await.unwrap();
+        assert_in_place(&into, &wanted());
+        let start = Instant::now();
+        let unknown = read(&fresh, &into, start + Duration::from_millis(300)).await;
+        assert!(matches!(unknown, Err(TransferError::Deadline { .. })), "{backend}: {unknown:?}");
+        other.signal(Signal::CONT);
+        read(&fresh, &into, deadline()).await.unwrap();
     }
 }
 

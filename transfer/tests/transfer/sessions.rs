@@ -11,10 +11,8 @@ use baton_transfer::{
 };
 
 use crate::support::{
-    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, deadline, memory, name, pattern, reader, reader_with,
+    EACH, EPOCH, HANDOFF, OWNER, Owner, assert_in_place, deadline, memory, name, pattern, reader, reader_with,
 };
-
-const BOTH: [BackendKind; 2] = BackendKind::ALWAYS;
 
 async fn read(session: &Session, blocks: &[BlockRead]) -> Result<u64, TransferError> {
     let into = memory(32 << 20);
@@ -32,7 +30,7 @@ fn refusal(outcome: Result<u64, TransferError>) -> Refusal {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn scattered_blocks_arrive_in_their_places() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(40 << 20).await;
         let reader = reader(backend).await;
         let session = owner.session(&reader).await.unwrap();
@@ -54,7 +52,7 @@ async fn scattered_blocks_arrive_in_their_places() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_sink_gets_every_block_once_and_whole() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(40 << 20).await;
         let reader = reader(backend).await;
         let session = owner.session(&reader).await.unwrap();
@@ -77,7 +75,7 @@ async fn a_sink_gets_every_block_once_and_whole() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn many_reads_share_a_session() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(8 << 20).await;
         let reader = reader(backend).await;
         let session = owner.session(&reader).await.unwrap();
@@ -92,7 +90,7 @@ async fn many_reads_share_a_session() {
 
 #[tokio::test]
 async fn descriptors_outside_region_and_grant_are_refused_by_name() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(1 << 20).await;
         let reader = reader(backend).await;
         let session = owner.session(&reader).await.unwrap();
@@ -117,7 +115,7 @@ async fn descriptors_outside_region_and_grant_are_refused_by_name() {
 
 #[tokio::test]
 async fn nothing_is_read_without_a_live_grant() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(1 << 20).await;
         let reader = reader(backend).await;
         let session = owner.session(&reader).await.unwrap();
@@ -132,7 +130,7 @@ async fn nothing_is_read_without_a_live_grant() {
 
 #[tokio::test]
 async fn another_life_of_the_owner_is_stale() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(1 << 20).await;
         let reader = reader(backend).await;
         let session = owner.session(&reader).await.unwrap();
@@ -158,7 +156,7 @@ async fn another_life_of_the_owner_is_stale() {
 
 #[tokio::test]
 async fn an_older_life_of_the_reader_is_refused_and_its_sessions_close() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(1 << 20).await;
         let reader = reader(backend).await;
         let zombie = self::reader(backend).await;
@@ -251,7 +249,7 @@ async fn a_session_is_kept_until_it_breaks_and_another_path_can_be_asked_for() {
 
 #[tokio::test]
 async fn wrong_bytes_are_named_and_never_delivered() {
-    for backend in BOTH {
+    for backend in EACH {
         let owner = Owner::start(4 << 20).await;
         let mut blocks = owner.granted(40, 20_000);
         for bad in [3, 39] {

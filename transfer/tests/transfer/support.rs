@@ -13,6 +13,9 @@ pub(crate) const HANDOFF: HandoffId = HandoffId(0x1111_2222_3333_4444_5555_6666_
 pub(crate) const EPOCH: Epoch = Epoch(5);
 pub(crate) const OWNER: &str = "prefill-0";
 
+/// What works on every machine.
+pub(crate) const EACH: [BackendKind; 3] = [BackendKind::Shm, BackendKind::Cma, BackendKind::Tcp];
+
 /// Far enough that only a hang reaches it.
 pub(crate) fn deadline() -> Instant {
     Instant::now() + Duration::from_secs(20)
@@ -72,7 +75,9 @@ pub(crate) struct Owner {
 
 impl Owner {
     pub(crate) async fn start(len: usize) -> Self {
-        Self::start_with(AgentOptions::new(name(OWNER)), len).await
+        let mut options = AgentOptions::new(name(OWNER));
+        options.backends = EACH.to_vec();
+        Self::start_with(options, len).await
     }
 
     pub(crate) async fn start_with(options: AgentOptions, len: usize) -> Self {

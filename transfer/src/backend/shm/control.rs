@@ -1,9 +1,9 @@
 //! The control memory of an agent: its epoch and its live grants, for readers who share no lock with it.
 //!
-//! Layout, in 64-bit words: 0 the epoch (0: none), 8 to 15 unused, then [`SLOTS`] grant words. A grant word is the
-//! low half of the handoff id (never 0) and lies within [`PROBES`] words of the place the high half points to.
-//! Only the agent writes; a reader that finds its word before and after a copy knows that the grant, and so the
-//! memory under it, stood in between.
+//! Layout, in 64-bit words: 0 the epoch (0: none), 8 and 9 the incarnation, then from 16 on [`SLOTS`] grant words. A
+//! grant word is the low half of the handoff id (never 0) and lies within [`PROBES`] words of the place the high half
+//! points to. Only the agent writes; a reader that finds its word before and after a copy knows that the grant, and
+//! so the memory under it, stood in between.
 
 use std::sync::{Mutex, PoisonError};
 
@@ -14,9 +14,13 @@ use crate::memory::{HostMemory, MemoryError, PeerMemory};
 const SLOTS: usize = 16 << 10;
 const PROBES: usize = 64;
 const EPOCH_WORD: usize = 0;
+const INCARNATION_WORD: usize = 8;
 const FIRST_SLOT_WORD: usize = 16;
 const WORD_BYTES: usize = 8;
 const CONTROL_BYTES: usize = (FIRST_SLOT_WORD + SLOTS) * WORD_BYTES;
+
+/// Offset of the incarnation, in bytes: what stands there tells that an address is the control memory of that process.
+pub(super) const INCARNATION_AT: usize = INCARNATION_WORD * WORD_BYTES;
 
 /// The owner's side.
 pub(crate) struct Control {
@@ -26,8 +30,10 @@ pub(crate) struct Control {
 }
 
 impl Control {
-    pub(crate) fn new() -> Result<Self, MemoryError> {
-        Ok(Self { memory: HostMemory::allocate(CONTROL_BYTES, "control")?, writing: Mutex::new(()) })
+    pub(crate) fn new(incarnation: u128) -> Result<Self, MemoryError> {
+        let memory = HostMemory::allocate(CONTROL_BYTES, "control")?;
+        memory.write(INCARNATION_AT, &incarnation.to_le_bytes());
+        Ok(Self { memory, writing: Mutex::new(()) })
     }
 
     pub(crate) fn memory(&self) -> &HostMemory {
@@ -109,8 +115,8 @@ mod tests {
     use super::*;
 
     fn pair() -> (Control, PeerControl) {
-        let control = Control::new().unwrap();
-        let file = control.memory().file().try_clone_to_owned().unwrap();
+        let control = Control::new(7).unwrap();
+        let file = control.memory().file().unwrap().try_clone_to_owned().unwrap();
         let peer = PeerMemory::map(file, CONTROL_BYTES, "peer").unwrap();
         (control, PeerControl::new(peer).unwrap())
     }

@@ -1,39 +1,79 @@
-//! The reading side of `shm`: copies out of a peer's mapped memory.
+//! The reading side of `shm` and `cma`: copies out of a peer's mapped memory, or has the kernel do so.
 
 use std::collections::HashMap;
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
-use std::sync::{PoisonError, RwLock};
+use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use baton_config::Epoch;
 use rustix::net::{AddressFamily, RecvFlags, SocketAddrUnix, SocketFlags, SocketType};
+use rustix::process::Pid;
 use tokio::io::AsyncWriteExt;
 use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 
-use super::control::{PeerControl, Shown};
-use super::pass;
+use super::cma::{self, Batch};
+use super::control::{INCARNATION_AT, PeerControl, Shown};
+use super::pass::{self, Passed};
 use crate::agent::RegionId;
 use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
 use crate::error::{LinkError, Refusal};
-use crate::memory::PeerMemory;
+use crate::memory::{MemoryError, PeerMemory, Process, RemoteRange, copy_from_process};
 use crate::session::Destination;
-use crate::wire::{self, Kind};
+use crate::wire::{self, Kind, WireError};
 
 /// How long a read copies before other tasks get a turn.
 const TURN: Duration = Duration::from_micros(250);
 /// Bytes copied between two looks at the clock, each of which takes about as long as copying 1 KiB.
-const LOOK_BYTES: usize = 64 << 10;
+const LOOK_BYTES: u64 = 64 << 10;
 
-/// A peer's memory as mapped here.
+/// How a peer's regions are reached.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Access {
+    /// Mapped; what cannot be mapped is copied by the kernel.
+    Map,
+    /// Copied by the kernel.
+    Copy,
+}
+
+/// A peer's memory as reached from here.
 pub(crate) struct ShmLink {
     pair: Pair,
+    access: Access,
     control: PeerControl,
-    regions: RwLock<HashMap<RegionId, PeerMemory>>,
+    regions: RwLock<HashMap<RegionId, PeerRegion>>,
+    /// The peer's process, once something must be copied by address.
+    process: OnceLock<Process>,
     /// A second handle of the socket: its closing is the peer's end.
     life: OwnedFd,
     requests: Mutex<Requests>,
+}
+
+#[derive(Clone)]
+enum PeerRegion {
+    Mapped(PeerMemory),
+    Located(RemoteRange),
+}
+
+impl PeerRegion {
+    fn fits(&self, offset: usize, len: usize) -> bool {
+        match self {
+            Self::Mapped(memory) => memory.fits(offset, len),
+            Self::Located(place) => offset.checked_add(len).is_some_and(|end| end <= place.len),
+        }
+    }
+}
+
+/// A read at work.
+struct Reading<'a> {
+    job: &'a ReadJob<'a>,
+    shown: Shown,
+    corrupt: Vec<usize>,
+    staging: Vec<u8>,
+    /// Blocks the kernel is still to copy.
+    batch: Batch,
 }
 
 struct Requests {
@@ -42,17 +82,17 @@ struct Requests {
 }
 
 impl Requests {
-    /// Asks for the memory of a region: its descriptor and length.
-    async fn map(&mut self, id: RegionId, epoch: Epoch) -> Result<(OwnedFd, usize), Fault> {
+    /// Asks for a region, to map it or for its place.
+    async fn ask(&mut self, kind: Kind, id: RegionId, epoch: Epoch) -> Result<Passed, Fault> {
         let seq = self.next_seq;
         self.next_seq += 1;
-        let frame = wire::encode_frame(Kind::Map, epoch, seq, &id.0.to_le_bytes());
+        let frame = wire::encode_frame(kind, epoch, seq, &id.0.to_le_bytes());
         self.stream.write_all(&frame).await.map_err(LinkError::io("asking for memory"))?;
         loop {
-            let (header, file, len) = pass::receive(&self.stream, Kind::Mapped).await?;
+            let (header, passed) = pass::receive(&self.stream, &[Kind::Mapped, Kind::Located]).await?;
             // An earlier answer belongs to a read that was dropped while it waited.
             if header.seq == seq {
-                return Ok((file, len));
+                return passed;
             }
         }
     }
@@ -60,20 +100,27 @@ impl Requests {
 
 impl ShmLink {
     /// Meets the peer at its socket and maps its control memory: proof that both share host, user and namespace.
-    pub(crate) async fn open(pair: Pair) -> Result<Self, Fault> {
+    pub(crate) async fn open(pair: Pair, access: Access) -> Result<Self, Fault> {
         let connect = async {
             let mut stream = connect(pair.incarnation).map_err(LinkError::io("connecting to its socket"))?;
             let hello = wire::encode_frame(Kind::Hello, pair.epoch, 0, &pair.hello(None).encode());
             stream.write_all(&hello).await.map_err(LinkError::io("sending a hello"))?;
-            let (_, file, len) = pass::receive(&stream, Kind::Welcome).await?;
+            let Passed::File(file, len) = pass::receive(&stream, &[Kind::Welcome]).await?.1? else {
+                return Err(Fault::protocol(WireError::Kind));
+            };
             let memory = PeerMemory::map(file, len, "a peer's control").map_err(LinkError::Memory)?;
             let control = PeerControl::new(memory).ok_or(LinkError::Closed)?;
             let life = stream.as_fd().try_clone_to_owned().map_err(LinkError::io("keeping its socket"))?;
             let requests = Mutex::new(Requests { stream, next_seq: 1 });
-            Ok(Self { control, regions: RwLock::default(), life, requests, pair: pair.clone() })
+            let (regions, process) = (RwLock::default(), OnceLock::new());
+            let link = Self { control, regions, process, life, requests, access, pair: pair.clone() };
+            if access == Access::Copy {
+                link.find_process(&mut *link.requests.lock().await).await?;
+            }
+            Ok(link)
         };
         timeout(CONNECT_TIMEOUT, connect).await.unwrap_or_else(|_| {
-            Err(LinkError::io("connecting to its socket")(std::io::ErrorKind::TimedOut.into()).into())
+            Err(LinkError::io("connecting to its socket")(ErrorKind::TimedOut.into()).into())
         })
     }
 
@@ -89,10 +136,10 @@ impl ShmLink {
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
         self.check_life()?;
         let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
-        let mut corrupt = Vec::new();
-        let mut staging = Vec::new();
-        let mut region: Option<(RegionId, PeerMemory)> = None;
-        let (mut turn, mut unlooked) = (Instant::now(), 0);
+        let mut reading =
+            Reading { job, shown, corrupt: Vec::new(), staging: Vec::new(), batch: Batch::default() };
+        let mut region: Option<(RegionId, PeerRegion)> = None;
+        let (mut turn, mut looked) = (Instant::now(), 0);
         for (index, block) in job.blocks.iter().enumerate() {
             let memory = match &region {
                 Some((id, memory)) if *id == block.source.region => memory,
@@ -104,30 +151,73 @@ impl ShmLink {
             let len = block.source.len as usize;
             let from = usize::try_from(block.source.offset).ok().filter(|from| memory.fits(*from, len));
             let from = from.ok_or(Fault::Refused(Refusal::OutsideRegion))?;
-            let good = copy(job, index, memory, from, &mut staging);
-            self.check_words(&shown)?;
-            match good {
-                false => corrupt.push(index),
-                true => {
-                    if let Destination::Sink(sink) = job.into {
-                        sink.block(index, &staging[..len]);
+            match memory {
+                PeerRegion::Mapped(memory) => self.copy(&mut reading, index, memory, from)?,
+                PeerRegion::Located(place) => {
+                    if !reading.batch.has_room(job, len) {
+                        self.flush(&mut reading)?;
                     }
+                    reading.batch.push(job, index, place.address + from);
                 }
             }
-            job.progress.add(len);
-            unlooked += len;
-            if unlooked < LOOK_BYTES {
+            let moved = job.progress.moved();
+            if moved - looked < LOOK_BYTES {
                 continue;
             }
-            unlooked = 0;
+            looked = moved;
             if turn.elapsed() >= TURN {
                 tokio::task::yield_now().await;
                 self.check_life()?;
                 turn = Instant::now();
             }
         }
+        self.flush(&mut reading)?;
         self.check_life()?;
-        Ok(corrupt)
+        Ok(reading.corrupt)
+    }
+
+    /// Copies a block that is mapped here.
+    fn copy(
+        &self,
+        reading: &mut Reading<'_>,
+        index: usize,
+        memory: &PeerMemory,
+        from: usize,
+    ) -> Result<(), Fault> {
+        let good = copy(reading.job, index, memory, from, &mut reading.staging);
+        self.check_words(&reading.shown)?;
+        let len = reading.job.blocks[index].source.len as usize;
+        match (good, reading.job.into) {
+            (false, _) => reading.corrupt.push(index),
+            (true, Destination::Sink(sink)) => sink.block(index, &reading.staging[..len]),
+            (true, Destination::Memory(_) | Destination::Device(_)) => {}
+        }
+        reading.job.progress.add(len);
+        Ok(())
+    }
+
+    /// Has the kernel copy the blocks that wait for it.
+    fn flush(&self, reading: &mut Reading<'_>) -> Result<(), Fault> {
+        let Reading { job, shown, corrupt, staging, batch } = reading;
+        let Some(process) = self.process.get().filter(|_| !batch.blocks.is_empty()) else { return Ok(()) };
+        batch.copy(job, process, staging)?;
+        self.check_words(shown)?;
+        // Still there, so it was this process and not a later one of its number that was copied from.
+        if !process.is_alive() {
+            return Err(LinkError::Closed.into());
+        }
+        for block in &batch.blocks {
+            match (block.good, job.into) {
+                (false, _) => corrupt.push(block.index),
+                (true, Destination::Sink(sink)) => {
+                    sink.block(block.index, &staging[block.to..block.to + block.len]);
+                }
+                (true, Destination::Memory(_) | Destination::Device(_)) => {}
+            }
+        }
+        job.progress.add(batch.bytes);
+        batch.clear();
+        Ok(())
     }
 
     fn check_life(&self) -> Result<(), Fault> {
@@ -147,28 +237,71 @@ impl ShmLink {
         if self.control.is_shown(shown) { Ok(()) } else { Err(Fault::Refused(Refusal::NotGranted)) }
     }
 
-    /// A region of the peer, mapped at its first use.
-    async fn region(&self, id: RegionId) -> Result<PeerMemory, Fault> {
-        if let Some(memory) = self.regions.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
-            return Ok(memory.clone());
+    /// A region of the peer, mapped or found at its first use.
+    async fn region(&self, id: RegionId) -> Result<PeerRegion, Fault> {
+        let known = || self.regions.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
+        if let Some(region) = known() {
+            return Ok(region);
         }
         let mut requests = self.requests.lock().await;
-        if let Some(memory) = self.regions.read().unwrap_or_else(PoisonError::into_inner).get(&id) {
-            return Ok(memory.clone());
+        if let Some(region) = known() {
+            return Ok(region);
         }
-        let (file, len) = match requests.map(id, self.pair.epoch).await {
-            Ok(mapped) => mapped,
-            Err(fault) => {
-                if !matches!(fault, Fault::Refused(_)) {
-                    // Where the answers stand is unknown now: end the link, a new one starts clean.
-                    let _ = rustix::net::shutdown(&self.life, rustix::net::Shutdown::Both);
-                }
-                return Err(fault);
+        let asked = self.ask_region(&mut requests, id).await;
+        let region = asked.inspect_err(|fault| {
+            if !matches!(fault, Fault::Refused(_)) {
+                // Where the answers stand is unknown now: end the link, a new one starts clean.
+                let _ = rustix::net::shutdown(&self.life, rustix::net::Shutdown::Both);
             }
+        })?;
+        self.regions.write().unwrap_or_else(PoisonError::into_inner).insert(id, region.clone());
+        Ok(region)
+    }
+
+    async fn ask_region(&self, requests: &mut Requests, id: RegionId) -> Result<PeerRegion, Fault> {
+        let epoch = self.pair.epoch;
+        if self.access == Access::Map
+            && let Passed::File(file, len) = requests.ask(Kind::Map, id, epoch).await?
+        {
+            match PeerMemory::map(file, len, "a peer's region") {
+                Ok(memory) => return Ok(PeerRegion::Mapped(memory)),
+                Err(MemoryError::System { .. }) => {}
+                Err(error) => return Err(LinkError::Memory(error).into()),
+            }
+        }
+        self.find_process(requests).await?;
+        match requests.ask(Kind::Locate, id, epoch).await? {
+            Passed::Place(place) => Ok(PeerRegion::Located(place)),
+            Passed::File(..) => Err(Fault::protocol(WireError::Kind)),
+        }
+    }
+
+    /// Finds the process at the other end of the socket and proves that its memory can be read.
+    ///
+    /// The kernel says who listens at the socket. It is held by a handle first; then what stands at the place of the
+    /// control memory shows that it is the process of this session, before any other address of it is read.
+    async fn find_process(&self, requests: &mut Requests) -> Result<(), Fault> {
+        if self.process.get().is_some() {
+            return Ok(());
+        }
+        let credentials = requests.stream.peer_cred().map_err(LinkError::io("asking who listens"))?;
+        let hidden = || LinkError::io("finding the peer's process")(ErrorKind::NotFound.into());
+        let pid = credentials.pid().and_then(Pid::from_raw).ok_or_else(hidden)?;
+        let process = Process::open(pid).map_err(LinkError::io("holding the peer's process"))?;
+        let place = match requests.ask(Kind::Locate, super::CONTROL, self.pair.epoch).await? {
+            Passed::Place(place) if place.len > INCARNATION_AT + size_of::<u128>() => place,
+            _ => return Err(Fault::protocol(WireError::Field)),
         };
-        let memory = PeerMemory::map(file, len, "a peer's region").map_err(LinkError::Memory)?;
-        self.regions.write().unwrap_or_else(PoisonError::into_inner).insert(id, memory.clone());
-        Ok(memory)
+        let mut incarnation = [0; size_of::<u128>()];
+        let from = RemoteRange { address: place.address + INCARNATION_AT, len: incarnation.len() };
+        copy_from_process(&process, &[from], &mut incarnation, std::iter::empty())
+            .map_err(|error| cma::failure(&process, error))?;
+        if u128::from_le_bytes(incarnation) != self.pair.incarnation || !process.is_alive() {
+            return Err(Fault::Refused(Refusal::WrongIncarnation));
+        }
+        // Someone else may have been as quick; both hold the same process.
+        let _ = self.process.set(process);
+        Ok(())
     }
 }
 

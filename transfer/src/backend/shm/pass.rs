@@ -13,6 +13,7 @@ use tokio::net::UnixStream;
 
 use crate::backend::Fault;
 use crate::error::LinkError;
+use crate::memory::RemoteRange;
 use crate::wire::{HEADER_BYTES, Header, Kind, WireError, decode_len};
 
 /// Sends a whole frame and `file` beside it.
@@ -35,9 +36,23 @@ pub(crate) async fn send(stream: &UnixStream, frame: &[u8], file: BorrowedFd<'_>
     Ok(())
 }
 
-/// Receives the answer to a handshake or a map request: its header, and the memory and its length.
-pub(crate) async fn receive(stream: &UnixStream, wanted: Kind) -> Result<(Header, OwnedFd, usize), Fault> {
-    let mut bytes = [0; HEADER_BYTES + 8];
+/// What answers a handshake or a question about memory.
+pub(crate) enum Passed {
+    /// A memory file and its length.
+    File(OwnedFd, usize),
+    /// Where the memory is in its owner.
+    Place(RemoteRange),
+}
+
+/// Bytes of the longest answer.
+const ANSWER_MAX_BYTES: usize = HEADER_BYTES + 16;
+
+/// Receives the answer to a handshake or a question about memory, which is a refusal or of one of the kinds `wanted`.
+pub(crate) async fn receive(
+    stream: &UnixStream,
+    wanted: &[Kind],
+) -> Result<(Header, Result<Passed, Fault>), Fault> {
+    let mut bytes = [0; ANSWER_MAX_BYTES];
     let mut file = None;
     let (mut received, mut needed) = (0, HEADER_BYTES);
     while received < needed {
@@ -50,22 +65,42 @@ pub(crate) async fn receive(stream: &UnixStream, wanted: Kind) -> Result<(Header
         if received == HEADER_BYTES {
             let header = header_of(&bytes)?;
             if header.kind == Kind::Refused {
-                return Err(Fault::refused(&header));
+                return Ok((header, Err(Fault::refused(&header))));
             }
-            if header.kind != wanted || header.len != 8 {
+            let len = if header.kind == Kind::Located { 16 } else { 8 };
+            if !wanted.contains(&header.kind) || header.len != len {
                 return Err(Fault::protocol(WireError::Kind));
             }
-            needed = HEADER_BYTES + 8;
+            needed = HEADER_BYTES + header.len as usize;
         }
     }
-    let (head, payload) = bytes.split_at(HEADER_BYTES);
+    let (head, payload) = bytes[..needed].split_at(HEADER_BYTES);
     let header = header_of(&bytes)?;
     let head = head.first_chunk().ok_or(LinkError::Closed)?;
     header.verify(head, payload).map_err(Fault::protocol)?;
+    if header.kind == Kind::Located {
+        return Ok((header, Ok(Passed::Place(decode_place(payload).map_err(Fault::protocol)?))));
+    }
     let len = decode_len(payload).map_err(Fault::protocol)?;
     let len = usize::try_from(len).map_err(|_| Fault::protocol(WireError::Field))?;
     let file = file.ok_or(Fault::protocol(WireError::Short))?;
-    Ok((header, file, len))
+    Ok((header, Ok(Passed::File(file, len))))
+}
+
+/// The payload of a [`Kind::Located`].
+pub(crate) fn encode_place(place: RemoteRange) -> [u8; 16] {
+    let mut bytes = [0; 16];
+    bytes[..8].copy_from_slice(&(place.address as u64).to_le_bytes());
+    bytes[8..].copy_from_slice(&(place.len as u64).to_le_bytes());
+    bytes
+}
+
+fn decode_place(payload: &[u8]) -> Result<RemoteRange, WireError> {
+    let (address, len) = payload.split_at_checked(8).ok_or(WireError::Short)?;
+    let number = |bytes| usize::try_from(decode_len(bytes)?).map_err(|_| WireError::Field);
+    let place = RemoteRange { address: number(address)?, len: number(len)? };
+    place.address.checked_add(place.len).ok_or(WireError::Field)?;
+    Ok(place)
 }
 
 fn header_of(bytes: &[u8]) -> Result<Header, Fault> {

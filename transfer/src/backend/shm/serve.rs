@@ -1,6 +1,5 @@
 //! The owning side of `shm`: passes memory to readers on this host.
 
-use std::os::fd::AsFd;
 use std::sync::Arc;
 
 use rustix::process::geteuid;
@@ -8,8 +7,8 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
-use super::pass;
-use crate::agent::region::Region;
+use super::{CONTROL, pass};
+use crate::agent::RegionId;
 use crate::agent::server::{Denial, Life, Server};
 use crate::backend::CONNECT_TIMEOUT;
 use crate::backend::frames::FrameReader;
@@ -67,14 +66,25 @@ impl Connection {
                 frame = self.frames.next(&mut self.stream) => frame?,
             };
             let Some((header, payload)) = frame else { return Ok(()) };
-            if header.kind != Kind::Map {
+            if !matches!(header.kind, Kind::Map | Kind::Locate) {
                 return Err(LinkError::Protocol(WireError::Kind));
             }
             let region = wire::decode_map(&payload).map_err(LinkError::Protocol)?;
-            match self.server.region(region).as_ref().and_then(Region::host) {
-                Some(memory) => self.pass(Kind::Mapped, &life, header.seq, memory).await?,
+            match self.memory(header.kind, region) {
+                Some(memory) if header.kind == Kind::Map => {
+                    self.pass(Kind::Mapped, &life, header.seq, &memory).await?;
+                }
+                Some(memory) => self.locate(&life, header.seq, &memory).await?,
                 None => self.refuse(Denial::Refused(Refusal::OutsideRegion), header.seq).await?,
             }
+        }
+    }
+
+    /// The memory that is asked for.
+    fn memory(&self, kind: Kind, region: RegionId) -> Option<HostMemory> {
+        match (kind, region) {
+            (Kind::Locate, CONTROL) => Some(self.server.control.memory().clone()),
+            _ => self.server.region(region)?.host().cloned(),
         }
     }
 
@@ -109,8 +119,15 @@ impl Connection {
         seq: u64,
         memory: &HostMemory,
     ) -> Result<(), LinkError> {
+        let Some(file) = memory.file() else { return self.locate(life, seq, memory).await };
         let frame = wire::encode_frame(kind, life.epoch, seq, &(memory.len() as u64).to_le_bytes());
-        pass::send(&self.stream, &frame, memory.file().as_fd()).await.map_err(LinkError::io("passing memory"))
+        pass::send(&self.stream, &frame, file).await.map_err(LinkError::io("passing memory"))
+    }
+
+    async fn locate(&mut self, life: &Life, seq: u64, memory: &HostMemory) -> Result<(), LinkError> {
+        let place = pass::encode_place(memory.place());
+        let frame = wire::encode_frame(Kind::Located, life.epoch, seq, &place);
+        self.stream.write_all(&frame).await.map_err(LinkError::io("saying where memory is"))
     }
 
     async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
