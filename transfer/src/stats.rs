@@ -43,7 +43,7 @@ impl Stats {
         self.errors[kind as usize]
     }
 
-    /// Bytes of blocks sent to peers; what peers take over `shm` is not seen here.
+    /// Bytes of blocks sent to peers; what peers take over `shm` or `cma` is not seen here.
     pub fn served_bytes(&self) -> Bytes {
         Bytes(self.served)
     }

@@ -39,7 +39,7 @@ pub struct Revoked(TaskTracker);
 impl Revoked {
     /// Waits until nothing of this agent reads the granted memory for a peer any more.
     ///
-    /// A peer reading it over `shm` is not waited for: it checks the grant after copying and discards what it has.
+    /// A peer reading it over `shm` or `cma` is not waited for: it checks the grant after copying and discards what it has.
     pub async fn settled(self) {
         self.0.wait().await;
     }
