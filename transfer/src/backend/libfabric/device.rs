@@ -1,0 +1,89 @@
+//! Device memory: what has to be loaded for it, and why it cannot be registered.
+
+use std::sync::OnceLock;
+
+use super::object::Info;
+use crate::memory::Place;
+use baton_libfabric_sys::abi::{FI_HMEM, FI_HMEM_CUDA, FI_HMEM_NEURON, FI_HMEM_SYSTEM};
+
+/// Of the CUDA driver.
+const CUDA: &str = "libcuda.so.1";
+/// Of the Neuron runtime: the SDK keeps it off the loader's path, and libfabric only looks on it.
+const NEURON: [&str; 2] = ["libnrt.so.1", "/opt/aws/neuron/lib/libnrt.so.1"];
+
+/// Loads what libfabric will look for, before it does: at the first call of `fi_getinfo`, and only then.
+pub(super) fn load_runtimes() {
+    let _ = cuda();
+    let _ = neuron();
+}
+
+/// Whether there is any device at all that memory could be of.
+pub(super) fn any_loadable() -> bool {
+    cuda().is_ok() || neuron().is_ok()
+}
+
+fn cuda() -> &'static Result<(), String> {
+    static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
+    LOADED.get_or_init(|| load(&[CUDA]))
+}
+
+fn neuron() -> &'static Result<(), String> {
+    static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
+    LOADED.get_or_init(|| load(&NEURON))
+}
+
+/// Loads the first that is there, for everybody in the process, and for good.
+fn load(names: &[&str]) -> Result<(), String> {
+    use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
+    let mut reason = String::new();
+    for name in names {
+        // SAFETY: the vendor's runtime: its initialisers set up its own state only.
+        match unsafe { Library::open(Some(*name), RTLD_NOW | RTLD_GLOBAL) } {
+            Ok(library) => {
+                std::mem::forget(library);
+                return Ok(());
+            }
+            Err(error) if reason.is_empty() => reason = error.to_string(),
+            Err(_) => {}
+        }
+    }
+    Err(reason)
+}
+
+/// The library's number of a kind of memory, and of the device.
+pub(super) fn interface(place: Place) -> (i32, i32) {
+    match place {
+        Place::Host => (FI_HMEM_SYSTEM, 0),
+        Place::Cuda(device) => (FI_HMEM_CUDA, device as i32),
+        Place::Neuron(device) => (FI_HMEM_NEURON, device as i32),
+    }
+}
+
+/// What stands in the way of registering such memory, and what would help.
+pub(super) fn obstacle(info: &Info, place: Place) -> Option<(String, &'static str)> {
+    let (loaded, runtime, remedy) = match place {
+        Place::Host => return None,
+        Place::Cuda(_) => (cuda(), CUDA, "install the NVIDIA driver"),
+        Place::Neuron(_) => {
+            (neuron(), NEURON[0], "install the Neuron runtime of AWS (package aws-neuronx-runtime-lib)")
+        }
+    };
+    if let Err(reason) = loaded {
+        return Some((format!("{} memory needs {runtime}: {reason}", place.kind()), remedy));
+    }
+    if !info.has_cap(FI_HMEM) {
+        let provider = info.provider();
+        let what = format!("the provider {provider} of this libfabric takes host memory only");
+        return Some((what, "use the EFA installer of AWS, whose libfabric takes device memory"));
+    }
+    None
+}
+
+/// All kinds, for people.
+pub(super) fn kinds(info: &Info) -> Vec<(&'static str, Result<(), String>)> {
+    let kind = |place: Place| {
+        let result = obstacle(info, place).map_or(Ok(()), |(what, remedy)| Err(format!("{what}: {remedy}")));
+        (place.kind(), result)
+    };
+    vec![kind(Place::Cuda(0)), kind(Place::Neuron(0))]
+}
