@@ -1,16 +1,18 @@
 //! What a worker is told at start.
 
-use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{self, EngineSpec, Fleet, SimSpec, TransferPath};
+use baton_config::fleet::{self, EngineSpec, Fleet, SimSpec};
 use baton_config::{Accelerator, Bytes, Dtype, KvGeometry, KvLayout, PoolName, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
-use baton_transfer::{BackendKind, Integrity};
 
 use crate::handoff;
+
+mod transfer;
+
+pub use self::transfer::{TokenFault, TransferOptions};
 
 /// Everything a worker needs to know.
 #[derive(Debug, Clone)]
@@ -98,21 +100,6 @@ pub struct DeviceOptions {
     pub staging: Bytes,
 }
 
-/// How blocks move.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TransferOptions {
-    /// Address to listen at; port 0 is any free one.
-    pub listen: SocketAddr,
-    /// Address peers are told, if another.
-    pub advertise: Option<SocketAddr>,
-    /// Backends, best first.
-    pub backends: Vec<BackendKind>,
-    /// Whether blocks are verified.
-    pub integrity: Integrity,
-    /// TCP streams per peer.
-    pub streams: usize,
-}
-
 /// Why a pool of the fleet document cannot be run by this worker.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum OptionsError {
@@ -188,7 +175,7 @@ impl WorkerOptions {
             engine,
             limits,
             arena: ArenaOptions { device, geometry, blocks: pool.kv.capacity.blocks(geometry.block_bytes()) },
-            transfer: transfer_of(pool, replica)?,
+            transfer: TransferOptions::from_pool(pool, replica)?,
             advertise: pool.advertise.clone(),
             conductors: vec![format!("http://{}", fleet.conductor.listen.address)],
             in_flight_max: pool.limits.in_flight,
@@ -232,35 +219,6 @@ fn device_of(pool: &fleet::Pool) -> Result<Option<DeviceOptions>, OptionsError> 
             Err(OptionsError::Accelerator { pool: pool.name.clone(), accelerator })
         }
     }
-}
-
-fn transfer_of(pool: &fleet::Pool, replica: u16) -> Result<TransferOptions, OptionsError> {
-    let spec = &pool.transfer;
-    let ours = |kind: &fleet::BackendKind| match kind {
-        fleet::BackendKind::Shm => Some(BackendKind::Shm),
-        fleet::BackendKind::Cma => Some(BackendKind::Cma),
-        fleet::BackendKind::Libfabric => Some(BackendKind::Libfabric),
-        fleet::BackendKind::Ucx => Some(BackendKind::Ucx),
-        fleet::BackendKind::Plugin => Some(BackendKind::Plugin),
-        fleet::BackendKind::Tcp => Some(BackendKind::Tcp),
-        fleet::BackendKind::File | fleet::BackendKind::Object => None,
-    };
-    let backends: Vec<BackendKind> = spec.backends.iter().filter_map(ours).collect();
-    if backends.is_empty() {
-        return Err(OptionsError::Backend { pool: pool.name.clone() });
-    }
-    let nth = |port: u16| if port == 0 { 0 } else { port.saturating_add(replica) };
-    debug_assert!(spec.path != TransferPath::GpuDirect || pool.accelerator == Accelerator::Cuda);
-    Ok(TransferOptions {
-        listen: SocketAddr::new(spec.bind, nth(spec.port)),
-        advertise: spec.advertise.map(|a| SocketAddr::new(a.ip(), nth(a.port()))),
-        backends,
-        integrity: match spec.integrity {
-            fleet::Integrity::Digest => Integrity::Digest,
-            fleet::Integrity::Off => Integrity::Off,
-        },
-        streams: spec.streams,
-    })
 }
 
 fn sim_config(spec: &SimSpec) -> SimConfig {

@@ -18,7 +18,7 @@ use baton_engine::sim::Sim;
 use baton_engine::{Engine, Executor};
 use baton_transfer::export::{ExportOptions, Exporter, ExporterError};
 use baton_transfer::import::{ImportOptions, Importer};
-use baton_transfer::{Agent, AgentOptions, ArenaMemory, MemoryError, StartError};
+use baton_transfer::{Agent, ArenaMemory, MemoryError, StartError};
 use tokio::net::TcpListener;
 use tokio::sync::{Semaphore, watch};
 use tokio_util::sync::CancellationToken;
@@ -30,7 +30,7 @@ use crate::engine_thread::{AuditFailure, EngineHandle};
 use crate::http::{Phase, Shared, UNREADY_AFTER, routes};
 use crate::kv_log::KvLog;
 use crate::metrics::Metrics;
-use crate::options::{EngineChoice, WorkerOptions};
+use crate::options::{EngineChoice, TokenFault, WorkerOptions};
 use crate::path::Paths;
 use crate::peer::PeerClient;
 
@@ -76,6 +76,9 @@ pub enum RunError {
     /// The transfer agent did not start.
     #[error("the transfer agent cannot be started")]
     Transfer(#[from] StartError),
+    /// The token of the fleet can't be had.
+    #[error("transfers cannot be authenticated")]
+    Token(#[from] TokenFault),
     /// Blocks can't be offered.
     #[error("exports cannot be set up")]
     Export(#[from] ExporterError),
@@ -392,16 +395,7 @@ async fn build_io(
     metrics: Metrics,
 ) -> Result<Io, RunError> {
     let transfer = &options.transfer;
-    let agent = Agent::start(AgentOptions {
-        bind: transfer.listen.ip(),
-        port: transfer.listen.port(),
-        advertise: transfer.advertise,
-        backends: transfer.backends.clone(),
-        integrity: transfer.integrity,
-        streams: transfer.streams,
-        ..AgentOptions::new(options.worker.clone())
-    })
-    .await?;
+    let agent = Agent::start(transfer.agent(options.worker.clone())?).await?;
     let geometry = options.arena.geometry;
     let slots = options
         .arena

@@ -15,7 +15,7 @@ use baton_config::protocol::{
 use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvLayout, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
-use baton_transfer::{ArenaMemory, BackendKind, Integrity};
+use baton_transfer::{ArenaMemory, BackendKind};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -244,13 +244,7 @@ impl Fleet {
             engine,
             limits,
             arena: ArenaOptions { device, geometry, blocks: self.setup.blocks },
-            transfer: TransferOptions {
-                listen: "127.0.0.1:0".parse().unwrap(),
-                advertise: None,
-                backends: self.setup.backends.to_vec(),
-                integrity: Integrity::Digest,
-                streams: 2,
-            },
+            transfer: TransferOptions { backends: self.setup.backends.to_vec(), ..TransferOptions::local() },
             advertise: None,
             conductors: vec![format!("http://{}", self.conductor)],
             in_flight_max: 256,
