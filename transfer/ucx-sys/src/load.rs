@@ -83,6 +83,7 @@ api! {
     ) -> ucs_status_t;
     fn ucp_cleanup(context: ucp_context_h);
     fn ucp_context_query(context: ucp_context_h, attributes: *mut ucp_context_attr_t) -> ucs_status_t;
+    fn ucp_context_print_info(context: ucp_context_h, stream: *mut c_void);
     fn ucp_worker_create(
         context: ucp_context_h,
         params: *const ucp_worker_params_t,
@@ -196,15 +197,52 @@ impl Api {
 }
 
 fn open(path: &Path, log: ucs_log_func_t) -> Result<Api, LoadError> {
+    let hooks = keep_hooks_out(&path.with_file_name("libucm.so.0"));
     // SAFETY: the constructors of UCX read its environment and set up its own state, nothing of ours.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) };
     let library = library.map_err(|source| LoadError::Open { path: path.to_owned(), source })?;
-    let resolved = Api::resolve(&library, path).inspect(|api| behave(api, &library, log));
+    let resolved = Api::resolve(&library, path).inspect(|api| behave(api, log));
     std::mem::forget(library);
+    if let Some(hooks) = hooks {
+        // The constructors have switched it on again, to no effect yet.
+        disable_events(&hooks);
+        std::mem::forget(hooks);
+    }
     resolved
 }
 
-fn behave(api: &Api, library: &Library, log: ucs_log_func_t) {
+/// Initializes the library that patches `mmap` and friends before UCX does so, with its patches off. It does that once.
+fn keep_hooks_out(path: &Path) -> Option<Library> {
+    // SAFETY: its constructor only sets up its own state.
+    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.ok()?;
+    disable_events(&library);
+    if let Some(config) = hook_config(&library) {
+        // SAFETY: a variable of the library, which no other thread uses yet; 0 is `UCM_MMAP_HOOK_NONE`.
+        unsafe { (*config).mmap_hook_mode = 0 };
+    }
+    // SAFETY: the type of the function in UCX's sources: `void ucm_library_init()`.
+    let initialize = unsafe { library.get::<unsafe extern "C" fn()>(b"ucm_library_init") };
+    if let Ok(initialize) = initialize {
+        // SAFETY: may be called at any time; only the first call does anything.
+        unsafe { initialize() };
+    }
+    Some(library)
+}
+
+fn hook_config(library: &Library) -> Option<*mut ucm_global_config_t> {
+    // SAFETY: the type of the variable in UCX's headers; only the first fields, equal in all versions, are used.
+    let config = unsafe { library.get::<*mut ucm_global_config_t>(b"ucm_global_opts") };
+    config.ok().map(|config| *config)
+}
+
+fn disable_events(library: &Library) {
+    if let Some(config) = hook_config(library) {
+        // SAFETY: a variable of the library, read by UCX only when somebody asks for events.
+        unsafe { (*config).enable_events = 0 };
+    }
+}
+
+fn behave(api: &Api, log: ucs_log_func_t) {
     // SAFETY: puts the handlers back that were there before the library was opened.
     unsafe { (api.ucs_debug_disable_signals)() };
     for (name, value) in
@@ -212,14 +250,6 @@ fn behave(api: &Api, library: &Library, log: ucs_log_func_t) {
     {
         // SAFETY: two strings, copied; a name that this version lacks is an error status, which is no harm.
         unsafe { (api.ucs_global_opts_set_value)(name.as_ptr(), value.as_ptr()) };
-    }
-    // SAFETY: the type of the variable in UCX's headers, of which only the first fields, equal in all versions, are used.
-    if let Ok(config) = unsafe { library.get::<*mut ucm_global_config_t>(b"ucm_global_opts") } {
-        let config: *mut ucm_global_config_t = *config;
-        // SAFETY: a variable of the library, read by UCX only when it first installs hooks, which is after this.
-        unsafe { (*config).enable_events = 0 };
-        // SAFETY: as above; 0 is `UCM_MMAP_HOOK_NONE`.
-        unsafe { (*config).mmap_hook_mode = 0 };
     }
     // SAFETY: a function that lives as long as the process; the caller vouches for its behaviour.
     unsafe { (api.ucs_log_push_handler)(log) };

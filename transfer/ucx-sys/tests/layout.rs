@@ -91,6 +91,7 @@ fn ours() -> Vec<(String, i64)> {
         UCP_AM_HANDLER_PARAM_FIELD_ARG,
         UCP_AM_FLAG_WHOLE_MSG,
         UCP_AM_SEND_FLAG_REPLY,
+        UCP_AM_SEND_FLAG_EAGER,
         UCP_AM_SEND_FLAG_RNDV,
         UCP_AM_RECV_ATTR_FIELD_REPLY_EP,
         UCP_AM_RECV_ATTR_FLAG_RNDV,
