@@ -4,37 +4,60 @@
 //! transfers go through host memory (see [`crate::slab`]). [`EmulatedDevice`] stands for such an accelerator, Trainium
 //! first of all, on machines without one, and forces the same path.
 
+use std::any::Any;
 use std::fmt;
-use std::sync::{Mutex, PoisonError};
-use std::thread;
-use std::time::{Duration, Instant};
 
-use crate::memory::{HostMemory, MemoryError, MemorySpan};
+use crate::digest::DigestSeed;
+use crate::memory::{HostMemory, MemorySpan};
 
+// CUDA
 pub mod cuda;
+mod emulated;
 pub mod neuron;
 #[cfg(test)]
 mod tests;
 
-/// How far an idle copy engine may run ahead of its bandwidth: covers the wake-up latency of a sleeping thread, so
-/// that the mean bandwidth is the configured one.
-const BURST: Duration = Duration::from_millis(1);
+pub use self::emulated::EmulatedDevice;
 
-/// A copy between device and host memory failed: the destination range holds garbage.
+/// What a device did not do.
 #[derive(Debug, thiserror::Error)]
-#[error("a copy of {len} bytes at {offset} {direction} {kind} memory failed")]
-pub struct DeviceError {
-    /// What kind of device.
-    pub kind: &'static str,
-    /// `from` or `to`, seen from the host.
-    pub direction: &'static str,
-    /// Where in device memory.
-    pub offset: usize,
-    /// Bytes of the copy.
-    pub len: usize,
-    /// The driver's reason.
-    #[source]
-    pub source: Box<dyn std::error::Error + Send + Sync>,
+pub enum DeviceError {
+    /// A copy between device and host memory failed: the destination range holds garbage.
+    #[error("a copy of {len} bytes at {offset} {direction} {kind} memory failed")]
+    Copy {
+        /// What kind of device.
+        kind: &'static str,
+        /// `from` or `to`, seen from the host.
+        direction: &'static str,
+        /// Where in device memory.
+        offset: usize,
+        /// Bytes of the copy.
+        len: usize,
+        /// The driver's reason.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+    /// Work on the device's own processors failed: what it was to write holds garbage.
+    #[error("{work} on {kind} failed")]
+    Work {
+        /// What kind of device.
+        kind: &'static str,
+        /// What it was to do.
+        work: &'static str,
+        /// The driver's reason.
+        #[source]
+        source: Box<dyn std::error::Error + Send + Sync>,
+    },
+}
+
+/// A device, or the library that drives it, cannot be used on this machine.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{what}")]
+pub struct Unavailable {
+    /// What is missing or failed, for people.
+    pub what: String,
+    /// What would help, such as the package to install.
+    pub remedy: String,
 }
 
 /// Memory of an accelerator.
@@ -43,7 +66,7 @@ pub struct DeviceError {
 /// to prevent: in Baton a KV block has one writer at any time. Every method panics on a range outside the memory,
 /// which is a bug of the caller.
 pub trait Device: Send + Sync + fmt::Debug {
-    /// What it is, for people: `simulated`, `trainium`...
+    /// What it is, for people: `simulated`, `cuda`, `trainium`...
     fn kind(&self) -> &'static str;
 
     /// Bytes of the arena.
@@ -54,11 +77,37 @@ pub trait Device: Send + Sync + fmt::Debug {
         self.len() == 0
     }
 
-    /// What the device's own compute does to load numbers. Not for transfers.
+    /// What the device's own compute does to load numbers. Not for transfers. Panics when the device fails: nothing
+    /// can be computed without it.
     fn read(&self, offset: usize, into: &mut [u8]);
 
-    /// What the device's own compute does to store numbers. Not for transfers.
+    /// What the device's own compute does to store numbers. Not for transfers. Panics as [`Device::read`] does.
     fn write(&self, offset: usize, from: &[u8]);
+
+    /// Starts a copy from device to host. Returns at once; the bytes are there when the result is finished.
+    ///
+    /// # Errors
+    /// When the device takes no copies.
+    fn submit_to_host(
+        &self,
+        offset: usize,
+        host: &HostMemory,
+        host_offset: usize,
+        len: usize,
+    ) -> Result<Submitted, DeviceError>;
+
+    /// Starts a copy from host to device. Returns at once; the host range must stay as it is, and the bytes are
+    /// there, when the result is finished.
+    ///
+    /// # Errors
+    /// When the device takes no copies.
+    fn submit_from_host(
+        &self,
+        offset: usize,
+        host: &HostMemory,
+        host_offset: usize,
+        len: usize,
+    ) -> Result<Submitted, DeviceError>;
 
     /// Copies device to host and returns when the bytes are there. Blocks: call it on a thread that may.
     ///
@@ -70,7 +119,9 @@ pub trait Device: Send + Sync + fmt::Debug {
         host: &HostMemory,
         host_offset: usize,
         len: usize,
-    ) -> Result<(), DeviceError>;
+    ) -> Result<(), DeviceError> {
+        self.submit_to_host(offset, host, host_offset, len)?.finish()
+    }
 
     /// Copies host to device and returns when the bytes are there. Blocks: call it on a thread that may.
     ///
@@ -82,7 +133,25 @@ pub trait Device: Send + Sync + fmt::Debug {
         host: &HostMemory,
         host_offset: usize,
         len: usize,
-    ) -> Result<(), DeviceError>;
+    ) -> Result<(), DeviceError> {
+        self.submit_from_host(offset, host, host_offset, len)?.finish()
+    }
+
+    /// Makes copies from and to this host memory as fast as the device can, until the result is dropped.
+    ///
+    /// # Errors
+    /// Why they stay slow, for people; they work all the same.
+    fn pin(&self, _memory: &HostMemory) -> Result<Pinned, String> {
+        Ok(Pinned::new(()))
+    }
+
+    /// What the device's own processors can do with blocks.
+    ///
+    /// # Errors
+    /// Why they can do nothing, for people.
+    fn kernels(&self) -> Result<&dyn BlockKernels, String> {
+        Err(format!("{} has no kernels for blocks", self.kind()))
+    }
 
     /// The memory as network libraries register it, to move bytes without a copy through the host.
     ///
@@ -93,116 +162,113 @@ pub trait Device: Send + Sync + fmt::Debug {
     }
 }
 
-/// A device that is host memory nobody else can map, behind one copy engine of bounded bandwidth.
-#[derive(Debug)]
-pub struct EmulatedDevice {
-    /// Never registered with a transfer agent, which is what makes it a device.
-    memory: HostMemory,
-    engine: Option<CopyEngine>,
-    /// Whether network libraries may register it all the same.
-    reachable: bool,
-}
-
-impl EmulatedDevice {
-    /// A device of `len` zeroed bytes whose copies run at `bytes_per_s`, or as fast as the machine copies.
+/// Work on blocks that a device does itself, without a byte leaving it. Blocks the calling thread until it is done.
+pub trait BlockKernels: Send + Sync {
+    /// The digests of blocks of `len` bytes at offsets of the device's memory, as [`crate::digest::block_digest`] has
+    /// them.
     ///
     /// # Errors
-    /// When the system refuses the memory.
-    pub fn new(len: usize, bytes_per_s: Option<u64>) -> Result<Self, MemoryError> {
-        let memory = HostMemory::allocate(len, "emulated device")?;
-        Ok(Self { memory, engine: bytes_per_s.map(CopyEngine::new), reachable: false })
+    /// When the device fails.
+    fn digest_blocks(&self, blocks: &[(usize, DigestSeed)], len: usize) -> Result<Vec<u64>, DeviceError>;
+
+    /// Copies bytes from places of the device's memory to others, each move on its own: no move may read what another
+    /// of the same call writes.
+    ///
+    /// # Errors
+    /// When the device fails.
+    fn relayout(&self, moves: &[Move]) -> Result<(), DeviceError>;
+}
+
+/// Equal runs of bytes from one place to another, in three nested loops.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Move {
+    /// Where the first run starts.
+    pub from: usize,
+    /// Where it goes.
+    pub to: usize,
+    /// Bytes of each run.
+    pub run: usize,
+    /// The loops, innermost first.
+    pub loops: [MoveLoop; 3],
+}
+
+/// A loop of a [`Move`].
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct MoveLoop {
+    /// Steps, at least 1.
+    pub count: usize,
+    /// Bytes from one run read to the next.
+    pub from: usize,
+    /// Bytes from one run written to the next.
+    pub to: usize,
+}
+
+impl MoveLoop {
+    /// Once.
+    pub const ONCE: Self = Self { count: 1, from: 0, to: 0 };
+}
+
+impl Move {
+    /// One past the last byte read, and one past the last byte written.
+    pub fn ends(&self) -> (usize, usize) {
+        let last = |step: fn(&MoveLoop) -> usize| -> usize {
+            self.loops.iter().map(|each| each.count.saturating_sub(1) * step(each)).sum()
+        };
+        (self.from + last(|each| each.from) + self.run, self.to + last(|each| each.to) + self.run)
+    }
+}
+
+/// A copy under way. Dropping it waits for its end, as [`Submitted::finish`] does: nothing is copied afterwards.
+#[must_use = "a copy is waited for when this is dropped"]
+pub struct Submitted(Option<Box<dyn FnOnce() -> Result<(), DeviceError> + Send>>);
+
+impl Submitted {
+    /// A copy whose end `finish` waits for; it is called once.
+    pub fn new(finish: impl FnOnce() -> Result<(), DeviceError> + Send + 'static) -> Self {
+        Self(Some(Box::new(finish)))
     }
 
-    /// The same device, but network libraries can reach its memory, as they can that of a GPU. Only explicit copies
-    /// and network libraries can: it is no host memory to anything else.
-    #[must_use]
-    pub fn reachable(self) -> Self {
-        Self { reachable: true, ..self }
+    /// A copy that has ended.
+    pub fn ended() -> Self {
+        Self(None)
     }
 
-    fn paced(&self, len: usize, copy: impl FnOnce()) {
-        let done = self.engine.as_ref().map(|engine| engine.reserve(len, Instant::now()));
-        copy();
-        if let Some(done) = done {
-            wait_until(done);
+    /// Returns when the bytes are there. Blocks: call it on a thread that may.
+    ///
+    /// # Errors
+    /// When the device reports a failed copy.
+    pub fn finish(mut self) -> Result<(), DeviceError> {
+        self.0.take().map_or(Ok(()), |finish| finish())
+    }
+}
+
+impl Drop for Submitted {
+    fn drop(&mut self) {
+        if let Some(finish) = self.0.take() {
+            // Nobody wants the bytes any more; what matters is that none comes later.
+            let _ = finish();
         }
     }
 }
 
-impl Device for EmulatedDevice {
-    fn kind(&self) -> &'static str {
-        "simulated"
-    }
-
-    fn len(&self) -> usize {
-        self.memory.len()
-    }
-
-    fn read(&self, offset: usize, into: &mut [u8]) {
-        self.memory.read(offset, into);
-    }
-
-    fn write(&self, offset: usize, from: &[u8]) {
-        self.memory.write(offset, from);
-    }
-
-    fn copy_to_host(
-        &self,
-        offset: usize,
-        host: &HostMemory,
-        host_offset: usize,
-        len: usize,
-    ) -> Result<(), DeviceError> {
-        self.paced(len, || self.memory.copy_to(offset, host, host_offset, len));
-        Ok(())
-    }
-
-    fn copy_from_host(
-        &self,
-        offset: usize,
-        host: &HostMemory,
-        host_offset: usize,
-        len: usize,
-    ) -> Result<(), DeviceError> {
-        self.paced(len, || host.copy_to(host_offset, &self.memory, offset, len));
-        Ok(())
-    }
-
-    fn span(&self) -> Result<MemorySpan, String> {
-        match self.reachable {
-            true => Ok(self.memory.span()),
-            false => Err("the network cannot reach the memory of an emulated device".to_owned()),
-        }
+impl fmt::Debug for Submitted {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Submitted")
     }
 }
 
-/// The one copy engine all copies of a device share: a token bucket in monotonic time.
-#[derive(Debug)]
-struct CopyEngine {
-    bytes_per_s: u64,
-    /// When everything reserved so far is done.
-    free_at: Mutex<Option<Instant>>,
-}
+/// Host memory that a device copies from and to at full speed; see [`Device::pin`].
+pub struct Pinned(#[expect(dead_code, reason = "held for what its drop does")] Box<dyn Any + Send + Sync>);
 
-impl CopyEngine {
-    fn new(bytes_per_s: u64) -> Self {
-        Self { bytes_per_s: bytes_per_s.max(1), free_at: Mutex::new(None) }
-    }
-
-    /// Queues a copy of `len` bytes and returns when it is done.
-    fn reserve(&self, len: usize, now: Instant) -> Instant {
-        let takes = Duration::from_secs_f64(len as f64 / self.bytes_per_s as f64);
-        let mut free_at = self.free_at.lock().unwrap_or_else(PoisonError::into_inner);
-        let earliest = now.checked_sub(BURST).unwrap_or(now);
-        let done = free_at.map_or(now, |free_at| free_at.max(earliest)) + takes;
-        *free_at = Some(done);
-        done
+impl Pinned {
+    /// Pinned for as long as `guard` lives.
+    pub fn new(guard: impl Any + Send + Sync) -> Self {
+        Self(Box::new(guard))
     }
 }
 
-/// Blocks this thread until `deadline`.
-fn wait_until(deadline: Instant) {
-    while let Some(left) = deadline.checked_duration_since(Instant::now()).filter(|left| !left.is_zero()) {
-        thread::park_timeout(left);
+impl fmt::Debug for Pinned {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Pinned")
     }
 }

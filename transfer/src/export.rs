@@ -22,12 +22,13 @@ use tokio_util::task::TaskTracker;
 use crate::agent::{Agent, Integrity, RegionId, RegisterError};
 use crate::arena_memory::ArenaMemory;
 use crate::device::{Device, DeviceError};
-use crate::digest::{BlockDigest, DigestSeed};
+use crate::digest::DigestSeed;
 use crate::jobs;
 use crate::memory::{HostMemory, MemoryError};
 use crate::session::Descriptor;
 use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError, Slot, SlotState};
 
+mod stage;
 #[cfg(test)]
 mod tests;
 
@@ -36,9 +37,6 @@ const JOBS_IN_FLIGHT: usize = 3;
 
 /// Bytes worth a job of their own: less costs more in scheduling than it gains in overlap.
 const JOB_MIN_BYTES: usize = 512 << 10;
-
-/// Bytes copied before they are hashed: they are still in the second-level cache then.
-const CHUNK_BYTES: usize = 128 << 10;
 
 /// How an exporter runs.
 #[derive(Debug, Clone)]
@@ -162,6 +160,7 @@ impl Exporter {
             ArenaMemory::Host(memory) => (Source::InPlace(memory.clone()), memory),
             ArenaMemory::Device(device) => {
                 let slab = Slab::new(options.slots, geometry.block_bytes(), "export staging")?;
+                slab.pin(device.as_ref());
                 let memory = slab.memory().clone();
                 (Source::Staged { device, slab }, memory)
             }
@@ -391,16 +390,14 @@ impl Inner {
         let job = |blocks: &[ExportBlock]| -> Job {
             let (source, integrity) = (self.source.clone(), self.options.integrity);
             let work: Vec<(ExportBlock, Option<Slot>)> = blocks.iter().copied().zip(slots.by_ref()).collect();
-            Box::new(move || {
-                let prepare = |(block, slot): (ExportBlock, Option<Slot>)| {
-                    let seed = DigestSeed { handoff, epoch, index: block.index };
-                    let mut digest = (integrity == Integrity::Digest).then(|| BlockDigest::new(seed));
-                    let offset =
-                        source.prepare(block.block as usize * bytes, bytes, slot.as_ref(), &mut digest)?;
-                    let digest = digest.map_or(0, |digest| digest.finish());
-                    Ok(Prepared { index: block.index, offset, digest, slot })
-                };
-                work.into_iter().map(prepare).collect()
+            let seed_of = move |index| DigestSeed { handoff, epoch, index };
+            Box::new(move || match source {
+                Source::InPlace(memory) => Ok(in_place(&memory, work, bytes, integrity, seed_of)),
+                Source::Staged { device, .. } => {
+                    let with_slot = |(block, slot): (ExportBlock, Option<Slot>)| Some((block, slot?));
+                    let work = work.into_iter().filter_map(with_slot).collect();
+                    stage::stage(device.as_ref(), work, bytes, integrity, seed_of)
+                }
             })
         };
         blocks.chunks(per_job).map(job).collect()
@@ -411,34 +408,21 @@ impl Inner {
     }
 }
 
-impl Source {
-    /// Brings the block at `at` to where peers read it, digesting it on the way, and says where that is.
-    fn prepare(
-        &self,
-        at: usize,
-        len: usize,
-        slot: Option<&Slot>,
-        digest: &mut Option<BlockDigest>,
-    ) -> Result<usize, DeviceError> {
-        let mut feed = |memory: &HostMemory, offset, len| {
-            if let Some(digest) = digest {
-                memory.digest(digest, offset, len);
-            }
+/// Digests blocks where they are.
+fn in_place(
+    memory: &HostMemory,
+    work: Vec<(ExportBlock, Option<Slot>)>,
+    bytes: usize,
+    integrity: Integrity,
+    seed_of: impl Fn(u32) -> DigestSeed,
+) -> Vec<Prepared> {
+    let prepare = |(block, _): (ExportBlock, Option<Slot>)| {
+        let offset = block.block as usize * bytes;
+        let digest = match integrity {
+            Integrity::Digest => memory.block_digest(seed_of(block.index), offset, bytes),
+            Integrity::Off => 0,
         };
-        match (self, slot) {
-            (Self::Staged { device, .. }, Some(slot)) => {
-                for start in (0..len).step_by(CHUNK_BYTES) {
-                    let chunk = CHUNK_BYTES.min(len - start);
-                    device.copy_to_host(at + start, slot.memory(), slot.offset() + start, chunk)?;
-                    feed(slot.memory(), slot.offset() + start, chunk);
-                }
-                Ok(slot.offset())
-            }
-            (Self::InPlace(memory), _) => {
-                feed(memory, at, len);
-                Ok(at)
-            }
-            (Self::Staged { .. }, None) => unreachable!("every staged block was given a slot"),
-        }
-    }
+        Prepared { index: block.index, offset, digest, slot: None }
+    };
+    work.into_iter().map(prepare).collect()
 }

@@ -135,8 +135,10 @@ impl Importer {
     ) -> Result<Self, MemoryError> {
         let slab = match &memory {
             ArenaMemory::Host(_) => None,
-            ArenaMemory::Device(_) => {
-                Some(Slab::new(options.slots, geometry.block_bytes(), "import staging")?)
+            ArenaMemory::Device(device) => {
+                let slab = Slab::new(options.slots, geometry.block_bytes(), "import staging")?;
+                slab.pin(device.as_ref());
+                Some(slab)
             }
         };
         Ok(Self { memory, geometry, slab, jobs: TaskTracker::new() })

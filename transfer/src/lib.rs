@@ -48,7 +48,9 @@ pub use backend::libfabric::LibfabricOptions;
 pub use backend::plugin::PluginOptions;
 pub use backend::shm::probe_cma;
 pub use backend::ucx::UcxOptions;
-pub use device::{Device, DeviceError, EmulatedDevice};
+pub use device::{
+    BlockKernels, Device, DeviceError, EmulatedDevice, Move, MoveLoop, Pinned, Submitted, Unavailable,
+};
 pub use digest::{BlockDigest, DigestSeed, block_digest};
 pub use error::{ErrorKind, LinkError, Refusal, TransferError};
 pub use export::{ExportBlock, ExportError, ExportOptions, Exporter, ExporterError};

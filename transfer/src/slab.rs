@@ -4,11 +4,12 @@
 //! a [`Slot`] is the right to use one part of it and goes back when dropped. Waiters are served in the order they came,
 //! each gets all it asked for at once or nothing, so two of them can never hold what the other waits for.
 
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio::time::Instant;
 
+use crate::device::{Device, Pinned};
 use crate::memory::{HostMemory, MemoryError};
 
 #[cfg(test)]
@@ -91,6 +92,8 @@ pub struct Slab(Arc<Shared>);
 
 #[derive(Debug)]
 struct Shared {
+    /// Dropped before the memory.
+    pinned: OnceLock<Pinned>,
     memory: HostMemory,
     slot_bytes: usize,
     permits: Arc<Semaphore>,
@@ -114,7 +117,24 @@ impl Slab {
         let memory = HostMemory::allocate(slots.saturating_mul(slot_bytes), label)?;
         let books = Books { states: vec![SlotState::Free; slots], free: (0..slots).rev().collect() };
         let permits = Arc::new(Semaphore::new(slots));
-        Ok(Self(Arc::new(Shared { memory, slot_bytes, permits, books: Mutex::new(books) })))
+        let pinned = OnceLock::new();
+        Ok(Self(Arc::new(Shared { pinned, memory, slot_bytes, permits, books: Mutex::new(books) })))
+    }
+
+    /// Pins the memory for copies from and to `device`, where it knows how; copies are slower otherwise.
+    pub fn pin(&self, device: &dyn Device) {
+        match device.pin(&self.0.memory) {
+            // A slab is pinned once, by who made it.
+            Ok(pinned) => drop(self.0.pinned.set(pinned)),
+            Err(why) => {
+                let (slab, kind) = (self.0.memory.label(), device.kind());
+                tracing::warn!(
+                    why,
+                    slab,
+                    "copies from and to {kind} memory are slow: the slab is not pinned"
+                );
+            }
+        }
     }
 
     /// The memory all slots are part of.

@@ -7,7 +7,7 @@ use baton_config::{Dtype, KvLayout};
 
 use super::*;
 use crate::agent::AgentOptions;
-use crate::device::EmulatedDevice;
+use crate::device::{EmulatedDevice, Submitted};
 use crate::digest::block_digest;
 use crate::plan::reference;
 
@@ -73,33 +73,33 @@ impl Device for GatedDevice {
         self.inner.write(offset, from);
     }
 
-    fn copy_to_host(
+    fn submit_to_host(
         &self,
         offset: usize,
         host: &HostMemory,
         to: usize,
         len: usize,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<Submitted, DeviceError> {
         if self.fails {
             let source = "the copy engine is on fire".into();
-            return Err(DeviceError { kind: "gated", direction: "from", offset, len, source });
+            return Err(DeviceError::Copy { kind: "gated", direction: "from", offset, len, source });
         }
         self.waiting.fetch_add(1, Ordering::SeqCst);
         let shut = self.shut.lock().unwrap();
         let limit = Duration::from_secs(20);
         let (_shut, timeout) = self.changed.wait_timeout_while(shut, limit, |shut| *shut).unwrap();
         assert!(!timeout.timed_out(), "nobody opened the gate");
-        self.inner.copy_to_host(offset, host, to, len)
+        self.inner.submit_to_host(offset, host, to, len)
     }
 
-    fn copy_from_host(
+    fn submit_from_host(
         &self,
         at: usize,
         host: &HostMemory,
         from: usize,
         len: usize,
-    ) -> Result<(), DeviceError> {
-        self.inner.copy_from_host(at, host, from, len)
+    ) -> Result<Submitted, DeviceError> {
+        self.inner.submit_from_host(at, host, from, len)
     }
 }
 

@@ -8,7 +8,7 @@ use baton_config::{Dtype, KvLayout};
 use proptest::prelude::*;
 
 use super::*;
-use crate::device::{Device, EmulatedDevice};
+use crate::device::{Device, EmulatedDevice, Submitted};
 use crate::digest::block_digest;
 use crate::error::LinkError;
 use crate::plan::reference;
@@ -378,20 +378,26 @@ impl Device for GatedDevice {
         self.inner.write(offset, from);
     }
 
-    fn copy_to_host(&self, at: usize, host: &HostMemory, to: usize, len: usize) -> Result<(), DeviceError> {
-        self.inner.copy_to_host(at, host, to, len)
+    fn submit_to_host(
+        &self,
+        at: usize,
+        host: &HostMemory,
+        to: usize,
+        len: usize,
+    ) -> Result<Submitted, DeviceError> {
+        self.inner.submit_to_host(at, host, to, len)
     }
 
-    fn copy_from_host(
+    fn submit_from_host(
         &self,
         offset: usize,
         host: &HostMemory,
         from: usize,
         len: usize,
-    ) -> Result<(), DeviceError> {
+    ) -> Result<Submitted, DeviceError> {
         if self.fails && offset >= 2 * len {
             let source = "the copy engine is on fire".into();
-            return Err(DeviceError { kind: "gated", direction: "to", offset, len, source });
+            return Err(DeviceError::Copy { kind: "gated", direction: "to", offset, len, source });
         }
         self.state.lock().unwrap().waiting += 1;
         self.changed.notify_all();
@@ -399,7 +405,7 @@ impl Device for GatedDevice {
         self.inner.copy_from_host(offset, host, from, len)?;
         self.state.lock().unwrap().copied += 1;
         self.changed.notify_all();
-        Ok(())
+        Ok(Submitted::ended())
     }
 }
 

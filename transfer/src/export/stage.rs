@@ -1,0 +1,92 @@
+//! Copies blocks of a device to their staging slots, and digests each chunk while the device copies the next ones.
+
+use std::collections::VecDeque;
+
+use super::{ExportBlock, Prepared};
+use crate::agent::Integrity;
+use crate::device::{Device, DeviceError, Submitted};
+use crate::digest::{BlockDigest, DigestSeed};
+use crate::slab::Slot;
+
+/// Bytes copied before they are hashed: they are still in the second-level cache then.
+const CHUNK_BYTES: usize = 128 << 10;
+
+/// Copies under way ahead of the digest: one that the device works on and one behind it, so that it never waits for us.
+const AHEAD: usize = 2;
+
+/// A part of a block on its way.
+struct Chunk {
+    /// Position of its block in the job.
+    position: usize,
+    start: usize,
+    len: usize,
+    copy: Submitted,
+}
+
+/// Brings blocks to their slots. `seed_of` is what the digest of the block of an index is bound to.
+pub(super) fn stage(
+    device: &dyn Device,
+    work: Vec<(ExportBlock, Slot)>,
+    bytes: usize,
+    integrity: Integrity,
+    seed_of: impl Fn(u32) -> DigestSeed,
+) -> Result<Vec<Prepared>, DeviceError> {
+    let chunks = work.iter().enumerate().flat_map(|(position, (block, slot))| {
+        (0..bytes).step_by(CHUNK_BYTES).map(move |start| (position, block, slot, start))
+    });
+    let mut digests = Digests { work: &work, integrity, digest: None, found: Vec::new(), bytes };
+    let mut under_way: VecDeque<Chunk> = VecDeque::with_capacity(AHEAD);
+    for (position, block, slot, start) in chunks {
+        if under_way.len() == AHEAD
+            && let Some(chunk) = under_way.pop_front()
+        {
+            digests.take(chunk, &seed_of)?;
+        }
+        let len = CHUNK_BYTES.min(bytes - start);
+        let from = block.block as usize * bytes + start;
+        let copy = device.submit_to_host(from, slot.memory(), slot.offset() + start, len)?;
+        under_way.push_back(Chunk { position, start, len, copy });
+    }
+    for chunk in under_way {
+        digests.take(chunk, &seed_of)?;
+    }
+    let found = digests.found;
+    let prepared = |((block, slot), digest): ((ExportBlock, Slot), u64)| Prepared {
+        index: block.index,
+        offset: slot.offset(),
+        digest,
+        slot: Some(slot),
+    };
+    Ok(work.into_iter().zip(found).map(prepared).collect())
+}
+
+/// Digests of blocks whose chunks come in order.
+struct Digests<'a> {
+    work: &'a [(ExportBlock, Slot)],
+    integrity: Integrity,
+    bytes: usize,
+    /// Of the block whose chunks are coming.
+    digest: Option<BlockDigest>,
+    /// One for each block that is whole; 0 without integrity.
+    found: Vec<u64>,
+}
+
+impl Digests<'_> {
+    /// Waits for a chunk and digests it.
+    fn take(&mut self, chunk: Chunk, seed_of: impl Fn(u32) -> DigestSeed) -> Result<(), DeviceError> {
+        let Chunk { position, start, len, copy } = chunk;
+        copy.finish()?;
+        let (block, slot) = &self.work[position];
+        if self.integrity == Integrity::Digest {
+            let digest = self.digest.get_or_insert_with(|| BlockDigest::new(seed_of(block.index)));
+            if start == 0 {
+                digest.restart(seed_of(block.index));
+            }
+            slot.memory().digest(digest, slot.offset() + start, len);
+        }
+        if start + len == self.bytes {
+            self.found.push(self.digest.as_ref().map_or(0, BlockDigest::finish));
+        }
+        Ok(())
+    }
+}
