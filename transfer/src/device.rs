@@ -10,7 +10,7 @@ use std::fmt;
 use crate::digest::DigestSeed;
 use crate::memory::{HostMemory, MemorySpan};
 
-// CUDA
+#[expect(unsafe_code, reason = "calls the CUDA driver")]
 pub mod cuda;
 mod emulated;
 pub mod neuron;
@@ -135,6 +135,22 @@ pub trait Device: Send + Sync + fmt::Debug {
         len: usize,
     ) -> Result<(), DeviceError> {
         self.submit_from_host(offset, host, host_offset, len)?.finish()
+    }
+
+    /// Starts copies of blocks of `len` bytes from device to host: each pair is where one is and where it goes.
+    ///
+    /// # Errors
+    /// When the device takes no copies.
+    fn submit_blocks_to_host(
+        &self,
+        blocks: &[(usize, usize)],
+        host: &HostMemory,
+        len: usize,
+    ) -> Result<Submitted, DeviceError> {
+        let copies: Result<Vec<Submitted>, DeviceError> =
+            blocks.iter().map(|(from, to)| self.submit_to_host(*from, host, *to, len)).collect();
+        let copies = copies?;
+        Ok(Submitted::new(move || copies.into_iter().try_for_each(Submitted::finish)))
     }
 
     /// Makes copies from and to this host memory as fast as the device can, until the result is dropped.

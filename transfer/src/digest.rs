@@ -24,7 +24,7 @@ pub struct DigestSeed {
 }
 
 impl DigestSeed {
-    fn fold(&self) -> u64 {
+    pub(crate) fn fold(&self) -> u64 {
         let mut bytes = [0; 28];
         bytes[..16].copy_from_slice(&self.handoff.0.to_le_bytes());
         bytes[16..24].copy_from_slice(&self.epoch.0.to_le_bytes());
