@@ -1,10 +1,14 @@
 //! The command line.
 
+mod bench;
+
 use std::net::SocketAddr;
 use std::path::PathBuf;
 
 use baton_config::{PoolName, WorkerId};
 use clap::{Parser, Subcommand, ValueEnum};
+
+pub(crate) use self::bench::{Bench, BenchArgs, BenchTransferArgs};
 
 /// One OpenAI-compatible endpoint in front of LLM engines that prefill on one worker and decode on another.
 #[derive(Debug, Parser)]
@@ -217,38 +221,6 @@ pub(crate) struct ScaleArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct DoctorArgs {
-    /// Print one JSON object a row.
-    #[arg(long)]
-    pub(crate) json: bool,
-}
-
-#[derive(Debug, clap::Args)]
-pub(crate) struct BenchArgs {
-    #[command(subcommand)]
-    pub(crate) what: Bench,
-}
-
-#[derive(Debug, Subcommand)]
-pub(crate) enum Bench {
-    /// Reads of scattered blocks, for each backend, with and without digests.
-    Transfer(BenchTransferArgs),
-    /// The other process of `bench transfer`, which starts it.
-    #[command(hide = true)]
-    TransferPeer,
-}
-
-#[derive(Debug, clap::Args)]
-#[command(
-    after_help = "Each row has the raw probe of the same run beside it: memcpy for shm, scatter/gather TCP for tcp.
-
-Examples:
-  baton bench transfer
-  baton bench transfer --json > transfer.jsonl"
-)]
-pub(crate) struct BenchTransferArgs {
-    /// Seconds spent on each backend and block size.
-    #[arg(long, default_value_t = 3, value_name = "SECONDS", value_parser = clap::value_parser!(u32).range(1..=600))]
-    pub(crate) seconds: u32,
     /// Print one JSON object a row.
     #[arg(long)]
     pub(crate) json: bool,

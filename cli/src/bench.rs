@@ -3,7 +3,8 @@
 use std::ffi::OsString;
 use std::time::Duration;
 
-use baton_transfer::bench::{self, BenchOptions, Row};
+use baton_config::Bytes;
+use baton_transfer::bench::{self, BenchOptions, Row, Shape};
 
 use crate::args::{Bench, BenchArgs, BenchTransferArgs};
 use crate::failure::Failure;
@@ -24,22 +25,39 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
 }
 
 fn transfer(args: &BenchTransferArgs) -> Result<(), Failure> {
-    let mut options = BenchOptions::new(["bench", "transfer-peer"].map(OsString::from).into());
-    options.time_per_shape = Duration::from_secs(u64::from(args.seconds));
-    let rows = runtime(THREADS)?
-        .block_on(bench::run(options))
+    let report = runtime(THREADS)?
+        .block_on(bench::run(options(args)))
         .map_err(|error| Failure::because("nothing was measured", &error))?;
+    let skipped = report.skipped.iter().map(|skipped| format!("{}: {}", skipped.backend, skipped.reason));
     if args.json {
-        let lines: Result<Vec<String>, _> = rows.iter().map(serde_json::to_string).collect();
+        let lines: Result<Vec<String>, _> = report.rows.iter().map(serde_json::to_string).collect();
         let lines = lines.map_err(|error| Failure::because("the rows cannot be written as JSON", &error))?;
-        return output::print(&format!("{}\n", lines.join("\n")));
+        skipped.for_each(|line| output::tell(&line));
+        return output::print(&lines.iter().map(|line| format!("{line}\n")).collect::<String>());
     }
-    output::print(&describe(&rows))
+    let skipped: String = skipped.map(|line| format!("{line}\n")).collect();
+    output::print(&format!("{}{skipped}", describe(&report.rows)))
+}
+
+fn options(args: &BenchTransferArgs) -> BenchOptions {
+    let mut options = BenchOptions::new(["bench", "transfer-peer"].map(OsString::from).into());
+    options.time_per_shape = Duration::from_secs_f64(args.seconds);
+    if !args.backend.is_empty() {
+        options.backends.clone_from(&args.backend);
+    }
+    if args.full {
+        options.shapes = Shape::full();
+    } else if !args.shape.is_empty() {
+        options.shapes.clone_from(&args.shape);
+    }
+    options.ops.retain(|op| args.op.is_none_or(|only| only == *op));
+    options
 }
 
 fn describe(rows: &[Row]) -> String {
     let head = [
         "BACKEND",
+        "OP",
         "BLOCKS",
         "INTEGRITY",
         "P50",
@@ -48,21 +66,26 @@ fn describe(rows: &[Row]) -> String {
         "CPU",
         "RAW LIMIT",
         "RAW P50",
+        "RAW CPU",
         "P50 / RAW",
+        "CPU / RAW",
     ];
     let mut table = vec![Vec::from(head.map(str::to_owned))];
     table.extend(rows.iter().map(|row| {
         vec![
             row.backend.clone(),
-            format!("{} x {} KiB", row.blocks, row.block_bytes >> 10),
+            row.op.clone(),
+            format!("{} x {}", row.blocks, Bytes(u64::from(row.block_bytes))),
             row.integrity.clone(),
             micros(row.p50_us),
             micros(row.p99_us),
             format!("{:.2} GB/s", row.gb_per_s),
-            format!("{:.2} s", row.cpu_s),
+            format!("{:.3} s/GB", row.cpu_s_per_gb),
             row.raw_probe.clone(),
             micros(row.raw_p50_us),
+            format!("{:.3} s/GB", row.raw_cpu_s_per_gb),
             format!("{:.2}", row.ratio),
+            format!("{:.2}", row.cpu_s_per_gb / row.raw_cpu_s_per_gb),
         ]
     }));
     columns(&table)

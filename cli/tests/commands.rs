@@ -282,3 +282,38 @@ fn a_model_directory_that_no_part_could_use_is_refused_before_any_is_started() {
         }
     }
 }
+
+/// Every backend gives its rows or the reason why not; nothing is said about the figures.
+#[test]
+fn the_transfer_bench_measures_every_backend_that_works_here() {
+    let args =
+        ["bench", "transfer", "--json", "--seconds", "0.001", "--shape", "3x4KiB", "--shape", "2x512KiB"];
+    let output = run(&args);
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert!(output.status.success(), "{stderr}");
+    let rows: Vec<serde_json::Value> =
+        stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for backend in ["shm", "cma", "libfabric", "ucx", "tcp"] {
+        let rows: Vec<_> = rows.iter().filter(|row| row["backend"] == backend).collect();
+        let named = stderr.lines().any(|line| line.starts_with(&format!("{backend}: ")));
+        assert_eq!(rows.is_empty(), named, "{backend}: {stdout}{stderr}");
+        assert!(!rows.is_empty() || !["shm", "tcp"].contains(&backend), "{backend} always works: {stderr}");
+        assert!(rows.len().is_multiple_of(4), "two shapes, with and without digests: {rows:?}");
+        for field in
+            ["p50_us", "p99_us", "gb_per_s", "cpu_s_per_gb", "raw_p50_us", "raw_cpu_s_per_gb", "ratio"]
+        {
+            assert!(rows.iter().all(|row| row[field].as_f64().unwrap() > 0.0), "{field}: {rows:?}");
+        }
+    }
+    let table = run(&["bench", "transfer", "--seconds", "0.001", "--backend", "shm", "--shape", "3x4KiB"]);
+    let table = text(&table.stdout);
+    assert!(
+        table.starts_with("BACKEND") && table.contains("3 x 4 KiB") && table.contains("memcpy"),
+        "{table}"
+    );
+    for bad in
+        ["--shape=0x4KiB", "--shape=4096x1MiB", "--shape=64", "--backend=smoke", "--seconds=0", "--op=copy"]
+    {
+        assert_eq!(run(&["bench", "transfer", bad]).status.code(), Some(2), "{bad}");
+    }
+}

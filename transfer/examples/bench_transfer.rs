@@ -27,7 +27,7 @@ async fn main() -> anyhow::Result<()> {
         options.shapes = vec![bench::Shape { blocks: blocks.parse()?, block_bytes: block_bytes.parse()? }];
     }
     println!("backend     shape        integrity    p50 us    p99 us     GB/s   cpu s   raw us  ratio");
-    for row in bench::run(options).await? {
+    for row in bench::run(options).await?.rows {
         println!(
             "{:7} {:5} x {:8} {:9} {:10.1} {:9.1} {:8.2} {:7.3} {:8.1} {:6.2}",
             row.backend,

@@ -1,9 +1,10 @@
-//! Measures reads between two processes of this machine, with the raw limit of the same bytes beside every row.
+//! Measures reads and writes between two processes of this machine, with the raw limit of the same bytes beside every
+//! row.
 //!
 //! The peer is this program once more, in [`serve_peer`]. Every row is measured in rounds: some raw probes, some
 //! reads without digests, some with, so that whatever else the machine does meets all of them alike. The raw limit
-//! of `shm` is `memcpy` of equally scattered blocks; that of `tcp` is `writev` and `readv` of them by two blocking
-//! threads.
+//! of `shm` is `memcpy` of equally scattered blocks; that of `cma` `process_vm_readv` of them, by as few calls as the
+//! system takes them in; that of everything else `writev` and `readv` of them over TCP, by two blocking threads.
 
 mod measure;
 mod peer;
@@ -32,14 +33,37 @@ pub struct Shape {
 
 impl Shape {
     /// The shapes measured by default, from one small block to the cache of a long prompt.
-    pub const DEFAULT: [Self; 4] = [
-        Self { blocks: 1, block_bytes: 4 << 10 },
-        Self { blocks: 64, block_bytes: 4 << 10 },
-        Self { blocks: 64, block_bytes: 64 << 10 },
-        Self { blocks: 32, block_bytes: 1 << 20 },
+    pub const DEFAULT: [Self; 12] = [
+        Self::new(1, 4 << 10),
+        Self::new(64, 4 << 10),
+        Self::new(1024, 4 << 10),
+        Self::new(4096, 4 << 10),
+        Self::new(1, 64 << 10),
+        Self::new(64, 64 << 10),
+        Self::new(512, 64 << 10),
+        Self::new(64, 256 << 10),
+        Self::new(1, 1 << 20),
+        Self::new(32, 1 << 20),
+        Self::new(1, 4 << 20),
+        Self::new(16, 4 << 20),
     ];
+    /// Most bytes of the blocks of one of [`Shape::full`].
+    pub const FULL_MAX_BYTES: usize = 256 << 20;
 
-    fn bytes(self) -> usize {
+    /// So many blocks of so many bytes.
+    pub const fn new(blocks: u32, block_bytes: u32) -> Self {
+        Self { blocks, block_bytes }
+    }
+
+    /// Every power of four from 4 KiB to 4 MiB, by every one from 1 to 4096 blocks, up to [`Shape::FULL_MAX_BYTES`].
+    pub fn full() -> Vec<Self> {
+        let powers = |from: u32, to: u32| (from..=to).step_by(2).map(|power| 1u32 << power);
+        let all = powers(12, 22).flat_map(|bytes| powers(0, 12).map(move |blocks| Self::new(blocks, bytes)));
+        all.filter(|shape| shape.bytes() <= Self::FULL_MAX_BYTES).collect()
+    }
+
+    /// Bytes of all blocks.
+    pub fn bytes(self) -> usize {
         self.blocks as usize * self.block_bytes as usize
     }
 
@@ -57,6 +81,25 @@ impl Shape {
     }
 }
 
+/// Which way the blocks go.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Op {
+    /// From the peer's memory to ours, by our doing.
+    Read,
+    /// From ours to the peer's.
+    Write,
+}
+
+impl Op {
+    /// As in rows.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::Read => "read",
+            Self::Write => "write",
+        }
+    }
+}
+
 /// What to measure.
 #[derive(Debug, Clone)]
 pub struct BenchOptions {
@@ -64,7 +107,9 @@ pub struct BenchOptions {
     pub backends: Vec<BackendKind>,
     /// Shapes, in the order of the rows.
     pub shapes: Vec<Shape>,
-    /// Time spent on each backend and shape.
+    /// Operations, in the order of the rows.
+    pub ops: Vec<Op>,
+    /// Time spent on each backend, shape and operation.
     pub time_per_shape: Duration,
     /// TCP streams of the session.
     pub streams: usize,
@@ -76,9 +121,10 @@ impl BenchOptions {
     /// The defaults, with the arguments that make this program a peer.
     pub fn new(peer_arguments: Vec<OsString>) -> Self {
         Self {
-            backends: BackendKind::ALWAYS.to_vec(),
+            backends: BackendKind::ALL.into_iter().filter(|kind| *kind != BackendKind::Plugin).collect(),
             shapes: Shape::DEFAULT.to_vec(),
-            time_per_shape: Duration::from_secs(3),
+            ops: vec![Op::Read],
+            time_per_shape: Duration::from_secs(1),
             streams: 2,
             peer_arguments,
         }
@@ -88,9 +134,9 @@ impl BenchOptions {
 /// One row of the result: its fields are what `bench transfer --json` prints.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
 pub struct Row {
-    /// `shm` or `tcp`.
+    /// `shm`, `cma`, `libfabric`, `ucx`, `plugin` or `tcp`.
     pub backend: String,
-    /// Always `read`.
+    /// `read` or `write`.
     pub op: String,
     /// `digest` or `off`.
     pub integrity: String,
@@ -106,10 +152,14 @@ pub struct Row {
     pub gb_per_s: f64,
     /// CPU time of both processes over all reads of the row.
     pub cpu_s: f64,
+    /// CPU time of both processes for each 10^9 bytes.
+    pub cpu_s_per_gb: f64,
     /// What the raw limit is.
     pub raw_probe: String,
     /// Median time of the raw probe.
     pub raw_p50_us: f64,
+    /// CPU time of both processes for each 10^9 bytes of the raw probe.
+    pub raw_cpu_s_per_gb: f64,
     /// Median over raw median: 1 is the limit.
     pub ratio: f64,
 }
@@ -156,22 +206,58 @@ const PEER_EPOCH: Epoch = Epoch(1);
 const HANDOFF: HandoffId = HandoffId(0x6261_746f_6e00_0000_6265_6e63_6800_0001);
 const PEER_NAME: &str = "bench-peer";
 
+/// A backend that was asked for and not measured.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Skipped {
+    /// Which.
+    pub backend: BackendKind,
+    /// Why, for people.
+    pub reason: String,
+}
+
+/// What a run gives.
+#[derive(Debug, Clone, PartialEq, Default)]
+pub struct Report {
+    /// By backend, shape, operation, integrity.
+    pub rows: Vec<Row>,
+    /// Backends that do not work here.
+    pub skipped: Vec<Skipped>,
+}
+
 /// Runs every row of `options`.
 ///
 /// # Errors
-/// When the peer process, an agent or a read fails.
-pub async fn run(options: BenchOptions) -> Result<Vec<Row>, BenchError> {
+/// When the peer process, an agent or a read fails; a backend that cannot be opened is no error.
+pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
     let spread = options.shapes.iter().map(|shape| shape.spread()).max().unwrap_or(1);
-    let mut peer = peer::Peer::spawn(&options.peer_arguments, spread).await?;
-    let mut rows = Vec::new();
+    let backends = options.backends.iter().map(|backend| backend.as_str().to_owned()).collect();
+    let wanted = peer::Wanted { region_bytes: spread, backends };
+    let mut peer = peer::Peer::spawn(&options.peer_arguments, &wanted).await?;
+    let memory = measure::Memory::new(spread)?;
+    let mut report = Report::default();
     for backend in options.backends.iter().copied() {
-        let bench = measure::Bench::start(&peer, backend, spread, options.streams).await?;
+        let bench = match measure::Bench::start(&peer, backend, &memory, options.streams).await {
+            Ok(bench) => bench,
+            Err(BenchError::Connect(error)) => {
+                report.skipped.push(Skipped { backend, reason: reason(backend, &error) });
+                continue;
+            }
+            Err(error) => return Err(error),
+        };
         for shape in options.shapes.iter().copied() {
-            rows.extend(bench.measure(&mut peer, shape, options.time_per_shape).await?);
+            for op in options.ops.iter().copied() {
+                report.rows.extend(bench.measure(&mut peer, shape, op, options.time_per_shape).await?);
+            }
         }
         bench.close().await;
     }
-    Ok(rows)
+    Ok(report)
+}
+
+/// Why there is no path over `backend`, the only one that was tried.
+fn reason(backend: BackendKind, error: &ConnectError) -> String {
+    let ConnectError::Link { tried, .. } = error else { return error.to_string() };
+    tried.strip_prefix(&format!("{backend}: ")).unwrap_or(tried).to_owned()
 }
 
 fn integrity_name(integrity: Integrity) -> &'static str {

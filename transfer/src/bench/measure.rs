@@ -1,25 +1,44 @@
-//! Rounds of raw probes and reads, and what comes out of them.
+//! Rounds of raw probes and transfers, and what comes out of them.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::peer::{Peer, own_cpu};
-use super::raw::{self, RawTcp};
-use super::{BenchError, HANDOFF, PEER_EPOCH, PEER_NAME, Row, Shape, fill, integrity_name};
+use super::raw::Raw;
+use super::{BenchError, HANDOFF, Op, PEER_EPOCH, PEER_NAME, Row, Shape, fill, integrity_name};
 use crate::agent::{Agent, AgentOptions, BackendKind, Integrity, RegionId};
 use crate::digest::{DigestSeed, block_digest};
-use crate::memory::HostMemory;
+use crate::memory::{HostMemory, MemoryError};
 use crate::session::{BlockRead, Descriptor, Destination, Expected, Session};
 
 /// One turn of a probe within a round.
 const TURN: Duration = Duration::from_millis(10);
-/// A read that takes longer than this is stuck.
-const READ_DEADLINE: Duration = Duration::from_secs(10);
+/// A transfer that takes longer than this is stuck.
+const DEADLINE: Duration = Duration::from_secs(10);
 
-/// Sessions with the peer over one backend, and memory to read into.
+/// Memory of this side, the same for all backends.
+#[derive(Clone)]
+pub(super) struct Memory {
+    /// Read into.
+    into: HostMemory,
+    /// Holds the same bytes as the peer's region.
+    twin: HostMemory,
+}
+
+impl Memory {
+    pub(super) fn new(bytes: usize) -> Result<Self, MemoryError> {
+        let (into, twin) =
+            (HostMemory::allocate(bytes, "bench destination")?, HostMemory::allocate(bytes, "bench twin")?);
+        into.prefault()?;
+        fill(&twin);
+        Ok(Self { into, twin })
+    }
+}
+
+/// Sessions with the peer over one backend.
 pub(super) struct Bench(Arc<Inner>);
 
 struct Inner {
@@ -27,42 +46,46 @@ struct Inner {
     agents: Vec<Agent>,
     off: Session,
     digest: Session,
-    into: HostMemory,
-    /// Holds the same bytes as the peer's region.
-    twin: HostMemory,
+    memory: Memory,
     region: RegionId,
-    raw: std::net::SocketAddr,
+    raw: Mutex<Raw>,
+}
+
+/// One kind of row: every turn of it does the same.
+#[derive(Clone)]
+struct Work {
+    op: Op,
+    integrity: Integrity,
+    blocks: Arc<[BlockRead]>,
 }
 
 /// Times of one probe.
 #[derive(Default)]
 struct Times {
     each: Vec<Duration>,
+    /// Of both processes, for everything moved, also what is not counted in `each`.
     cpu: Duration,
+    moved: u64,
 }
 
 impl Bench {
     pub(super) async fn start(
         peer: &Peer,
         backend: BackendKind,
-        spread: usize,
+        memory: &Memory,
         streams: usize,
     ) -> Result<Self, BenchError> {
         let off = connect(peer, backend, Integrity::Off, streams).await?;
         let digest = connect(peer, backend, Integrity::Digest, streams).await?;
-        let into = HostMemory::allocate(spread, "bench destination")?;
-        into.prefault()?;
-        let twin = HostMemory::allocate(spread, "bench twin")?;
-        fill(&twin);
+        let raw = Raw::new(backend, &peer.ready, &memory.twin).map_err(BenchError::io("the raw probe"))?;
         Ok(Self(Arc::new(Inner {
             backend,
             agents: vec![off.0, digest.0],
             off: off.1,
             digest: digest.1,
-            into,
-            twin,
+            memory: memory.clone(),
             region: RegionId(peer.ready.region),
-            raw: peer.ready.raw,
+            raw: Mutex::new(raw),
         })))
     }
 
@@ -71,38 +94,43 @@ impl Bench {
         &self,
         peer: &mut Peer,
         shape: Shape,
+        op: Op,
         time: Duration,
     ) -> Result<[Row; 2], BenchError> {
         let blocks: Arc<[BlockRead]> = self.blocks(shape).into();
-        let rounds = (time.as_secs_f64() / (3.0 * TURN.as_secs_f64())).ceil() as usize;
+        let work = |integrity| Work { op, integrity, blocks: Arc::clone(&blocks) };
+        let (plain, verified) = (work(Integrity::Off), work(Integrity::Digest));
+        self.raw_turn(peer, shape, op, &mut Times::default()).await?;
+        self.turn(peer, &plain, &mut Times::default()).await?;
+        self.turn(peer, &verified, &mut Times::default()).await?;
         let (mut raw, mut off, mut digest) = (Times::default(), Times::default(), Times::default());
-        self.raw_turn(shape, &mut Times::default()).await?;
-        self.read_turn(peer, Integrity::Off, &blocks, &mut Times::default()).await?;
-        self.read_turn(peer, Integrity::Digest, &blocks, &mut Times::default()).await?;
-        for _ in 0..rounds {
-            self.raw_turn(shape, &mut raw).await?;
-            self.read_turn(peer, Integrity::Off, &blocks, &mut off).await?;
-            self.read_turn(peer, Integrity::Digest, &blocks, &mut digest).await?;
+        let start = Instant::now();
+        while start.elapsed() < time || raw.each.is_empty() {
+            self.raw_turn(peer, shape, op, &mut raw).await?;
+            self.turn(peer, &plain, &mut off).await?;
+            self.turn(peer, &verified, &mut digest).await?;
         }
-        let raw_p50_us = raw.percentile_us(0.5);
-        let row = |integrity, times: &mut Times| {
-            let p50_us = times.percentile_us(0.5);
-            Row {
-                backend: self.0.backend.as_str().to_owned(),
-                op: "read".to_owned(),
-                integrity: integrity_name(integrity).to_owned(),
-                block_bytes: shape.block_bytes,
-                blocks: shape.blocks,
-                p50_us,
-                p99_us: times.percentile_us(0.99),
-                gb_per_s: shape.bytes() as f64 / p50_us / 1e3,
-                cpu_s: times.cpu.as_secs_f64(),
-                raw_probe: raw_name(self.0.backend).to_owned(),
-                raw_p50_us,
-                ratio: p50_us / raw_p50_us,
-            }
-        };
-        Ok([row(Integrity::Off, &mut off), row(Integrity::Digest, &mut digest)])
+        Ok([self.row(shape, &plain, &mut off, &mut raw), self.row(shape, &verified, &mut digest, &mut raw)])
+    }
+
+    fn row(&self, shape: Shape, work: &Work, times: &mut Times, raw: &mut Times) -> Row {
+        let (p50_us, raw_p50_us) = (times.percentile_us(0.5), raw.percentile_us(0.5));
+        Row {
+            backend: self.0.backend.as_str().to_owned(),
+            op: work.op.as_str().to_owned(),
+            integrity: integrity_name(work.integrity).to_owned(),
+            block_bytes: shape.block_bytes,
+            blocks: shape.blocks,
+            p50_us,
+            p99_us: times.percentile_us(0.99),
+            gb_per_s: shape.bytes() as f64 / p50_us / 1e3,
+            cpu_s: times.cpu.as_secs_f64(),
+            cpu_s_per_gb: times.cpu_s_per_gb(),
+            raw_probe: self.0.raw.lock().unwrap_or_else(PoisonError::into_inner).name().to_owned(),
+            raw_p50_us,
+            raw_cpu_s_per_gb: raw.cpu_s_per_gb(),
+            ratio: p50_us / raw_p50_us,
+        }
     }
 
     pub(super) async fn close(self) {
@@ -115,7 +143,7 @@ impl Bench {
         let mut bytes = vec![0; shape.block_bytes as usize];
         let block = |index| {
             let offset = shape.offset(index);
-            self.0.twin.read(offset, &mut bytes);
+            self.0.memory.twin.read(offset, &mut bytes);
             let seed = DigestSeed { handoff: HANDOFF, epoch: PEER_EPOCH, index };
             let source = Descriptor { region: self.0.region, offset: offset as u64, len: shape.block_bytes };
             let expected = Expected { seed, digest: block_digest(seed, &bytes) };
@@ -125,65 +153,67 @@ impl Bench {
     }
 
     /// One turn of the raw probe, on a thread that may block.
-    async fn raw_turn(&self, shape: Shape, times: &mut Times) -> Result<(), BenchError> {
+    async fn raw_turn(
+        &self,
+        peer: &mut Peer,
+        shape: Shape,
+        op: Op,
+        times: &mut Times,
+    ) -> Result<(), BenchError> {
+        let before = own_cpu() + peer.cpu().await?;
         let inner = Arc::clone(&self.0);
         let turn = tokio::task::spawn_blocking(move || {
-            let mut tcp = match inner.backend {
-                BackendKind::Shm => None,
-                _ => Some(RawTcp::connect(inner.raw)?),
+            let mut raw = inner.raw.lock().unwrap_or_else(PoisonError::into_inner);
+            let own = match op {
+                Op::Read => &inner.memory.into,
+                Op::Write => &inner.memory.twin,
             };
-            let mut each = Vec::new();
             let start = Instant::now();
-            // A connection of its own starts cold: the first probe of a turn is not counted.
-            let mut warm = false;
+            // The first of a turn finds everything cold: it is not counted.
+            raw.once(op, own, shape)?;
+            let mut each = Vec::new();
             while start.elapsed() < TURN || each.is_empty() {
-                let took = match &mut tcp {
-                    Some(tcp) => tcp.read(&inner.into, shape)?,
-                    None => raw::copy(&inner.twin, &inner.into, shape),
-                };
-                if std::mem::replace(&mut warm, true) {
-                    each.push(took);
-                }
+                each.push(raw.once(op, own, shape)?);
             }
             Ok(each)
         });
         let each = turn.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        times.each.extend(each.map_err(BenchError::io("the raw probe"))?);
+        let each = each.map_err(BenchError::io("the raw probe"))?;
+        times.add(each, shape.bytes() as u64, (own_cpu() + peer.cpu().await?).saturating_sub(before));
         Ok(())
     }
 
-    /// One turn of reads, on a task as in a worker.
-    async fn read_turn(
-        &self,
-        peer: &mut Peer,
-        integrity: Integrity,
-        blocks: &Arc<[BlockRead]>,
-        times: &mut Times,
-    ) -> Result<(), BenchError> {
+    /// One turn of transfers, on a task as in a worker.
+    async fn turn(&self, peer: &mut Peer, work: &Work, times: &mut Times) -> Result<(), BenchError> {
         let before = own_cpu() + peer.cpu().await?;
-        let (inner, blocks) = (Arc::clone(&self.0), Arc::clone(blocks));
+        let (inner, task) = (Arc::clone(&self.0), work.clone());
         let turn = TaskTracker::new().spawn(async move {
-            let session = match integrity {
-                Integrity::Off => &inner.off,
-                Integrity::Digest => &inner.digest,
-            };
+            let start = Instant::now();
+            inner.once(&task).await?;
             let mut each = Vec::new();
-            let turn = Instant::now();
-            let mut warm = false;
-            while turn.elapsed() < TURN || each.is_empty() {
+            while start.elapsed() < TURN || each.is_empty() {
                 let start = Instant::now();
-                let into = Destination::Memory(&inner.into);
-                session.read(HANDOFF, &blocks, into, start + READ_DEADLINE).await?;
-                if std::mem::replace(&mut warm, true) {
-                    each.push(start.elapsed());
-                }
+                inner.once(&task).await?;
+                each.push(start.elapsed());
             }
             Ok::<_, BenchError>(each)
         });
         let each = turn.await;
-        let each = each.map_err(|error| BenchError::io("a bench task")(std::io::Error::other(error)))?;
-        times.each.extend(each?);
-        times.cpu += (own_cpu() + peer.cpu().await?).saturating_sub(before);
+        let each = each.map_err(|error| BenchError::io("a bench task")(std::io::Error::other(error)))??;
+        let bytes = work.blocks.iter().map(|block| u64::from(block.source.len)).sum();
+        times.add(each, bytes, (own_cpu() + peer.cpu().await?).saturating_sub(before));
+        Ok(())
+    }
+}
+
+impl Inner {
+    async fn once(&self, work: &Work) -> Result<(), BenchError> {
+        let session = match work.integrity {
+            Integrity::Off => &self.off,
+            Integrity::Digest => &self.digest,
+        };
+        let deadline = Instant::now() + DEADLINE;
+        session.read(HANDOFF, &work.blocks, Destination::Memory(&self.memory.into), deadline).await?;
         Ok(())
     }
 }
@@ -204,14 +234,18 @@ async fn connect(
     Ok((agent, session))
 }
 
-fn raw_name(backend: BackendKind) -> &'static str {
-    match backend {
-        BackendKind::Shm => "memcpy",
-        _ => "writev/readv over tcp",
-    }
-}
-
 impl Times {
+    /// Takes a turn of `each` and one more that was not counted.
+    fn add(&mut self, each: Vec<Duration>, bytes: u64, cpu: Duration) {
+        self.moved += (each.len() as u64 + 1) * bytes;
+        self.each.extend(each);
+        self.cpu += cpu;
+    }
+
+    fn cpu_s_per_gb(&self) -> f64 {
+        self.cpu.as_secs_f64() / (self.moved as f64 / 1e9)
+    }
+
     fn percentile_us(&mut self, part: f64) -> f64 {
         self.each.sort_unstable();
         let at = (self.each.len() as f64 * part) as usize;

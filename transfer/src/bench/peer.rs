@@ -1,7 +1,7 @@
 //! The other process of a bench: serves one region, and the raw probe of it.
 //!
-//! They talk in lines over the peer's standard streams: the size of the region in, a [`Ready`] out; then `cpu` in,
-//! nanoseconds of CPU time out. The end of the input ends the peer, however this side ended.
+//! They talk in lines over the peer's standard streams: a [`Wanted`] in, a [`Ready`] out; then `cpu` in, nanoseconds
+//! of CPU time out. The end of the input ends the peer, however this side ended.
 
 use std::ffi::OsString;
 use std::io::{BufRead, Write};
@@ -14,16 +14,30 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
 use super::{BenchError, HANDOFF, PEER_EPOCH, PEER_NAME, fill, raw};
-use crate::agent::{Agent, AgentOptions};
+use crate::agent::{Agent, AgentOptions, BackendKind, RegionId};
 use crate::memory::HostMemory;
 use crate::session::Descriptor;
+
+/// What a peer is asked for.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Wanted {
+    pub(super) region_bytes: usize,
+    pub(super) backends: Vec<String>,
+}
 
 /// What a peer says once it serves.
 #[derive(Debug, Serialize, Deserialize)]
 pub(super) struct Ready {
     pub(super) metadata: Vec<u8>,
+    /// The region to read, filled.
     pub(super) region: u32,
+    /// The region to write to.
+    pub(super) scratch: u32,
+    /// Where raw TCP is served.
     pub(super) raw: SocketAddr,
+    /// The process, and where the region to read is in it.
+    pub(super) pid: i32,
+    pub(super) address: usize,
 }
 
 /// A running peer process; it ends when dropped.
@@ -35,7 +49,7 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) async fn spawn(arguments: &[OsString], region_bytes: usize) -> Result<Self, BenchError> {
+    pub(super) async fn spawn(arguments: &[OsString], wanted: &Wanted) -> Result<Self, BenchError> {
         let program = std::env::current_exe().map_err(BenchError::io("finding this program"))?;
         let mut child = Command::new(program)
             .args(arguments)
@@ -48,7 +62,8 @@ impl Peer {
             return Err(BenchError::Peer("nothing: it has no standard streams".to_owned()));
         };
         let mut output = BufReader::new(output).lines();
-        let line = ask(&mut input, &mut output, &region_bytes.to_string()).await?;
+        let wanted = serde_json::to_string(wanted).map_err(|error| BenchError::Peer(error.to_string()))?;
+        let line = ask(&mut input, &mut output, &wanted).await?;
         let ready = serde_json::from_str(&line).map_err(|_| BenchError::Peer(line))?;
         Ok(Self { ready, input, output, _child: child })
     }
@@ -87,22 +102,29 @@ pub async fn serve_peer() -> Result<(), BenchError> {
         Ok(line)
     });
     let line = line.await?;
-    let region_bytes: usize = line.trim().parse().map_err(|_| BenchError::Peer(line))?;
-    let memory = HostMemory::allocate(region_bytes, "bench")?;
+    let Wanted { region_bytes, backends } =
+        serde_json::from_str(line.trim()).map_err(|_| BenchError::Peer(line))?;
+    let (memory, scratch) =
+        (HostMemory::allocate(region_bytes, "bench")?, HostMemory::allocate(region_bytes, "bench scratch")?);
     fill(&memory);
+    scratch.prefault()?;
     let name = PEER_NAME.parse().map_err(|_| BenchError::Peer(PEER_NAME.to_owned()))?;
-    let agent = Agent::start(AgentOptions::new(name)).await?;
+    let mut options = AgentOptions::new(name);
+    options.backends =
+        BackendKind::ALL.into_iter().filter(|kind| backends.iter().any(|b| b == kind.as_str())).collect();
+    let agent = Agent::start(options).await?;
     agent.set_epoch(PEER_EPOCH);
     let region = agent.register(memory.clone())?;
-    let chunk = 1u32 << 30;
-    let whole = (0..region_bytes as u64).step_by(chunk as usize).map(|offset| Descriptor {
-        region,
-        offset,
-        len: (region_bytes as u64 - offset).min(u64::from(chunk)) as u32,
-    });
-    agent.grant(HANDOFF, whole.collect());
-    let raw = raw::serve(memory).map_err(BenchError::io("starting the raw probe"))?;
-    let ready = Ready { metadata: agent.metadata(), region: region.0, raw };
+    let scratch_region = agent.register(scratch.clone())?;
+    agent.grant(HANDOFF, whole(region, region_bytes as u64));
+    let ready = Ready {
+        metadata: agent.metadata(),
+        region: region.0,
+        scratch: scratch_region.0,
+        pid: rustix::process::getpid().as_raw_nonzero().get(),
+        address: memory.place().address,
+        raw: raw::serve(memory, scratch).map_err(BenchError::io("starting the raw probe"))?,
+    };
     blocking(move || {
         say(&serde_json::to_string(&ready).map_err(|error| BenchError::Peer(error.to_string()))?)?;
         for line in std::io::stdin().lock().lines() {
@@ -116,6 +138,16 @@ pub async fn serve_peer() -> Result<(), BenchError> {
     .await?;
     agent.close().await;
     Ok(())
+}
+
+/// All of a region, in descriptors as long as they may be.
+fn whole(region: RegionId, bytes: u64) -> Vec<Descriptor> {
+    const LONGEST: u32 = 1 << 30;
+    let descriptor = |offset: u64| {
+        let len = (bytes - offset).min(u64::from(LONGEST)) as u32;
+        Descriptor { region, offset, len }
+    };
+    (0..bytes).step_by(LONGEST as usize).map(descriptor).collect()
 }
 
 fn say(line: &str) -> Result<(), BenchError> {

@@ -1,65 +1,141 @@
-//! The raw limits: `memcpy` of scattered blocks, and blocking `writev` and `readv` of them over one TCP connection.
+//! The raw limits: `memcpy` of scattered blocks, `process_vm_readv` of them by as few calls as the system takes them
+//! in, and blocking `writev` and `readv` of them over one TCP connection.
 
 use std::io::{self, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::AsFd;
 use std::time::{Duration, Instant};
 
-use super::Shape;
+use super::peer::Ready;
+use super::{Op, Shape};
+use crate::agent::BackendKind;
 use crate::backend::tcp::tune_local;
-use crate::memory::{HostMemory, Span, read_scattered, write_gathered};
+use crate::memory::{
+    HostMemory, MAX_RANGES, Process, RemoteRange, Span, copy_from_process, read_scattered, write_gathered,
+};
 
-/// Most blocks of one system call (`IOV_MAX`).
-const MAX_SPANS: usize = 1024;
+/// The limit beside a backend.
+pub(super) enum Raw {
+    Copy { twin: HostMemory },
+    Process { process: Process, address: usize },
+    Tcp { stream: TcpStream },
+}
 
-/// Serves raw reads of `memory` from a thread of its own, for as long as the process lives.
-pub(super) fn serve(memory: HostMemory) -> io::Result<SocketAddr> {
+impl Raw {
+    /// The limit of `backend`; `twin` holds what the peer's region holds.
+    pub(super) fn new(backend: BackendKind, peer: &Ready, twin: &HostMemory) -> io::Result<Self> {
+        match backend {
+            BackendKind::Shm => Ok(Self::Copy { twin: twin.clone() }),
+            BackendKind::Cma => {
+                let pid = rustix::process::Pid::from_raw(peer.pid).ok_or(io::ErrorKind::NotFound)?;
+                Ok(Self::Process { process: Process::open(pid)?, address: peer.address })
+            }
+            BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin | BackendKind::Tcp => {
+                let stream = TcpStream::connect(peer.raw)?;
+                tune(&stream)?;
+                Ok(Self::Tcp { stream })
+            }
+        }
+    }
+
+    /// What it is, as rows name it.
+    pub(super) fn name(&self) -> &'static str {
+        match self {
+            Self::Copy { .. } => "memcpy",
+            Self::Process { .. } => "process_vm_readv",
+            Self::Tcp { .. } => "writev/readv over tcp",
+        }
+    }
+
+    /// Moves the blocks of `shape` once, from the peer or what stands for it to `own`, or over `Tcp` from `own` to the
+    /// peer; how long it took.
+    ///
+    /// Which of two memories of one host is written makes no difference to a copy: the others always read.
+    pub(super) fn once(&mut self, op: Op, own: &HostMemory, shape: Shape) -> io::Result<Duration> {
+        let start = Instant::now();
+        match self {
+            Self::Copy { twin } => {
+                for index in 0..shape.blocks {
+                    let offset = shape.offset(index);
+                    twin.copy_to(offset, own, offset, shape.block_bytes as usize);
+                }
+            }
+            Self::Process { process, address } => copy_by_address(process, *address, own, shape)?,
+            Self::Tcp { stream } => ask(stream, op, own, shape)?,
+        }
+        Ok(start.elapsed())
+    }
+}
+
+fn copy_by_address(process: &Process, address: usize, own: &HostMemory, shape: Shape) -> io::Result<()> {
+    let mut from = Vec::with_capacity(MAX_RANGES.min(shape.blocks as usize));
+    for first in (0..shape.blocks).step_by(MAX_RANGES) {
+        let blocks = first..shape.blocks.min(first + MAX_RANGES as u32);
+        let len = shape.block_bytes as usize;
+        from.clear();
+        from.extend(blocks.clone().map(|index| RemoteRange { address: address + shape.offset(index), len }));
+        let to = blocks.map(|index| Span { memory: own, offset: shape.offset(index), len });
+        copy_from_process(process, &from, &mut [], to)?;
+    }
+    Ok(())
+}
+
+/// Bytes of a request: the direction, blocks, bytes of a block.
+const REQUEST_BYTES: usize = 12;
+
+fn ask(stream: &mut TcpStream, op: Op, own: &HostMemory, shape: Shape) -> io::Result<()> {
+    let mut request = [0; REQUEST_BYTES];
+    request[..4].copy_from_slice(&u32::from(op == Op::Write).to_le_bytes());
+    request[4..8].copy_from_slice(&shape.blocks.to_le_bytes());
+    request[8..].copy_from_slice(&shape.block_bytes.to_le_bytes());
+    match op {
+        Op::Read => {
+            stream.write_all(&request)?;
+            move_all(own, shape, |spans| read_scattered(stream.as_fd(), &mut [], spans))
+        }
+        Op::Write => {
+            stream.write_all(&request)?;
+            move_all(own, shape, |spans| write_gathered(stream.as_fd(), &[], spans))?;
+            stream.read_exact(&mut [0])
+        }
+    }
+}
+
+/// Serves raw reads of `memory` and writes to `scratch` from a thread of its own, for as long as the process lives.
+pub(super) fn serve(memory: HostMemory, scratch: HostMemory) -> io::Result<SocketAddr> {
     let listener = TcpListener::bind(("127.0.0.1", 0))?;
     let address = listener.local_addr()?;
     std::thread::spawn(move || {
         for stream in listener.incoming().flatten() {
-            let memory = memory.clone();
-            std::thread::spawn(move || answer(stream, &memory));
+            let (memory, scratch) = (memory.clone(), scratch.clone());
+            std::thread::spawn(move || answer(stream, &memory, &scratch));
         }
     });
     Ok(address)
 }
 
-/// Answers requests of 8 bytes, blocks and bytes of a block, until the other side closes.
-fn answer(mut stream: TcpStream, memory: &HostMemory) -> io::Result<()> {
-    stream.set_nodelay(true)?;
-    tune_local(&stream, stream.local_addr(), stream.peer_addr());
-    let mut request = [0; 8];
+/// Answers requests until the other side closes.
+fn answer(mut stream: TcpStream, memory: &HostMemory, scratch: &HostMemory) -> io::Result<()> {
+    tune(&stream)?;
+    let mut request = [0; REQUEST_BYTES];
     loop {
         stream.read_exact(&mut request)?;
-        let [a, b, c, d, e, f, g, h] = request;
+        let ([op, blocks, block_bytes], []) = request.as_chunks::<4>() else { return Ok(()) };
         let shape =
-            Shape { blocks: u32::from_le_bytes([a, b, c, d]), block_bytes: u32::from_le_bytes([e, f, g, h]) };
-        move_all(memory, shape, |spans| write_gathered(stream.as_fd(), &[], spans))?;
+            Shape { blocks: u32::from_le_bytes(*blocks), block_bytes: u32::from_le_bytes(*block_bytes) };
+        if *op == [0; 4] {
+            move_all(memory, shape, |spans| write_gathered(stream.as_fd(), &[], spans))?;
+        } else {
+            move_all(scratch, shape, |spans| read_scattered(stream.as_fd(), &mut [], spans))?;
+            stream.write_all(&[1])?;
+        }
     }
 }
 
-/// The reading side of the raw TCP probe.
-pub(super) struct RawTcp(TcpStream);
-
-impl RawTcp {
-    pub(super) fn connect(address: SocketAddr) -> io::Result<Self> {
-        let stream = TcpStream::connect(address)?;
-        stream.set_nodelay(true)?;
-        tune_local(&stream, stream.local_addr(), stream.peer_addr());
-        Ok(Self(stream))
-    }
-
-    /// Reads the blocks of `shape` once; how long it took.
-    pub(super) fn read(&mut self, into: &HostMemory, shape: Shape) -> io::Result<Duration> {
-        let start = Instant::now();
-        let mut request = [0; 8];
-        request[..4].copy_from_slice(&shape.blocks.to_le_bytes());
-        request[4..].copy_from_slice(&shape.block_bytes.to_le_bytes());
-        self.0.write_all(&request)?;
-        move_all(into, shape, |spans| read_scattered(self.0.as_fd(), &mut [], spans))?;
-        Ok(start.elapsed())
-    }
+fn tune(stream: &TcpStream) -> io::Result<()> {
+    stream.set_nodelay(true)?;
+    tune_local(stream, stream.local_addr(), stream.peer_addr());
+    Ok(())
 }
 
 /// Moves all blocks of `shape` by as few calls as the system takes them in.
@@ -70,7 +146,7 @@ fn move_all<'a>(
 ) -> io::Result<()> {
     let mut moved = 0;
     while moved < shape.bytes() {
-        match move_some(Spans { memory, shape, moved }.take(MAX_SPANS))? {
+        match move_some(Spans { memory, shape, moved }.take(MAX_RANGES))? {
             0 => return Err(io::ErrorKind::UnexpectedEof.into()),
             bytes => moved += bytes,
         }
@@ -96,14 +172,4 @@ impl<'a> Iterator for Spans<'a> {
         let offset = self.shape.offset(index as u32) + within;
         (index < self.shape.blocks as usize).then_some(Span { memory: self.memory, offset, len })
     }
-}
-
-/// Copies the blocks of `shape` once; how long it took.
-pub(super) fn copy(from: &HostMemory, to: &HostMemory, shape: Shape) -> Duration {
-    let start = Instant::now();
-    for index in 0..shape.blocks {
-        let offset = shape.offset(index);
-        from.copy_to(offset, to, offset, shape.block_bytes as usize);
-    }
-    start.elapsed()
 }
