@@ -124,7 +124,7 @@ impl TransferOptions {
                 bind: interface,
             },
             ucx: UcxOptions { bind: interface, transports: spec.transports.clone() },
-            plugin: spec.plugin.clone().map(|path| PluginOptions { path, bind: interface }),
+            plugin: spec.plugin.clone().map(|path| PluginOptions { path, bind: Some(interface) }),
         })
     }
 
