@@ -4,6 +4,8 @@
 pub(crate) mod control;
 pub(crate) mod fabric;
 pub(crate) mod frames;
+#[expect(unsafe_code, reason = "asks the system for signal handlers")]
+pub(crate) mod handlers;
 pub(crate) mod handshake;
 #[cfg_attr(
     not(test),

@@ -28,6 +28,7 @@ use self::object::{Info, Rail};
 use self::select::SelectError;
 use self::work::LibfabricDriver;
 use crate::backend::fabric::driver::{Driver, DriverError, DriverInfo};
+use crate::backend::handlers;
 use crate::probe::Probe;
 
 /// Longest one-sided operation: longer ones are the caller's to cut.
@@ -62,7 +63,8 @@ impl Default for LibfabricOptions {
 
 /// Opens the best provider that works here.
 pub(crate) fn open(options: &LibfabricOptions) -> Result<Box<dyn Driver>, DriverError> {
-    open_with(options, Tuning::USUAL).map(|driver| Box::new(driver) as Box<dyn Driver>)
+    let driver = handlers::keep(|| open_with(options, Tuning::USUAL))?;
+    Ok(Box::new(driver))
 }
 
 /// What tests set differently, so that all code runs on small machines.
@@ -177,6 +179,10 @@ fn provider_remedy(provider: &str) -> &'static str {
 
 /// What of libfabric works here, for `baton doctor`: nothing stays open.
 pub(crate) fn probe(options: &LibfabricOptions) -> Vec<Probe> {
+    handlers::keep(|| probe_all(options))
+}
+
+fn probe_all(options: &LibfabricOptions) -> Vec<Probe> {
     let library = match library() {
         Ok(library) => library,
         Err(error) => return vec![Probe::fails("libfabric", error.what, error.remedy)],

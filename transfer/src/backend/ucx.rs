@@ -51,6 +51,7 @@ use super::fabric::driver::{
     ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, KEY_MAX_BYTES, LocalId,
     LocalRange, PeerId, PostError, RemoteId,
 };
+use crate::backend::handlers;
 use crate::memory::MemorySpan;
 use crate::probe::Probe;
 
@@ -74,12 +75,14 @@ impl Default for UcxOptions {
 
 /// Opens UCX.
 pub(crate) fn open(options: &UcxOptions) -> Result<Box<dyn Driver>, DriverError> {
-    Ok(Box::new(UcxDriver::open(library::get()?, options, None)?))
+    let driver = handlers::keep(|| UcxDriver::open(library::get()?, options, None))?;
+    Ok(Box::new(driver))
 }
 
 /// What of UCX works here.
 pub(crate) fn probe(options: &UcxOptions) -> Vec<Probe> {
-    let driver = match library::get().and_then(|api| UcxDriver::open(api, options, None)) {
+    let opened = handlers::keep(|| library::get().and_then(|api| UcxDriver::open(api, options, None)));
+    let driver = match opened {
         Ok(driver) => driver,
         Err(error) => return vec![Probe::fails("ucx", error.what, error.remedy)],
     };
