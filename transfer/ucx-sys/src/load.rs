@@ -3,9 +3,12 @@
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
 
-use libloading::os::unix::{Library, RTLD_LOCAL, RTLD_NOW};
+use libloading::os::unix::{Library, RTLD_LAZY, RTLD_LOCAL, RTLD_NOW};
 
 use crate::abi::*;
+
+/// Of `dlfcn.h`: only if it is loaded.
+const RTLD_NOLOAD: c_int = 4;
 
 /// Why UCX cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -212,9 +215,14 @@ fn open(path: &Path, log: ucs_log_func_t) -> Result<Api, LoadError> {
 }
 
 /// Initializes the library that patches `mmap` and friends before UCX does so, with its patches off. It does that once.
+/// None when somebody else in this process has loaded it: what is patched by then cannot be undone.
 fn keep_hooks_out(path: &Path) -> Option<Library> {
-    // SAFETY: its constructor only sets up its own state.
-    let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) }.ok()?;
+    // SAFETY: opens nothing that is not open.
+    if unsafe { Library::open(Some(path), RTLD_LAZY | RTLD_NOLOAD) }.is_ok() {
+        return None;
+    }
+    // SAFETY: its constructor only sets up its own state. Lazily, because some of its functions need `libucs`.
+    let library = unsafe { Library::open(Some(path), RTLD_LAZY | RTLD_LOCAL) }.ok()?;
     disable_events(&library);
     if let Some(config) = hook_config(&library) {
         // SAFETY: a variable of the library, which no other thread uses yet; 0 is `UCM_MMAP_HOOK_NONE`.

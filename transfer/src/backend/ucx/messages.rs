@@ -208,7 +208,7 @@ impl Core {
     }
 
     /// Answers a request; `job` has the bytes.
-    fn answer(&self, ep: ucp_ep_h, header: &Header, status: ucs_status_t, job: Job, flags: u32) {
+    pub(super) fn answer(&self, ep: ucp_ep_h, header: &Header, status: ucs_status_t, job: Job, flags: u32) {
         // A requester that cannot be told runs into its deadline.
         let Some(slot) = self.start(job) else { return };
         let mut answer = [0; HEADER_WORDS];

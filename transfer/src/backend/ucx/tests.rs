@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use super::driver::UcxDriver;
+use super::slots::{Job, Work};
 use super::*;
 use crate::memory::HostMemory;
 
@@ -378,3 +380,7 @@ fn after_a_disconnect_nothing_lands() {
         }
     }
 }
+
+mod hostile;
+mod inside;
+mod processes;

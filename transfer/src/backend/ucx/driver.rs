@@ -1,0 +1,531 @@
+//! The driver: what the progress thread calls.
+
+use std::collections::HashMap;
+use std::ffi::c_void;
+use std::os::fd::RawFd;
+use std::rc::Rc;
+use std::time::Instant;
+
+use baton_ucx_sys::{
+    Api, UCS_ERR_CANCELED, UCS_ERR_NO_MEMORY, UCS_ERR_NO_RESOURCE, UCS_OK, is_request, status_of,
+    ucs_status_t,
+};
+
+use super::config::Context;
+use super::core::Core;
+use super::peer::{self, Peer, Reach, Remote};
+use super::region::Region;
+use super::slots::{Job, Work};
+use super::{
+    ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange,
+    MemorySpan, PeerId, PostError, RemoteId, UcxOptions, describe, frame,
+};
+
+/// See the module above.
+pub(super) struct UcxDriver {
+    pub(super) core: Rc<Core>,
+    pub(super) info: DriverInfo,
+    address: Vec<u8>,
+    wait_fd: Option<RawFd>,
+    pub(super) peers: HashMap<u32, Peer>,
+    /// The last number given to a peer, registration or key.
+    last_id: u32,
+    /// Ends of operations that were found outside of `poll`.
+    done: Vec<Done>,
+    /// Why nothing works any more.
+    pub(super) dead: Option<String>,
+    random: Random,
+}
+
+impl UcxDriver {
+    /// Makes context and worker; `one_sided` decides what the transports found would decide otherwise.
+    pub(super) fn open(
+        api: &Api,
+        options: &UcxOptions,
+        one_sided: Option<bool>,
+    ) -> Result<Self, DriverError> {
+        let context = Context::open(api, options, one_sided)?;
+        let info = describe(&context, options);
+        let core = Rc::new(Core::new(context)?);
+        core.listen()?;
+        let mut payload = Vec::new();
+        payload.extend_from_slice(&core.context.version.0.to_le_bytes());
+        payload.extend_from_slice(&core.context.version.1.to_le_bytes());
+        payload.push(u8::from(core.context.one_sided));
+        payload.extend_from_slice(&core.address()?);
+        let address = frame::seal(frame::Kind::Address, &payload);
+        if address.len() > ADDRESS_MAX_BYTES {
+            return Err(DriverError {
+                what: format!("UCX's address has {} bytes, more than {ADDRESS_MAX_BYTES}", address.len()),
+                remedy: "name fewer transports, or bind to the address of one interface".to_owned(),
+            });
+        }
+        let wait_fd = core.wait_fd();
+        Ok(Self {
+            core,
+            info,
+            address,
+            wait_fd,
+            peers: HashMap::new(),
+            last_id: 0,
+            done: Vec::new(),
+            dead: None,
+            random: Random::default(),
+        })
+    }
+
+    fn next_id(&mut self) -> u32 {
+        self.last_id += 1;
+        self.last_id
+    }
+
+    fn gone(&self) -> Option<DriverError> {
+        let what = self.dead.clone()?;
+        Some(DriverError { what, remedy: String::new() })
+    }
+
+    /// A peer that operations can be posted to.
+    fn usable(&self, peer: PeerId) -> Result<&Peer, PostError> {
+        if let Some(why) = &self.dead {
+            return Err(PostError::Failed(why.clone()));
+        }
+        let Some(peer) = self.peers.get(&peer.0) else {
+            return Err(PostError::Failed("the peer is not connected".to_owned()));
+        };
+        match peer.failure() {
+            Some(status) => Err(PostError::Failed(self.core.describe(status))),
+            None => Ok(peer),
+        }
+    }
+
+    /// Where a local range is.
+    fn local(&self, range: LocalRange) -> Result<usize, PostError> {
+        let regions = self.core.regions.borrow();
+        let region = regions.get(&range.id.0).filter(|region| !region.gone).ok_or(PostError::Range)?;
+        let longest = self.info.op_max;
+        region.at(range.offset as u64, range.len).filter(|_| range.len <= longest).ok_or(PostError::Range)
+    }
+
+    fn post(
+        &mut self,
+        work: Work,
+        (peer, remote): (PeerId, RemoteId),
+        offset: u64,
+        range: LocalRange,
+        op: u64,
+    ) -> Result<(), PostError> {
+        let address = self.local(range)?;
+        let nonce = self.random.next();
+        let target = self.usable(peer)?;
+        let key = target.remotes.get(&remote.0).ok_or(PostError::Range)?;
+        if !key.fits(offset, range.len) {
+            return Err(PostError::Range);
+        }
+        let mut job = Job::new(work, op, Some(peer.0));
+        (job.region, job.remote) = (Some(range.id.0), Some(remote.0));
+        (job.address, job.len) = (address, range.len);
+        let (ep, reach) = (target.ep, key.reach);
+        match (reach.target(offset), reach) {
+            (Some(target), _) => {
+                (job.nonce, job.parts) = (nonce, 2);
+                if work == Work::Read {
+                    self.core.post_read(ep, job, &target)?;
+                } else {
+                    self.core.post_write(ep, job, &target)?;
+                }
+            }
+            (None, Reach::OneSided { base, key }) => {
+                let slot = self.core.start(job).ok_or(PostError::Again)?;
+                let params = self.core.params(slot, job.region);
+                let api = &self.core.context.api;
+                let memory = std::ptr::with_exposed_provenance_mut::<c_void>(address);
+                let at = base + offset;
+                let result = if work == Work::Read {
+                    // SAFETY: endpoint and key live; the range is within the registration and stays until the callback.
+                    unsafe { (api.ucp_get_nbx)(ep, memory, range.len, at, key, &raw const params) }
+                } else {
+                    // SAFETY: as above.
+                    unsafe { (api.ucp_put_nbx)(ep, memory, range.len, at, key, &raw const params) }
+                };
+                self.core.posted(slot.index, result)?;
+            }
+            (None, Reach::Messages { .. }) => return Err(PostError::Range),
+        }
+        if let Some(peer) = self.peers.get_mut(&peer.0) {
+            peer.posted += 1;
+            if let Some(key) = peer.remotes.get_mut(&remote.0) {
+                key.in_use += 1;
+            }
+        }
+        Ok(())
+    }
+
+    /// Takes up what ended. Returns whether anything did.
+    fn settle(&mut self) -> bool {
+        let mut any = false;
+        loop {
+            let Some(index) = self.core.ended.borrow_mut().pop_front() else { break };
+            any = true;
+            if let Some(job) = self.core.slots.job(index) {
+                self.end(index, &job);
+            }
+        }
+        any
+    }
+
+    fn end(&mut self, index: u32, job: &Job) {
+        let mut peer = job.peer.and_then(|peer| self.peers.get_mut(&peer));
+        if job.work == Work::Write
+            && job.status == UCS_OK
+            && self.core.context.one_sided
+            && let Some(peer) = &mut peer
+        {
+            // Counts when it is delivered: after a flush.
+            peer.unflushed.push(index);
+            return;
+        }
+        let flushed = match &mut peer {
+            Some(peer) if job.work == Work::Flush => peer.flushing.take().unwrap_or_default(),
+            _ => Vec::new(),
+        };
+        if let Some(peer) = peer {
+            peer.posted -= 1;
+        }
+        self.core.slots.finish(index);
+        for write in flushed {
+            self.report(write, job.status);
+        }
+        self.retire(job, job.status);
+    }
+
+    /// Ends a write that waited for a flush.
+    fn report(&mut self, index: u32, status: ucs_status_t) {
+        let Some(job) = self.core.slots.finish(index) else { return };
+        if let Some(peer) = job.peer.and_then(|peer| self.peers.get_mut(&peer)) {
+            peer.posted -= 1;
+        }
+        self.retire(&job, status);
+    }
+
+    /// Lets go of what a job used, and tells of its end.
+    fn retire(&mut self, job: &Job, status: ucs_status_t) {
+        if let (Some(peer), Some(remote)) = (job.peer, job.remote)
+            && let Some(peer) = self.peers.get_mut(&peer)
+        {
+            peer.release(&self.core, remote);
+        }
+        if let Some(region) = job.region {
+            self.core.release(region);
+        }
+        let moved = match job.work {
+            Work::Read | Work::Write | Work::Send => job.len,
+            Work::Receive => job.moved,
+            Work::Serve | Work::Flush | Work::Close => return,
+        };
+        let result = if status == UCS_OK { Ok(moved) } else { Err(self.core.describe(status)) };
+        self.done.push(Done { op: job.op, result });
+    }
+
+    /// Flushes endpoints with writes that are out.
+    fn start_flushes(&mut self) {
+        let mut failed = Vec::new();
+        for (id, peer) in &mut self.peers {
+            if peer.unflushed.is_empty() || peer.flushing.is_some() || peer.ep.is_null() {
+                continue;
+            }
+            let Some(slot) = self.core.start(Job::new(Work::Flush, 0, Some(*id))) else { continue };
+            let params = self.core.params(slot, None);
+            // SAFETY: the endpoint lives, it is null once closed.
+            let result = unsafe { (self.core.context.api.ucp_ep_flush_nbx)(peer.ep, &raw const params) };
+            let status = if is_request(result) { UCS_OK } else { status_of(result) };
+            if matches!(status, UCS_ERR_NO_MEMORY | UCS_ERR_NO_RESOURCE) {
+                self.core.abandon(slot.index);
+                continue;
+            }
+            let covered = std::mem::take(&mut peer.unflushed);
+            if status != UCS_OK {
+                self.core.abandon(slot.index);
+                failed.extend(covered.into_iter().map(|write| (write, status)));
+                continue;
+            }
+            peer.flushing = Some(covered);
+            peer.posted += 1;
+            if !is_request(result) {
+                self.core.part_done(slot.index, UCS_OK, None);
+            }
+        }
+        for (write, status) in failed {
+            self.report(write, status);
+        }
+    }
+
+    /// Ends what waits for an answer from peers that failed: UCX does not know that it waits.
+    fn mourn(&mut self) {
+        let core = &self.core;
+        for (id, peer) in &mut self.peers {
+            if !peer.mourned
+                && let Some(status) = peer.failure()
+            {
+                peer.mourned = true;
+                stop_waiting(core, *id, status);
+            }
+        }
+    }
+
+    /// Closes endpoints. On return nothing of those peers writes local memory, and all of it was reported.
+    fn close(&mut self, ids: &[u32]) {
+        let deadline = Instant::now() + CALL_MAX;
+        self.core.start_arrivals();
+        for id in ids {
+            if let Some(peer) = self.peers.get_mut(id) {
+                peer.close(&self.core, *id);
+                stop_waiting(&self.core, *id, UCS_ERR_CANCELED);
+            }
+        }
+        loop {
+            self.settle();
+            for id in ids {
+                let Some(peer) = self.peers.get_mut(id) else { continue };
+                for write in std::mem::take(&mut peer.unflushed) {
+                    self.report(write, UCS_ERR_CANCELED);
+                }
+            }
+            if ids.iter().all(|id| self.peers.get(id).is_none_or(|peer| peer.posted == 0)) {
+                break;
+            }
+            if Instant::now() > deadline {
+                self.collapse("UCX did not close a connection in time");
+                break;
+            }
+            if !self.core.progress() {
+                std::thread::yield_now();
+            }
+        }
+        for id in ids {
+            if let Some(mut peer) = self.peers.remove(id) {
+                peer.forget_all(&self.core);
+            }
+        }
+    }
+
+    /// Ends everything, because only that keeps memory safe.
+    fn collapse(&mut self, why: &str) {
+        self.dead = Some(why.to_owned());
+        self.wait_fd = None;
+        self.core.destroy();
+        self.settle();
+        for (index, job) in self.core.slots.busy() {
+            self.core.slots.finish(index);
+            self.retire(&job, UCS_ERR_CANCELED);
+        }
+        self.core.awaited.borrow_mut().clear();
+        for peer in self.peers.values_mut() {
+            peer.posted = 0;
+            peer.ep = std::ptr::null_mut();
+        }
+    }
+}
+
+impl Driver for UcxDriver {
+    fn info(&self) -> &DriverInfo {
+        &self.info
+    }
+
+    fn address(&self) -> Vec<u8> {
+        self.address.clone()
+    }
+
+    fn register(&mut self, span: &MemorySpan, access: Access) -> Result<(LocalId, Vec<u8>), DriverError> {
+        if let Some(error) = self.gone() {
+            return Err(error);
+        }
+        let mut region = Region::map(&self.core.context, span, access)?;
+        region.secret = u128::from(self.random.next()) << 64 | u128::from(self.random.next());
+        let id = self.next_id();
+        let key = match access {
+            Access::Local => Ok(Vec::new()),
+            Access::RemoteRead | Access::RemoteWrite => peer::export(&self.core, id, &region),
+        };
+        match key {
+            Ok(key) => {
+                self.core.regions.borrow_mut().insert(id, region);
+                Ok((LocalId(id), key))
+            }
+            Err(error) => {
+                region.unmap(&self.core.context);
+                Err(error)
+            }
+        }
+    }
+
+    fn deregister(&mut self, id: LocalId) {
+        // Counted once more, so that the release below is the one that ends it where nothing else does.
+        self.core.hold(id.0);
+        if let Some(region) = self.core.regions.borrow_mut().get_mut(&id.0) {
+            region.gone = true;
+        }
+        self.core.release(id.0);
+    }
+
+    fn connect(&mut self, address: &[u8]) -> Result<PeerId, DriverError> {
+        if let Some(error) = self.gone() {
+            return Err(error);
+        }
+        let peer = Peer::connect(&self.core, address)?;
+        let id = self.next_id();
+        self.peers.insert(id, peer);
+        Ok(PeerId(id))
+    }
+
+    fn disconnect(&mut self, peer: PeerId) {
+        self.close(&[peer.0]);
+    }
+
+    fn import(&mut self, peer: PeerId, key: &[u8]) -> Result<RemoteId, DriverError> {
+        let failed = |error: PostError| DriverError { what: error.to_string(), remedy: String::new() };
+        let remote = Remote::import(&self.core, self.usable(peer).map_err(failed)?, key)?;
+        let id = self.next_id();
+        if let Some(peer) = self.peers.get_mut(&peer.0) {
+            peer.remotes.insert(id, remote);
+        }
+        Ok(RemoteId(id))
+    }
+
+    fn forget(&mut self, peer: PeerId, remote: RemoteId) {
+        if let Some(peer) = self.peers.get_mut(&peer.0) {
+            peer.forget(&self.core, remote.0);
+        }
+    }
+
+    fn read(
+        &mut self,
+        peer: PeerId,
+        remote: RemoteId,
+        from_offset: u64,
+        to: LocalRange,
+        op: u64,
+    ) -> Result<(), PostError> {
+        self.post(Work::Read, (peer, remote), from_offset, to, op)
+    }
+
+    fn write(
+        &mut self,
+        peer: PeerId,
+        remote: RemoteId,
+        to_offset: u64,
+        from: LocalRange,
+        op: u64,
+    ) -> Result<(), PostError> {
+        self.post(Work::Write, (peer, remote), to_offset, from, op)
+    }
+
+    fn send(&mut self, peer: PeerId, tag: u64, from: LocalRange, op: u64) -> Result<(), PostError> {
+        let address = self.local(from)?;
+        if from.len > self.info.message_max {
+            return Err(PostError::Range);
+        }
+        let mut job = Job::new(Work::Send, op, Some(peer.0));
+        (job.region, job.address, job.len) = (Some(from.id.0), address, from.len);
+        self.core.post_message(self.usable(peer)?.ep, job, tag)?;
+        if let Some(peer) = self.peers.get_mut(&peer.0) {
+            peer.posted += 1;
+        }
+        Ok(())
+    }
+
+    fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
+        if let Some(why) = &self.dead {
+            return Err(PostError::Failed(why.clone()));
+        }
+        let mut job = Job::new(Work::Receive, op, None);
+        (job.region, job.address, job.len) = (Some(to.id.0), self.local(to)?, to.len);
+        if self.core.awaited.borrow().contains_key(&tag) {
+            return Err(PostError::Failed("the tag is awaited already".to_owned()));
+        }
+        let slot = self.core.start(job).ok_or(PostError::Again)?;
+        self.core.awaited.borrow_mut().insert(tag, slot.index);
+        Ok(())
+    }
+
+    fn cancel_receive(&mut self, op: u64) {
+        let slots = &self.core.slots;
+        let found = slots.busy().into_iter().find(|(_, job)| job.work == Work::Receive && job.op == op);
+        let Some((index, _)) = found else { return };
+        let before = self.core.awaited.borrow().len();
+        self.core.awaited.borrow_mut().retain(|_, slot| *slot != index);
+        // One whose bytes are on their way by rendezvous is reported when UCX is done with the buffer.
+        if self.core.awaited.borrow().len() < before || self.core.drop_arrival(index) {
+            self.core.part_done(index, UCS_ERR_CANCELED, None);
+        }
+    }
+
+    fn poll(&mut self, done: &mut Vec<Done>) -> bool {
+        let progressed = self.core.progress();
+        self.mourn();
+        let settled = self.settle();
+        self.start_flushes();
+        let reported = !self.done.is_empty();
+        done.append(&mut self.done);
+        progressed || settled || reported
+    }
+
+    fn arm(&mut self) -> bool {
+        let idle = self.done.is_empty()
+            && self.core.ended.borrow().is_empty()
+            && self.core.arrivals.borrow().is_empty();
+        idle && self.core.arm()
+    }
+
+    fn wait_fd(&self) -> Option<RawFd> {
+        self.wait_fd
+    }
+}
+
+impl Drop for UcxDriver {
+    fn drop(&mut self) {
+        let ids: Vec<u32> = self.peers.keys().copied().collect();
+        self.close(&ids);
+        self.core.destroy();
+    }
+}
+
+/// Ends the jobs that wait for an answer of a peer; those whose answer is already arriving end with it.
+fn stop_waiting(core: &Core, peer: u32, status: ucs_status_t) {
+    for (index, mut job) in core.slots.busy() {
+        if job.peer == Some(peer) && job.nonce != 0 {
+            job.nonce = 0;
+            core.slots.set(index, job);
+            core.part_done(index, status, None);
+        }
+    }
+}
+
+/// Unguessable numbers, never 0.
+#[derive(Default)]
+struct Random {
+    pool: Vec<u64>,
+}
+
+impl Random {
+    fn next(&mut self) -> u64 {
+        loop {
+            match self.pool.pop() {
+                Some(0) => {}
+                Some(number) => return number,
+                None => self.refill(),
+            }
+        }
+    }
+
+    fn refill(&mut self) {
+        let mut bytes = [0; 256];
+        let mut filled = 0;
+        while filled < bytes.len() {
+            let flags = rustix::rand::GetRandomFlags::empty();
+            filled += rustix::rand::getrandom(&mut bytes[filled..], flags).unwrap_or(0);
+        }
+        let numbers =
+            bytes.chunks_exact(8).map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap_or_default()));
+        self.pool.extend(numbers);
+    }
+}

@@ -1,0 +1,105 @@
+//! Addresses and keys of peers that are damaged, invented, or meant for others.
+
+use baton_ucx_sys::UCS_OK;
+
+use super::*;
+
+/// The same stream of numbers every time.
+struct Stream(u64);
+
+impl Stream {
+    fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1_442_695_040_888_963_407);
+        self.0 >> 16
+    }
+
+    fn bytes(&mut self, most: usize) -> Vec<u8> {
+        let len = self.next() as usize % (most + 1);
+        (0..len).map(|_| self.next() as u8).collect()
+    }
+}
+
+/// What must not be taken for `good`.
+fn damaged(good: &[u8], other: &[u8]) -> Vec<Vec<u8>> {
+    let mut stream = Stream(7);
+    let mut all: Vec<Vec<u8>> = (0..good.len()).map(|len| good[..len].to_vec()).collect();
+    all.extend((0..good.len() * 8).map(|bit| {
+        let mut flipped = good.to_vec();
+        flipped[bit / 8] ^= 1 << (bit % 8);
+        flipped
+    }));
+    all.extend((0..500).map(|_| stream.bytes(300)));
+    all.extend((1..50).map(|more| [good, &vec![0; more]].concat()));
+    all.push(vec![0; ADDRESS_MAX_BYTES + 1]);
+    all.push(vec![0xff; 1 << 20]);
+    all.push(other.to_vec());
+    all
+}
+
+#[test]
+fn damaged_addresses_and_keys_are_errors() {
+    both_ways(|near, far| {
+        let mut link = Linked::new(near, far, 4096, Access::RemoteRead);
+        let address = link.far.driver.address();
+        let (_, key) = link.far.driver.register(&link.there.span(), Access::RemoteRead).unwrap();
+        for bad in damaged(&address, &key) {
+            link.near.driver.connect(&bad).unwrap_err();
+        }
+        for bad in damaged(&key, &address) {
+            link.near.driver.import(link.peer, &bad).unwrap_err();
+        }
+        assert!(link.near.driver.import(PeerId(999), &key).is_err());
+        link.read(0, 0, 4096, 1).unwrap();
+        assert_eq!(link.wait(1), Ok(4096), "the driver is none the worse");
+    });
+}
+
+#[test]
+fn addresses_and_keys_of_the_other_way_of_moving_bytes_are_errors() {
+    let (Some(mut messages), Some(mut one_sided)) = (End::open(false), End::open(true)) else { return };
+    let there = memory(64, 0);
+    assert!(messages.driver.connect(&one_sided.driver.address()).is_err());
+    assert!(one_sided.driver.connect(&messages.driver.address()).is_err());
+    let (_, key) = one_sided.driver.register(&there.span(), Access::RemoteRead).unwrap();
+    let Some(other) = End::open(false) else { return };
+    let peer = messages.driver.connect(&other.driver.address()).unwrap();
+    assert!(messages.driver.import(peer, &key).is_err());
+}
+
+#[test]
+fn well_framed_keys_that_ucx_could_not_read_are_errors() {
+    let (Some(near), Some(far)) = (End::open(true), End::open(true)) else { return };
+    let mut link = Linked::new(near, far, 4096, Access::RemoteRead);
+    let mut stream = Stream(11);
+    let payload = |packed: &[u8]| [&0u64.to_le_bytes(), &4096u64.to_le_bytes(), packed].concat();
+    // Domains without the lengths and bytes they should have; their number is in the map.
+    for _ in 0..2000 {
+        let mut packed = u64::MAX.to_le_bytes().to_vec();
+        packed.extend(stream.bytes(200).into_iter().map(|byte| byte | 0x10));
+        let key = frame::seal(frame::Kind::Key, &payload(&packed));
+        assert!(link.near.driver.import(link.peer, &key).is_err());
+    }
+    link.read(0, 0, 4096, 1).unwrap();
+    assert_eq!(link.wait(1), Ok(4096));
+}
+
+/// A peer that knows the protocol and lies in it.
+#[test]
+fn answers_that_nobody_asked_for_change_nothing() {
+    let (Some(near), Some(far)) = (End::open(false), End::open(false)) else { return };
+    let mut link = Linked::new(near, far, 4096, Access::RemoteRead);
+    let before = bytes(&link.here);
+    let victim = link.far.driver.connect(&link.near.driver.address()).unwrap();
+    let (source, _) = link.far.driver.register(&link.there.span(), Access::Local).unwrap();
+    let ep = link.far.driver.peers[&victim.0].ep;
+    let address = link.there.span().address();
+    link.read(0, 0, 4096, 1).unwrap();
+    for (slot, nonce) in [(0, 0), (0, 1), (0, u64::MAX), (1, 0), (u64::MAX, 5)] {
+        let mut job = Job::new(Work::Serve, 0, None);
+        (job.region, job.address, job.len) = (Some(source.0), address + 64, 64);
+        link.far.driver.core.answer(ep, &[slot, nonce, 0, 0, 0, 0, 0], UCS_OK, job, 0);
+    }
+    until(&mut [&mut link.near, &mut link.far], |ends| ends[1].driver.core.slots.busy().is_empty());
+    assert_eq!(link.wait(1), Ok(4096));
+    assert!(before != bytes(&link.here) && bytes(&link.here) == bytes(&link.there));
+}
