@@ -10,9 +10,11 @@ use std::fmt;
 use crate::digest::DigestSeed;
 use crate::memory::{HostMemory, MemorySpan};
 
+mod calls;
 #[expect(unsafe_code, reason = "calls the CUDA driver")]
 pub mod cuda;
 mod emulated;
+#[expect(unsafe_code, reason = "calls the Neuron runtime")]
 pub mod neuron;
 #[cfg(test)]
 mod tests;

@@ -54,3 +54,9 @@ pub(crate) fn cuda() -> &'static Fake {
     static CUDA: OnceLock<(Fake, Fake)> = OnceLock::new();
     &CUDA.get_or_init(|| (Fake::load("cuda.c", "libcuda.so"), Fake::load("nvrtc.c", "libnvrtc.so"))).0
 }
+
+/// The Neuron runtime.
+pub(crate) fn neuron() -> &'static Fake {
+    static NEURON: OnceLock<Fake> = OnceLock::new();
+    NEURON.get_or_init(|| Fake::load("nrt.c", "libnrt.so.1"))
+}

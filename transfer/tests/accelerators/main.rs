@@ -6,4 +6,5 @@
 
 mod cuda;
 mod fakes;
+mod neuron;
 mod suite;

@@ -13,63 +13,14 @@ use cudarc::nvrtc::sys::nvrtcProgram;
 use libloading::Library;
 
 use crate::device::Unavailable;
-
-/// A call of the driver or the compiler failed.
-#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
-#[error("{call}: {reason}")]
-pub(super) struct CallError {
-    /// The C function.
-    pub(super) call: &'static str,
-    /// Its status, for people.
-    pub(super) reason: String,
-}
-
-/// Declares a table of C functions that return a status, and calls that turn it into a [`Result`].
-macro_rules! table {
-    ($(#[$doc:meta])* $table:ident $(#[$lint:meta])* { $($name:ident($($arg:ident: $type:ty),*);)* }) => {
-        $(#[$doc])*
-        #[expect(non_snake_case, reason = "the names of the C functions")]
-        pub(super) struct $table {
-            $($name: unsafe extern "C" fn($($type),*) -> c_int,)*
-        }
-
-        #[expect(non_snake_case, reason = "the names of the C functions")]
-        $(#[$lint])*
-        impl $table {
-            fn load(symbol: impl Fn(&'static str) -> Result<*mut c_void, String>) -> Result<Self, String> {
-                Ok(Self {
-                    $($name: {
-                        let found = symbol(stringify!($name))?;
-                        // SAFETY: a function of this name has this signature in every version of the library: new
-                        // signatures get new names. Data and function pointers have one size on every CUDA platform.
-                        unsafe {
-                            std::mem::transmute::<*mut c_void, unsafe extern "C" fn($($type),*) -> c_int>(found)
-                        }
-                    },)*
-                })
-            }
-
-            $(
-                /// The C function of this name.
-                ///
-                /// # Safety
-                /// As its documentation says; pointers must be valid for the call, handles live.
-                pub(super) unsafe fn $name(&self, $($arg: $type),*) -> Result<(), CallError> {
-                    // SAFETY: handed on to the caller.
-                    let status = unsafe { (self.$name)($($arg),*) };
-                    match status {
-                        0 => Ok(()),
-                        status => Err(CallError { call: stringify!($name), reason: self.reason(status) }),
-                    }
-                }
-            )*
-        }
-    };
-}
+pub(super) use crate::device::calls::CallError;
+use crate::device::calls::table;
 
 table! {
     /// The driver.
-    Cuda #[expect(clippy::too_many_arguments, reason = "as the C functions have them")] {
+    #[expect(non_snake_case, reason = "the names of the C functions")]
+    Cuda #[expect(non_snake_case, reason = "the names of the C functions")]
+    #[expect(clippy::too_many_arguments, reason = "as the C functions have them")] {
         cuInit(flags: c_uint);
         cuDriverGetVersion(version: *mut c_int);
         cuDeviceGetCount(count: *mut c_int);
@@ -135,7 +86,8 @@ fn error_name(status: c_int) -> String {
 
 table! {
     /// What drivers before CUDA 11.7 lack.
-    DmaBuf {
+    #[expect(non_snake_case, reason = "the names of the C functions")]
+    DmaBuf #[expect(non_snake_case, reason = "the names of the C functions")] {
         cuMemGetHandleForAddressRange(
             handle: *mut c_void, address: CUdeviceptr, bytes: usize, kind: c_int, flags: u64
         );
@@ -151,7 +103,9 @@ impl DmaBuf {
 
 table! {
     /// The compiler.
-    Nvrtc #[expect(clippy::too_many_arguments, reason = "as the C functions have them")] {
+    #[expect(non_snake_case, reason = "the names of the C functions")]
+    Nvrtc #[expect(non_snake_case, reason = "the names of the C functions")]
+    #[expect(clippy::too_many_arguments, reason = "as the C functions have them")] {
         nvrtcVersion(major: *mut c_int, minor: *mut c_int);
         nvrtcCreateProgram(
             program: *mut nvrtcProgram, source: *const c_char, name: *const c_char, headers: c_int,

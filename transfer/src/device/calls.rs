@@ -1,0 +1,54 @@
+//! Tables of functions of vendors' libraries, which are opened at run time.
+
+/// A call of a vendor's library failed.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("{call}: {reason}")]
+pub(crate) struct CallError {
+    /// The C function.
+    pub(crate) call: &'static str,
+    /// Its status, for people.
+    pub(crate) reason: String,
+}
+
+/// Declares a table of C functions that return a status, and calls that turn it into a [`Result`].
+macro_rules! table {
+    ($(#[$doc:meta])* $table:ident $(#[$lint:meta])* { $($name:ident($($arg:ident: $type:ty),*);)* }) => {
+        $(#[$doc])*
+        pub(super) struct $table {
+            $($name: unsafe extern "C" fn($($type),*) -> std::ffi::c_int,)*
+        }
+
+        $(#[$lint])*
+        impl $table {
+            fn load(symbol: impl Fn(&'static str) -> Result<*mut std::ffi::c_void, String>) -> Result<Self, String> {
+                Ok(Self {
+                    $($name: {
+                        let found = symbol(stringify!($name))?;
+                        // SAFETY: a function of this name has this signature in every version of the library: new
+                        // signatures get new names. Data and function pointers have one size where it exists.
+                        unsafe {
+                            std::mem::transmute::<*mut std::ffi::c_void, unsafe extern "C" fn($($type),*) -> std::ffi::c_int>(found)
+                        }
+                    },)*
+                })
+            }
+
+            $(
+                /// The C function of this name.
+                ///
+                /// # Safety
+                /// As its documentation says; pointers must be valid for the call, handles live.
+                pub(super) unsafe fn $name(&self, $($arg: $type),*) -> Result<(), $crate::device::calls::CallError> {
+                    // SAFETY: handed on to the caller.
+                    let status = unsafe { (self.$name)($($arg),*) };
+                    match status {
+                        0 => Ok(()),
+                        status => Err($crate::device::calls::CallError { call: stringify!($name), reason: self.reason(status) }),
+                    }
+                }
+            )*
+        }
+    };
+}
+
+pub(crate) use table;
