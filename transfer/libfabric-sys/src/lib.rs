@@ -12,7 +12,7 @@ pub mod abi;
 pub mod call;
 mod library;
 
-pub use library::{Library, OpenError};
+pub use library::{Library, OpenError, reason};
 
 /// A status of libfabric: a positive number, from `errno.h` or from `fi_errno.h`.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]

@@ -17,19 +17,24 @@ const NEWEST: u32 = fi_version_of(1, 20);
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     /// The loader did not find it, or could not load what it needs.
-    #[error("{NAME} cannot be loaded: {0}")]
+    #[error("{NAME} cannot be loaded: {}", reason(.0))]
     Missing(libloading::Error),
     /// A function is not there.
-    #[error("{NAME} has no function {name}: {source}")]
+    #[error("{NAME} has no function {name}: {}", reason(.source))]
     Symbol {
         /// Its name.
         name: &'static str,
         /// The loader's reason.
-        source: libloading::Error,
+        source: Box<libloading::Error>,
     },
     /// It is too old.
     #[error("{NAME} is version {}.{}, needed is 1.17 or later", .0 >> 16, .0 & 0xffff)]
     Old(u32),
+}
+
+/// The loader's own words: which file it looked for, or what that one lacks.
+pub fn reason(error: &libloading::Error) -> String {
+    std::error::Error::source(error).map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 type GetInfo =
@@ -173,5 +178,5 @@ unsafe fn symbol<F: Copy + 'static>(
 ) -> Result<F, OpenError> {
     // SAFETY: the type is right (caller) and the library is never unloaded, so the copied pointer stays valid.
     let symbol = unsafe { library.get::<F>(name) };
-    symbol.map(|found| *found).map_err(|source| OpenError::Symbol { name, source })
+    symbol.map(|found| *found).map_err(|source| OpenError::Symbol { name, source: Box::new(source) })
 }

@@ -17,6 +17,7 @@ mod device;
 mod object;
 mod register;
 mod select;
+mod sinks;
 mod slots;
 mod work;
 
@@ -145,7 +146,8 @@ fn describe(library: &Library, first: &Info, rails: &[Rail], bind: IpAddr) -> Dr
         wire,
         same_host: provider == "shm" || bind.is_loopback(),
         read: true,
-        write: true,
+        // `shm` writes into the other process without asking it: what was granted could not be taken back.
+        write: provider != "shm",
         message_max: attr.max_msg_size.min(MESSAGE_MAX_BYTES),
         op_max: attr.max_msg_size.min(OP_MAX_BYTES),
         rails: rails.len(),
@@ -170,6 +172,7 @@ fn library_remedy(error: &OpenError) -> &'static str {
 fn provider_remedy(provider: &str) -> &'static str {
     match provider.split(';').next() {
         Some("efa") => "use the EFA installer of AWS, on an instance with an EFA interface",
+        Some("tcp") => "install libfabric 1.18 or later, or name the provider `net`",
         Some("verbs") => {
             "install an RDMA network card and a libfabric built with verbs, which Debian's is not"
         }

@@ -43,7 +43,7 @@ fn load(names: &[&str]) -> Result<(), String> {
                 std::mem::forget(library);
                 return Ok(());
             }
-            Err(error) if reason.is_empty() => reason = error.to_string(),
+            Err(error) if reason.is_empty() => reason = baton_libfabric_sys::reason(&error),
             Err(_) => {}
         }
     }
@@ -82,7 +82,7 @@ pub(super) fn obstacle(info: &Info, place: Place) -> Option<(String, &'static st
 /// All kinds, for people.
 pub(super) fn kinds(info: &Info) -> Vec<(&'static str, Result<(), String>)> {
     let kind = |place: Place| {
-        let result = obstacle(info, place).map_or(Ok(()), |(what, remedy)| Err(format!("{what}: {remedy}")));
+        let result = obstacle(info, place).map_or(Ok(()), |(what, remedy)| Err(format!("{what}; {remedy}")));
         (place.kind(), result)
     };
     vec![kind(Place::Cuda(0)), kind(Place::Neuron(0))]

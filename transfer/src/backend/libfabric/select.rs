@@ -24,6 +24,10 @@ pub(super) enum SelectError {
     Loopback(IpAddr),
     #[error("nothing of it fits: {0}")]
     Nothing(String),
+    #[error(
+        "libfabric before 1.18 crashes when a connection of this provider ends in the middle of a read; its `net` does not"
+    )]
+    Crashes,
     #[error("the library is out of memory")]
     Memory,
 }
@@ -78,6 +82,9 @@ pub(super) fn interfaces(
     if provider.is_empty() || provider.len() > NAME_MAX_BYTES || !provider.bytes().all(plain) {
         return Err(SelectError::Name);
     }
+    if (provider == "tcp" || provider == "tcp;ofi_rxm") && frees_reads_twice(library) {
+        return Err(SelectError::Crashes);
+    }
     let by_ip = !matches!(provider, "efa" | "shm");
     if provider == "efa" && bind.is_loopback() {
         return Err(SelectError::Loopback(bind));
@@ -97,6 +104,14 @@ pub(super) fn interfaces(
         return Err(SelectError::Nothing(library.strerror(Errno::NODATA)));
     }
     Ok(infos)
+}
+
+/// Whether this is a libfabric whose providers over TCP report and free a read twice when its connection ends while
+/// the answer is arriving: all of them do up to 1.17, and none from 1.18 on, which takes the read off the queue as
+/// soon as its answer begins. `ofi_rxm` follows a null pointer then. `net` survives, but what it allocates next in
+/// that domain is broken: so every peer has a domain of its own there.
+pub(super) fn frees_reads_twice(library: &Library) -> bool {
+    library.version() < (1, 18)
 }
 
 /// All entries that match.

@@ -1,13 +1,17 @@
 //! Against the installed library, over every provider of it that works on loopback.
 
 mod one_process;
+mod two_processes;
 
 use std::net::{IpAddr, Ipv4Addr};
 use std::time::{Duration, Instant};
 
+use super::blob::Key;
 use super::work::LibfabricDriver;
 use super::{LibfabricOptions, Tuning, open_with};
-use crate::backend::fabric::driver::{Access, Done, Driver, LocalId, LocalRange, PostError};
+use crate::backend::fabric::driver::{
+    Access, Done, Driver, LocalId, LocalRange, PeerId, PostError, RemoteId,
+};
 use crate::memory::HostMemory;
 
 /// Software providers that libraries with one bring along.
@@ -29,6 +33,12 @@ fn providers() -> Vec<&'static str> {
         }
     };
     PROVIDERS.into_iter().filter(works).collect()
+}
+
+/// The same and `shm`, where keys guard nothing: processes that use it can read each other's memory anyway.
+fn providers_and_shm() -> Vec<&'static str> {
+    let shm = open_with(&options("shm"), Tuning::USUAL).is_ok().then_some("shm");
+    providers().into_iter().chain(shm).collect()
 }
 
 /// A driver with some registered memory.

@@ -4,27 +4,27 @@
 //! whatever was under way. One *passive* endpoint on every rail is what peers reach: their reads and writes go to it,
 //! and messages arrive at the first rail's. So a peer that is closed takes nothing of another peer with it.
 
+mod post;
+mod progress;
+
 use std::collections::{HashMap, VecDeque};
-use std::os::fd::{AsRawFd, BorrowedFd, OwnedFd, RawFd};
+use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use baton_libfabric_sys::Errno;
-use baton_libfabric_sys::abi::{FI_ADDR_UNSPEC, fi_cq_tagged_entry, fid};
+use baton_libfabric_sys::abi::{FI_ADDR_UNSPEC, FI_MR_LOCAL, fid};
 use rustix::event::epoll;
 
+use self::progress::{Event, unwatch, watch};
 use super::blob::{self, Key};
-use super::object::{Call, Endpoint, Queue, Rail, Verb, close};
+use super::object::{Call, Domain, Endpoint, Queue, Rail, Verb, close};
 use super::register::Registration;
+use super::select;
+use super::sinks::Sinks;
 use super::slots::Slots;
 use crate::backend::fabric::driver::{
     Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, PostError, RemoteId,
 };
 use crate::memory::MemorySpan;
-
-/// Most operations that wait for the connection to a new peer.
-const UNCONNECTED_MAX: usize = 64;
-/// Completions read at once, and how often before others get a turn.
-const BATCH: usize = 32;
-const BATCHES_MAX: usize = 8;
 
 /// Whose queue a completion belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -42,13 +42,30 @@ struct Part {
 }
 
 /// An operation until it is reported.
-struct Op {
+pub(super) struct Op {
     op: u64,
     parts: u32,
     bytes: usize,
     error: Option<String>,
-    local: LocalId,
-    receive: bool,
+    pub(super) local: LocalId,
+    kind: Kind,
+}
+
+/// Where an operation came from.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Kind {
+    ToPeer,
+    Receive(Awaited),
+    /// Of our own: see `sinks`.
+    Sink,
+}
+
+/// A message that is awaited.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Awaited {
+    pub(super) tag: u64,
+    pub(super) len: usize,
+    pub(super) cancelled: bool,
 }
 
 /// An operation that was not posted yet, because the provider is still connecting.
@@ -61,6 +78,8 @@ struct Waiting {
 /// Our end of the connection to a peer, on one rail.
 struct PeerRail {
     endpoint: Endpoint,
+    /// Of this peer alone, where the library needs that.
+    _domain: Option<Domain>,
     to: u64,
     /// Which of the peer's rails it leads to.
     leads_to: usize,
@@ -91,19 +110,14 @@ impl Peer {
     }
 }
 
-/// What a queue said.
-struct Event {
-    owner: Owner,
-    context: *mut std::ffi::c_void,
-    result: Result<usize, String>,
-}
-
 /// The driver; see the module.
 pub(super) struct LibfabricDriver {
     pub(super) info: DriverInfo,
     pub(super) loopback: bool,
     /// Bytes registered in one piece.
     pub(super) segment: u64,
+    /// Whether every peer needs a domain of its own.
+    own_domains: bool,
     peers: HashMap<u32, Peer>,
     pub(super) registrations: HashMap<u32, Registration>,
     pub(super) rails: Vec<Rail>,
@@ -114,6 +128,7 @@ pub(super) struct LibfabricDriver {
     ops: Vec<Option<Op>>,
     free_ops: Vec<u32>,
     receives: HashMap<u64, u32>,
+    pub(super) sinks: Sinks,
     ready: Vec<Done>,
     events: Vec<Event>,
     epoll: Option<OwnedFd>,
@@ -122,7 +137,14 @@ pub(super) struct LibfabricDriver {
 
 impl LibfabricDriver {
     pub(super) fn new(rails: Vec<Rail>, info: DriverInfo, loopback: bool, segment: u64) -> Self {
+        let first = rails.first().map(|rail| &rail.info);
+        let own_domains = first.is_some_and(|info| {
+            info.provider() == "net"
+                && select::frees_reads_twice(info.library())
+                && !info.has_mr_mode(FI_MR_LOCAL)
+        });
         let mut driver = Self {
+            own_domains,
             info,
             loopback,
             segment,
@@ -134,6 +156,7 @@ impl LibfabricDriver {
             ops: Vec::new(),
             free_ops: Vec::new(),
             receives: HashMap::new(),
+            sinks: Sinks::default(),
             ready: Vec::new(),
             events: Vec::new(),
             epoll: None,
@@ -181,8 +204,8 @@ impl LibfabricDriver {
     }
 
     /// Takes an operation with its number of parts into the books.
-    fn begin(&mut self, op: u64, parts: usize, local: LocalId, receive: bool) -> u32 {
-        let entry = Op { op, parts: parts as u32, bytes: 0, error: None, local, receive };
+    fn begin(&mut self, op: u64, parts: usize, local: LocalId, kind: Kind) -> u32 {
+        let entry = Op { op, parts: parts as u32, bytes: 0, error: None, local, kind };
         if let Some(registration) = self.registrations.get_mut(&local.0) {
             registration.busy += 1;
         }
@@ -228,74 +251,19 @@ impl LibfabricDriver {
         }
         let Some(entry) = self.ops[op as usize].take() else { return };
         self.free_ops.push(op);
-        if entry.receive {
-            self.receives.remove(&entry.op);
-        }
         self.release(entry.local);
+        match entry.kind {
+            Kind::Sink => return,
+            Kind::ToPeer => {}
+            Kind::Receive(awaited) => {
+                self.receives.remove(&entry.op);
+                if awaited.cancelled && entry.error.is_some() {
+                    self.sink(awaited);
+                }
+            }
+        }
         let result = entry.error.map_or(Ok(entry.bytes), Err);
         self.ready.push(Done { op: entry.op, result });
-    }
-
-    /// Posts the parts of an operation to a peer: all of them, now or once the connection is there, or none.
-    fn post(
-        &mut self,
-        peer: PeerId,
-        range: LocalRange,
-        op: u64,
-        parts: &[(usize, Call)],
-    ) -> Result<(), PostError> {
-        if self.slots.available() < parts.len() {
-            return Err(PostError::Again);
-        }
-        let Some(state) = self.peers.get(&peer.0) else {
-            return Err(PostError::Failed("the peer is not connected".to_owned()));
-        };
-        if !state.waiting.is_empty() && (state.established || state.waiting.len() >= UNCONNECTED_MAX) {
-            return Err(PostError::Again);
-        }
-        let at = self.begin(op, parts.len(), range.id, false);
-        for (number, (rail, call)) in parts.iter().enumerate() {
-            let part = Part { op: at, owner: Owner::Peer(peer.0), rail: *rail, len: call.len };
-            let slot = self.slots.take(part);
-            let (Some(slot), Some(state)) = (slot, self.peers.get_mut(&peer.0)) else { continue };
-            let posted = match state.waiting.is_empty() {
-                true => state.rails[*rail].endpoint.post(call, self.slots.context(slot)),
-                false => Err(Errno::AGAIN),
-            };
-            let waits = posted == Err(Errno::AGAIN) && (number > 0 || !state.established);
-            if posted.is_ok() || waits {
-                state.outstanding += 1;
-                state.rails[*rail].outstanding_bytes += call.len;
-                if waits {
-                    state.waiting.push_back(Waiting { slot, rail: *rail, call: *call });
-                }
-                continue;
-            }
-            self.slots.give_back(slot);
-            let Err(errno) = posted else { continue };
-            if number == 0 {
-                self.unbegin(at);
-                return Err(self.refused(peer, errno));
-            }
-            // The parts before are under way: the operation is reported, as failed, when they have ended.
-            let reason = self.strerror(errno);
-            self.fail_peer(peer.0, &reason);
-            for _ in number..parts.len() {
-                self.end_part(at, Err(reason.clone()));
-            }
-            break;
-        }
-        Ok(())
-    }
-
-    /// What a refusal of the library means.
-    fn refused(&mut self, peer: PeerId, errno: Errno) -> PostError {
-        if errno == Errno::AGAIN {
-            return PostError::Again;
-        }
-        let reason = self.strerror(errno);
-        self.fail_peer(peer.0, &reason);
-        PostError::Failed(reason)
     }
 
     /// Marks a peer as failed after its first error: providers do not always report what comes after it.
@@ -318,214 +286,6 @@ impl LibfabricDriver {
             state.established |= result.is_ok();
         }
         self.end_part(part.op, result);
-    }
-
-    /// Handles what a queue said. What is of no operation of that queue is left alone.
-    fn handle(&mut self, event: Event) {
-        let Some(slot) = self.slots.find(event.context) else { return };
-        let Some(part) = self.slots.get(slot).filter(|part| part.owner == event.owner) else { return };
-        // Providers do not all say how much was read or written; they do say how much was received.
-        let received = part.owner == Owner::Passive;
-        let len = part.len;
-        let result = event.result.map(|bytes| if received { bytes.min(len) } else { len });
-        let failed = result.as_ref().err().cloned();
-        self.end_slot(slot, result);
-        if let (Some(reason), Owner::Peer(peer)) = (failed, event.owner) {
-            self.fail_peer(peer, &reason);
-        }
-    }
-
-    /// Posts what waited for its connection.
-    fn post_waiting(&mut self) {
-        let waiting = self.peers.iter().filter(|(_, peer)| !peer.waiting.is_empty()).map(|(id, _)| *id);
-        for id in waiting.collect::<Vec<_>>() {
-            self.post_waiting_of(id);
-        }
-    }
-
-    fn post_waiting_of(&mut self, id: u32) {
-        while let Some(peer) = self.peers.get_mut(&id)
-            && let Some(next) = peer.waiting.front()
-        {
-            let context = self.slots.context(next.slot);
-            match peer.rails[next.rail].endpoint.post(&next.call, context) {
-                Ok(()) => drop(peer.waiting.pop_front()),
-                Err(Errno::AGAIN) => return,
-                Err(errno) => {
-                    let reason = self.strerror(errno);
-                    self.fail_peer(id, &reason);
-                    return;
-                }
-            }
-        }
-    }
-
-    /// Reads the queues of what can have something to say.
-    fn read_queues(&mut self) {
-        let library = match self.rails.first() {
-            Some(rail) => rail.info.library(),
-            None => return,
-        };
-        let mut events = std::mem::take(&mut self.events);
-        let passive = self.rails.iter().map(|rail| (Owner::Passive, &rail.passive.queue));
-        let active = self.peers.iter().filter(|(_, peer)| peer.is_active());
-        let peers = active
-            .flat_map(|(id, peer)| peer.rails.iter().map(|rail| (Owner::Peer(*id), &rail.endpoint.queue)));
-        let mut broken = Vec::new();
-        for (owner, queue) in passive.chain(peers) {
-            if let Err(errno) = drain(library, owner, queue, &mut events)
-                && let Owner::Peer(peer) = owner
-            {
-                broken.push((peer, errno));
-            }
-        }
-        for event in events.drain(..) {
-            self.handle(event);
-        }
-        self.events = events;
-        for (peer, errno) in broken {
-            let reason = self.strerror(errno);
-            self.fail_peer(peer, &reason);
-        }
-    }
-
-    /// Lets the descriptor cover exactly the queues that can have something to say.
-    fn watch_active(&mut self) -> Option<()> {
-        let set = self.epoll.as_ref()?;
-        for peer in self.peers.values_mut() {
-            let active = peer.is_active();
-            for rail in peer.rails.iter_mut().filter(|rail| rail.watched != active) {
-                let fd = rail.endpoint.queue.fd?;
-                if active {
-                    watch(set, fd)?;
-                } else {
-                    unwatch(set, fd);
-                }
-                rail.watched = active;
-            }
-        }
-        Some(())
-    }
-}
-
-/// Adds a descriptor that a queue owns.
-fn watch(set: &OwnedFd, fd: RawFd) -> Option<()> {
-    // SAFETY: the descriptor belongs to an open queue, which its caller holds.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    epoll::add(set, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).ok()
-}
-
-fn unwatch(set: &OwnedFd, fd: RawFd) {
-    // SAFETY: as above.
-    let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    let _ = epoll::delete(set, fd);
-}
-
-/// Reads a queue until it has nothing more, or others should get a turn.
-fn drain(
-    library: &'static baton_libfabric_sys::Library,
-    owner: Owner,
-    queue: &Queue,
-    events: &mut Vec<Event>,
-) -> Result<(), Errno> {
-    // SAFETY: numbers and pointers only, for which zero is a value.
-    let mut entries: [fi_cq_tagged_entry; BATCH] = unsafe { std::mem::zeroed() };
-    for _ in 0..BATCHES_MAX {
-        match queue.read(&mut entries) {
-            Ok(count) => {
-                let read = entries[..count].iter();
-                events.extend(read.map(|entry| Event {
-                    owner,
-                    context: entry.op_context,
-                    result: Ok(entry.len),
-                }));
-                if count < BATCH {
-                    return Ok(());
-                }
-            }
-            Err(Errno::AGAIN) => return Ok(()),
-            Err(Errno::AVAIL) => {
-                let failure = queue.read_error(library)?;
-                events.push(Event { owner, context: failure.context, result: Err(failure.reason) });
-            }
-            Err(errno) => return Err(errno),
-        }
-    }
-    Ok(())
-}
-
-/// An operation of a peer's memory, in parts that lie in one piece of either registration each.
-struct Span<'a> {
-    registration: &'a Registration,
-    range: LocalRange,
-    key: &'a Key,
-    offset: u64,
-    verb: Verb,
-}
-
-impl Span<'_> {
-    fn parts(&self, peer: &Peer) -> Result<Vec<(usize, Call)>, PostError> {
-        let end = self.offset.checked_add(self.range.len as u64).ok_or(PostError::Range)?;
-        if end > self.key.len {
-            return Err(PostError::Range);
-        }
-        let mut parts = Vec::with_capacity(1);
-        let mut done = 0;
-        while done < self.range.len {
-            let (here, there) = (self.range.offset + done, self.offset + done as u64);
-            let piece = self.registration.left_in_segment(here);
-            let their_piece = self.key.segment - there % self.key.segment;
-            let len =
-                (self.range.len - done).min(piece).min(usize::try_from(their_piece).unwrap_or(usize::MAX));
-            // Whole operations go to the rail with the least to do; the parts of one share it.
-            let rail = peer.least_loaded();
-            let via = &peer.rails[rail];
-            let call = Call {
-                verb: self.verb,
-                local: self.registration.span.address() + here,
-                len,
-                descriptor: self.registration.descriptor(rail, here),
-                to: via.to,
-                remote: self.key.address(there),
-                key: self.key.of(via.leads_to, there),
-            };
-            parts.push((rail, call));
-            done += len;
-        }
-        Ok(parts)
-    }
-}
-
-impl LibfabricDriver {
-    fn one_sided(
-        &mut self,
-        (peer, remote): (PeerId, RemoteId),
-        offset: u64,
-        range: LocalRange,
-        (verb, op): (Verb, u64),
-    ) -> Result<(), PostError> {
-        let state = self.peer(peer)?;
-        let registration = self.local(range, self.info.op_max)?;
-        let key = state.remotes.get(&remote.0).ok_or(PostError::Range)?;
-        let parts = Span { registration, range, key, offset, verb }.parts(state)?;
-        self.post(peer, range, op, &parts)
-    }
-
-    /// The one call of a message, which has to lie in one piece of its registration.
-    fn message(&self, verb: Verb, tag: u64, range: LocalRange, to: u64) -> Result<Call, PostError> {
-        let registration = self.local(range, self.info.message_max)?;
-        if range.len > registration.left_in_segment(range.offset) {
-            return Err(PostError::Range);
-        }
-        Ok(Call {
-            verb,
-            local: registration.span.address() + range.offset,
-            len: range.len,
-            descriptor: registration.descriptor(0, range.offset),
-            to,
-            remote: 0,
-            key: tag,
-        })
     }
 }
 
@@ -558,12 +318,21 @@ impl Driver for LibfabricDriver {
         for (number, rail) in self.rails.iter().enumerate() {
             let leads_to = number % theirs.len();
             let failed = |step: &str, errno| fault(format!("cannot {step}: {}", self.strerror(errno)));
-            let endpoint = Endpoint::open(&rail.domain, &rail.info)
+            let own_domain = self.own_domains.then(|| Domain::open(&rail.fabric, &rail.info)).transpose();
+            let own_domain = own_domain.map_err(|errno| failed("open a domain for the peer", errno))?;
+            let endpoint = Endpoint::open(own_domain.as_ref().unwrap_or(&rail.domain), &rail.info)
                 .map_err(|errno| failed("open an endpoint for the peer", errno))?;
             let to = endpoint
                 .insert(&theirs[leads_to])
                 .map_err(|errno| failed("take the address of the peer", errno))?;
-            rails.push(PeerRail { endpoint, to, leads_to, outstanding_bytes: 0, watched: false });
+            rails.push(PeerRail {
+                endpoint,
+                _domain: own_domain,
+                to,
+                leads_to,
+                outstanding_bytes: 0,
+                watched: false,
+            });
         }
         let peer = Peer {
             rails,
@@ -650,31 +419,19 @@ impl Driver for LibfabricDriver {
     }
 
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
-        let call = self.message(Verb::Receive, tag, to, FI_ADDR_UNSPEC)?;
-        let at = self.begin(op, 1, to.id, true);
-        let part = Part { op: at, owner: Owner::Passive, rail: 0, len: to.len };
-        let Some(slot) = self.slots.take(part) else {
-            self.unbegin(at);
-            return Err(PostError::Again);
-        };
-        match self.rails[0].passive.post(&call, self.slots.context(slot)) {
-            Ok(()) => {
-                self.receives.insert(op, slot);
-                Ok(())
-            }
-            Err(errno) => {
-                self.slots.give_back(slot);
-                self.unbegin(at);
-                let reason = self.strerror(errno);
-                Err(if errno == Errno::AGAIN { PostError::Again } else { PostError::Failed(reason) })
-            }
-        }
+        let awaited = Awaited { tag, len: to.len, cancelled: false };
+        let slot = self.post_receive(tag, to, op, Kind::Receive(awaited))?;
+        self.receives.insert(op, slot);
+        Ok(())
     }
 
     fn cancel_receive(&mut self, op: u64) {
-        if let (Some(slot), Some(rail)) = (self.receives.get(&op), self.rails.first()) {
-            rail.passive.cancel(self.slots.context(*slot));
+        let Some(slot) = self.receives.get(&op).copied() else { return };
+        let at = self.slots.get(slot).map(|part| part.op as usize);
+        if let Some(Some(Op { kind: Kind::Receive(awaited), .. })) = at.and_then(|at| self.ops.get_mut(at)) {
+            awaited.cancelled = true;
         }
+        self.cancel(slot);
     }
 
     fn poll(&mut self, done: &mut Vec<Done>) -> bool {
