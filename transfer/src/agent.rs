@@ -3,13 +3,15 @@
 mod dial;
 pub(crate) mod grants;
 pub mod options;
+pub(crate) mod paths;
+pub(crate) mod probe;
 pub(crate) mod region;
 pub(crate) mod server;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;
 
-use baton_config::{Epoch, HandoffId, WorkerId};
+use baton_config::{Bytes, Epoch, HandoffId, WorkerId};
 use tokio::net::TcpListener;
 use tokio_util::sync::DropGuard;
 
@@ -113,10 +115,22 @@ pub enum StartError {
 #[derive(Debug, thiserror::Error)]
 pub enum RegisterError {
     /// The table is full.
-    #[error("{limit} regions are registered already")]
+    #[error("{limit} regions are registered already, which is the limit (transfer.limits.regions)")]
     Full {
         /// Most regions of one agent.
         limit: usize,
+    },
+    /// Too much memory.
+    #[error(
+        "{wanted} more than the {registered} registered would pass the limit of {limit} (transfer.limits.registered)"
+    )]
+    Bytes {
+        /// Bytes of the memory.
+        wanted: Bytes,
+        /// Bytes registered already.
+        registered: Bytes,
+        /// Most bytes of one agent.
+        limit: Bytes,
     },
 }
 
@@ -194,7 +208,8 @@ impl Agent {
             return Err(StartError::Advertise { address: bound });
         }
         let incarnation = dial::random_u128().map_err(bind_error)?;
-        let server = Arc::new(Server::new(options.worker.clone(), incarnation, options.auth.clone())?);
+        let probe = probe::memory()?;
+        let server = Arc::new(Server::new(&options, incarnation, Region::Host(probe.clone()))?);
         let mut backends = options.backends.clone();
         let same_host = |backend: &BackendKind| matches!(backend, BackendKind::Shm | BackendKind::Cma);
         if backends.iter().any(same_host) {
@@ -212,7 +227,7 @@ impl Agent {
         let offers = backends.iter().map(|backend| Offer::of(*backend)).collect();
         let metadata = Metadata { incarnation, host: dial::host_id(), address, offers }.encode();
         Ok(Self {
-            dialer: Arc::new(Dialer::new(options, &server)),
+            dialer: Arc::new(Dialer::new(options, &server, probe)),
             metadata: metadata.into(),
             address: bound,
             _stop: Arc::new(server.stop.clone().drop_guard()),

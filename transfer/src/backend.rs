@@ -24,7 +24,7 @@ pub(crate) mod tcp;
 )]
 pub(crate) mod ucx;
 
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
@@ -84,11 +84,52 @@ pub(crate) struct Progress {
     started: Instant,
     moved: AtomicU64,
     first_byte_ns: AtomicU64,
+    /// Whether the read waits for its turn on the link, where it cannot move.
+    queued: AtomicBool,
+    /// A bit per block that is in place and verified: those of the first 64, and the others.
+    done: AtomicU64,
+    done_later: Box<[AtomicU64]>,
 }
 
 impl Progress {
-    pub(crate) fn new() -> Self {
-        Self { started: Instant::now(), moved: AtomicU64::new(0), first_byte_ns: AtomicU64::new(0) }
+    /// Of a read of so many blocks.
+    pub(crate) fn new(blocks: usize) -> Self {
+        Self {
+            started: Instant::now(),
+            moved: AtomicU64::new(0),
+            first_byte_ns: AtomicU64::new(0),
+            queued: AtomicBool::new(false),
+            done: AtomicU64::new(0),
+            done_later: (1..blocks.div_ceil(64)).map(|_| AtomicU64::new(0)).collect(),
+        }
+    }
+
+    /// Notes that a block is in place and, where it is to be, verified. A link says so for every block that it does
+    /// not report as corrupt, after the last byte was written and before the next await: what is not noted when the
+    /// link fails is read again over another path. Only the task that reads calls this.
+    pub(crate) fn finish(&self, block: usize) {
+        let word = self.done_word(block);
+        word.store(word.load(Ordering::Relaxed) | 1 << (block % 64), Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_finished(&self, block: usize) -> bool {
+        self.done_word(block).load(Ordering::Relaxed) & 1 << (block % 64) != 0
+    }
+
+    fn done_word(&self, block: usize) -> &AtomicU64 {
+        match (block / 64).checked_sub(1) {
+            None => &self.done,
+            Some(later) => &self.done_later[later],
+        }
+    }
+
+    /// Says whether the read waits for its turn on the link: that is no sign of a broken path.
+    pub(crate) fn set_queued(&self, queued: bool) {
+        self.queued.store(queued, Ordering::Relaxed);
+    }
+
+    pub(crate) fn is_queued(&self) -> bool {
+        self.queued.load(Ordering::Relaxed)
     }
 
     /// Counts bytes. Only the task that reads does so: no read-modify-write, which would wait for the copy's stores.

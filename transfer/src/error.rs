@@ -63,6 +63,12 @@ pub enum LinkError {
     /// The peer closed the connection.
     #[error("the peer closed the connection")]
     Closed,
+    /// Bytes whose digest is known arrived as others.
+    #[error("known bytes arrived as others")]
+    Corrupt,
+    /// Not a byte arrived for so long that another path was taken.
+    #[error("no progress for {} ms", .0.as_millis())]
+    Stalled(std::time::Duration),
     /// The peer sent what the protocol does not allow.
     #[error("the peer broke the protocol")]
     Protocol(#[source] crate::wire::WireError),

@@ -1,14 +1,18 @@
 //! A session: reads from one peer in one epoch, over the path chosen for the pair.
 
+mod failover;
+
 use std::sync::Arc;
 use std::time::Duration;
 
 use baton_config::{Bytes, Epoch, HandoffId, WorkerId};
-use tokio::time::{Instant, timeout_at};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
-use crate::agent::{BackendKind, DeviceMemory, Integrity, RegionId};
-use crate::backend::{Fault, Link, Pair, Progress, ReadJob};
+use self::failover::Stop;
+use crate::agent::paths::{Paths, Tried};
+use crate::agent::{AgentOptions, BackendKind, DeviceMemory, Integrity, RegionId};
+use crate::backend::{Fault, Progress, ReadJob};
 use crate::digest::DigestSeed;
 use crate::error::{LinkError, Refusal, TransferError};
 use crate::memory::HostMemory;
@@ -82,12 +86,18 @@ pub struct ReadReport {
 }
 
 /// The path of a session and how it came to be chosen.
-#[derive(Debug, Clone, PartialEq, Eq)]
+#[derive(Debug, Clone, PartialEq)]
 pub struct PathInfo {
     /// Chosen backend.
     pub backend: BackendKind,
     /// Why this one, and why not those preferred to it, for people.
     pub reason: String,
+    /// Why not each of the others that this agent uses.
+    pub rejected: Vec<(BackendKind, String)>,
+    /// Time of a small read when the path was measured.
+    pub latency: Option<Duration>,
+    /// Of a large read when the path was measured.
+    pub bytes_per_second: Option<f64>,
 }
 
 /// What a session has measured.
@@ -106,10 +116,10 @@ pub struct SessionStats {
 pub struct Session(Arc<Inner>);
 
 struct Inner {
-    pair: Pair,
-    path: PathInfo,
-    link: Link,
+    paths: Arc<Paths>,
+    avoid: Option<BackendKind>,
     verify: bool,
+    stall: Duration,
     counters: Arc<Counters>,
     meter: PathMeter,
     closed: CancellationToken,
@@ -117,30 +127,30 @@ struct Inner {
 
 impl Session {
     pub(crate) fn new(
-        pair: Pair,
-        path: PathInfo,
-        link: Link,
-        integrity: Integrity,
+        paths: Arc<Paths>,
+        avoid: Option<BackendKind>,
+        options: &AgentOptions,
         counters: Arc<Counters>,
         closed: CancellationToken,
     ) -> Self {
-        let verify = integrity == Integrity::Digest;
-        Self(Arc::new(Inner { pair, path, link, verify, counters, meter: PathMeter::default(), closed }))
+        let verify = options.integrity == Integrity::Digest;
+        let meter = PathMeter::default();
+        Self(Arc::new(Inner { paths, avoid, verify, stall: options.stall, counters, meter, closed }))
     }
 
     /// The peer.
     pub fn peer(&self) -> &WorkerId {
-        &self.0.pair.to
+        &self.0.paths.pair.to
     }
 
     /// The life of the peer this session belongs to.
     pub fn epoch(&self) -> Epoch {
-        self.0.pair.epoch
+        self.0.paths.pair.epoch
     }
 
-    /// How blocks travel, and why so.
-    pub fn path(&self) -> &PathInfo {
-        &self.0.path
+    /// How blocks travel now, and why so: a path that breaks, or is found to be slower, gives way to another.
+    pub fn path(&self) -> PathInfo {
+        self.0.paths.info(self.0.avoid)
     }
 
     /// What was measured so far.
@@ -148,9 +158,9 @@ impl Session {
         self.0.meter.snapshot()
     }
 
-    /// Whether a read may work. A `tcp` session opens new streams by itself; a `shm` session ends with its peer.
+    /// Whether a read may work: not when every path has broken. A lone `tcp` path opens new streams by itself.
     pub fn is_usable(&self) -> bool {
-        !self.0.closed.is_cancelled() && self.0.link.is_usable()
+        !self.0.closed.is_cancelled() && self.0.paths.is_usable(self.0.avoid)
     }
 
     /// Whether reads can go straight into the memory of a device, which is registered for that if need be.
@@ -158,7 +168,7 @@ impl Session {
     /// # Errors
     /// Why not, for people: take the blocks through host memory then.
     pub async fn reaches(&self, memory: &DeviceMemory) -> Result<(), String> {
-        self.0.link.reaches(memory).await
+        self.0.reaches(memory).await
     }
 
     /// Reads blocks granted under `handoff`; done when every byte is in place and verified.
@@ -190,7 +200,7 @@ impl Session {
             };
             assert!(fits, "{block:?} is outside its destination");
         }
-        let progress = Progress::new();
+        let progress = Progress::new(blocks.len());
         let job = ReadJob { handoff, blocks, into, verify: self.0.verify, progress: &progress };
         let outcome = self.run(&job, deadline).await;
         self.0.account(&outcome, &progress);
@@ -198,7 +208,8 @@ impl Session {
     }
 
     async fn run(&self, job: &ReadJob<'_>, deadline: Instant) -> Result<ReadReport, TransferError> {
-        let Inner { pair, link, closed, .. } = &*self.0;
+        let Inner { paths, closed, .. } = &*self.0;
+        let pair = &paths.pair;
         let moved = || Bytes(job.progress.moved());
         let worker = || pair.to.clone();
         if job.blocks.is_empty() {
@@ -207,19 +218,10 @@ impl Session {
         if job.blocks.iter().any(|block| u64::from(block.source.len) > MAX_READ_BYTES) {
             return Err(TransferError::Refused { worker: worker(), refusal: Refusal::TooLarge });
         }
-        let read = async {
-            if let Destination::Device(memory) = job.into {
-                link.reaches(memory).await.map_err(LinkError::Device)?;
-            }
-            link.read(job).await
-        };
         let outcome = tokio::select! {
             biased;
-            () = closed.cancelled() => Err(LinkError::Closed.into()),
-            outcome = timeout_at(deadline, read) => match outcome {
-                Ok(outcome) => outcome,
-                Err(_) => return Err(TransferError::Deadline { worker: worker(), moved: moved() }),
-            },
+            () = closed.cancelled() => Err(Stop::Fault(LinkError::Closed.into())),
+            outcome = failover::read(&self.0, job, deadline) => outcome,
         };
         match outcome {
             Ok(mut corrupt) if !corrupt.is_empty() => {
@@ -227,18 +229,30 @@ impl Session {
                 Err(TransferError::Integrity { worker: worker(), index: corrupt[0], corrupt })
             }
             Ok(_) => Ok(ReadReport { bytes: moved(), elapsed: job.progress.elapsed() }),
-            Err(Fault::Stale(current)) => {
+            Err(Stop::Deadline) => Err(TransferError::Deadline { worker: worker(), moved: moved() }),
+            Err(Stop::Fault(Fault::Stale(current))) => {
                 Err(TransferError::Stale { worker: worker(), ticket: pair.epoch, current })
             }
-            Err(Fault::Refused(refusal)) => Err(TransferError::Refused { worker: worker(), refusal }),
-            Err(Fault::Link(source)) => Err(TransferError::Link { worker: worker(), moved: moved(), source }),
+            Err(Stop::Fault(Fault::Refused(refusal))) => {
+                Err(TransferError::Refused { worker: worker(), refusal })
+            }
+            Err(Stop::Fault(Fault::Link(source))) => {
+                Err(TransferError::Link { worker: worker(), moved: moved(), source })
+            }
         }
     }
 }
 
 impl Inner {
+    async fn reaches(&self, memory: &DeviceMemory) -> Result<(), String> {
+        let path = self.paths.next(self.avoid, Tried::default()).await;
+        match path.ok().flatten() {
+            Some(path) => path.link.reaches(memory).await,
+            None => Err("there is no path to the peer".to_owned()),
+        }
+    }
+
     fn account(&self, outcome: &Result<ReadReport, TransferError>, progress: &Progress) {
-        self.counters.read(self.path.backend, progress.moved());
         match outcome {
             Ok(report) => self.meter.record(report.bytes.0, report.elapsed, progress.first_byte()),
             Err(error) => {

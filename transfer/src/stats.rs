@@ -30,6 +30,8 @@ pub struct Stats {
     pub auth_refused: u64,
     /// Connections ended because the peer broke the protocol, and requests refused because they made no sense.
     pub malformed: u64,
+    /// Reads and writes that went on over another path because one broke or stood still.
+    pub path_failovers: u64,
 }
 
 impl Stats {
@@ -59,6 +61,7 @@ pub(crate) struct Counters {
     stale_refused: AtomicU64,
     auth_refused: AtomicU64,
     malformed: AtomicU64,
+    path_failovers: AtomicU64,
 }
 
 impl Counters {
@@ -80,6 +83,10 @@ impl Counters {
 
     pub(crate) fn stale_refused(&self) {
         self.stale_refused.fetch_add(1, Ordering::Relaxed);
+    }
+
+    pub(crate) fn path_failover(&self) {
+        self.path_failovers.fetch_add(1, Ordering::Relaxed);
     }
 
     pub(crate) fn auth_refused(&self) {
@@ -117,6 +124,7 @@ impl Counters {
             stale_refused: get(&self.stale_refused),
             auth_refused: get(&self.auth_refused),
             malformed: get(&self.malformed),
+            path_failovers: get(&self.path_failovers),
         }
     }
 }

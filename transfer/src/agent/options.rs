@@ -1,6 +1,7 @@
 //! How an agent runs.
 
 use std::net::{IpAddr, SocketAddr};
+use std::time::Duration;
 
 use baton_config::{Bytes, WorkerId};
 
@@ -76,6 +77,10 @@ pub struct AgentOptions {
     pub integrity: Integrity,
     /// TCP streams per session, at least 1.
     pub streams: usize,
+    /// How long a read may stand still before it goes on over another path.
+    pub stall: Duration,
+    /// How long a path that broke is not used, as long as there is another.
+    pub retry: Duration,
     /// The secret that all agents of the fleet share.
     pub auth: Option<Token>,
     /// Bounds.
@@ -100,6 +105,8 @@ impl AgentOptions {
             choose: Choose::default(),
             integrity: Integrity::Digest,
             streams: 2,
+            stall: Duration::from_secs(1),
+            retry: Duration::from_secs(30),
             auth: None,
             limits: TransferLimits::default(),
             libfabric: LibfabricOptions::default(),

@@ -55,6 +55,14 @@ impl Region {
         }
     }
 
+    /// Bytes.
+    pub(crate) fn len(&self) -> usize {
+        match self {
+            Self::Host(memory) => memory.len(),
+            Self::Device(memory) => memory.span().len(),
+        }
+    }
+
     /// The memory, where the processor can reach it.
     pub(crate) fn host(&self) -> Option<&HostMemory> {
         match self {

@@ -3,14 +3,14 @@
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 
-use baton_config::{Epoch, HandoffId, WorkerId};
+use baton_config::{Bytes, Epoch, HandoffId, WorkerId};
 use tokio::sync::Semaphore;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::grants::{Grants, Permit, Revoked};
 use super::region::Region;
-use super::{RegionId, RegisterError};
+use super::{AgentOptions, RegionId, RegisterError, TransferLimits, probe};
 use crate::auth::Token;
 use crate::backend::shm::control::Control;
 use crate::error::Refusal;
@@ -31,6 +31,7 @@ pub(crate) struct Server {
     pub(crate) worker: WorkerId,
     pub(crate) incarnation: u128,
     pub(crate) auth: Option<Token>,
+    pub(crate) limits: TransferLimits,
     pub(crate) counters: Arc<Counters>,
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
@@ -77,18 +78,19 @@ impl From<WireError> for Denial {
 }
 
 impl Server {
-    pub(crate) fn new(worker: WorkerId, incarnation: u128, auth: Option<Token>) -> Result<Self, MemoryError> {
+    pub(crate) fn new(options: &AgentOptions, incarnation: u128, probe: Region) -> Result<Self, MemoryError> {
         Ok(Self {
-            worker,
+            worker: options.worker.clone(),
             incarnation,
-            auth,
+            auth: options.auth.clone(),
+            limits: options.limits,
             counters: Arc::default(),
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             control: Control::new(incarnation)?,
             life: Mutex::new(None),
-            regions: RwLock::new(Arc::new([])),
+            regions: RwLock::new(Arc::new([probe])),
             grants: Grants::default(),
             peers: Mutex::default(),
         })
@@ -107,6 +109,7 @@ impl Server {
         for handoff in self.grants.clear() {
             self.control.revoke(handoff);
         }
+        self.grant(probe::HANDOFF, &[probe::descriptor()]);
         *life = Some(Life { epoch, ended: self.stop.child_token() });
         true
     }
@@ -148,11 +151,18 @@ impl Server {
 
     pub(crate) fn register(&self, memory: Region) -> Result<RegionId, RegisterError> {
         let mut regions = self.regions.write().unwrap_or_else(PoisonError::into_inner);
-        if regions.len() >= MAX_REGIONS {
-            return Err(RegisterError::Full { limit: MAX_REGIONS });
+        let (users, limits) = (regions.len() - 1, self.limits);
+        if users >= limits.regions.min(MAX_REGIONS) {
+            return Err(RegisterError::Full { limit: limits.regions.min(MAX_REGIONS) });
         }
+        let registered: usize = regions[1..].iter().map(Region::len).sum();
+        let (wanted, limit) = (Bytes(memory.len() as u64), limits.registered_bytes);
+        if (registered as u64).saturating_add(wanted.0) > limit.0 {
+            return Err(RegisterError::Bytes { wanted, registered: Bytes(registered as u64), limit });
+        }
+        let id = RegionId(regions.len() as u32);
         *regions = regions.iter().cloned().chain([memory]).collect();
-        Ok(RegionId(regions.len() as u32))
+        Ok(id)
     }
 
     pub(crate) fn region(&self, id: RegionId) -> Option<Region> {
@@ -179,6 +189,13 @@ impl Server {
         self.grants.revoke(handoff)
     }
 
+    /// Counts bytes sent to peers, but not those it is measured with.
+    pub(crate) fn count_served(&self, handoff: HandoffId, bytes: u64) {
+        if handoff != probe::HANDOFF {
+            self.counters.served(bytes);
+        }
+    }
+
     /// Allows serving `blocks` out of `regions`.
     pub(crate) fn permit(
         &self,
@@ -200,7 +217,7 @@ impl Server {
     }
 }
 
-/// Region `id` of a table; they are numbered from 1.
+/// Region `id` of a table: first the probe region, then those of users, from 1.
 pub(crate) fn region(regions: &[Region], id: RegionId) -> Option<&Region> {
-    regions.get((id.0 as usize).checked_sub(1)?)
+    regions.get(id.0 as usize)
 }

@@ -25,8 +25,8 @@ pub use self::cma::probe as probe_cma;
 
 use crate::agent::RegionId;
 
-/// Stands for the control memory where regions are asked for; they are numbered from 1.
-const CONTROL: RegionId = RegionId(0);
+/// Stands for the control memory where regions are asked for: no region has this number.
+const CONTROL: RegionId = RegionId(u32::MAX);
 
 /// The address of the socket of the process `incarnation`.
 fn socket_address(incarnation: u128) -> std::io::Result<SocketAddr> {

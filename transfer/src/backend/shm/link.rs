@@ -192,6 +192,9 @@ impl ShmLink {
             (true, Destination::Sink(sink)) => sink.block(index, &reading.staging[..len]),
             (true, Destination::Memory(_) | Destination::Device(_)) => {}
         }
+        if good {
+            reading.job.progress.finish(index);
+        }
         reading.job.progress.add(len);
         Ok(())
     }
@@ -213,6 +216,9 @@ impl ShmLink {
                     sink.block(block.index, &staging[block.to..block.to + block.len]);
                 }
                 (true, Destination::Memory(_) | Destination::Device(_)) => {}
+            }
+            if block.good {
+                job.progress.finish(block.index);
             }
         }
         job.progress.add(batch.bytes);

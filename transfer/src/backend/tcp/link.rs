@@ -14,7 +14,7 @@ use crate::auth::Mac;
 use crate::backend::frames::{self, FrameWriter, HEAD_MAX_BYTES, head_len};
 use crate::backend::handshake::{self, Opened, Route};
 use crate::backend::{Fault, Pair, ReadJob};
-use crate::error::LinkError;
+use crate::error::{LinkError, Refusal};
 use crate::session::BlockRead;
 use crate::wire::{self, Header, Kind, MAX_READ_BLOCKS, WireError};
 
@@ -55,8 +55,10 @@ impl TcpLink {
 
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
         let stripes = plan_stripes(job.blocks, self.streams);
+        job.progress.set_queued(true);
         // The semaphore is never closed; were it, the link would be.
         let slots = self.slots.acquire_many(stripes.len() as u32).await;
+        job.progress.set_queued(false);
         let _slots = slots.map_err(|_| LinkError::Closed)?;
         match self.try_read(job, &stripes).await {
             // An idle stream can have died unnoticed. A new one tells why, or works.
@@ -82,7 +84,11 @@ impl TcpLink {
             Some(stream) => stream,
             None => Stream::open(&self.pair, &self.route).await?,
         };
-        let corrupt = stream.read(job, stripe, &self.pair).await?;
+        let corrupt = stream.read(job, stripe, &self.pair).await;
+        if let Err(Fault::Refused(Refusal::Unauthenticated)) = corrupt {
+            self.route.counters.auth_refused();
+        }
+        let corrupt = corrupt?;
         // Only a stream that gave every byte asked for is used again; dropping it closes it.
         self.idle().push(stream);
         Ok(corrupt)

@@ -156,6 +156,7 @@ impl<'a> Receiver<'a> {
             if let Landing::Staging { sink, bytes, filled, .. } = &self.landing {
                 sink.block(self.block, &bytes[*filled - len..*filled]);
             }
+            self.job.progress.finish(self.block);
         } else {
             self.corrupt.push(self.block);
         }

@@ -145,7 +145,7 @@ impl Connection {
         // The socket has room more often than not: try before asking the reactor.
         cursor.send_some(&self.stream)?;
         if cursor.is_done() {
-            self.server.counters.served(u64::from(len));
+            self.server.count_served(read.handoff, u64::from(len));
             return Ok(());
         }
         let sent = tokio::select! {
@@ -156,7 +156,7 @@ impl Connection {
             () = life.ended.cancelled() => Err(LinkError::Closed),
         };
         sent?;
-        self.server.counters.served(u64::from(len));
+        self.server.count_served(read.handoff, u64::from(len));
         Ok(())
     }
 

@@ -1,0 +1,191 @@
+//! A read over the best path of a pair and, when that breaks or stands still, the rest of it over the next one.
+
+use std::time::Duration;
+
+use tokio::time::{Instant, sleep_until};
+
+use super::{BlockRead, BlockSink, Destination, Inner};
+use crate::agent::BackendKind;
+use crate::agent::paths::{Path, Tried};
+use crate::backend::{Fault, Progress, ReadJob};
+use crate::error::{LinkError, Refusal};
+
+/// Why a read ended early.
+pub(super) enum Stop {
+    Fault(Fault),
+    Deadline,
+}
+
+/// What became of a read over one path.
+enum Attempt {
+    /// It is done, but for these blocks, which failed their digest.
+    Done(Vec<usize>),
+    /// The path does not do; another may.
+    Left(Fault),
+}
+
+/// A path may stand still for one part in so many of the time that is left.
+const STALL_SHARE: u32 = 3;
+/// How often a path is looked at in the time it may stand still.
+const LOOKS: u32 = 2;
+
+/// Reads; positions of the blocks that failed their digest. All others are in place.
+pub(super) async fn read(inner: &Inner, job: &ReadJob<'_>, deadline: Instant) -> Result<Vec<usize>, Stop> {
+    let mut tried = Tried::default();
+    // The usual way: no list is copied, and nothing to be mapped back.
+    let mut left = match attempt(inner, job, &mut tried, None, deadline).await? {
+        Attempt::Done(corrupt) => return Ok(corrupt),
+        Attempt::Left(fault) => fault,
+    };
+    loop {
+        let rest = Rest::of(job);
+        if rest.blocks.is_empty() {
+            return Ok(Vec::new());
+        }
+        let sink = rest.sink(job.into);
+        let into = sink.as_ref().map_or(job.into, |sink| Destination::Sink(sink));
+        let progress = Progress::new(rest.blocks.len());
+        let again = ReadJob { blocks: &rest.blocks, into, progress: &progress, ..*job };
+        let outcome = attempt(inner, &again, &mut tried, Some(left), deadline).await;
+        rest.account(job.progress, &progress);
+        match outcome? {
+            Attempt::Done(corrupt) => {
+                return Ok(corrupt.into_iter().map(|index| rest.places[index]).collect());
+            }
+            Attempt::Left(fault) => left = fault,
+        }
+    }
+}
+
+/// Reads over the next path. `left` is why the one before was left, and the end of the read if there is no other.
+async fn attempt(
+    inner: &Inner,
+    job: &ReadJob<'_>,
+    tried: &mut Tried,
+    left: Option<Fault>,
+    deadline: Instant,
+) -> Result<Attempt, Stop> {
+    let (paths, avoid) = (&inner.paths, inner.avoid);
+    let next = tokio::select! {
+        biased;
+        next = paths.next(avoid, *tried) => next.map_err(Stop::Fault)?,
+        () = sleep_until(deadline) => return Err(Stop::Deadline),
+    };
+    let Some(path) = next else {
+        return Err(Stop::Fault(left.unwrap_or(Fault::Link(LinkError::Closed))));
+    };
+    tried.add(&path);
+    if let Some(Fault::Link(why)) = &left {
+        inner.counters.path_failover();
+        tracing::info!(peer = %paths.pair.to, over = %path.backend, %why, "a read goes on over another path");
+    }
+    let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
+    let outcome = tokio::select! {
+        biased;
+        outcome = over(&path, job) => Ok(outcome),
+        stopped = watch(job.progress, deadline, stall) => Err(stopped),
+    };
+    // The read has ended or was dropped: either way it is fenced.
+    inner.counters.read(path.backend, job.progress.moved());
+    let fault = match outcome {
+        Ok(Ok(corrupt)) => return Ok(Attempt::Done(corrupt)),
+        Ok(Err(fault)) => fault,
+        Err(Stopped::Deadline) => return Err(Stop::Deadline),
+        Err(Stopped::Stalled(stood)) => LinkError::Stalled(stood).into(),
+    };
+    if let Fault::Link(error) = &fault
+        && !matches!(error, LinkError::Device(_))
+    {
+        paths.broke(&path, error);
+    }
+    match is_of_path(&fault, path.backend) && paths.has_other(avoid, *tried) {
+        true => Ok(Attempt::Left(fault)),
+        false => Err(Stop::Fault(fault)),
+    }
+}
+
+async fn over(path: &Path, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
+    if let Destination::Device(memory) = job.into {
+        path.link.reaches(memory).await.map_err(LinkError::Device)?;
+    }
+    path.link.read(job).await
+}
+
+/// Whether what ended a read is a matter of the path, so that another may do.
+fn is_of_path(fault: &Fault, backend: BackendKind) -> bool {
+    match fault {
+        Fault::Link(_) => true,
+        // Mapped memory cannot show every region and every grant; what is asked over the network can.
+        Fault::Refused(Refusal::NotGranted | Refusal::OutsideRegion | Refusal::Unavailable) => {
+            matches!(backend, BackendKind::Shm | BackendKind::Cma)
+        }
+        Fault::Refused(Refusal::Mismatch) => true,
+        Fault::Refused(_) | Fault::Stale(_) => false,
+    }
+}
+
+enum Stopped {
+    Deadline,
+    Stalled(Duration),
+}
+
+/// Waits until the deadline, or until a read has stood still for `stall`.
+async fn watch(progress: &Progress, deadline: Instant, stall: Option<Duration>) -> Stopped {
+    let Some(stall) = stall else {
+        sleep_until(deadline).await;
+        return Stopped::Deadline;
+    };
+    let mut seen = progress.moved();
+    let mut since = Instant::now();
+    let patience = stall.min(deadline.saturating_duration_since(since) / STALL_SHARE);
+    loop {
+        let look = Instant::now() + patience / LOOKS;
+        sleep_until(look.min(deadline)).await;
+        let now = Instant::now();
+        if now >= deadline {
+            return Stopped::Deadline;
+        }
+        let moved = progress.moved();
+        if moved != seen || progress.is_queued() {
+            (seen, since) = (moved, now);
+        } else if now - since >= patience {
+            return Stopped::Stalled(now - since);
+        }
+    }
+}
+
+/// The blocks of a read that are not in place.
+struct Rest {
+    blocks: Vec<BlockRead>,
+    /// Their positions in the read.
+    places: Vec<usize>,
+}
+
+impl Rest {
+    fn of(job: &ReadJob<'_>) -> Self {
+        let places: Vec<usize> = (0..job.blocks.len()).filter(|at| !job.progress.is_finished(*at)).collect();
+        Self { blocks: places.iter().map(|at| job.blocks[*at]).collect(), places }
+    }
+
+    /// A sink that passes blocks on under their positions in the read.
+    fn sink<'a>(&'a self, into: Destination<'a>) -> Option<impl BlockSink + 'a> {
+        match into {
+            Destination::Sink(sink) => {
+                Some(move |index: usize, bytes: &[u8]| sink.block(self.places[index], bytes))
+            }
+            Destination::Memory(_) | Destination::Device(_) => None,
+        }
+    }
+
+    /// Adds what an attempt at the rest has done to the progress of the read.
+    fn account(&self, whole: &Progress, rest: &Progress) {
+        if rest.moved() > 0 {
+            whole.add(rest.moved() as usize);
+        }
+        for (index, place) in self.places.iter().enumerate() {
+            if rest.is_finished(index) {
+                whole.finish(*place);
+            }
+        }
+    }
+}
