@@ -276,3 +276,28 @@ fn a_killed_process_is_an_error_in_time() {
         assert!(near.driver.core.slots.busy().is_empty());
     });
 }
+
+#[test]
+fn reads_that_a_death_interrupts_all_end() {
+    every_way(|mut near, other| {
+        let here = memory(LEN, 0);
+        let (local, _) = near.driver.register(&here.span(), Access::Local).unwrap();
+        let peer = near.driver.connect(&other.address).unwrap();
+        let remote = near.driver.import(peer, &other.read_key).unwrap();
+        let block = 1 << 20;
+        for at in 0..256 {
+            let offset = at % 32 * block;
+            let range = near.range(local, offset, block);
+            near.driver.read(peer, remote, offset as u64, range, at as u64).unwrap();
+        }
+        // Amid the reads: the first are done, the last cannot be.
+        let first = result_of(&mut near, 0);
+        assert_eq!(first, Ok(block));
+        other.signal(Signal::KILL);
+        let ended = (1..256).map(|at| result_of(&mut near, at)).collect::<Vec<_>>();
+        assert!(ended.iter().flatten().all(|moved| *moved == block));
+        assert!(ended.iter().any(Result::is_err), "it died too late to interrupt anything");
+        near.driver.disconnect(peer);
+        assert!(near.driver.core.slots.busy().is_empty());
+    });
+}
