@@ -132,6 +132,10 @@ impl Progress {
         self.queued.load(Ordering::Relaxed)
     }
 
+    pub(crate) fn started(&self) -> Instant {
+        self.started
+    }
+
     /// Counts bytes. Only the task that reads does so: no read-modify-write, which would wait for the copy's stores.
     pub(crate) fn add(&self, bytes: usize) {
         let moved = self.moved.load(Ordering::Relaxed);

@@ -28,7 +28,7 @@ impl Raw {
             BackendKind::Shm => Ok(Self::Copy { twin: twin.clone() }),
             BackendKind::Cma => {
                 let pid = rustix::process::Pid::from_raw(peer.pid).ok_or(io::ErrorKind::NotFound)?;
-                Ok(Self::Process { process: Process::open(pid)?, address: peer.address })
+                Ok(Self::Process { process: Process::of(pid), address: peer.address })
             }
             BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin | BackendKind::Tcp => {
                 let stream = TcpStream::connect(peer.raw)?;
@@ -75,7 +75,7 @@ fn copy_by_address(process: &Process, address: usize, own: &HostMemory, shape: S
         from.clear();
         from.extend(blocks.clone().map(|index| RemoteRange { address: address + shape.offset(index), len }));
         let to = blocks.map(|index| Span { memory: own, offset: shape.offset(index), len });
-        copy_from_process(process, &from, &mut [], to)?;
+        copy_from_process(process, &mut from, &mut [], to)?;
     }
     Ok(())
 }

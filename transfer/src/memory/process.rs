@@ -1,36 +1,42 @@
 //! Copies out of another process: the kernel reads its memory by address, whatever that memory is.
 
 use std::io::{self, IoSliceMut};
-use std::os::fd::OwnedFd;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use rustix::process::{Pid, PidfdFlags, pidfd_open};
+use rustix::process::Pid;
 
 use super::Span;
 
-/// Most ranges of one copy, on either side (`IOV_MAX`).
-pub(crate) const MAX_RANGES: usize = 1024;
+/// Most ranges of one copy, on either side (`IOV_MAX`), less the witness.
+pub(crate) const MAX_RANGES: usize = 1023;
 
-/// Another process of this user, held so that it is not mistaken for a later one of the same number.
+/// Another process of this user.
 pub(crate) struct Process {
     pid: Pid,
-    handle: OwnedFd,
+    witness: Option<Witness>,
+}
+
+/// What stands in the memory of the one process that is meant.
+struct Witness {
+    address: usize,
+    value: [u8; 16],
 }
 
 impl Process {
-    /// Holds the process `pid`. Whether that is the one meant, the caller checks afterwards.
-    pub(crate) fn open(pid: Pid) -> io::Result<Self> {
-        Ok(Self { pid, handle: pidfd_open(pid, PidfdFlags::empty())? })
+    /// Whatever process has the number `pid`.
+    pub(crate) fn of(pid: Pid) -> Self {
+        Self { pid, witness: None }
+    }
+
+    /// The process `pid` that has `value`, which is like no other, at `address`.
+    ///
+    /// Every copy takes it along, in the same system call and so out of the same memory as everything else: another
+    /// process that got the number meanwhile, or another program in the same process, is never taken for this one.
+    pub(crate) fn with_witness(pid: Pid, address: usize, value: [u8; 16]) -> Self {
+        Self { pid, witness: Some(Witness { address, value }) }
     }
 
     pub(crate) fn pid(&self) -> Pid {
         self.pid
-    }
-
-    /// Whether it has not ended: its number is still its own, so what was copied by that number before was its memory.
-    pub(crate) fn is_alive(&self) -> bool {
-        let mut ended = [PollFd::new(&self.handle, PollFlags::IN)];
-        matches!(poll(&mut ended, Some(&Timespec { tv_sec: 0, tv_nsec: 0 })), Ok(0))
     }
 }
 
@@ -46,14 +52,16 @@ const _: () = assert!(size_of::<RemoteRange>() == size_of::<libc::iovec>());
 
 /// Copies `from`, one range after the other, into `head` and then `spans`, with one system call.
 ///
-/// At most [`MAX_RANGES`] on each side. It is an error when less than everything was copied.
+/// At most [`MAX_RANGES`] on each side. It is an error when less than everything was copied, or when the process is
+/// not the one that was meant (`ESRCH`): then whatever was copied is not what it should be.
 pub(crate) fn copy_from_process<'a>(
     process: &Process,
-    from: &[RemoteRange],
+    from: &mut Vec<RemoteRange>,
     head: &'a mut [u8],
     spans: impl Iterator<Item = Span<'a>>,
 ) -> io::Result<()> {
-    let mut slices = Vec::with_capacity(spans.size_hint().1.unwrap_or(0) + 1);
+    let mut seen = [0; 16];
+    let mut slices = Vec::with_capacity(spans.size_hint().1.unwrap_or(0) + 2);
     let mut wanted = head.len();
     if !head.is_empty() {
         slices.push(IoSliceMut::new(head));
@@ -65,7 +73,13 @@ pub(crate) fn copy_from_process<'a>(
         // its operation (rule 4), only the kernel writes through the slice, and it is gone when this returns.
         slices.push(IoSliceMut::new(unsafe { std::slice::from_raw_parts_mut(at.as_ptr(), span.len) }));
     }
-    debug_assert!(slices.len() <= MAX_RANGES && from.len() <= MAX_RANGES, "the kernel takes no more");
+    let ranges = from.len();
+    debug_assert!(slices.len() <= MAX_RANGES && ranges <= MAX_RANGES, "the kernel takes no more");
+    if let Some(witness) = &process.witness {
+        from.push(RemoteRange { address: witness.address, len: seen.len() });
+        slices.push(IoSliceMut::new(&mut seen));
+        wanted += witness.value.len();
+    }
     // SAFETY: `IoSliceMut` and `RemoteRange` are laid out as `iovec`; the local ranges are exclusive for the call, and
     // the addresses of the other process are the kernel's to check.
     let copied = unsafe {
@@ -78,10 +92,14 @@ pub(crate) fn copy_from_process<'a>(
             0,
         )
     };
-    match usize::try_from(copied) {
-        Err(_) => Err(io::Error::last_os_error()),
-        Ok(copied) if copied == wanted => Ok(()),
+    from.truncate(ranges);
+    let copied = usize::try_from(copied).map_err(|_| io::Error::last_os_error())?;
+    if copied != wanted {
         // Part of a range is not mapped there.
-        Ok(_) => Err(io::Error::from_raw_os_error(libc::EFAULT)),
+        return Err(io::Error::from_raw_os_error(libc::EFAULT));
+    }
+    match &process.witness {
+        Some(witness) if witness.value != seen => Err(io::Error::from_raw_os_error(libc::ESRCH)),
+        _ => Ok(()),
     }
 }

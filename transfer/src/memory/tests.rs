@@ -126,37 +126,39 @@ fn control_words_travel_between_mappings() {
 
 fn copied(process: &Process, address: usize, len: usize) -> io::Result<Vec<u8>> {
     let mut bytes = vec![0; len];
-    copy_from_process(process, &[RemoteRange { address, len }], &mut bytes, std::iter::empty())?;
+    copy_from_process(process, &mut vec![RemoteRange { address, len }], &mut bytes, std::iter::empty())?;
     Ok(bytes)
 }
 
 #[test]
 fn a_process_is_read_by_address_and_what_is_not_there_is_an_error() {
-    let own = Process::open(rustix::process::getpid()).unwrap();
+    let own = Process::of(rustix::process::getpid());
     let memory = HostMemory::allocate(2 << 12, "test").unwrap();
     memory.write(4000, b"across a page, by address");
     let place = memory.place();
     assert_eq!(copied(&own, place.address + 4000, 25).unwrap(), b"across a page, by address");
     let into = HostMemory::allocate(4096, "test").unwrap();
-    let from = [(4007, 1), (4000, 6)].map(|(at, len)| RemoteRange { address: place.address + at, len });
+    let ranges = [(4007, 1), (4000, 6)];
+    let mut from = ranges.map(|(at, len)| RemoteRange { address: place.address + at, len }).to_vec();
     let spans = [(100, 3), (200, 4)].map(|(offset, len)| Span { memory: &into, offset, len });
-    copy_from_process(&own, &from, &mut [], spans.into_iter()).unwrap();
+    copy_from_process(&own, &mut from, &mut [], spans.into_iter()).unwrap();
     let mut bytes = [0; 4];
     into.read(200, &mut bytes);
     assert_eq!(&bytes, b"ross", "ranges of one side need not match those of the other");
     assert_eq!(copied(&own, 8, 16).unwrap_err().raw_os_error(), Some(libc::EFAULT));
-    let from = [(place.address, 8), (8, 8)].map(|(address, len)| RemoteRange { address, len });
-    let half = copy_from_process(&own, &from, &mut [0; 16], std::iter::empty());
+    let mut from = [(place.address, 8), (8, 8)].map(|(address, len)| RemoteRange { address, len }).to_vec();
+    let half = copy_from_process(&own, &mut from, &mut [0; 16], std::iter::empty());
     assert_eq!(half.unwrap_err().raw_os_error(), Some(libc::EFAULT), "a part is not taken for the whole");
 }
 
+/// A number that belongs to another process by now, as this one's does for a process that never was.
 #[test]
-fn a_process_that_ended_is_not_taken_for_another() {
-    let mut child = std::process::Command::new("sleep").arg("60").spawn().unwrap();
-    let process = Process::open(rustix::process::Pid::from_child(&child)).unwrap();
-    assert!(process.is_alive());
-    child.kill().unwrap();
-    child.wait().unwrap();
-    assert!(!process.is_alive());
-    assert!(copied(&process, 4096, 8).is_err());
+fn a_process_without_the_witness_is_not_taken_for_the_one_meant() {
+    let memory = HostMemory::allocate(4096, "test").unwrap();
+    memory.write(64, &[7; 16]);
+    let place = memory.place();
+    let meant = |value| Process::with_witness(rustix::process::getpid(), place.address + 64, value);
+    assert_eq!(copied(&meant([7; 16]), place.address + 64, 4).unwrap(), [7; 4]);
+    let other = copied(&meant([8; 16]), place.address + 64, 4);
+    assert_eq!(other.unwrap_err().raw_os_error(), Some(libc::ESRCH));
 }

@@ -103,7 +103,7 @@ impl Batch {
             return Ok(());
         }
         let spans = self.to.iter().map(|&(offset, len)| Span { memory, offset, len });
-        copy_from_process(process, &self.from, &mut [], spans)?;
+        copy_from_process(process, &mut self.from, &mut [], spans)?;
         self.verify(job, |seed, block| memory.block_digest(seed, block.to, block.len));
         Ok(())
     }
@@ -114,7 +114,7 @@ impl Batch {
         process: &Process,
         staging: &mut [u8],
     ) -> io::Result<()> {
-        copy_from_process(process, &self.from, staging, std::iter::empty())?;
+        copy_from_process(process, &mut self.from, staging, std::iter::empty())?;
         self.verify(job, |seed, block| block_digest(seed, &staging[block.to..block.to + block.len]));
         Ok(())
     }
@@ -134,8 +134,8 @@ fn copy_long(process: &Process, from: RemoteRange, to: Span<'_>, seed: DigestSee
     for done in (0..to.len).step_by(CACHED_BYTES) {
         let len = CACHED_BYTES.min(to.len - done);
         let piece = Span { offset: to.offset + done, len, ..to };
-        let from = RemoteRange { address: from.address + done, len };
-        copy_from_process(process, &[from], &mut [], std::iter::once(piece))?;
+        let mut from = vec![RemoteRange { address: from.address + done, len }];
+        copy_from_process(process, &mut from, &mut [], std::iter::once(piece))?;
         to.memory.digest(&mut digest, piece.offset, len);
     }
     Ok(digest.finish())
@@ -146,9 +146,9 @@ pub fn probe() -> Probe {
     const REMEDY: &str = "sysctl kernel.yama.ptrace_scope=0, or give the workers CAP_SYS_PTRACE";
     let word = [7u8; 8];
     let mut copy = [0u8; 8];
-    let from = RemoteRange { address: word.as_ptr().addr(), len: word.len() };
-    let copied = Process::open(rustix::process::getpid())
-        .and_then(|own| copy_from_process(&own, &[from], &mut copy, std::iter::empty()));
+    let own = Process::of(rustix::process::getpid());
+    let mut from = vec![RemoteRange { address: word.as_ptr().addr(), len: word.len() }];
+    let copied = copy_from_process(&own, &mut from, &mut copy, std::iter::empty());
     if let Err(error) = copied {
         return Probe::fails(
             "cma",
@@ -197,7 +197,7 @@ mod tests {
 
     #[test]
     fn a_lack_of_rights_says_which() {
-        let own = Process::open(rustix::process::getpid()).unwrap();
+        let own = Process::of(rustix::process::getpid());
         let denied = failure(&own, io::Error::from_raw_os_error(libc::EPERM)).to_string();
         assert!(denied.contains("kernel.yama.ptrace_scope") && denied.contains("CAP_SYS_PTRACE"), "{denied}");
         assert!(matches!(failure(&own, io::Error::from_raw_os_error(libc::ESRCH)), LinkError::Closed));

@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
@@ -26,6 +27,9 @@ use crate::wire::{self, Kind, WireError};
 
 /// How long a read copies before other tasks get a turn.
 const TURN: Duration = Duration::from_micros(250);
+/// How old the last sign of life may be when a read starts. Nothing is lost with a peer that ended meanwhile: what is
+/// mapped stays as it was, and a copy by address fails.
+const LIFE_NS: u64 = 50_000;
 /// Bytes copied between two looks at the clock, each of which takes about as long as copying 1 KiB.
 const LOOK_BYTES: u64 = 64 << 10;
 
@@ -48,6 +52,9 @@ pub(crate) struct ShmLink {
     process: OnceLock<Process>,
     /// A second handle of the socket: its closing is the peer's end.
     life: OwnedFd,
+    opened: Instant,
+    /// When the socket was last looked at and open, in nanoseconds since `opened`.
+    alive_ns: AtomicU64,
     requests: Mutex<Requests>,
 }
 
@@ -113,7 +120,17 @@ impl ShmLink {
             let life = stream.as_fd().try_clone_to_owned().map_err(LinkError::io("keeping its socket"))?;
             let requests = Mutex::new(Requests { stream, next_seq: 1 });
             let (regions, process) = (RwLock::default(), OnceLock::new());
-            let link = Self { control, regions, process, life, requests, access, pair: pair.clone() };
+            let link = Self {
+                pair: pair.clone(),
+                access,
+                control,
+                regions,
+                process,
+                life,
+                opened: Instant::now(),
+                alive_ns: AtomicU64::new(0),
+                requests,
+            };
             if access == Access::Copy {
                 link.find_process(&mut *link.requests.lock().await).await?;
             }
@@ -134,12 +151,13 @@ impl ShmLink {
     }
 
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
-        self.check_life()?;
+        let started = job.progress.started();
+        self.check_life(started)?;
         let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
         let mut reading =
             Reading { job, shown, corrupt: Vec::new(), staging: Vec::new(), batch: Batch::default() };
         let mut region: Option<(RegionId, PeerRegion)> = None;
-        let (mut turn, mut looked) = (Instant::now(), 0);
+        let (mut turn, mut looked) = (started, 0);
         for (index, block) in job.blocks.iter().enumerate() {
             let memory = match &region {
                 Some((id, memory)) if *id == block.source.region => memory,
@@ -165,14 +183,13 @@ impl ShmLink {
                 continue;
             }
             looked = moved;
-            if turn.elapsed() >= TURN {
+            if index + 1 < job.blocks.len() && turn.elapsed() >= TURN {
                 tokio::task::yield_now().await;
-                self.check_life()?;
                 turn = Instant::now();
+                self.check_life(turn)?;
             }
         }
         self.flush(&mut reading)?;
-        self.check_life()?;
         Ok(reading.corrupt)
     }
 
@@ -205,10 +222,6 @@ impl ShmLink {
         let Some(process) = self.process.get().filter(|_| !batch.blocks.is_empty()) else { return Ok(()) };
         batch.copy(job, process, staging)?;
         self.check_words(shown)?;
-        // Still there, so it was this process and not a later one of its number that was copied from.
-        if !process.is_alive() {
-            return Err(LinkError::Closed.into());
-        }
         for block in &batch.blocks {
             match (block.good, job.into) {
                 (false, _) => corrupt.push(block.index),
@@ -226,12 +239,20 @@ impl ShmLink {
         Ok(())
     }
 
-    fn check_life(&self) -> Result<(), Fault> {
+    fn check_life(&self, now: Instant) -> Result<(), Fault> {
         let epoch = self.control.epoch();
         if epoch != self.pair.epoch {
             return Err(Fault::Stale(Some(epoch)));
         }
-        if self.is_alive() { Ok(()) } else { Err(LinkError::Closed.into()) }
+        let now_ns = now.saturating_duration_since(self.opened).as_nanos() as u64;
+        if now_ns.saturating_sub(self.alive_ns.load(Ordering::Relaxed)) < LIFE_NS {
+            return Ok(());
+        }
+        if !self.is_alive() {
+            return Err(LinkError::Closed.into());
+        }
+        self.alive_ns.store(now_ns, Ordering::Relaxed);
+        Ok(())
     }
 
     /// Whether what was just copied was the peer's to show: the same epoch, the grant still there.
@@ -284,8 +305,8 @@ impl ShmLink {
 
     /// Finds the process at the other end of the socket and proves that its memory can be read.
     ///
-    /// The kernel says who listens at the socket. It is held by a handle first; then what stands at the place of the
-    /// control memory shows that it is the process of this session, before any other address of it is read.
+    /// The kernel says who listens at the socket. From then on every copy takes the incarnation along, which stands in
+    /// the control memory, and so says which process it was taken from.
     async fn find_process(&self, requests: &mut Requests) -> Result<(), Fault> {
         if self.process.get().is_some() {
             return Ok(());
@@ -293,19 +314,15 @@ impl ShmLink {
         let credentials = requests.stream.peer_cred().map_err(LinkError::io("asking who listens"))?;
         let hidden = || LinkError::io("finding the peer's process")(ErrorKind::NotFound.into());
         let pid = credentials.pid().and_then(Pid::from_raw).ok_or_else(hidden)?;
-        let process = Process::open(pid).map_err(LinkError::io("holding the peer's process"))?;
         let place = match requests.ask(Kind::Locate, super::CONTROL, self.pair.epoch).await? {
-            Passed::Place(place) if place.len > INCARNATION_AT + size_of::<u128>() => place,
+            Passed::Place(place) if place.len >= INCARNATION_AT + size_of::<u128>() => place,
             _ => return Err(Fault::protocol(WireError::Field)),
         };
-        let mut incarnation = [0; size_of::<u128>()];
-        let from = RemoteRange { address: place.address + INCARNATION_AT, len: incarnation.len() };
-        copy_from_process(&process, &[from], &mut incarnation, std::iter::empty())
+        let incarnation = self.pair.incarnation.to_le_bytes();
+        let process = Process::with_witness(pid, place.address + INCARNATION_AT, incarnation);
+        copy_from_process(&process, &mut Vec::new(), &mut [], std::iter::empty())
             .map_err(|error| cma::failure(&process, error))?;
-        if u128::from_le_bytes(incarnation) != self.pair.incarnation || !process.is_alive() {
-            return Err(Fault::Refused(Refusal::WrongIncarnation));
-        }
-        // Someone else may have been as quick; both hold the same process.
+        // Someone else may have been as quick; both mean the same process.
         let _ = self.process.set(process);
         Ok(())
     }
