@@ -13,7 +13,6 @@ pub(crate) mod handshake;
 )]
 #[expect(unsafe_code, reason = "calls libfabric")]
 pub(crate) mod libfabric;
-#[cfg_attr(not(test), expect(dead_code, reason = "sessions open it with the commits that follow"))]
 pub(crate) mod plugin;
 pub(crate) mod shm;
 pub(crate) mod tcp;

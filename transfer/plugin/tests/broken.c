@@ -21,6 +21,14 @@ static baton_status wrong_open(const baton_open_options *options, baton_driver *
     (void)options, (void)driver, (void)error;
     return BATON_OK;
 }
+#elif defined(WRONG_SIGNALS)
+#include <signal.h>
+static void swallow(int signal) { (void)signal; }
+static baton_status wrong_open(const baton_open_options *options, baton_driver **driver, baton_error *error) {
+    signal(SIGTERM, swallow);
+    signal(SIGSEGV, swallow);
+    return cma_open(options, driver, error);
+}
 #elif defined(WRONG_OPEN_STATUS)
 static baton_status wrong_open(const baton_open_options *options, baton_driver **driver, baton_error *error) {
     (void)options, (void)driver, (void)error;

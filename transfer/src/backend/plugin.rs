@@ -25,6 +25,7 @@ use std::path::PathBuf;
 use self::calls::Calls;
 use self::driver::PluginDriver;
 use super::fabric::driver::{Driver, DriverError};
+use super::handlers;
 use crate::probe::Probe;
 
 /// Which plugin to load, and how.
@@ -44,12 +45,15 @@ impl PluginOptions {
 
 /// Opens a driver of the plugin. The object stays loaded for the life of the process.
 pub(crate) fn open(options: &PluginOptions) -> Result<Box<dyn Driver>, DriverError> {
+    handlers::keep(|| open_driver(options)).map(|driver| Box::new(driver) as Box<dyn Driver>)
+}
+
+fn open_driver(options: &PluginOptions) -> Result<PluginDriver, DriverError> {
     let table = load::load(&options.path)
         .map_err(|error| DriverError { what: error.to_string(), remedy: error.remedy().to_owned() })?;
     let name = options.name();
     let opened = Calls::open(table, name.clone(), options.bind).and_then(PluginDriver::start);
-    let driver = opened.map_err(|error| driver::explain(&name, error))?;
-    Ok(Box::new(driver))
+    opened.map_err(|error| driver::explain(&name, error))
 }
 
 /// Tries the plugin out.

@@ -82,6 +82,18 @@ fn texts_are_cut_and_cleaned() {
 }
 
 #[test]
+fn the_signal_handlers_of_the_process_stay_its_own() {
+    let caught = || {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        status.lines().find_map(|line| line.strip_prefix("SigCgt:").map(str::to_owned)).unwrap()
+    };
+    let before = caught();
+    let plugin = build("tests/broken.c", &["WRONG_SIGNALS"]);
+    let driver = open(&plugin.options()).unwrap();
+    assert_eq!(caught(), before, "with {:?}", driver.info());
+}
+
+#[test]
 fn a_key_that_cannot_be_is_refused() {
     let memory = HostMemory::allocate(4096, "key").unwrap();
     let plugin = build("tests/broken.c", &["WRONG_KEY_EMPTY"]);
