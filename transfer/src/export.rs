@@ -1,8 +1,9 @@
 //! The giving side: makes finished blocks of the arena readable under a handoff, and takes them back.
 //!
 //! ```text
-//! host arena     block ──digest in place──► granted where it is
-//! device arena   block ──copy in chunks──► staging slot ──digest each chunk while it is in cache──► granted in the slab
+//! host arena            block ──digest in place──► granted where it is
+//! device arena          block ──copy in chunks──► staging slot ──digest each chunk while it is in cache──► granted in the slab
+//! device arena, direct  block ──digest by the device──► granted where it is, for network libraries that reach it
 //! ```
 //!
 //! Every exported block has an owner, its handoff, and an end: [`Exporter::acked`], [`Exporter::release`], or
@@ -21,22 +22,22 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::{Agent, Integrity, RegionId, RegisterError};
 use crate::arena_memory::ArenaMemory;
-use crate::device::{Device, DeviceError};
+use crate::device::DeviceError;
 use crate::digest::DigestSeed;
 use crate::jobs;
-use crate::memory::{HostMemory, MemoryError};
+use crate::memory::MemoryError;
 use crate::session::Descriptor;
-use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError, Slot, SlotState};
+use crate::slab::{SlabAuditError, SlabCounts, SlabError, Slot, SlotState};
 
+use self::source::Source;
+
+mod source;
 mod stage;
 #[cfg(test)]
 mod tests;
 
 /// Jobs of one call that run at a time: one copies while others hash, and none starves the other handoffs.
 const JOBS_IN_FLIGHT: usize = 3;
-
-/// Bytes worth a job of their own: less costs more in scheduling than it gains in overlap.
-const JOB_MIN_BYTES: usize = 512 << 10;
 
 /// How an exporter runs.
 #[derive(Debug, Clone)]
@@ -47,11 +48,14 @@ pub struct ExportOptions {
     pub integrity: Integrity,
     /// Longest a handoff keeps its blocks without a sign of life.
     pub lease: Duration,
+    /// Whether blocks of a device arena are granted where they are, if network libraries reach its memory and the
+    /// device computes digests itself; else, or where it does not, they are staged in host memory.
+    pub direct: bool,
 }
 
 impl Default for ExportOptions {
     fn default() -> Self {
-        Self { slots: 32, integrity: Integrity::Digest, lease: Duration::from_secs(30) }
+        Self { slots: 32, integrity: Integrity::Digest, lease: Duration::from_secs(30), direct: false }
     }
 }
 
@@ -103,17 +107,12 @@ struct Inner {
     agent: Agent,
     geometry: KvGeometry,
     source: Source,
+    /// Why the arena's own memory is not granted.
+    why_staged: Option<String>,
     region: RegionId,
     options: ExportOptions,
     jobs: TaskTracker,
     books: Mutex<Books>,
-}
-
-/// Where peers read from.
-#[derive(Clone)]
-enum Source {
-    InPlace(HostMemory),
-    Staged { device: Arc<dyn Device>, slab: Slab },
 }
 
 #[derive(Default)]
@@ -156,32 +155,33 @@ impl Exporter {
         geometry: KvGeometry,
         options: ExportOptions,
     ) -> Result<Self, ExporterError> {
-        let (source, registered) = match memory {
-            ArenaMemory::Host(memory) => (Source::InPlace(memory.clone()), memory),
-            ArenaMemory::Device(device) => {
-                let slab = Slab::new(options.slots, geometry.block_bytes(), "export staging")?;
-                slab.pin(device.as_ref());
-                let memory = slab.memory().clone();
-                (Source::Staged { device, slab }, memory)
-            }
+        let (source, why_staged) = Source::of(memory, &geometry, &options)?;
+        let region = match &source {
+            Source::InPlace(memory) => agent.register(memory.clone())?,
+            Source::Direct(memory) => agent.register_device(memory.clone())?,
+            Source::Staged { slab, .. } => agent.register(slab.memory().clone())?,
         };
-        let region = agent.register(registered)?;
         let (jobs, books) = (TaskTracker::new(), Mutex::default());
-        Ok(Self(Arc::new(Inner { agent, geometry, source, region, options, jobs, books })))
+        Ok(Self(Arc::new(Inner { agent, geometry, source, why_staged, region, options, jobs, books })))
     }
 
     /// Most blocks one call of [`Exporter::publish`] takes: half the slab, so that one call fills while another is read.
     pub fn max_blocks(&self) -> usize {
         match &self.0.source {
-            Source::InPlace(_) => usize::MAX,
+            Source::InPlace(_) | Source::Direct(_) => usize::MAX,
             Source::Staged { slab, .. } => slab.slots().div_ceil(2),
         }
     }
 
+    /// Why blocks are copied to host memory before peers read them; nothing where peers read the arena itself.
+    pub fn why_staged(&self) -> Option<&str> {
+        self.0.why_staged.as_deref()
+    }
+
     /// Makes `blocks` readable under `handoff` and says where they are, in the order given.
     ///
-    /// The blocks must stay as they are until this returns, and in a host arena until they are acknowledged or
-    /// released. Slots of all blocks are waited for together, behind whoever asked before. Dropping the future
+    /// The blocks must stay as they are until this returns, and where peers read the arena itself (see
+    /// [`Exporter::why_staged`]) until they are acknowledged or released. Slots of all blocks are waited for together, behind whoever asked before. Dropping the future
     /// publishes nothing.
     ///
     /// # Errors
@@ -276,7 +276,7 @@ impl Exporter {
     /// When a slot is lost or counted twice: a bug.
     pub fn audit(&self) -> Result<SlabCounts, SlabAuditError> {
         match &self.0.source {
-            Source::InPlace(_) => Ok(SlabCounts::default()),
+            Source::InPlace(_) | Source::Direct(_) => Ok(SlabCounts::default()),
             Source::Staged { slab, .. } => slab.audit(),
         }
     }
@@ -385,14 +385,15 @@ impl Inner {
         slots: Vec<Option<Slot>>,
     ) -> Vec<Job> {
         let bytes = self.geometry.block_bytes();
-        let per_job = JOB_MIN_BYTES.div_ceil(bytes);
+        let per_job = self.source.blocks_per_job(bytes);
         let mut slots = slots.into_iter();
         let job = |blocks: &[ExportBlock]| -> Job {
             let (source, integrity) = (self.source.clone(), self.options.integrity);
             let work: Vec<(ExportBlock, Option<Slot>)> = blocks.iter().copied().zip(slots.by_ref()).collect();
             let seed_of = move |index| DigestSeed { handoff, epoch, index };
             Box::new(move || match source {
-                Source::InPlace(memory) => Ok(in_place(&memory, work, bytes, integrity, seed_of)),
+                Source::InPlace(memory) => Ok(source::in_place(&memory, work, bytes, integrity, seed_of)),
+                Source::Direct(memory) => source::on_device(&memory, work, bytes, integrity, seed_of),
                 Source::Staged { device, .. } => {
                     let with_slot = |(block, slot): (ExportBlock, Option<Slot>)| Some((block, slot?));
                     let work = work.into_iter().filter_map(with_slot).collect();
@@ -406,23 +407,4 @@ impl Inner {
     async fn run(&self, job: Job) -> Result<Vec<Prepared>, ExportError> {
         Ok(jobs::start(&self.jobs, job).await.ok_or(ExportError::Closed)??)
     }
-}
-
-/// Digests blocks where they are.
-fn in_place(
-    memory: &HostMemory,
-    work: Vec<(ExportBlock, Option<Slot>)>,
-    bytes: usize,
-    integrity: Integrity,
-    seed_of: impl Fn(u32) -> DigestSeed,
-) -> Vec<Prepared> {
-    let prepare = |(block, _): (ExportBlock, Option<Slot>)| {
-        let offset = block.block as usize * bytes;
-        let digest = match integrity {
-            Integrity::Digest => memory.block_digest(seed_of(block.index), offset, bytes),
-            Integrity::Off => 0,
-        };
-        Prepared { index: block.index, offset, digest, slot: None }
-    };
-    work.into_iter().map(prepare).collect()
 }

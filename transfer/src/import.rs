@@ -4,6 +4,7 @@
 //! equal blocks, host arena     peer ──► destination block, verified there
 //! other blocks, host arena     peer ──► verified in the session's buffer ──re-layout──► destination blocks
 //! device arena                 the same into staging slots, each copied to the device while the next are read
+//! device arena, direct         equal whole blocks: peer ──► destination block, verified there by the device
 //! ```
 //!
 //! Rules on which the block pool relies:
@@ -19,6 +20,7 @@
 use std::collections::BTreeSet;
 use std::future::Future;
 use std::ops::Range;
+use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
@@ -27,7 +29,7 @@ use baton_config::{Bytes, Epoch, HandoffId, KvGeometry, WorkerId};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use crate::agent::RegionId;
+use crate::agent::{DeviceMemory, RegionId};
 use crate::arena_memory::ArenaMemory;
 use crate::device::DeviceError;
 use crate::digest::DigestSeed;
@@ -37,6 +39,7 @@ use crate::plan::{PlanError, RelayoutPlan};
 use crate::session::{BlockRead, BlockSink, Descriptor, Destination, Expected, ReadReport, Session};
 use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError};
 
+mod direct;
 mod fence;
 mod staged;
 #[cfg(test)]
@@ -47,11 +50,14 @@ mod tests;
 pub struct ImportOptions {
     /// Staging slots for a device arena, each of one block. Host arenas need none.
     pub slots: usize,
+    /// Whether blocks are read straight into a device arena, by paths that reach its memory and if the device verifies
+    /// digests itself; staged in host memory otherwise.
+    pub direct: bool,
 }
 
 impl Default for ImportOptions {
     fn default() -> Self {
-        Self { slots: 32 }
+        Self { slots: 32, direct: false }
     }
 }
 
@@ -120,6 +126,8 @@ pub struct Importer {
     memory: ArenaMemory,
     geometry: KvGeometry,
     slab: Option<Slab>,
+    /// The arena of a device, where paths may reach it, or why they may not.
+    direct: Result<DeviceMemory, String>,
     jobs: TaskTracker,
 }
 
@@ -141,7 +149,17 @@ impl Importer {
                 Some(slab)
             }
         };
-        Ok(Self { memory, geometry, slab, jobs: TaskTracker::new() })
+        let direct = match &memory {
+            ArenaMemory::Device(device) if options.direct => DeviceMemory::new(Arc::clone(device)),
+            ArenaMemory::Device(_) => Err("blocks are to be host-buffered".to_owned()),
+            ArenaMemory::Host(_) => Err("the arena is host memory".to_owned()),
+        };
+        Ok(Self { memory, geometry, slab, direct, jobs: TaskTracker::new() })
+    }
+
+    /// Why no path reads straight into the memory of a device; whether the path of a session does, it says itself.
+    pub fn why_staged(&self) -> Option<&str> {
+        self.direct.as_ref().err().map(String::as_str)
     }
 
     /// The plan from a peer's blocks to own ones, to refuse a peer early.
@@ -204,7 +222,13 @@ impl Importer {
             Reader { session, handoff: pull.handoff, dest_blocks: &pull.dest_blocks, tokens, plan, deadline };
         match (&self.memory, &self.slab) {
             (ArenaMemory::Device(device), Some(slab)) => {
-                staged::pull(&reader, &blocks, (device, slab), &self.jobs, progress).await
+                let direct = direct::pull(&reader, &blocks, &self.direct, &self.jobs).await;
+                let (placed, done) = (direct.placed, direct.done);
+                let rest: Vec<TicketBlock> =
+                    blocks.into_iter().filter(|block| !placed.indices.contains(&block.index)).collect();
+                staged::note(&reader, &placed, progress);
+                done?;
+                staged::pull(&reader, &rest, placed, (device, slab), &self.jobs, progress).await
             }
             (memory, _) => reader.read_to_arena(&blocks, memory, progress).await,
         }
@@ -257,6 +281,12 @@ fn in_reach(plan: &RelayoutPlan, pull: &Pull) -> (Vec<TicketBlock>, Range<u32>) 
 trait Peer: Sync {
     fn worker(&self) -> &WorkerId;
     fn epoch(&self) -> Epoch;
+    /// As [`Session::verifies`].
+    fn verifies(&self) -> bool;
+    /// Counts blocks that failed their digests after a read that does not verify.
+    fn count_corrupt(&self, blocks: usize);
+    /// As [`Session::reaches`].
+    fn reaches(&self, memory: &DeviceMemory) -> impl Future<Output = Result<(), String>> + Send;
     /// Keeps the promises of [`Session::read`].
     fn read(
         &self,
@@ -274,6 +304,18 @@ impl Peer for Session {
 
     fn epoch(&self) -> Epoch {
         self.epoch()
+    }
+
+    fn verifies(&self) -> bool {
+        self.verifies()
+    }
+
+    fn count_corrupt(&self, blocks: usize) {
+        self.count_corrupt(blocks);
+    }
+
+    async fn reaches(&self, memory: &DeviceMemory) -> Result<(), String> {
+        self.reaches(memory).await
     }
 
     async fn read(

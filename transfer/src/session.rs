@@ -14,7 +14,7 @@ use crate::agent::paths::{Paths, Tried};
 use crate::agent::{AgentOptions, BackendKind, DeviceMemory, Integrity, RegionId};
 use crate::backend::{Fault, Progress, ReadJob};
 use crate::digest::DigestSeed;
-use crate::error::{LinkError, Refusal, TransferError};
+use crate::error::{ErrorKind, LinkError, Refusal, TransferError};
 use crate::memory::HostMemory;
 use crate::stats::{Counters, PathMeter};
 use crate::wire::MAX_READ_BYTES;
@@ -161,6 +161,17 @@ impl Session {
     /// Whether a read may work: not when every path has broken. A lone `tcp` path opens new streams by itself.
     pub fn is_usable(&self) -> bool {
         !self.0.closed.is_cancelled() && self.0.paths.is_usable(self.0.avoid)
+    }
+
+    /// Whether reads verify digests; those into the memory of a device leave that to the caller.
+    pub fn verifies(&self) -> bool {
+        self.0.verify
+    }
+
+    /// Counts blocks that the caller found corrupt.
+    pub(crate) fn count_corrupt(&self, blocks: usize) {
+        self.0.counters.error(ErrorKind::Integrity);
+        self.0.counters.checksum_mismatches(blocks as u64);
     }
 
     /// Whether reads can go straight into the memory of a device, which is registered for that if need be.

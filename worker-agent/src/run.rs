@@ -409,7 +409,8 @@ async fn build_io(
         lease: options.handoff.lease * 2,
     };
     let exporter = Exporter::new(agent.clone(), memory.clone(), geometry, exports)?;
-    let importer = Importer::new(memory.clone(), geometry, &ImportOptions { slots })?;
+    let importer =
+        Importer::new(memory.clone(), geometry, &ImportOptions { slots, ..ImportOptions::default() })?;
     Ok(Io {
         worker: options.worker.clone(),
         geometry,

@@ -1,6 +1,7 @@
 //! Copies blocks of a device to their staging slots, and digests each chunk while the device copies the next ones.
 
 use std::collections::VecDeque;
+use std::ops::Range;
 
 use super::{ExportBlock, Prepared};
 use crate::agent::Integrity;
@@ -14,10 +15,10 @@ const CHUNK_BYTES: usize = 128 << 10;
 /// Copies under way ahead of the digest: one that the device works on and one behind it, so that it never waits for us.
 const AHEAD: usize = 2;
 
-/// A part of a block on its way.
+/// A part of a block on its way, or several whole ones.
 struct Chunk {
-    /// Position of its block in the job.
-    position: usize,
+    /// Positions of its blocks in the job.
+    blocks: Range<usize>,
     start: usize,
     len: usize,
     copy: Submitted,
@@ -31,21 +32,28 @@ pub(super) fn stage(
     integrity: Integrity,
     seed_of: impl Fn(u32) -> DigestSeed,
 ) -> Result<Vec<Prepared>, DeviceError> {
-    let chunks = work.iter().enumerate().flat_map(|(position, (block, slot))| {
-        (0..bytes).step_by(CHUNK_BYTES).map(move |start| (position, block, slot, start))
+    let per_chunk = (CHUNK_BYTES / bytes).max(1);
+    let chunks = (0..work.len()).step_by(per_chunk).flat_map(|first| {
+        let blocks = first..(first + per_chunk).min(work.len());
+        (0..bytes)
+            .step_by(CHUNK_BYTES)
+            .map(move |start| (blocks.clone(), start, CHUNK_BYTES.min(bytes - start)))
     });
     let mut digests = Digests { work: &work, integrity, digest: None, found: Vec::new(), bytes };
     let mut under_way: VecDeque<Chunk> = VecDeque::with_capacity(AHEAD);
-    for (position, block, slot, start) in chunks {
+    for (blocks, start, len) in chunks {
         if under_way.len() == AHEAD
             && let Some(chunk) = under_way.pop_front()
         {
             digests.take(chunk, &seed_of)?;
         }
-        let len = CHUNK_BYTES.min(bytes - start);
-        let from = block.block as usize * bytes + start;
-        let copy = device.submit_to_host(from, slot.memory(), slot.offset() + start, len)?;
-        under_way.push_back(Chunk { position, start, len, copy });
+        let place = |(block, slot): &(ExportBlock, Slot)| {
+            (block.block as usize * bytes + start, slot.offset() + start)
+        };
+        let places: Vec<(usize, usize)> = work[blocks.clone()].iter().map(place).collect();
+        // All slots are of one slab.
+        let copy = device.submit_blocks_to_host(&places, work[blocks.start].1.memory(), len)?;
+        under_way.push_back(Chunk { blocks, start, len, copy });
     }
     for chunk in under_way {
         digests.take(chunk, &seed_of)?;
@@ -74,18 +82,19 @@ struct Digests<'a> {
 impl Digests<'_> {
     /// Waits for a chunk and digests it.
     fn take(&mut self, chunk: Chunk, seed_of: impl Fn(u32) -> DigestSeed) -> Result<(), DeviceError> {
-        let Chunk { position, start, len, copy } = chunk;
+        let Chunk { blocks, start, len, copy } = chunk;
         copy.finish()?;
-        let (block, slot) = &self.work[position];
-        if self.integrity == Integrity::Digest {
-            let digest = self.digest.get_or_insert_with(|| BlockDigest::new(seed_of(block.index)));
-            if start == 0 {
-                digest.restart(seed_of(block.index));
+        for (block, slot) in &self.work[blocks] {
+            if self.integrity == Integrity::Digest {
+                let digest = self.digest.get_or_insert_with(|| BlockDigest::new(seed_of(block.index)));
+                if start == 0 {
+                    digest.restart(seed_of(block.index));
+                }
+                slot.memory().digest(digest, slot.offset() + start, len);
             }
-            slot.memory().digest(digest, slot.offset() + start, len);
-        }
-        if start + len == self.bytes {
-            self.found.push(self.digest.as_ref().map_or(0, BlockDigest::finish));
+            if start + len == self.bytes {
+                self.found.push(self.digest.as_ref().map_or(0, BlockDigest::finish));
+            }
         }
         Ok(())
     }

@@ -7,8 +7,9 @@ use baton_config::{Dtype, KvLayout};
 
 use super::*;
 use crate::agent::AgentOptions;
-use crate::device::{EmulatedDevice, Submitted};
+use crate::device::{Device, EmulatedDevice, Submitted};
 use crate::digest::block_digest;
+use crate::memory::HostMemory;
 use crate::plan::reference;
 
 const HANDOFF: HandoffId = HandoffId(7);
@@ -138,7 +139,7 @@ fn check(memory: &HostMemory, handoff: HandoffId, tickets: &[TicketBlock], noise
 fn slab_memory(exporter: &Exporter) -> HostMemory {
     match &exporter.0.source {
         Source::Staged { slab, .. } => slab.memory().clone(),
-        Source::InPlace(_) => panic!("a device arena is staged"),
+        Source::InPlace(_) | Source::Direct(_) => panic!("this arena is staged"),
     }
 }
 
@@ -348,4 +349,73 @@ fn exports_and_imports_can_be_sent_between_threads() {
     sent(move || exporter().publish(HANDOFF, EPOCH, &[], soon()));
     sent(move || exporter().release(HANDOFF));
     sent(move || importer().pull(session(), pull(), soon()));
+}
+
+#[tokio::test]
+async fn blocks_of_many_chunks_and_many_blocks_of_a_chunk_are_staged_whole() {
+    let large = KvGeometry { layers: 24, kv_heads: 4, head_dim: 64, ..GEOMETRY };
+    assert!(large.block_bytes() > 128 << 10 && !large.block_bytes().is_multiple_of(128 << 10));
+    for geometry in [large, GEOMETRY] {
+        let noise = reference::blocks(&geometry, 40, 5);
+        let memory = EmulatedDevice::new(40 * geometry.block_bytes(), None).unwrap();
+        memory.write(0, &noise.concat());
+        let options = ExportOptions { slots: 80, ..ExportOptions::default() };
+        let memory = ArenaMemory::Device(Arc::new(memory));
+        let exporter = Exporter::new(agent().await, memory, geometry, options).unwrap();
+        assert_eq!(exporter.why_staged(), Some("blocks are to be host-buffered"));
+        let blocks: Vec<ExportBlock> =
+            (0..40).map(|index| ExportBlock { index, block: index * 7 % 40 }).collect();
+        let tickets = exporter.publish(HANDOFF, EPOCH, &blocks, soon()).await.unwrap();
+        let Source::Staged { slab, .. } = &exporter.0.source else { panic!("not staged") };
+        for ticket in &tickets {
+            let mut bytes = vec![0; geometry.block_bytes()];
+            slab.memory().read(ticket.offset as usize, &mut bytes);
+            assert!(bytes == noise[(ticket.index * 7 % 40) as usize], "block {}", ticket.index);
+            let seed = DigestSeed { handoff: HANDOFF, epoch: EPOCH, index: ticket.index };
+            assert_eq!(ticket.digest, block_digest(seed, &bytes));
+        }
+        exporter.close().await;
+    }
+}
+
+#[tokio::test]
+async fn blocks_of_a_device_that_networks_reach_are_granted_where_they_are() {
+    let device = Arc::new(EmulatedDevice::new(arena_len(), None).unwrap().reachable());
+    let noise = reference::blocks(&GEOMETRY, 32, 5);
+    device.write(0, &noise.concat());
+    let (agent, memory) = (agent().await, ArenaMemory::Device(device));
+    let options = ExportOptions { direct: true, ..ExportOptions::default() };
+    let exporter = Exporter::new(agent.clone(), memory, GEOMETRY, options).unwrap();
+    assert_eq!((exporter.why_staged(), exporter.max_blocks()), (None, usize::MAX));
+    let tickets = exporter.publish(HANDOFF, EPOCH, &blocks(0..20), soon()).await.unwrap();
+    for (ticket, block) in tickets.iter().zip(blocks(0..20)) {
+        assert_eq!(ticket.offset, u64::from(block.block) * GEOMETRY.block_bytes() as u64);
+        let seed = DigestSeed { handoff: HANDOFF, epoch: EPOCH, index: ticket.index };
+        assert_eq!(ticket.digest, block_digest(seed, &noise[block.block as usize]));
+    }
+    let place = Descriptor {
+        region: RegionId(tickets[0].region),
+        offset: tickets[0].offset,
+        len: GEOMETRY.block_bytes() as u32,
+    };
+    assert!(agent.serving(HANDOFF, &[place]).is_ok());
+    exporter.release(HANDOFF).await;
+    assert!(agent.serving(HANDOFF, &[place]).is_err(), "a released block may be reused");
+    assert_eq!(exporter.published(), 0);
+}
+
+#[tokio::test]
+async fn a_device_that_networks_do_not_reach_is_staged_and_says_why() {
+    let device = Arc::new(EmulatedDevice::new(arena_len(), None).unwrap());
+    let options = |integrity| ExportOptions { direct: true, integrity, ..ExportOptions::default() };
+    let why = async |integrity| {
+        let memory = ArenaMemory::Device(device.clone());
+        let exporter = Exporter::new(agent().await, memory, GEOMETRY, options(integrity)).unwrap();
+        exporter.why_staged().unwrap().to_owned()
+    };
+    assert_eq!(
+        why(Integrity::Digest).await,
+        "digests take a copy in host memory: an emulated device has no kernels for blocks"
+    );
+    assert_eq!(why(Integrity::Off).await, "the network cannot reach the memory of an emulated device");
 }

@@ -20,14 +20,18 @@ use crate::jobs;
 use crate::slab::{Slab, SlabError, Slot};
 
 /// Reads `blocks`, by rising index, into staging slots, a group at a time, and copies finished destination blocks to
-/// the device while the next group is read.
+/// the device while the next group is read. `direct` is what is in place already: equal blocks of both sides.
 pub(super) async fn pull<P: Peer>(
     reader: &Reader<'_, P>,
     blocks: &[TicketBlock],
+    direct: Placed,
     (device, slab): (&Arc<dyn Device>, &Slab),
     jobs: &TaskTracker,
     progress: &mut Progress,
 ) -> Result<(), PullCause> {
+    if blocks.is_empty() {
+        return Ok(());
+    }
     let budget = Budget::of(reader, blocks, slab)?;
     let free = slab.acquire(budget.slots, reader.deadline).await?;
     let fence = Fence::default();
@@ -41,8 +45,8 @@ pub(super) async fn pull<P: Peer>(
         free,
         open: BTreeMap::new(),
         flights: FuturesUnordered::new(),
-        flushed: BTreeSet::new(),
-        placed: Placed::default(),
+        flushed: direct.indices.clone(),
+        placed: direct,
     };
     let mut rest = blocks;
     let mut done = Ok(());
@@ -54,8 +58,31 @@ pub(super) async fn pull<P: Peer>(
     }
     let landed = stage.land_all().await;
     progress.bytes = Bytes(stage.placed.bytes);
-    progress.upto = stage.upto();
+    progress.upto = upto(reader, &stage.flushed);
     done.and(landed)
+}
+
+/// Notes what blocks read directly amount to.
+pub(super) fn note<P: Peer>(reader: &Reader<'_, P>, direct: &Placed, progress: &mut Progress) {
+    progress.bytes = Bytes(direct.bytes);
+    progress.upto = upto(reader, &direct.indices);
+}
+
+/// Wanted tokens in place from the start of the range without a gap, given the destination blocks in place.
+fn upto<P: Peer>(reader: &Reader<'_, P>, in_place: &BTreeSet<u32>) -> u32 {
+    let (tokens, size) = (&reader.tokens, reader.plan.dest().block_tokens);
+    let mut upto = tokens.start;
+    while upto < tokens.end && in_place.contains(&(upto / size)) {
+        upto = wanted_of(reader, upto / size).end;
+    }
+    upto
+}
+
+/// The wanted tokens of a destination block.
+fn wanted_of<P: Peer>(reader: &Reader<'_, P>, dest: u32) -> std::ops::Range<u32> {
+    let (size, tokens) = (reader.plan.dest().block_tokens, &reader.tokens);
+    let start = dest.saturating_mul(size);
+    start.max(tokens.start)..start.saturating_add(size).min(tokens.end)
 }
 
 /// How many slots a pull takes, and how many of them one group of reads.
@@ -174,15 +201,8 @@ impl<P: Peer> Stage<'_, P> {
     }
 
     fn is_complete(&self, dest: u32) -> bool {
-        let tokens = self.wanted_of(dest);
+        let tokens = wanted_of(self.reader, dest);
         self.reader.plan.source_blocks(&tokens).all(|index| self.placed.indices.contains(&index))
-    }
-
-    /// The wanted tokens of a destination block.
-    fn wanted_of(&self, dest: u32) -> std::ops::Range<u32> {
-        let (size, tokens) = (self.reader.plan.dest().block_tokens, &self.reader.tokens);
-        let start = dest.saturating_mul(size);
-        start.max(tokens.start)..start.saturating_add(size).min(tokens.end)
     }
 
     fn flush(&self, dest: u32, slot: Slot) -> Flight {
@@ -218,16 +238,6 @@ impl<P: Peer> Stage<'_, P> {
             }
         }
         done
-    }
-
-    /// Wanted tokens in place from the start of the range without a gap.
-    fn upto(&self) -> u32 {
-        let tokens = &self.reader.tokens;
-        let mut upto = tokens.start;
-        while upto < tokens.end && self.flushed.contains(&(upto / self.reader.plan.dest().block_tokens)) {
-            upto = self.wanted_of(upto / self.reader.plan.dest().block_tokens).end;
-        }
-        upto
     }
 
     fn arena_at(&self, dest: u32) -> usize {

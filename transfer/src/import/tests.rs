@@ -1,6 +1,7 @@
 use std::future::{self, Future};
 use std::pin::{Pin, pin};
-use std::sync::{Arc, Condvar, Mutex};
+use std::sync::atomic::AtomicUsize;
+use std::sync::{Condvar, Mutex};
 use std::task::{Context, Poll, Waker};
 use std::thread;
 
@@ -24,6 +25,11 @@ struct FakePeer {
     corrupt: BTreeSet<u32>,
     /// The link fails after so many blocks.
     fails_after: Option<usize>,
+    /// Whether it reaches the memory of a device, and after how many reads it does no more.
+    reaches: bool,
+    loses_reach_after: Option<usize>,
+    device_reads: AtomicUsize,
+    found_corrupt: AtomicUsize,
     reads: Mutex<Vec<u32>>,
 }
 
@@ -34,6 +40,10 @@ impl FakePeer {
             blocks: reference::blocks(source, source.blocks_for(tokens), seed),
             corrupt: BTreeSet::new(),
             fails_after: None,
+            reaches: true,
+            loses_reach_after: None,
+            device_reads: AtomicUsize::new(0),
+            found_corrupt: AtomicUsize::new(0),
             reads: Mutex::default(),
         }
     }
@@ -57,6 +67,18 @@ impl Peer for FakePeer {
         EPOCH
     }
 
+    fn verifies(&self) -> bool {
+        true
+    }
+
+    fn count_corrupt(&self, blocks: usize) {
+        self.found_corrupt.fetch_add(blocks, Ordering::SeqCst);
+    }
+
+    async fn reaches(&self, _memory: &DeviceMemory) -> Result<(), String> {
+        if self.reaches { Ok(()) } else { Err("it copies to host memory".to_owned()) }
+    }
+
     async fn read(
         &self,
         handoff: HandoffId,
@@ -66,6 +88,13 @@ impl Peer for FakePeer {
     ) -> Result<ReadReport, TransferError> {
         assert_eq!(handoff, HANDOFF);
         let mut bad = Vec::new();
+        if let Destination::Device(_) = into {
+            let before = self.device_reads.fetch_add(1, Ordering::SeqCst);
+            if self.loses_reach_after.is_some_and(|reads| reads <= before) {
+                let source = LinkError::Device("it fell back".to_owned());
+                return Err(TransferError::Link { worker: self.worker.clone(), moved: Bytes(0), source });
+            }
+        }
         for (position, read) in blocks.iter().enumerate() {
             tokio::task::yield_now().await;
             let worker = self.worker.clone();
@@ -78,13 +107,17 @@ impl Peer for FakePeer {
             if self.corrupt.contains(&index) {
                 bytes[0] ^= 1;
             }
+            if let Destination::Device(memory) = into {
+                memory.device().write(read.to, &bytes);
+                continue;
+            }
             let expected = read.expected.unwrap();
             let good = block_digest(expected.seed, &bytes) == expected.digest;
             match into {
                 Destination::Memory(memory) => memory.write(read.to, &bytes),
                 Destination::Sink(sink) if good => sink.block(position, &bytes),
                 Destination::Sink(_) => {}
-                Destination::Device(_) => panic!("not asked for by these tests"),
+                Destination::Device(_) => unreachable!("written above"),
             }
             if !good {
                 bad.push(position);
@@ -103,15 +136,19 @@ fn geometry(block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
     KvGeometry { layers: 2, kv_heads: 2, head_dim: 8, block_tokens, layout, dtype, ..KvGeometry::PLAIN }
 }
 
+fn staged(slots: usize) -> ImportOptions {
+    ImportOptions { slots, direct: false }
+}
+
 const NHD: KvLayout = KvLayout::Nhd;
 const HND: KvLayout = KvLayout::Hnd;
 
-/// An arena of `count` blocks of noise.
+/// An arena of `count` blocks of noise; that of a device can be reached by who asks for it.
 fn arena(g: &KvGeometry, count: u32, device: bool) -> (ArenaMemory, Vec<Vec<u8>>) {
     let noise = reference::blocks(g, count, 99);
     let len = count as usize * g.block_bytes();
     let memory = if device {
-        ArenaMemory::Device(Arc::new(EmulatedDevice::new(len, None).unwrap()))
+        ArenaMemory::Device(Arc::new(EmulatedDevice::new(len, None).unwrap().reachable()))
     } else {
         ArenaMemory::Host(HostMemory::allocate(len, "arena").unwrap())
     };
@@ -179,17 +216,17 @@ proptest! {
         source in any_geometry(),
         other in any_geometry(),
         same in any::<bool>(),
-        device in any::<bool>(),
+        (device, direct, reaches) in any::<(bool, bool, bool)>(),
         slots in 22usize..60,
         (a, b) in (0u32..90, 0u32..90),
         seed in any::<u64>(),
     ) {
         let dest = if same { source } else { other };
         let tokens = a.min(b)..a.max(b);
-        let peer = FakePeer::new(&source, 90, seed);
+        let peer = FakePeer { reaches, ..FakePeer::new(&source, 90, seed) };
         let (memory, noise) = arena(&dest, dest.blocks_for(90), device);
         let table = table(dest.blocks_for(90), seed);
-        let importer = Importer::new(memory.clone(), dest, &ImportOptions { slots }).unwrap();
+        let importer = Importer::new(memory.clone(), dest, &ImportOptions { slots, direct }).unwrap();
         let pull = pull_of(&peer, source, tokens.clone(), table.clone());
         let report = block_on(importer.pull_from(&peer, pull, soon())).unwrap();
 
@@ -200,6 +237,11 @@ proptest! {
         reads.sort_unstable();
         let wanted: Vec<u32> = importer.plan(source).unwrap().source_blocks(&tokens).collect();
         prop_assert_eq!(report.bytes.0, (wanted.len() * source.block_bytes()) as u64);
+        let whole = wanted.iter().any(|index| {
+            importer.plan(source).unwrap().tokens_of(*index, &tokens).len() == source.block_tokens as usize
+        });
+        let straight = device && direct && reaches && importer.plan(source).unwrap().is_direct() && whole;
+        prop_assert_eq!(peer.device_reads.load(Ordering::SeqCst) > 0, straight);
         prop_assert_eq!(reads, wanted, "every block with a wanted token is read once, no other is");
         let counts = importer.audit().unwrap();
         prop_assert_eq!(counts.free, counts.total());
@@ -210,7 +252,7 @@ proptest! {
         source in any_geometry(),
         other in any_geometry(),
         same in any::<bool>(),
-        device in any::<bool>(),
+        (device, direct) in any::<(bool, bool)>(),
         corrupt in proptest::collection::btree_set(0u32..30, 0..3),
         fails_after in proptest::option::of(0usize..8),
         (start, len) in (0u32..40, 1u32..50),
@@ -221,7 +263,7 @@ proptest! {
         let mut peer = FakePeer { corrupt, fails_after, ..FakePeer::new(&source, 90, seed) };
         let (memory, noise) = arena(&dest, dest.blocks_for(90), device);
         let table = table(dest.blocks_for(90), seed);
-        let importer = Importer::new(memory.clone(), dest, &ImportOptions { slots: 24 }).unwrap();
+        let importer = Importer::new(memory.clone(), dest, &ImportOptions { slots: 24, direct }).unwrap();
         let pull = pull_of(&peer, source, tokens.clone(), table.clone());
         let done = block_on(importer.pull_from(&peer, pull, soon()));
         let upto = match &done {
@@ -310,7 +352,7 @@ async fn a_pull_waits_for_staging_until_its_deadline() {
     let (source, dest) = (geometry(8, NHD, Dtype::Bf16), geometry(8, HND, Dtype::Bf16));
     let peer = FakePeer::new(&source, 64, 1);
     let (memory, _) = arena(&dest, 8, true);
-    let importer = Importer::new(memory, dest, &ImportOptions { slots: 4 }).unwrap();
+    let importer = Importer::new(memory, dest, &staged(4)).unwrap();
     let held = importer.slab.as_ref().unwrap().acquire(4, soon()).await.unwrap();
     let pull = || pull_of(&peer, source, 0..64, (0..8).collect());
     let error = importer.pull_from(&peer, pull(), soon()).await.unwrap_err();
@@ -320,10 +362,51 @@ async fn a_pull_waits_for_staging_until_its_deadline() {
 
     let narrow = geometry(1, HND, Dtype::Bf16);
     let (memory, _) = arena(&narrow, 64, true);
-    let importer = Importer::new(memory, narrow, &ImportOptions { slots: 4 }).unwrap();
+    let importer = Importer::new(memory, narrow, &staged(4)).unwrap();
     let pull = pull_of(&peer, source, 0..64, (0..64).collect());
     let error = importer.pull_from(&peer, pull, soon()).await.unwrap_err();
     assert!(matches!(error.cause, PullCause::Staging(SlabError::TooMany { .. })), "{error:?}");
+}
+
+#[test]
+fn whole_blocks_go_straight_into_a_device_and_are_verified_there() {
+    // Six groups of 32 MiB.
+    let g = KvGeometry { layers: 32, kv_heads: 16, head_dim: 64, ..geometry(32, NHD, Dtype::F32) };
+    let per_group = (32 << 20) / g.block_bytes() as u32;
+    let count = per_group * 2 + 1;
+    let tokens = 3..count * g.block_tokens - 5;
+    let pull_all = |peer: &FakePeer, table: &[u32]| {
+        let (memory, noise) = arena(&g, count, true);
+        let importer = Importer::new(memory.clone(), g, &ImportOptions { slots: 8, direct: true }).unwrap();
+        assert_eq!(importer.why_staged(), None);
+        let done =
+            block_on(importer.pull_from(peer, pull_of(peer, g, tokens.clone(), table.to_vec()), soon()));
+        (contents(&memory), noise, done)
+    };
+    let table = table(count, 4);
+    let mut peer = FakePeer::new(&g, count * g.block_tokens, 1);
+    let (got, noise, done) = pull_all(&peer, &table);
+    assert_eq!(done.unwrap().upto, tokens.end);
+    assert_eq!(peer.device_reads.load(Ordering::SeqCst), 2, "all but the first and the last block");
+    assert!(got == expected(&peer, (&g, &g), tokens.clone(), &noise, &table));
+
+    // The path falls back between two groups: the rest is staged.
+    peer.device_reads = AtomicUsize::new(0);
+    peer.loses_reach_after = Some(1);
+    let (got, noise, done) = pull_all(&peer, &table);
+    assert_eq!(done.unwrap().upto, tokens.end);
+    assert!(got == expected(&peer, (&g, &g), tokens.clone(), &noise, &table));
+
+    // Corrupt blocks are named, counted, and nothing behind the first of them is.
+    peer.loses_reach_after = None;
+    peer.corrupt = BTreeSet::from([2, 3]);
+    let error = pull_all(&peer, &table).2.unwrap_err();
+    let PullCause::Transfer(TransferError::Integrity { index, corrupt, .. }) = error.cause else {
+        panic!("{error:?}")
+    };
+    assert_eq!((index, corrupt), (2, vec![2, 3]));
+    assert_eq!(peer.found_corrupt.load(Ordering::SeqCst), 2);
+    assert_eq!(error.upto, 3, "the first block is staged after those read directly");
 }
 
 /// A device whose copies from the host wait at a gate, or fail.
@@ -415,7 +498,7 @@ async fn dropping_a_pull_returns_only_when_nothing_writes_the_arena_any_more() {
     let peer = FakePeer::new(&g, 64, 1);
     let device = Arc::new(GatedDevice::new(8 * g.block_bytes(), false));
     let memory = ArenaMemory::Device(device.clone());
-    let importer = Importer::new(memory, g, &ImportOptions { slots: 16 }).unwrap();
+    let importer = Importer::new(memory, g, &staged(16)).unwrap();
     let dropped = Arc::new(AtomicBool::new(false));
     {
         let mut pull =
@@ -457,7 +540,7 @@ async fn a_device_that_fails_stops_the_pull_at_what_is_in_place() {
     let device = Arc::new(GatedDevice::new(8 * g.block_bytes(), true));
     device.open();
     let memory = ArenaMemory::Device(device);
-    let importer = Importer::new(memory, g, &ImportOptions { slots: 16 }).unwrap();
+    let importer = Importer::new(memory, g, &staged(16)).unwrap();
     let pull = pull_of(&peer, g, 0..64, (0..8).collect());
     let error = importer.pull_from(&peer, pull, soon()).await.unwrap_err();
     assert!(matches!(error.cause, PullCause::Device(_)), "{error:?}");
