@@ -407,6 +407,7 @@ async fn build_io(
         integrity: transfer.integrity,
         // The handoff's own lease is what counts; this one finds what the handoff forgot.
         lease: options.handoff.lease * 2,
+        direct: false,
     };
     let exporter = Exporter::new(agent.clone(), memory.clone(), geometry, exports)?;
     let importer =
