@@ -22,12 +22,13 @@ pub use self::region::DeviceMemory;
 use self::dial::Dialer;
 use self::region::Region;
 use self::server::Server;
+use crate::backend::fabric::fabrics::Fabrics;
 use crate::backend::{shm, tcp};
 use crate::error::Refusal;
 use crate::memory::HostMemory;
 use crate::session::{Descriptor, Session};
 use crate::stats::Stats;
-use crate::wire::{Metadata, Offer};
+use crate::wire::Metadata;
 
 /// A way to move blocks.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -193,12 +194,23 @@ impl Agent {
     /// # Errors
     /// When the address is taken or nothing could ever reach this agent.
     pub async fn start(options: AgentOptions) -> Result<Self, StartError> {
+        Self::check(&options)?;
+        let fabrics = Fabrics::open(&options).await;
+        Self::start_with(options, fabrics).await
+    }
+
+    fn check(options: &AgentOptions) -> Result<(), StartError> {
         if options.backends.is_empty() {
             return Err(StartError::NoBackend);
         }
         if options.auth.is_none() && !options.bind.is_loopback() {
             return Err(StartError::Unprotected { address: options.bind });
         }
+        Ok(())
+    }
+
+    /// Starts with fabrics that are open.
+    pub(crate) async fn start_with(options: AgentOptions, fabrics: Fabrics) -> Result<Self, StartError> {
         let wanted = SocketAddr::new(options.bind, options.port);
         let bind_error = |source| StartError::Bind { address: wanted, source };
         let listener = TcpListener::bind(wanted).await.map_err(bind_error)?;
@@ -209,7 +221,9 @@ impl Agent {
         }
         let incarnation = dial::random_u128().map_err(bind_error)?;
         let probe = probe::memory()?;
-        let server = Arc::new(Server::new(&options, incarnation, Region::Host(probe.clone()))?);
+        let offered = fabrics.clone();
+        let server = Server::new(&options, incarnation, Region::Host(probe.clone()), fabrics)?;
+        let server = Arc::new(server);
         let mut backends = options.backends.clone();
         let same_host = |backend: &BackendKind| matches!(backend, BackendKind::Shm | BackendKind::Cma);
         if backends.iter().any(same_host) {
@@ -224,7 +238,7 @@ impl Agent {
             }
         }
         server.tasks.spawn(tcp::serve::listen(Arc::clone(&server), listener));
-        let offers = backends.iter().map(|backend| Offer::of(*backend)).collect();
+        let offers = backends.iter().filter_map(|backend| offered.offer(*backend)).collect();
         let metadata = Metadata { incarnation, host: dial::host_id(), address, offers }.encode();
         Ok(Self {
             dialer: Arc::new(Dialer::new(options, &server, probe)),

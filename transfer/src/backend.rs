@@ -1,6 +1,5 @@
 //! The ways blocks move. Each has a serving side, run by the agent, and a link, owned by a session.
 
-#[cfg_attr(not(test), expect(dead_code, reason = "fabrics ask over it from the commits on that follow"))]
 pub(crate) mod control;
 pub(crate) mod fabric;
 pub(crate) mod frames;
@@ -193,6 +192,7 @@ impl From<LinkError> for Fault {
 /// A session's end of a path.
 pub(crate) enum Link {
     Shm(shm::link::ShmLink),
+    Fabric(fabric::link::FabricLink),
     Tcp(tcp::link::TcpLink),
 }
 
@@ -201,15 +201,16 @@ impl Link {
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
         match self {
             Self::Shm(link) => link.read(job).await,
+            Self::Fabric(link) => link.read(job).await,
             Self::Tcp(link) => link.read(job).await,
         }
     }
 
     /// Whether a read can go straight into the memory of a device.
-    #[expect(clippy::unused_async, reason = "a fabric's thread is asked")]
-    pub(crate) async fn reaches(&self, _memory: &DeviceMemory) -> Result<(), String> {
+    pub(crate) async fn reaches(&self, memory: &DeviceMemory) -> Result<(), String> {
         match self {
             Self::Shm(_) => Err("shm copies to host memory only".to_owned()),
+            Self::Fabric(link) => link.reaches(memory).await,
             Self::Tcp(_) => Err("tcp receives into host memory only".to_owned()),
         }
     }
@@ -218,6 +219,7 @@ impl Link {
     pub(crate) fn is_usable(&self) -> bool {
         match self {
             Self::Shm(link) => link.is_alive(),
+            Self::Fabric(link) => link.is_usable(),
             Self::Tcp(_) => true,
         }
     }

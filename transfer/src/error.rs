@@ -84,6 +84,9 @@ pub enum LinkError {
         /// The peer's process.
         pid: i32,
     },
+    /// The network library failed, or the connection to the peer's.
+    #[error("the fabric failed: {0}")]
+    Fabric(String),
     /// A peer's memory could not be mapped.
     #[error("the peer's memory cannot be mapped")]
     Memory(#[source] crate::memory::MemoryError),

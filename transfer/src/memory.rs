@@ -156,6 +156,29 @@ impl Mapping {
     }
 
     #[track_caller]
+    fn copy_to_digesting(
+        &self,
+        offset: usize,
+        (to, to_offset): (&Mapping, usize),
+        len: usize,
+        seed: DigestSeed,
+    ) -> u64 {
+        assert!(!std::ptr::eq(self, to), "a block is not copied within its memory");
+        let from = self.at(offset, len);
+        let to = to.at(to_offset, len);
+        // SAFETY: both ranges are in bounds; they are of two mappings, so their addresses do not overlap; the
+        // destination of a read is owned by its operation (rule 4).
+        unsafe { copy_digesting(seed, from.as_ptr(), to.as_ptr(), len) }
+    }
+
+    #[track_caller]
+    fn read_digesting(&self, offset: usize, into: &mut [u8], seed: DigestSeed) -> u64 {
+        let from = self.at(offset, into.len());
+        // SAFETY: both ranges are valid for `into.len()` bytes; `into` is exclusive (as in `Mapping::read`).
+        unsafe { copy_digesting(seed, from.as_ptr(), into.as_mut_ptr(), into.len()) }
+    }
+
+    #[track_caller]
     fn digest(&self, digest: &mut BlockDigest, offset: usize, len: usize) {
         let at = self.at(offset, len);
         // SAFETY: in bounds and mapped for the call; the caller owns the range by agreement (rule 4), so it is
@@ -318,6 +341,24 @@ impl HostMemory {
     #[track_caller]
     pub(crate) fn block_digest(&self, seed: DigestSeed, offset: usize, len: usize) -> u64 {
         self.0.block_digest(seed, offset, len)
+    }
+
+    /// Copies a block to another memory; the digest of what was copied, found in the same pass.
+    #[track_caller]
+    pub(crate) fn copy_to_digesting(
+        &self,
+        offset: usize,
+        (to, to_offset): (&HostMemory, usize),
+        len: usize,
+        seed: DigestSeed,
+    ) -> u64 {
+        self.0.copy_to_digesting(offset, (&to.0, to_offset), len, seed)
+    }
+
+    /// Copies a block out; the digest of what was copied, found in the same pass.
+    #[track_caller]
+    pub(crate) fn read_digesting(&self, offset: usize, into: &mut [u8], seed: DigestSeed) -> u64 {
+        self.0.read_digesting(offset, into, seed)
     }
 
     /// The memory as a network library registers it.
@@ -512,18 +553,12 @@ impl PeerMemory {
         len: usize,
         seed: DigestSeed,
     ) -> u64 {
-        let from = self.0.at(offset, len);
-        let to = to.0.at(to_offset, len);
-        // SAFETY: both ranges are in bounds; they are of two mappings, so their addresses do not overlap; the
-        // destination of a read is owned by its operation (rule 4).
-        unsafe { copy_digesting(seed, from.as_ptr(), to.as_ptr(), len) }
+        self.0.copy_to_digesting(offset, (&to.0, to_offset), len, seed)
     }
 
     /// Copies a block out; the digest of what was copied, found in the same pass.
     pub(crate) fn read_digesting(&self, offset: usize, into: &mut [u8], seed: DigestSeed) -> u64 {
-        let from = self.0.at(offset, into.len());
-        // SAFETY: both ranges are valid for `into.len()` bytes; `into` is exclusive (as in `Mapping::read`).
-        unsafe { copy_digesting(seed, from.as_ptr(), into.as_mut_ptr(), into.len()) }
+        self.0.read_digesting(offset, into, seed)
     }
 
     /// Reads a control word; what was read before the call is not mixed with what comes after it.

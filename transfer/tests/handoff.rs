@@ -10,6 +10,7 @@ use std::time::Duration;
 
 use baton_config::protocol::TicketBlock;
 use baton_config::{Dtype, Epoch, HandoffId, KvGeometry, KvLayout, WorkerId};
+use baton_transfer::wire::Metadata;
 use baton_transfer::{
     Agent, AgentOptions, ArenaMemory, BackendKind, EmulatedDevice, ExportBlock, ExportOptions, Exporter,
     HostMemory, ImportOptions, Importer, Pull, PullCause, Session, TransferError,
@@ -26,6 +27,16 @@ fn soon() -> Instant {
 
 fn geometry(block_tokens: u32, layout: KvLayout, dtype: Dtype) -> KvGeometry {
     KvGeometry { layers: 4, kv_heads: 2, head_dim: 32, block_tokens, layout, dtype, ..KvGeometry::PLAIN }
+}
+
+/// The backends that work here, those that need a library among them.
+async fn backends() -> Vec<BackendKind> {
+    let fabrics = [BackendKind::Libfabric, BackendKind::Ucx];
+    let worker: WorkerId = "probe".parse().unwrap();
+    let probe = AgentOptions { backends: fabrics.to_vec(), ..AgentOptions::new(worker) };
+    let metadata = Metadata::decode(&Agent::start(probe).await.unwrap().metadata()).unwrap();
+    let here = fabrics.into_iter().filter(|kind| metadata.offer(*kind).is_some());
+    BackendKind::ALWAYS.into_iter().chain(here).collect()
 }
 
 /// A worker's transfer half: an arena of `tokens` tokens and an agent.
@@ -181,7 +192,7 @@ async fn tokens_arrive_in_any_geometry_over_every_backend() {
         (geometry(32, Nhd, F32), geometry(24, Hnd, Bf16)),
         (geometry(16, Hnd, F32), geometry(16, Hnd, F32)),
     ];
-    for backend in BackendKind::ALWAYS {
+    for backend in backends().await {
         for (from, to) in pairs {
             for (device_source, device_dest) in [(true, false), (false, false), (true, true)] {
                 let source = Side::start("prefill", from, 400, device_source, backend).await;
@@ -203,7 +214,7 @@ async fn tokens_arrive_in_any_geometry_over_every_backend() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_that_changed_after_they_were_digested_are_caught_and_named() {
-    for backend in BackendKind::ALWAYS {
+    for backend in backends().await {
         for layout in [KvLayout::Hnd, KvLayout::Nhd] {
             let from = geometry(16, KvLayout::Nhd, Dtype::Bf16);
             let source = Side::start("prefill", from, 160, false, backend).await;
@@ -255,7 +266,7 @@ async fn bytes_that_changed_after_they_were_digested_are_caught_and_named() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_release_in_the_middle_of_a_read_ends_it_and_leaves_nothing_wrong() {
-    for backend in BackendKind::ALWAYS {
+    for backend in backends().await {
         let from = KvGeometry { kv_heads: 8, head_dim: 128, ..geometry(32, KvLayout::Nhd, Dtype::Bf16) };
         let to = KvGeometry { block_tokens: 16, layout: KvLayout::Hnd, ..from };
         // 64 MiB: far more than sockets hold.

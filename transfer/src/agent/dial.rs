@@ -52,7 +52,8 @@ impl Own {
 impl Dialer {
     pub(crate) fn new(options: AgentOptions, server: &Server, probe: HostMemory) -> Self {
         let (counters, tasks) = (Arc::clone(&server.counters), server.tasks.clone());
-        let opener = Arc::new(Opener { options, host: host_id(), probe });
+        let fabrics = server.fabrics.clone();
+        let opener = Arc::new(Opener { options, host: host_id(), probe, fabrics });
         Self { opener, counters, tasks, own: Mutex::new(Own::new(Epoch(0))) }
     }
 

@@ -72,7 +72,6 @@ impl Region {
     }
 
     /// The memory as network libraries register it.
-    #[expect(dead_code, reason = "for the fabric backends")]
     pub(crate) fn span(&self) -> MemorySpan {
         match self {
             Self::Host(memory) => memory.span(),

@@ -12,6 +12,7 @@ use super::grants::{Grants, Permit, Revoked};
 use super::region::Region;
 use super::{AgentOptions, RegionId, RegisterError, TransferLimits, probe};
 use crate::auth::Token;
+use crate::backend::fabric::fabrics::Fabrics;
 use crate::backend::shm::control::Control;
 use crate::error::Refusal;
 use crate::memory::MemoryError;
@@ -37,6 +38,7 @@ pub(crate) struct Server {
     pub(crate) stop: CancellationToken,
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) control: Control,
+    pub(crate) fabrics: Fabrics,
     life: Mutex<Option<Life>>,
     regions: RwLock<Arc<[Region]>>,
     grants: Grants,
@@ -78,7 +80,12 @@ impl From<WireError> for Denial {
 }
 
 impl Server {
-    pub(crate) fn new(options: &AgentOptions, incarnation: u128, probe: Region) -> Result<Self, MemoryError> {
+    pub(crate) fn new(
+        options: &AgentOptions,
+        incarnation: u128,
+        probe: Region,
+        fabrics: Fabrics,
+    ) -> Result<Self, MemoryError> {
         Ok(Self {
             worker: options.worker.clone(),
             incarnation,
@@ -89,6 +96,7 @@ impl Server {
             stop: CancellationToken::new(),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             control: Control::new(incarnation)?,
+            fabrics,
             life: Mutex::new(None),
             regions: RwLock::new(Arc::new([probe])),
             grants: Grants::default(),

@@ -11,6 +11,8 @@
 
 pub(crate) mod batch;
 pub(crate) mod driver;
+pub(crate) mod fabrics;
+pub(crate) mod link;
 pub(crate) mod registry;
 pub(crate) mod serve;
 mod table;
@@ -21,6 +23,7 @@ mod window;
 
 use self::driver::DriverInfo;
 use self::window::Bounds;
+use crate::agent::AgentOptions;
 
 /// Bytes of one operation where a peer is reached over several rails: small enough that a block uses all of them.
 const STRIPE_BYTES: usize = 256 << 10;
@@ -47,6 +50,16 @@ impl Default for FabricLimits {
 }
 
 impl FabricLimits {
+    fn of(options: &AgentOptions) -> Self {
+        let limits = &options.limits;
+        Self {
+            ops_per_peer: limits.ops_per_peer,
+            bytes_per_peer: usize::try_from(limits.bytes_per_peer.0).unwrap_or(usize::MAX),
+            registered_bytes: limits.registered_bytes.0,
+            regions: limits.regions,
+        }
+    }
+
     fn bounds(&self, info: &DriverInfo) -> Bounds {
         let op_bytes = if info.rails > 1 { STRIPE_BYTES } else { OP_BYTES };
         Bounds {

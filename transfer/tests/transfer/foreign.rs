@@ -9,7 +9,7 @@ use baton_transfer::{
 };
 
 use crate::support::{
-    EACH, HANDOFF, Owner, assert_in_place, blocks, bytes_at, deadline, memory, pattern, reader, reader_with,
+    HANDOFF, Owner, assert_in_place, blocks, bytes_at, deadline, each, memory, pattern, reader, reader_with,
 };
 
 const REGION_BYTES: usize = 8 << 20;
@@ -27,9 +27,8 @@ fn engine_memory() -> HostMemory {
 async fn foreign_memory_is_read_over_every_backend() {
     let owner = Owner::start(REGION_BYTES).await;
     let foreign = owner.agent.register(engine_memory()).unwrap();
-    for (backend, integrity) in
-        EACH.map(|backend| [(backend, Integrity::Digest), (backend, Integrity::Off)]).concat()
-    {
+    let both = |backend| [(backend, Integrity::Digest), (backend, Integrity::Off)];
+    for (backend, integrity) in each().await.into_iter().flat_map(both) {
         let reader = reader_with(backend, integrity).await;
         let session = owner.session(&reader).await.unwrap();
         for (count, len) in [(1, 1), (64, 4096), (1500, 100), (3, 1 << 20)] {

@@ -12,7 +12,7 @@ use rustix::process::{Pid, Signal, kill_process};
 use tokio::time::Instant;
 
 use crate::support::{
-    EACH, EPOCH, HANDOFF, OWNER, Owner, assert_in_place, blocks, deadline, memory, name, reader,
+    EACH, EPOCH, HANDOFF, OWNER, Owner, assert_in_place, blocks, deadline, each, memory, name, reader,
 };
 
 const REGION_BYTES: usize = 32 << 20;
@@ -33,7 +33,7 @@ fn the_other_process() {
     let owner = runtime.block_on(async {
         let mut options = AgentOptions::new(name(OWNER));
         options.port = port;
-        options.backends = EACH.to_vec();
+        options.backends = [&EACH[..], &[BackendKind::Libfabric, BackendKind::Ucx]].concat();
         let owner = Owner::start_with(options, REGION_BYTES).await;
         owner.agent.set_epoch(epoch);
         owner.granted(8, 1 << 20);
@@ -108,7 +108,7 @@ async fn read(session: &Session, into: &HostMemory, until: Instant) -> Result<()
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocks_cross_between_processes() {
     let other = Other::start(0, EPOCH);
-    for backend in EACH {
+    for backend in each().await {
         let reader = reader(backend).await;
         let session = other.session(&reader).await;
         assert_eq!(session.path().backend, backend);
@@ -121,7 +121,7 @@ async fn blocks_cross_between_processes() {
 /// Killed in the middle of reads, started again at the same address in another life.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_owner_breaks_the_link_and_its_next_life_is_stale() {
-    for backend in EACH {
+    for backend in each().await {
         let other = Other::start(0, EPOCH);
         let socket =
             format!("{:032x}", baton_transfer::wire::Metadata::decode(&other.metadata).unwrap().incarnation);
@@ -162,8 +162,10 @@ async fn a_killed_owner_breaks_the_link_and_its_next_life_is_stale() {
         reader.disconnect(&name(OWNER));
         let refused = reader.connect(&name(OWNER), EPOCH, &metadata).await;
         match backend {
-            BackendKind::Tcp => assert!(matches!(refused, Err(ConnectError::Stale { .. })), "{refused:?}"),
-            _ => assert!(matches!(refused, Err(ConnectError::Link { .. })), "{refused:?}"),
+            BackendKind::Shm | BackendKind::Cma => {
+                assert!(matches!(refused, Err(ConnectError::Link { .. })), "{refused:?}");
+            }
+            _ => assert!(matches!(refused, Err(ConnectError::Stale { .. })), "{refused:?}"),
         }
     }
 }

@@ -3,6 +3,7 @@
 use std::time::Duration;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
+use baton_transfer::wire::Metadata;
 use baton_transfer::{
     Agent, AgentOptions, BackendKind, BlockRead, ConnectError, Descriptor, DigestSeed, Expected, HostMemory,
     Integrity, RegionId, Session, block_digest,
@@ -15,6 +16,23 @@ pub(crate) const OWNER: &str = "prefill-0";
 
 /// What works on every machine.
 pub(crate) const EACH: [BackendKind; 3] = [BackendKind::Shm, BackendKind::Cma, BackendKind::Tcp];
+
+/// What needs a library, and is tried where that can be opened.
+const FABRICS: [BackendKind; 2] = [BackendKind::Libfabric, BackendKind::Ucx];
+
+/// What works here.
+pub(crate) async fn each() -> Vec<BackendKind> {
+    let mut options = AgentOptions::new(name("probe"));
+    options.backends = FABRICS.to_vec();
+    let agent = Agent::start(options).await.unwrap();
+    let offered = Metadata::decode(&agent.metadata()).unwrap();
+    let (here, missing): (Vec<_>, Vec<_>) =
+        FABRICS.into_iter().partition(|kind| offered.offer(*kind).is_some());
+    for kind in missing {
+        println!("skipped: {kind} cannot be opened here");
+    }
+    EACH.into_iter().chain(here).collect()
+}
 
 /// Far enough that only a hang reaches it.
 pub(crate) fn deadline() -> Instant {
@@ -76,7 +94,7 @@ pub(crate) struct Owner {
 impl Owner {
     pub(crate) async fn start(len: usize) -> Self {
         let mut options = AgentOptions::new(name(OWNER));
-        options.backends = EACH.to_vec();
+        options.backends = [&EACH[..], &FABRICS].concat();
         Self::start_with(options, len).await
     }
 

@@ -1,6 +1,12 @@
 //! Which backends can lead to a peer, and how their links are opened.
 
+use std::sync::Arc;
+
+use crate::agent::server::Denial;
 use crate::agent::{AgentOptions, BackendKind, Choose};
+use crate::backend::control::{Control, Handler};
+use crate::backend::fabric::fabrics::Fabrics;
+use crate::backend::fabric::link::FabricLink;
 use crate::backend::handshake::Route;
 use crate::backend::shm::link::{Access, ShmLink};
 use crate::backend::tcp::link::TcpLink;
@@ -15,19 +21,20 @@ pub(crate) struct Opener {
     pub(crate) host: u128,
     /// This agent's own probe region.
     pub(crate) probe: HostMemory,
+    pub(crate) fabrics: Fabrics,
 }
 
 impl Opener {
     /// Why a backend cannot lead to a peer, known without a try.
     pub(super) fn rule_out(&self, backend: BackendKind, peer: &Metadata) -> Option<String> {
-        let Some(_offer) = peer.offer(backend) else { return Some("not offered by the peer".to_owned()) };
+        let Some(offer) = peer.offer(backend) else { return Some("not offered by the peer".to_owned()) };
         match backend {
             BackendKind::Shm | BackendKind::Cma if peer.host != self.host => {
                 Some("the peer is on another host".to_owned())
             }
             BackendKind::Shm | BackendKind::Cma | BackendKind::Tcp => None,
             BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
-                Some("not part of this build".to_owned())
+                self.fabrics.rule_out(offer, peer.host == self.host)
             }
         }
     }
@@ -39,7 +46,12 @@ impl Opener {
             BackendKind::Cma => ShmLink::open(pair, Access::Copy).await.map(Link::Shm),
             BackendKind::Tcp => TcpLink::open(pair, route.clone(), self.options.streams).await.map(Link::Tcp),
             BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
-                Err(Fault::Refused(Refusal::Unavailable))
+                let fabric = self.fabrics.get(backend).ok_or(Fault::Refused(Refusal::Mismatch))?;
+                // The owner of blocks asks nothing of who reads them.
+                let handler: Handler =
+                    Arc::new(|_, _| Box::pin(std::future::ready(Err(Denial::Refused(Refusal::Malformed)))));
+                let control = Control::open(pair.clone(), route, handler).await?;
+                FabricLink::open(pair, control, fabric.clone()).await.map(Link::Fabric)
             }
         }
     }

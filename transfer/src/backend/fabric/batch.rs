@@ -53,6 +53,8 @@ struct State {
     done: Vec<u32>,
     done_bytes: usize,
     failed: Option<Arc<str>>,
+    /// The driver awaits its messages.
+    posted: bool,
     /// Nothing of the batch is posted, or ever will be.
     settled: bool,
     waker: Option<Waker>,
@@ -60,7 +62,9 @@ struct State {
 
 impl Batch {
     pub(crate) fn new(peer: Peer, transfers: Vec<Transfer>, keep: Box<dyn Any + Send + Sync>) -> Arc<Self> {
+        let receives = matches!(transfers.first(), Some(Transfer { verb: Verb::Receive { .. }, .. }));
         debug_assert!(!transfers.is_empty(), "a batch of nothing never ends");
+        debug_assert!(!receives || transfers.len() == 1, "messages are awaited one by one");
         Arc::new(Self { peer, transfers, state: Mutex::default(), settled: Condvar::new(), _keep: keep })
     }
 
@@ -102,6 +106,17 @@ impl Batch {
         }
     }
 
+    /// Notes that the driver awaits its messages.
+    pub(super) fn note_posted(&self) {
+        let mut state = self.state();
+        state.posted = true;
+        let waker = state.waker.take();
+        drop(state);
+        if let Some(waker) = waker {
+            waker.wake();
+        }
+    }
+
     /// Ends it before anything was posted, or after the driver was closed.
     pub(super) fn fail(&self, why: &Arc<str>) {
         self.note(&mut Vec::new(), Some(why), true);
@@ -124,6 +139,12 @@ impl Batch {
 }
 
 impl State {
+    fn remember(&mut self, waker: &Waker) {
+        if !self.waker.as_ref().is_some_and(|known| known.will_wake(waker)) {
+            self.waker = Some(waker.clone());
+        }
+    }
+
     fn is_news(&self) -> bool {
         self.settled || self.done_bytes >= WAKE_BYTES
     }
@@ -186,9 +207,7 @@ impl Running {
         let more = poll_fn(|context| {
             let mut state = self.batch.state();
             if !state.is_news() {
-                if !state.waker.as_ref().is_some_and(|waker| waker.will_wake(context.waker())) {
-                    state.waker = Some(context.waker().clone());
-                }
+                state.remember(context.waker());
                 return Poll::Pending;
             }
             state.done_bytes = 0;
@@ -201,6 +220,19 @@ impl Running {
         let more = more.await;
         self.ended = !matches!(more, Ok(true));
         more
+    }
+
+    /// Waits until the driver awaits its messages: what comes before may be lost.
+    pub(crate) async fn awaits(&self) {
+        poll_fn(|context| {
+            let mut state = self.batch.state();
+            if state.posted || state.settled {
+                return Poll::Ready(());
+            }
+            state.remember(context.waker());
+            Poll::Pending
+        })
+        .await;
     }
 
     /// Waits for the end of the whole batch.

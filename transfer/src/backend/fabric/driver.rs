@@ -161,7 +161,7 @@ pub(crate) trait Driver {
     /// Posts a message, which lands where the peer awaits `tag`; at most `message_max` bytes.
     fn send(&mut self, peer: PeerId, tag: u64, from: LocalRange, op: u64) -> Result<(), PostError>;
 
-    /// Awaits the message of `tag`. Tags are random and used once.
+    /// Awaits the message of `tag`. Tags are random and used once. A message that comes before may be lost.
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError>;
 
     /// Stops awaiting a message; the receive is then reported, as failed or as done, and its buffer is free from there on.

@@ -83,9 +83,8 @@ struct Endpoint {
     alive: bool,
     /// Neither answers nor breaks.
     frozen: bool,
-    shown: HashMap<u32, (HostMemory, Access)>,
+    shown: HashMap<u32, (MemorySpan, Access)>,
     awaited: HashMap<u64, (u64, HostMemory, LocalRange)>,
-    unexpected: HashMap<u64, Vec<u8>>,
     done: Vec<Done>,
     bell: Option<Arc<OwnedFd>>,
     registered: usize,
@@ -169,7 +168,7 @@ pub(crate) struct MemoryDriver {
     faults: Faults,
     rng: Rng,
     bell: Option<Arc<OwnedFd>>,
-    local: HashMap<u32, HostMemory>,
+    local: HashMap<u32, MemorySpan>,
     peers: HashMap<u32, usize>,
     remotes: HashMap<u32, (PeerId, u32)>,
     posted: Vec<Posted>,
@@ -218,8 +217,8 @@ impl MemoryDriver {
     }
 
     fn local_range(&self, range: LocalRange) -> Result<HostMemory, PostError> {
-        let memory = self.local.get(&range.id.0).filter(|memory| memory.fits(range.offset, range.len));
-        memory.cloned().ok_or(PostError::Range)
+        let memory = self.local.get(&range.id.0).and_then(MemorySpan::host);
+        memory.filter(|memory| memory.fits(range.offset, range.len)).ok_or(PostError::Range)
     }
 
     fn region(&self, peer: PeerId, remote: RemoteId) -> Result<u32, PostError> {
@@ -243,7 +242,7 @@ impl MemoryDriver {
         let mut bytes = vec![0; local.len];
         let shown = |region: u32, access: Access| {
             let found = peer.shown.get(&region).filter(|(_, shown)| *shown == access);
-            found.map(|(memory, _)| memory.clone()).ok_or("no such key")
+            found.and_then(|(span, _)| span.host()).ok_or("no such key")
         };
         match posted.what {
             What::Read { region, offset } => {
@@ -259,9 +258,9 @@ impl MemoryDriver {
             What::Send { tag } => {
                 memory.read(local.offset, &mut bytes);
                 flip.iter().for_each(|at| bytes[*at] ^= 4);
-                match peer.awaited.remove(&tag) {
-                    Some((op, memory, to)) => peer.deliver(op, &memory, to, &bytes),
-                    None => _ = peer.unexpected.insert(tag, bytes),
+                // What nobody awaits is gone.
+                if let Some((op, memory, to)) = peer.awaited.remove(&tag) {
+                    peer.deliver(op, &memory, to, &bytes);
                 }
             }
         }
@@ -295,15 +294,15 @@ impl Driver for MemoryDriver {
 
     fn register(&mut self, span: &MemorySpan, access: Access) -> Result<(LocalId, Vec<u8>), DriverError> {
         let refused = || DriverError { what: "not host memory".into(), remedy: String::new() };
-        let memory = span.host().ok_or_else(refused)?;
+        span.host().ok_or_else(refused)?;
         let id = self.number();
-        self.local.insert(id, memory.clone());
+        self.local.insert(id, span.clone());
         let mut endpoints = self.world.endpoints();
         endpoints[self.me].registered += 1;
         if access == Access::Local {
             return Ok((LocalId(id), Vec::new()));
         }
-        endpoints[self.me].shown.insert(id, (memory, access));
+        endpoints[self.me].shown.insert(id, (span.clone(), access));
         Ok((LocalId(id), [(self.me as u64).to_le_bytes(), u64::from(id).to_le_bytes()].concat()))
     }
 
@@ -384,10 +383,7 @@ impl Driver for MemoryDriver {
             return Err(PostError::Again);
         }
         let own = &mut self.world.endpoints()[self.me];
-        match own.unexpected.remove(&tag) {
-            Some(bytes) => own.deliver(op, &memory, to, &bytes),
-            None => _ = own.awaited.insert(tag, (op, memory, to)),
-        }
+        own.awaited.insert(tag, (op, memory, to));
         Ok(())
     }
 

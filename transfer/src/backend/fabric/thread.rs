@@ -25,10 +25,15 @@ use super::batch::{Batch, Running};
 use super::driver::{Access, Driver, DriverError, DriverInfo, LocalId, PeerId, RemoteId};
 use super::registry::Registry;
 use crate::agent::BackendKind;
-use crate::memory::MemorySpan;
+use crate::memory::{MemoryError, MemorySpan};
+use crate::slab::Slab;
 
 /// Most commands that wait for the thread.
 const COMMANDS_MAX: usize = 1024;
+/// Buffers of each direction that bytes pass through.
+const SLOTS: usize = 64;
+/// Bytes of each: what is copied out of one is still in a core's cache.
+pub(super) const SLOT_BYTES: usize = 256 << 10;
 
 /// A network library at work on a thread of its own; clones share it. With the last one the library is closed.
 #[derive(Clone)]
@@ -40,6 +45,7 @@ struct Inner {
     opened: Opened,
     queue: Arc<Queue>,
     registry: Registry,
+    bounce: Bounce,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -48,6 +54,21 @@ struct Inner {
 struct Opened {
     info: DriverInfo,
     address: Vec<u8>,
+}
+
+/// Host memory that bytes pass through where they cannot go straight to their place. Pages are taken at first use.
+struct Bounce {
+    landing: Slab,
+    sending: Slab,
+    pack_max: usize,
+}
+
+impl Bounce {
+    fn new(info: &DriverInfo) -> Result<Self, MemoryError> {
+        let slab = |label| Slab::new(SLOTS, SLOT_BYTES, label);
+        let pack_max = info.message_max.min(SLOT_BYTES);
+        Ok(Self { landing: slab("fabric landing")?, sending: slab("fabric sending")?, pack_max })
+    }
 }
 
 /// What tasks want of the thread.
@@ -168,8 +189,20 @@ impl Fabric {
         let thread = std::thread::Builder::new().name(format!("baton-{kind}")).spawn(run).map_err(system)?;
         let opened = told.await.map_err(|_| gone(kind))??;
         tracing::debug!(%kind, detail = opened.info.detail, "fabric opened");
+        let bounce = Bounce::new(&opened.info).map_err(|error| DriverError {
+            what: format!("no memory for the buffers of {kind}: {error}"),
+            remedy: String::new(),
+        })?;
         let thread = Mutex::new(Some(thread));
-        Ok(Self(Arc::new(Inner { kind, limits, opened, queue, registry: Registry::default(), thread })))
+        Ok(Self(Arc::new(Inner {
+            kind,
+            limits,
+            opened,
+            queue,
+            registry: Registry::default(),
+            bounce,
+            thread,
+        })))
     }
 
     /// Which backend it is.
@@ -205,6 +238,21 @@ impl Fabric {
 
     pub(super) fn queue(&self) -> &Arc<Queue> {
         &self.0.queue
+    }
+
+    /// Longest message between two ends of this fabric; 0 where there are none.
+    pub(crate) fn pack_max(&self) -> usize {
+        self.0.bounce.pack_max
+    }
+
+    /// Buffers that messages and blocks land in.
+    pub(super) fn landing(&self) -> &Slab {
+        &self.0.bounce.landing
+    }
+
+    /// Buffers that messages are gathered in.
+    pub(super) fn sending(&self) -> &Slab {
+        &self.0.bounce.sending
     }
 
     pub(super) fn registry(&self) -> &Registry {

@@ -21,6 +21,12 @@ const IDLE: Duration = Duration::from_secs(1);
 const IDLE_BLIND: Duration = Duration::from_millis(10);
 /// Sleep while the driver takes nothing more.
 const FULL: Duration = Duration::from_micros(50);
+/// How often jobs that should have ended long ago are looked for.
+const SWEEP: Duration = Duration::from_millis(250);
+/// How long what was given up may stay posted. Then its peer is disconnected, and its buffers are free.
+const GIVEN_UP_MAX: Duration = Duration::from_secs(2);
+/// How long a message may take: the peer is there, or it is disconnected.
+const SEND_MAX: Duration = Duration::from_secs(15);
 /// Operations of one peer posted before the next peer's turn.
 const TURN_OPS: usize = 16;
 
@@ -46,6 +52,8 @@ pub(super) struct Progress {
     blind: bool,
     /// When something happened last.
     last: Instant,
+    /// When jobs were last swept.
+    swept: Instant,
 }
 
 struct PeerState {
@@ -68,6 +76,8 @@ struct Job {
     posted: usize,
     done: Vec<u32>,
     failed: Option<Arc<str>>,
+    /// When it was submitted or, later, given up.
+    since: Instant,
     /// Its peer is disconnected: what is posted touches nothing any more.
     cut: bool,
     touched: bool,
@@ -106,6 +116,7 @@ impl Progress {
             full: false,
             blind: false,
             last: Instant::now(),
+            swept: Instant::now(),
         }
     }
 
@@ -126,6 +137,9 @@ impl Progress {
             }
             busy |= self.post();
             busy |= self.poll();
+            if self.jobs.len() > 0 {
+                self.sweep();
+            }
             self.tell();
             match busy {
                 true => self.last = Instant::now(),
@@ -216,6 +230,7 @@ impl Progress {
             posted: 0,
             done: Vec::new(),
             failed: None,
+            since: Instant::now(),
             cut: false,
             touched: false,
         };
@@ -244,6 +259,7 @@ impl Progress {
         let Some(job) = self.jobs.get_mut(key) else { return };
         if job.failed.is_none() {
             job.failed = Some(Arc::clone(why));
+            job.since = Instant::now();
         }
         let (peer, receives) = (job.peer, job.batch.receives());
         if receives {
@@ -281,6 +297,24 @@ impl Progress {
                 // A message that is awaited is nobody's until it comes: its buffer is free when it was reported.
                 job.cut = !job.batch.receives();
             }
+        }
+    }
+
+    /// Disconnects the peers of jobs that do not end.
+    fn sweep(&mut self) {
+        if self.swept.elapsed() < SWEEP {
+            return;
+        }
+        self.swept = Instant::now();
+        let is_stuck = |job: &Job| {
+            let sends = matches!(job.batch.transfer(0).verb, Verb::Send { .. });
+            let age = job.since.elapsed();
+            !job.batch.receives() && (age > GIVEN_UP_MAX && job.failed.is_some() || age > SEND_MAX && sends)
+        };
+        let stuck: Vec<u64> =
+            self.jobs.iter().filter(|(_, job)| is_stuck(job)).map(|(_, job)| job.peer).collect();
+        for peer in stuck {
+            self.sever(peer, &"its operations do not end".into());
         }
     }
 
@@ -380,6 +414,9 @@ impl Progress {
     fn count_posted(&mut self, job: u64) {
         if let Some(job) = self.jobs.get_mut(job) {
             job.posted += 1;
+            if job.batch.receives() {
+                job.batch.note_posted();
+            }
         }
     }
 

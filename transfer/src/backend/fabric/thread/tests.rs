@@ -218,6 +218,7 @@ async fn messages_reach_who_awaits_them_and_a_cancelled_one_gives_its_buffer_bac
         ))
     };
     let mut awaited = receive(1, 100).await.unwrap();
+    awaited.awaits().await;
     send(1).await.unwrap().end().await.unwrap();
     awaited.end().await.unwrap();
     let mut bytes = [0; 100];
@@ -226,9 +227,12 @@ async fn messages_reach_who_awaits_them_and_a_cancelled_one_gives_its_buffer_bac
     drop(awaited);
 
     drop(receive(2, 100).await.unwrap());
+    let mut longer = receive(3, 101).await.unwrap();
+    longer.awaits().await;
     send(3).await.unwrap().end().await.unwrap();
-    let short = receive(3, 101).await.unwrap().end().await.unwrap_err();
+    let short = longer.end().await.unwrap_err();
     assert_eq!(&*short, "100 bytes arrived instead of 101");
+    drop(longer);
     let released = async {
         while Arc::strong_count(&kept) > 1 {
             tokio::time::sleep(Duration::from_millis(1)).await;

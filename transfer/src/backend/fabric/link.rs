@@ -1,0 +1,401 @@
+//! The reading side of a fabric: one-sided reads straight into place, messages and buffers for the rest.
+//!
+//! ```text
+//! large blocks, memory   owner ══read══► destination, digested there
+//! large blocks, sink     owner ══read══► buffer ──copied and digested in one pass──► sink
+//! small blocks           owner gathers ══message══► buffer ──copied and digested in one pass──► destination
+//! ```
+//!
+//! What the owner cannot see it cannot check: a block that was read one-sidedly counts when its digest is right or,
+//! without one, when the owner confirms after its arrival that it was still granted.
+
+mod landing;
+mod plan;
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use futures_util::StreamExt;
+use futures_util::stream::FuturesOrdered;
+use tokio::time::{Instant, timeout};
+
+use self::landing::Landing;
+use self::plan::{Load, Plan, Ways};
+use super::batch::{Batch, Running, Transfer, Verb};
+use super::driver::{Access, DriverError, LocalRange, RemoteId};
+use super::registry::Registration;
+use super::thread::{Fabric, Peer, SLOT_BYTES};
+use crate::agent::{DeviceMemory, RegionId};
+use crate::backend::control::Control;
+use crate::backend::{Fault, Pair, ReadJob};
+use crate::error::{LinkError, Refusal};
+use crate::memory::MemorySpan;
+use crate::session::{Descriptor, Destination};
+use crate::wire::control::{Attach, Key, KeyIs, Pack};
+use crate::wire::{self, Kind, MAX_READ_BLOCKS, MAX_READ_BYTES};
+
+/// How long two fabrics may take to meet.
+const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
+/// Buffers one read fills at once: one is copied out of while the others are on the way.
+const LOADS_AT_ONCE: usize = 4;
+/// Bytes digested or copied between two turns of other tasks.
+const YIELD_BYTES: usize = 1 << 20;
+/// Buffers come free when other reads end, which all have deadlines; so has this one.
+const BUFFER_TIMEOUT: Duration = Duration::from_secs(3600);
+
+/// A session's end of a fabric.
+pub(crate) struct FabricLink {
+    pair: Pair,
+    control: Control,
+    fabric: Fabric,
+    peer: Peer,
+    /// Regions of the peer whose keys are here.
+    regions: Mutex<HashMap<RegionId, Remote>>,
+    /// Held while a key is asked for.
+    asking: tokio::sync::Mutex<()>,
+}
+
+/// A region of the peer.
+#[derive(Debug, Clone, Copy)]
+struct Remote {
+    id: RemoteId,
+    base: u64,
+    len: u64,
+}
+
+impl Remote {
+    /// Where a block begins in the registration.
+    fn at(&self, block: &Descriptor) -> Result<u64, Fault> {
+        let end = block.offset.checked_add(u64::from(block.len));
+        match end.is_some_and(|end| end <= self.len) {
+            true => Ok(self.base + block.offset),
+            false => Err(Fault::Refused(Refusal::OutsideRegion)),
+        }
+    }
+}
+
+fn broken(why: Arc<str>) -> Fault {
+    LinkError::Fabric(why.to_string()).into()
+}
+
+/// What the owner's fabric cannot do is no refusal of the read: another path may lead there.
+fn closed(fault: Fault) -> Fault {
+    match fault {
+        Fault::Refused(Refusal::Unavailable) => LinkError::Fabric("the peer cannot use it now".into()).into(),
+        Fault::Refused(Refusal::Overloaded) => LinkError::Fabric("the peer is at a limit".into()).into(),
+        other => other,
+    }
+}
+
+fn unable(error: DriverError) -> Fault {
+    LinkError::Fabric(error.what).into()
+}
+
+impl FabricLink {
+    /// Makes the two ends of a fabric known to each other.
+    pub(crate) async fn open(pair: Pair, control: Control, fabric: Fabric) -> Result<Self, Fault> {
+        let attach = async {
+            let wire = fabric.info().wire.clone();
+            let attach = Attach { backend: fabric.kind(), wire, address: fabric.address().to_vec() };
+            let answer = control.ask(Kind::Attach, &attach.encode()).await.map_err(closed);
+            let (_, address) = answer?;
+            fabric.connect(address.to_vec()).await.map_err(unable)
+        };
+        let late = || LinkError::io("attaching to its fabric")(std::io::ErrorKind::TimedOut.into());
+        let peer = timeout(ATTACH_TIMEOUT, attach).await.map_err(|_| late())??;
+        Ok(Self {
+            pair,
+            control,
+            fabric,
+            peer,
+            regions: Mutex::default(),
+            asking: tokio::sync::Mutex::default(),
+        })
+    }
+
+    /// Whether a read may work: nothing heals a fabric's connection but a new one.
+    pub(crate) fn is_usable(&self) -> bool {
+        self.peer.failure().is_none() && self.control.is_alive()
+    }
+
+    /// Whether the fabric reaches the memory of a device.
+    pub(crate) async fn reaches(&self, memory: &DeviceMemory) -> Result<(), String> {
+        let registered = self.fabric.registered(memory.span(), Access::Local).await;
+        registered.map(|_| ()).map_err(|error| error.what)
+    }
+
+    pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
+        if let Some(why) = self.peer.failure() {
+            return Err(broken(Arc::clone(why)));
+        }
+        tokio::select! {
+            biased;
+            // A fabric may never tell that its peer is dead; this connection does.
+            () = self.control.closed() => Err(LinkError::Closed.into()),
+            outcome = self.run(job) => outcome,
+        }
+    }
+
+    async fn run(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
+        let local = self.destination(job).await?;
+        let ways = Ways { pack_max: self.fabric.pack_max(), slot_bytes: SLOT_BYTES, direct: local.is_some() };
+        let plan = Plan::of(job, ways);
+        let direct = async {
+            match (&local, plan.direct.is_empty()) {
+                (Some(local), false) => self.read_direct(job, local, &plan.direct).await,
+                _ => Ok(Vec::new()),
+            }
+        };
+        let loads = async {
+            match plan.loads.is_empty() {
+                false => self.read_loads(job, &plan.loads).await,
+                true => Ok(Vec::new()),
+            }
+        };
+        let (mut corrupt, more) = futures_util::future::try_join(direct, loads).await?;
+        corrupt.extend(more);
+        if !corrupt.is_empty() {
+            // Wrong bytes of a block that is no longer granted are no fault of the path.
+            self.confirm(job, &corrupt).await?;
+        }
+        Ok(corrupt)
+    }
+
+    /// The registration of the destination, where it is memory that the fabric can be made to reach.
+    async fn destination(&self, job: &ReadJob<'_>) -> Result<Option<Arc<Registration>>, Fault> {
+        match job.into {
+            Destination::Sink(_) => Ok(None),
+            Destination::Device(memory) => {
+                let registered = self.fabric.registered(memory.span(), Access::Local).await;
+                registered.map(Some).map_err(|error| LinkError::Device(error.what).into())
+            }
+            Destination::Memory(memory) => match self.register_host(&memory.span()).await {
+                Ok(registered) => Ok(Some(registered)),
+                Err(error) => {
+                    // The blocks go through buffers then.
+                    tracing::debug!(%error, remedy = error.remedy, "a destination is not registered");
+                    Ok(None)
+                }
+            },
+        }
+    }
+
+    async fn register_host(&self, span: &MemorySpan) -> Result<Arc<Registration>, DriverError> {
+        self.fabric.registered(span, Access::Local).await
+    }
+
+    /// Reads blocks straight into their places; those that failed their digest.
+    async fn read_direct(
+        &self,
+        job: &ReadJob<'_>,
+        local: &Arc<Registration>,
+        blocks: &[usize],
+    ) -> Result<Vec<usize>, Fault> {
+        let mut transfers = Vec::with_capacity(blocks.len());
+        let mut region: Option<(RegionId, Remote)> = None;
+        for index in blocks {
+            let block = &job.blocks[*index];
+            let remote = self.remote(&mut region, block.source.region).await?;
+            let verb = Verb::Read { remote: remote.id, offset: remote.at(&block.source)? };
+            let local = LocalRange { id: local.id, offset: block.to, len: block.source.len as usize };
+            transfers.push(Transfer { verb, local });
+        }
+        let batch = Batch::new(self.peer.clone(), transfers, Box::new(Arc::clone(local)));
+        // From here to its end the driver may write the destination: the drop waits until it cannot.
+        let mut running = self.fabric.submit(batch).await.map_err(broken)?.fenced();
+        let (mut done, mut corrupt, mut unyielded) = (Vec::new(), Vec::new(), 0);
+        loop {
+            let more = running.next(&mut done).await.map_err(broken)?;
+            for index in done.drain(..).map(|at| blocks[at as usize]) {
+                let block = &job.blocks[index];
+                let len = block.source.len as usize;
+                job.progress.add(len);
+                if let (Some(expected), Destination::Memory(memory)) = (job.expected(index), job.into) {
+                    match memory.block_digest(expected.seed, block.to, len) == expected.digest {
+                        true => job.progress.finish(index),
+                        false => corrupt.push(index),
+                    }
+                }
+                unyielded += len;
+                if unyielded >= YIELD_BYTES {
+                    unyielded = 0;
+                    tokio::task::yield_now().await;
+                }
+            }
+            if !more {
+                break;
+            }
+        }
+        let unverified = || blocks.iter().copied().filter(|index| job.expected(*index).is_none());
+        self.confirm(job, &unverified().collect::<Vec<_>>()).await?;
+        unverified().for_each(|index| job.progress.finish(index));
+        Ok(corrupt)
+    }
+
+    /// Reads blocks through buffers; those that failed their digest.
+    async fn read_loads(&self, job: &ReadJob<'_>, loads: &[Load]) -> Result<Vec<usize>, Fault> {
+        let mut landing = Landing::new(job);
+        let mut waiting = loads.iter();
+        // In order, and started in order: the first of them always has its buffer, so reads cannot starve each other.
+        let mut under_way = FuturesOrdered::new();
+        under_way.extend(waiting.by_ref().take(LOADS_AT_ONCE).map(|load| self.fetch(job, load)));
+        let mut unyielded = 0;
+        while let Some(fetched) = under_way.next().await {
+            let (load, buffer) = fetched?;
+            landing.take(load, self.fabric.landing().memory(), buffer.offset);
+            drop(buffer);
+            under_way.extend(waiting.next().map(|load| self.fetch(job, load)));
+            unyielded += load.bytes;
+            if unyielded >= YIELD_BYTES {
+                unyielded = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        Ok(landing.corrupt)
+    }
+
+    /// Fills a buffer.
+    async fn fetch<'a>(&self, job: &ReadJob<'_>, load: &'a Load) -> Result<(&'a Load, Buffer), Fault> {
+        // Without its first buffer a read does not move; later ones keep it moving.
+        let queued = job.progress.moved() == 0;
+        if queued {
+            job.progress.set_queued(true);
+        }
+        let slots = self.fabric.landing().acquire(1, Instant::now() + BUFFER_TIMEOUT).await;
+        if queued {
+            job.progress.set_queued(false);
+        }
+        let slot = slots.ok().and_then(|mut slots| slots.pop()).ok_or(Fault::Refused(Refusal::Overloaded))?;
+        let local = self.register_host(&slot.memory().span()).await.map_err(unable)?;
+        let (id, offset) = (local.id, slot.offset());
+        let keep = Box::new((slot, local));
+        if load.packed {
+            let running = self.receive(job, load, LocalRange { id, offset, len: load.bytes }, keep).await?;
+            return Ok((load, Buffer { offset, _running: running }));
+        }
+        let mut transfers = Vec::with_capacity(load.parts.len());
+        let mut region: Option<(RegionId, Remote)> = None;
+        for part in &load.parts {
+            let source = &job.blocks[part.block].source;
+            let remote = self.remote(&mut region, source.region).await?;
+            let verb = Verb::Read { remote: remote.id, offset: remote.at(source)? + part.skip as u64 };
+            let local = LocalRange { id, offset: offset + part.at, len: part.len };
+            transfers.push(Transfer { verb, local });
+        }
+        let batch = Batch::new(self.peer.clone(), transfers, keep);
+        let mut running = self.fabric.submit(batch).await.map_err(broken)?;
+        running.end().await.map_err(broken)?;
+        let unverified =
+            load.parts.iter().map(|part| part.block).filter(|index| job.expected(*index).is_none());
+        self.confirm(job, &unverified.collect::<Vec<_>>()).await?;
+        Ok((load, Buffer { offset, _running: running }))
+    }
+
+    /// Asks for a message with the blocks of `load` and awaits it.
+    async fn receive(
+        &self,
+        job: &ReadJob<'_>,
+        load: &Load,
+        local: LocalRange,
+        keep: Box<dyn std::any::Any + Send + Sync>,
+    ) -> Result<Running, Fault> {
+        let tag = tag().map_err(LinkError::io("asking for random bytes"))?;
+        let transfer = Transfer { verb: Verb::Receive { tag }, local };
+        let batch = Batch::new(self.peer.clone(), vec![transfer], keep);
+        let mut running = self.fabric.submit(batch).await.map_err(broken)?;
+        running.awaits().await;
+        let blocks = load.parts.iter().map(|part| job.blocks[part.block].source);
+        let payload = Pack::encode(self.fabric.kind(), tag, job.handoff, blocks);
+        let asked = self.control.ask(Kind::Pack, &payload);
+        tokio::select! {
+            biased;
+            // The message says more than the answer that it was sent.
+            ended = running.end() => ended.map_err(broken)?,
+            answer = asked => {
+                answer.map_err(closed)?;
+                running.end().await.map_err(broken)?;
+            }
+        }
+        Ok(running)
+    }
+
+    /// The region `id` of the peer; `last` is the one used last.
+    async fn remote(&self, last: &mut Option<(RegionId, Remote)>, id: RegionId) -> Result<Remote, Fault> {
+        match last {
+            Some((of, remote)) if *of == id => return Ok(*remote),
+            _ => {}
+        }
+        let known = self.regions().get(&id).copied();
+        let remote = match known {
+            Some(remote) => remote,
+            None => self.ask_key(id).await?,
+        };
+        *last = Some((id, remote));
+        Ok(remote)
+    }
+
+    async fn ask_key(&self, region: RegionId) -> Result<Remote, Fault> {
+        let _asking = self.asking.lock().await;
+        if let Some(remote) = self.regions().get(&region) {
+            return Ok(*remote);
+        }
+        let key = Key { backend: self.fabric.kind(), region };
+        let (_, payload) = self.control.ask(Kind::Key, &key.encode()).await.map_err(closed)?;
+        let KeyIs { len, base, key } = KeyIs::decode(&payload).map_err(Fault::protocol)?;
+        let id = self.fabric.import(&self.peer, key).await.map_err(unable)?;
+        let remote = Remote { id, base, len };
+        self.regions().insert(region, remote);
+        Ok(remote)
+    }
+
+    fn regions(&self) -> MutexGuard<'_, HashMap<RegionId, Remote>> {
+        self.regions.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Asks the owner whether blocks, whose bytes are here, are still granted.
+    async fn confirm(&self, job: &ReadJob<'_>, blocks: &[usize]) -> Result<(), Fault> {
+        let mut rest = blocks;
+        while !rest.is_empty() {
+            let mut bytes = 0;
+            let fits = |index: &&usize| {
+                bytes += u64::from(job.blocks[**index].source.len);
+                bytes <= MAX_READ_BYTES
+            };
+            let count = rest.iter().take(MAX_READ_BLOCKS).take_while(fits).count().max(1);
+            let (now, later) = rest.split_at(count);
+            let sources: Vec<Descriptor> = now.iter().map(|index| job.blocks[*index].source).collect();
+            let payload = wire::encode_read(job.handoff, sources.into_iter());
+            self.control.ask(Kind::Confirm, &payload).await?;
+            rest = later;
+        }
+        Ok(())
+    }
+
+    /// The peer, for messages to people.
+    pub(crate) fn pair(&self) -> &Pair {
+        &self.pair
+    }
+}
+
+impl Drop for FabricLink {
+    fn drop(&mut self) {
+        // What is under way holds the peer: without this it would never be cut off.
+        self.peer.sever("the link is closed");
+    }
+}
+
+/// A buffer that was filled; it is free when this is dropped.
+struct Buffer {
+    offset: usize,
+    _running: Running,
+}
+
+fn tag() -> std::io::Result<u64> {
+    let mut bytes = [0; 8];
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    Ok(u64::from_le_bytes(bytes))
+}
+
+#[cfg(test)]
+mod tests;
