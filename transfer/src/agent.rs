@@ -2,6 +2,7 @@
 
 mod dial;
 pub(crate) mod grants;
+pub mod notifications;
 pub mod options;
 pub(crate) mod paths;
 pub(crate) mod probe;
@@ -16,6 +17,7 @@ use tokio::net::TcpListener;
 use tokio_util::sync::DropGuard;
 
 pub use self::grants::Revoked;
+pub use self::notifications::{Notification, Notifications};
 pub use self::options::{AgentOptions, Choose, Integrity, TransferLimits};
 pub use self::region::DeviceMemory;
 
@@ -286,6 +288,19 @@ impl Agent {
     /// Lets `descriptors` be read under `handoff`, in addition to what it has been granted before.
     pub fn grant(&self, handoff: HandoffId, descriptors: Vec<Descriptor>) {
         self.server.grant(handoff, &descriptors);
+    }
+
+    /// Lets peers write `descriptors` under `handoff`, in addition to what it has been granted before.
+    ///
+    /// What a writer leaves behind when it fails or gives up is garbage: nothing there counts before its write was
+    /// acknowledged. Ended with [`Agent::revoke`], whose [`Revoked::settled`] waits until nothing is written any more.
+    pub fn grant_write(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
+        self.server.grant_write(handoff, descriptors);
+    }
+
+    /// What peers have to say, see [`Session::notify`].
+    pub fn notifications(&self) -> Notifications {
+        self.server.notifications.clone()
     }
 
     /// Takes bytes the peer is done with out of a grant, so that their place can be granted to another handoff.

@@ -6,20 +6,12 @@ pub(crate) mod frames;
 #[expect(unsafe_code, reason = "asks the system for signal handlers")]
 pub(crate) mod handlers;
 pub(crate) mod handshake;
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "opened by the progress thread, which comes with its own commit")
-)]
 #[expect(unsafe_code, reason = "calls libfabric")]
 pub(crate) mod libfabric;
 pub(crate) mod plugin;
 pub(crate) mod shm;
 pub(crate) mod tcp;
 #[expect(unsafe_code, reason = "calls UCX")]
-#[cfg_attr(
-    not(test),
-    expect(dead_code, reason = "opened by the progress thread, which comes with its own commit")
-)]
 pub(crate) mod ucx;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -30,7 +22,8 @@ use tokio::time::Instant;
 
 use crate::agent::DeviceMemory;
 use crate::error::{LinkError, Refusal};
-use crate::session::{BlockRead, Destination, Expected};
+use crate::memory::HostMemory;
+use crate::session::{BlockRead, BlockWrite, Destination, Expected};
 use crate::wire::{self, Header, Hello, WireError};
 
 /// How long a peer may take to answer a connection and its handshake.
@@ -74,6 +67,16 @@ impl ReadJob<'_> {
         let here = self.verify && !matches!(self.into, Destination::Device(_));
         self.blocks[index].expected.filter(|_| here)
     }
+}
+
+/// One write, as a link sees it.
+pub(crate) struct WriteJob<'a> {
+    pub(crate) handoff: HandoffId,
+    pub(crate) blocks: &'a [BlockWrite],
+    pub(crate) from: &'a HostMemory,
+    pub(crate) verify: bool,
+    /// Its bytes are those that may have left: a write that has moved none can be tried over another path.
+    pub(crate) progress: &'a Progress,
 }
 
 /// What a read has moved so far; outlives the read's future, so that a deadline can report it.
@@ -203,6 +206,14 @@ impl Link {
             Self::Shm(link) => link.read(job).await,
             Self::Fabric(link) => link.read(job).await,
             Self::Tcp(link) => link.read(job).await,
+        }
+    }
+
+    /// Writes blocks; done when they are in place and verified by the peer.
+    pub(crate) async fn write(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
+        match self {
+            Self::Tcp(link) => link.write(job).await,
+            Self::Shm(_) | Self::Fabric(_) => Err(Fault::Refused(Refusal::Unreachable)),
         }
     }
 

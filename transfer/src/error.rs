@@ -46,6 +46,18 @@ pub enum Refusal {
     /// The request makes no sense.
     #[error("the request is malformed")]
     Malformed,
+    /// A block has no bytes.
+    #[error("a block has no bytes")]
+    EmptyBlock,
+    /// A block's place is not inside the memory of the side that asks.
+    #[error("a block is outside the memory given")]
+    OutsideMemory,
+    /// Two blocks would be put in one place.
+    #[error("two blocks overlap in their destination")]
+    Overlap,
+    /// The path cannot do this with the region's memory.
+    #[error("the path does not reach the region's memory")]
+    Unreachable,
 }
 
 /// What broke on a link.

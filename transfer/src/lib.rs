@@ -39,8 +39,8 @@ pub mod stats;
 pub mod wire;
 
 pub use agent::{
-    Agent, AgentOptions, BackendKind, Choose, ConnectError, DeviceMemory, Integrity, RegionId, RegisterError,
-    Revoked, StartError, TransferLimits,
+    Agent, AgentOptions, BackendKind, Choose, ConnectError, DeviceMemory, Integrity, Notification,
+    Notifications, RegionId, RegisterError, Revoked, StartError, TransferLimits,
 };
 pub use arena_memory::ArenaMemory;
 pub use auth::{Token, TokenError};
@@ -58,7 +58,8 @@ pub use import::{ImportOptions, Importer, Pull, PullCause, PullError, PullReport
 pub use memory::{HostMemory, MemoryError, MemorySpan, Place};
 pub use plan::{PlanError, RelayoutPlan};
 pub use session::{
-    BlockRead, BlockSink, Descriptor, Destination, Expected, PathInfo, ReadReport, Session, SessionStats,
+    BlockRead, BlockSink, BlockWrite, Descriptor, Destination, Expected, PathInfo, Posted, Prepared,
+    ReadReport, Session, SessionStats, Target,
 };
 pub use slab::{Slab, SlabCounts, SlabError};
 pub use stats::Stats;

@@ -1,6 +1,9 @@
 //! A session: reads from one peer in one epoch, over the path chosen for the pair.
 
+mod check;
 mod failover;
+mod prepared;
+mod write;
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -9,15 +12,18 @@ use baton_config::{Bytes, Epoch, HandoffId, WorkerId};
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+pub use self::prepared::{Posted, Prepared, Target};
+
+pub(crate) use self::check::overlaps;
+
 use self::failover::Stop;
 use crate::agent::paths::{Paths, Tried};
 use crate::agent::{AgentOptions, BackendKind, DeviceMemory, Integrity, RegionId};
-use crate::backend::{Fault, Progress, ReadJob};
+use crate::backend::{Progress, ReadJob};
 use crate::digest::DigestSeed;
-use crate::error::{ErrorKind, LinkError, Refusal, TransferError};
+use crate::error::{ErrorKind, LinkError, TransferError};
 use crate::memory::HostMemory;
 use crate::stats::{Counters, PathMeter};
-use crate::wire::MAX_READ_BYTES;
 
 /// Bytes of a peer's region.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -50,6 +56,15 @@ pub struct BlockRead {
     pub expected: Option<Expected>,
 }
 
+/// One block to write.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockWrite {
+    /// Offset in the memory it is taken from.
+    pub from: usize,
+    /// Where it goes, in a region of the peer.
+    pub to: Descriptor,
+}
+
 /// Takes blocks whose bytes are verified.
 pub trait BlockSink: Send + Sync {
     /// Gets the `index`-th block of the read, each once, in any order. `bytes` are in cache and gone after the call.
@@ -76,7 +91,7 @@ pub enum Destination<'a> {
     Device(&'a DeviceMemory),
 }
 
-/// What a read did.
+/// What a read or a write did.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub struct ReadReport {
     /// Bytes of blocks in place.
@@ -120,6 +135,8 @@ struct Inner {
     avoid: Option<BackendKind>,
     verify: bool,
     stall: Duration,
+    /// Held for reading by writes under way.
+    writing: tokio::sync::RwLock<()>,
     counters: Arc<Counters>,
     meter: PathMeter,
     closed: CancellationToken,
@@ -135,7 +152,16 @@ impl Session {
     ) -> Self {
         let verify = options.integrity == Integrity::Digest;
         let meter = PathMeter::default();
-        Self(Arc::new(Inner { paths, avoid, verify, stall: options.stall, counters, meter, closed }))
+        Self(Arc::new(Inner {
+            paths,
+            avoid,
+            verify,
+            stall: options.stall,
+            writing: tokio::sync::RwLock::default(),
+            counters,
+            meter,
+            closed,
+        }))
     }
 
     /// The peer.
@@ -191,10 +217,8 @@ impl Session {
     /// Reads of one session run side by side up to its number of streams, and then in order of arrival.
     ///
     /// # Errors
-    /// Each variant of [`TransferError`] but `Geometry` says what to do next.
-    ///
-    /// # Panics
-    /// When a block's place is not within the destination memory, or a block has no bytes.
+    /// Each variant of [`TransferError`] but `Geometry` says what to do next. Blocks that are empty, outside the
+    /// destination memory or overlapping there are refused by name before anything is asked of the peer.
     pub async fn read(
         &self,
         handoff: HandoffId,
@@ -202,55 +226,30 @@ impl Session {
         into: Destination<'_>,
         deadline: Instant,
     ) -> Result<ReadReport, TransferError> {
-        for block in blocks {
-            assert!(block.source.len > 0, "a block has bytes");
-            let fits = match into {
-                Destination::Memory(memory) => memory.fits(block.to, block.source.len as usize),
-                Destination::Device(memory) => memory.fits(block.to, block.source.len as usize),
-                Destination::Sink(_) => true,
-            };
-            assert!(fits, "{block:?} is outside its destination");
+        match check::read(blocks, &into) {
+            Ok(()) => self.run_read(handoff, blocks, into, deadline).await,
+            Err(refusal) => Err(TransferError::Refused { worker: self.peer().clone(), refusal }),
         }
-        let progress = Progress::new(blocks.len());
-        let job = ReadJob { handoff, blocks, into, verify: self.0.verify, progress: &progress };
-        let outcome = self.run(&job, deadline).await;
-        self.0.account(&outcome, &progress);
-        outcome
     }
 
-    async fn run(&self, job: &ReadJob<'_>, deadline: Instant) -> Result<ReadReport, TransferError> {
-        let Inner { paths, closed, .. } = &*self.0;
-        let pair = &paths.pair;
-        let moved = || Bytes(job.progress.moved());
-        let worker = || pair.to.clone();
-        if job.blocks.is_empty() {
-            return Ok(ReadReport { bytes: Bytes(0), elapsed: job.progress.elapsed() });
-        }
-        if job.blocks.iter().any(|block| u64::from(block.source.len) > MAX_READ_BYTES) {
-            return Err(TransferError::Refused { worker: worker(), refusal: Refusal::TooLarge });
-        }
+    /// As [`Session::read`], of blocks that were checked.
+    async fn run_read(
+        &self,
+        handoff: HandoffId,
+        blocks: &[BlockRead],
+        into: Destination<'_>,
+        deadline: Instant,
+    ) -> Result<ReadReport, TransferError> {
+        let progress = Progress::new(blocks.len());
+        let job = ReadJob { handoff, blocks, into, verify: self.0.verify, progress: &progress };
         let outcome = tokio::select! {
             biased;
-            () = closed.cancelled() => Err(Stop::Fault(LinkError::Closed.into())),
-            outcome = failover::read(&self.0, job, deadline) => outcome,
+            () = self.0.closed.cancelled() => Err(Stop::Fault(LinkError::Closed.into())),
+            outcome = failover::read(&self.0, &job, deadline) => outcome,
         };
-        match outcome {
-            Ok(mut corrupt) if !corrupt.is_empty() => {
-                corrupt.sort_unstable();
-                Err(TransferError::Integrity { worker: worker(), index: corrupt[0], corrupt })
-            }
-            Ok(_) => Ok(ReadReport { bytes: moved(), elapsed: job.progress.elapsed() }),
-            Err(Stop::Deadline) => Err(TransferError::Deadline { worker: worker(), moved: moved() }),
-            Err(Stop::Fault(Fault::Stale(current))) => {
-                Err(TransferError::Stale { worker: worker(), ticket: pair.epoch, current })
-            }
-            Err(Stop::Fault(Fault::Refused(refusal))) => {
-                Err(TransferError::Refused { worker: worker(), refusal })
-            }
-            Err(Stop::Fault(Fault::Link(source))) => {
-                Err(TransferError::Link { worker: worker(), moved: moved(), source })
-            }
-        }
+        let report = self.report(&progress, outcome);
+        self.0.account(&report, &progress);
+        report
     }
 }
 

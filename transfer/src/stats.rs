@@ -20,8 +20,10 @@ const BANDWIDTH_MIN_BYTES: u64 = 64 << 10;
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct Stats {
     read: [u64; BackendKind::ALL.len()],
+    written: [u64; BackendKind::ALL.len()],
     errors: [u64; ErrorKind::ALL.len()],
     served: u64,
+    taken: u64,
     /// Blocks that failed their digest.
     pub checksum_mismatches: u64,
     /// Requests and sessions refused here because they meant another life, of this worker or of the peer.
@@ -40,9 +42,19 @@ impl Stats {
         Bytes(self.read[backend as usize])
     }
 
+    /// Bytes of blocks written to peers over `backend`.
+    pub fn written_bytes(&self, backend: BackendKind) -> Bytes {
+        Bytes(self.written[backend as usize])
+    }
+
     /// Reads that ended in an error of `kind`.
     pub fn errors(&self, kind: ErrorKind) -> u64 {
         self.errors[kind as usize]
+    }
+
+    /// Bytes of blocks that peers wrote here.
+    pub fn taken_bytes(&self) -> Bytes {
+        Bytes(self.taken)
     }
 
     /// Bytes of blocks sent to peers; what peers take over `shm` or `cma` is not seen here.
@@ -55,8 +67,10 @@ impl Stats {
 #[derive(Debug, Default)]
 pub(crate) struct Counters {
     read: [AtomicU64; BackendKind::ALL.len()],
+    written: [AtomicU64; BackendKind::ALL.len()],
     errors: [AtomicU64; ErrorKind::ALL.len()],
     served: AtomicU64,
+    taken: AtomicU64,
     checksum_mismatches: AtomicU64,
     stale_refused: AtomicU64,
     auth_refused: AtomicU64,
@@ -69,8 +83,18 @@ impl Counters {
         self.read[backend as usize].fetch_add(bytes, Ordering::Relaxed);
     }
 
+    /// Bytes of blocks written to a peer, verified by it.
+    pub(crate) fn wrote(&self, backend: BackendKind, bytes: u64) {
+        self.written[backend as usize].fetch_add(bytes, Ordering::Relaxed);
+    }
+
     pub(crate) fn error(&self, kind: ErrorKind) {
         self.errors[kind as usize].fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// Bytes of blocks that a peer wrote here, verified.
+    pub(crate) fn taken(&self, bytes: u64) {
+        self.taken.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn served(&self, bytes: u64) {
@@ -118,8 +142,10 @@ impl Counters {
         let get = |counter: &AtomicU64| counter.load(Ordering::Relaxed);
         Stats {
             read: std::array::from_fn(|i| get(&self.read[i])),
+            written: std::array::from_fn(|i| get(&self.written[i])),
             errors: std::array::from_fn(|i| get(&self.errors[i])),
             served: get(&self.served),
+            taken: get(&self.taken),
             checksum_mismatches: get(&self.checksum_mismatches),
             stale_refused: get(&self.stale_refused),
             auth_refused: get(&self.auth_refused),

@@ -349,7 +349,7 @@ pub fn decode_refusal(header: &Header) -> Result<Refusal, Option<Epoch>> {
     }
 }
 
-const REFUSALS: [Refusal; 13] = [
+const REFUSALS: [Refusal; 17] = [
     Refusal::NotGranted,
     Refusal::OutsideGrant,
     Refusal::OutsideRegion,
@@ -363,6 +363,10 @@ const REFUSALS: [Refusal; 13] = [
     Refusal::Overloaded,
     Refusal::Corrupt,
     Refusal::Malformed,
+    Refusal::EmptyBlock,
+    Refusal::OutsideMemory,
+    Refusal::Overlap,
+    Refusal::Unreachable,
 ];
 
 /// The length that `Welcome` and `Mapped` carry over a Unix socket.

@@ -34,14 +34,22 @@ pub(crate) struct Permit {
 
 /// The end of a grant, to be awaited by who wants to reuse its memory at once.
 #[derive(Debug)]
-pub struct Revoked(TaskTracker);
+pub struct Revoked(Vec<TaskTracker>);
 
 impl Revoked {
-    /// Waits until nothing of this agent reads the granted memory for a peer any more.
+    /// Waits until nothing of this agent reads the granted memory for a peer, or receives into it, any more.
     ///
     /// A peer reading it over `shm` or `cma` is not waited for: it checks the grant after copying and discards what it has.
     pub async fn settled(self) {
-        self.0.wait().await;
+        for serving in self.0 {
+            serving.wait().await;
+        }
+    }
+
+    /// Both ends.
+    pub(crate) fn and(mut self, other: Self) -> Self {
+        self.0.extend(other.0);
+        self
     }
 }
 
@@ -113,7 +121,7 @@ impl Grant {
     fn end(self) -> Revoked {
         self.revoked.cancel();
         self.serving.close();
-        Revoked(self.serving)
+        Revoked(vec![self.serving])
     }
 }
 

@@ -23,7 +23,9 @@ use tokio::time::Instant;
 pub(crate) use self::opener::Opener;
 
 use super::probe::Measured;
+use super::server::Denial;
 use super::{BackendKind, ConnectError};
+use crate::backend::control::{self, Control};
 use crate::backend::handshake::Route;
 use crate::backend::{Fault, Link, Pair};
 use crate::error::{LinkError, Refusal};
@@ -51,6 +53,8 @@ pub(crate) struct Paths {
     surveying: AtomicBool,
     /// Fires when a candidate changes.
     changed: Notify,
+    /// For what is said beside blocks; opened when it is needed.
+    control: tokio::sync::Mutex<Option<Control>>,
 }
 
 struct Candidate {
@@ -131,6 +135,7 @@ impl Paths {
             started: Instant::now(),
             surveying: AtomicBool::new(false),
             changed: Notify::new(),
+            control: tokio::sync::Mutex::default(),
         }
     }
 
@@ -226,6 +231,18 @@ impl Paths {
         undo.settle(stage);
         self.changed.notify_waiters();
         outcome
+    }
+
+    /// The control connection of the pair.
+    pub(crate) async fn control(&self) -> Result<Control, Fault> {
+        let mut kept = self.control.lock().await;
+        if let Some(control) = kept.as_ref().filter(|control| control.is_alive()) {
+            return Ok(control.clone());
+        }
+        let nothing: control::Handler =
+            Arc::new(|_, _| Box::pin(async { Err(Denial::Refused(Refusal::Malformed)) }));
+        let control = Control::open(self.pair.clone(), &self.route, nothing).await?;
+        Ok(kept.insert(control).clone())
     }
 
     /// Whether a read may work: not when every path is broken and would have to be made anew.

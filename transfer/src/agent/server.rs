@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::grants::{Grants, Permit, Revoked};
+use super::notifications::Notifications;
 use super::region::Region;
 use super::{AgentOptions, RegionId, RegisterError, TransferLimits, probe};
 use crate::auth::Token;
@@ -42,6 +43,9 @@ pub(crate) struct Server {
     life: Mutex<Option<Life>>,
     regions: RwLock<Arc<[Region]>>,
     grants: Grants,
+    /// Where peers may write.
+    write_grants: Grants,
+    pub(crate) notifications: Notifications,
     /// The newest life seen of each peer: an older one is a process that should be dead.
     peers: Mutex<HashMap<WorkerId, Epoch>>,
 }
@@ -100,6 +104,8 @@ impl Server {
             life: Mutex::new(None),
             regions: RwLock::new(Arc::new([probe])),
             grants: Grants::default(),
+            write_grants: Grants::default(),
+            notifications: Notifications::new(options.limits.notifications),
             peers: Mutex::default(),
         })
     }
@@ -117,6 +123,7 @@ impl Server {
         for handoff in self.grants.clear() {
             self.control.revoke(handoff);
         }
+        self.write_grants.clear();
         self.grant(probe::HANDOFF, &[probe::descriptor()]);
         *life = Some(Life { epoch, ended: self.stop.child_token() });
         true
@@ -194,7 +201,12 @@ impl Server {
 
     pub(crate) fn revoke(&self, handoff: baton_config::HandoffId) -> Revoked {
         self.control.revoke(handoff);
-        self.grants.revoke(handoff)
+        self.grants.revoke(handoff).and(self.write_grants.revoke(handoff))
+    }
+
+    /// Lets peers write `descriptors`.
+    pub(crate) fn grant_write(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
+        self.write_grants.add(handoff, descriptors);
     }
 
     /// Counts bytes sent to peers, but not those it is measured with.
@@ -211,17 +223,36 @@ impl Server {
         handoff: HandoffId,
         blocks: &[Descriptor],
     ) -> Result<Permit, Denial> {
-        let inside = |block: &Descriptor| {
-            let offset = usize::try_from(block.offset);
-            region(regions, block.region)
-                .is_some_and(|memory| offset.is_ok_and(|offset| memory.fits(offset, block.len as usize)))
-        };
-        match self.grants.permit(handoff, blocks) {
-            // Who has no grant learns nothing about regions.
-            Err(Refusal::NotGranted) => Err(Denial::Refused(Refusal::NotGranted)),
-            _ if !blocks.iter().all(inside) => Err(Denial::Refused(Refusal::OutsideRegion)),
-            permit => permit.map_err(Denial::Refused),
-        }
+        permit(&self.grants, regions, handoff, blocks)
+    }
+
+    /// Allows writing `blocks` of `regions`.
+    pub(crate) fn permit_write(
+        &self,
+        regions: &[Region],
+        handoff: HandoffId,
+        blocks: &[Descriptor],
+    ) -> Result<Permit, Denial> {
+        permit(&self.write_grants, regions, handoff, blocks)
+    }
+}
+
+fn permit(
+    grants: &Grants,
+    regions: &[Region],
+    handoff: HandoffId,
+    blocks: &[Descriptor],
+) -> Result<Permit, Denial> {
+    let inside = |block: &Descriptor| {
+        let offset = usize::try_from(block.offset);
+        region(regions, block.region)
+            .is_some_and(|memory| offset.is_ok_and(|offset| memory.fits(offset, block.len as usize)))
+    };
+    match grants.permit(handoff, blocks) {
+        // Who has no grant learns nothing about regions.
+        Err(Refusal::NotGranted) => Err(Denial::Refused(Refusal::NotGranted)),
+        _ if !blocks.iter().all(inside) => Err(Denial::Refused(Refusal::OutsideRegion)),
+        permit => permit.map_err(Denial::Refused),
     }
 }
 

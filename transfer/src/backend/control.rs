@@ -24,9 +24,11 @@ use super::fabric;
 use super::frames::{FrameReader, FrameWriter};
 use super::handshake::{self, Route};
 use super::{Fault, Pair};
+use crate::agent::notifications::Notification;
 use crate::agent::server::{Denial, Life, Server};
 use crate::error::{LinkError, Refusal};
 use crate::stats::Counters;
+use crate::wire::control::Notify;
 use crate::wire::{Header, Hello, Kind, WireError};
 
 /// Most requests of one side waiting for their answers; more wait for room.
@@ -312,6 +314,13 @@ async fn dispatch(
     match header.kind {
         Kind::Attach | Kind::Key | Kind::Pack | Kind::Confirm | Kind::Window => {
             fabric::serve::answer(server, peer, header, payload).await
+        }
+        Kind::Notify => {
+            let Notify { handoff, payload } = Notify::decode(&payload)?;
+            let (from, from_epoch) = (peer.hello.from.clone(), peer.hello.from_epoch);
+            let notification = Notification { from, from_epoch, handoff, payload };
+            server.notifications.push(notification).map_err(Denial::Refused)?;
+            Ok(Answer::done(Kind::Notified))
         }
         _ => Err(Denial::Refused(Refusal::Malformed)),
     }

@@ -74,6 +74,37 @@ impl FrameReader {
     }
 }
 
+impl FrameReader {
+    /// The head of a `Data` frame, which must come next, checked. Its bytes follow: first those of
+    /// [`FrameReader::take_rest`], then those still in the stream.
+    pub(crate) async fn next_data(
+        &mut self,
+        stream: &mut (impl AsyncRead + Unpin),
+    ) -> Result<Header, LinkError> {
+        let head_len = head_len(self.mac.as_ref());
+        while self.buffer.len() < head_len {
+            self.buffer.reserve(BUFFER_BYTES);
+            if stream.read_buf(&mut self.buffer).await.map_err(LinkError::io("receiving a frame"))? == 0 {
+                return Err(LinkError::Closed);
+            }
+        }
+        let head = self.buffer.split_to(head_len);
+        let bytes = head.first_chunk().ok_or(LinkError::Closed)?;
+        let header = Header::decode(bytes).map_err(LinkError::Protocol)?;
+        if header.kind != Kind::Data {
+            return Err(LinkError::Protocol(WireError::Kind));
+        }
+        check(&header, &head, &[], self.mac.as_mut()).map_err(LinkError::Protocol)?;
+        Ok(header)
+    }
+
+    /// Takes bytes that came behind the last frame, at most `max`.
+    pub(crate) fn take_rest(&mut self, max: usize) -> Bytes {
+        let len = max.min(self.buffer.len());
+        self.buffer.split_to(len).freeze()
+    }
+}
+
 /// Bytes before the payload of each frame.
 pub(crate) fn head_len(mac: Option<&Mac>) -> usize {
     HEADER_BYTES + if mac.is_some() { MAC_BYTES } else { 0 }

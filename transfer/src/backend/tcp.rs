@@ -4,6 +4,7 @@
 //! the blocks, and receives `Data` frames: a header and then the bytes of the blocks in the order asked for. A
 //! stream whose read was dropped, failed or ran out of time is closed, so no stream ever carries half an answer.
 
+mod gather;
 pub(crate) mod link;
 mod receive;
 pub(crate) mod serve;

@@ -6,7 +6,9 @@ use std::time::Duration;
 
 use baton_config::Epoch;
 use baton_transfer::wire::{HEADER_BYTES, Header, Kind};
-use baton_transfer::{Agent, AgentOptions, BackendKind, Destination, LinkError, Session, TransferError};
+use baton_transfer::{
+    Agent, AgentOptions, BackendKind, BlockRead, Destination, LinkError, Session, TransferError,
+};
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
@@ -171,9 +173,10 @@ async fn revoking_ends_a_read_that_is_being_served() {
     let Broken { proxy, owner, session, .. } = broken().await;
     // More than the sockets in between can hold, so that the owner is in the middle of sending.
     let blocks = owner.granted(2, 3 << 20);
-    let many: Vec<_> = blocks.iter().cycle().take(32).copied().collect();
+    let place = |(at, block): (usize, &BlockRead)| BlockRead { to: at * (3 << 20), ..*block };
+    let many: Vec<_> = blocks.iter().cycle().take(32).enumerate().map(place).collect();
     proxy.set(Mode::Hold(WELCOME_BYTES + HEADER_BYTES + 10));
-    let into = memory(16 << 20);
+    let into = memory(32 * (3 << 20));
     let read = session.read(HANDOFF, &many, Destination::Memory(&into), deadline());
     tokio::pin!(read);
     let started = async {

@@ -10,3 +10,4 @@ mod processes;
 mod proxy;
 mod sessions;
 mod support;
+mod writes;

@@ -1,10 +1,11 @@
-//! A TCP proxy between a reader and an owner that holds back, flips and cuts what the owner sends.
+//! A TCP proxy between a reader and an owner that holds back, flips and cuts what they send.
 
 use std::net::SocketAddr;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
+use tokio::net::tcp::{OwnedReadHalf, OwnedWriteHalf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio_util::task::TaskTracker;
@@ -20,6 +21,10 @@ pub(crate) enum Mode {
     FlipOnce(usize),
     /// The connection is cut after so many bytes.
     Cut(usize),
+    /// As `FlipOnce`, of what the reader sends.
+    FlipUpstreamOnce(usize),
+    /// As `Hold`, of what the reader sends.
+    HoldUpstream(usize),
 }
 
 pub(crate) struct Proxy {
@@ -76,53 +81,68 @@ impl Proxy {
     }
 }
 
-async fn relay(near: TcpStream, far: TcpStream, mut modes: watch::Receiver<Mode>, flips: &AtomicUsize) {
-    let (mut near_read, mut near_write) = near.into_split();
-    let (mut far_read, mut far_write) = far.into_split();
-    let upstream = async {
-        let _ = tokio::io::copy(&mut near_read, &mut far_write).await;
-    };
-    let downstream = async {
-        let mut buffer = vec![0; 64 << 10];
-        let mut passed = 0;
-        loop {
-            let count = far_read.read(&mut buffer).await.unwrap_or(0);
-            if count == 0 {
-                return;
-            }
-            let bytes = &mut buffer[..count];
-            let mode = *modes.borrow_and_update();
-            let mut first = count;
-            match mode {
-                Mode::Relay => {}
-                Mode::FlipOnce(at) => {
-                    if (passed..passed + count).contains(&at)
-                        && flips.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
-                    {
-                        bytes[at - passed] ^= 0x10;
-                    }
-                }
-                Mode::Hold(after) | Mode::Cut(after) => first = count.min(after.saturating_sub(passed)),
-            }
-            if near_write.write_all(&bytes[..first]).await.is_err() {
-                return;
-            }
-            if first < count {
-                if matches!(mode, Mode::Cut(_)) {
-                    return;
-                }
-                if modes.wait_for(|mode| !matches!(mode, Mode::Hold(_))).await.is_err()
-                    || near_write.write_all(&bytes[first..]).await.is_err()
-                {
-                    return;
-                }
-            }
-            passed += count;
-        }
-    };
+async fn relay(near: TcpStream, far: TcpStream, modes: watch::Receiver<Mode>, flips: &AtomicUsize) {
+    let (near_read, near_write) = near.into_split();
+    let (far_read, far_write) = far.into_split();
     // Either end closing closes both.
     tokio::select! {
-        () = upstream => {}
-        () = downstream => {}
+        () = one_way(near_read, far_write, modes.clone(), flips, true) => {}
+        () = one_way(far_read, near_write, modes, flips, false) => {}
+    }
+}
+
+/// What a mode means for one direction.
+fn turned(mode: Mode, upstream: bool) -> Mode {
+    match (mode, upstream) {
+        (Mode::FlipUpstreamOnce(at), true) => Mode::FlipOnce(at),
+        (Mode::HoldUpstream(after), true) => Mode::Hold(after),
+        (Mode::FlipUpstreamOnce(_) | Mode::HoldUpstream(_), false) | (_, true) => Mode::Relay,
+        (mode, false) => mode,
+    }
+}
+
+async fn one_way(
+    mut from: OwnedReadHalf,
+    mut to: OwnedWriteHalf,
+    mut modes: watch::Receiver<Mode>,
+    flips: &AtomicUsize,
+    upstream: bool,
+) {
+    let mut buffer = vec![0; 64 << 10];
+    let mut passed = 0;
+    loop {
+        let count = from.read(&mut buffer).await.unwrap_or(0);
+        if count == 0 {
+            return;
+        }
+        let bytes = &mut buffer[..count];
+        let mode = turned(*modes.borrow_and_update(), upstream);
+        let mut first = count;
+        match mode {
+            Mode::FlipOnce(at) => {
+                if (passed..passed + count).contains(&at)
+                    && flips.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+                {
+                    bytes[at - passed] ^= 0x10;
+                }
+            }
+            Mode::Hold(after) | Mode::Cut(after) => first = count.min(after.saturating_sub(passed)),
+            Mode::Relay | Mode::FlipUpstreamOnce(_) | Mode::HoldUpstream(_) => {}
+        }
+        if to.write_all(&bytes[..first]).await.is_err() {
+            return;
+        }
+        if first < count {
+            if matches!(mode, Mode::Cut(_)) {
+                return;
+            }
+            let holds = |mode: &Mode| matches!(turned(*mode, upstream), Mode::Hold(_));
+            if modes.wait_for(|mode| !holds(mode)).await.is_err()
+                || to.write_all(&bytes[first..]).await.is_err()
+            {
+                return;
+            }
+        }
+        passed += count;
     }
 }

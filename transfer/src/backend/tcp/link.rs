@@ -1,5 +1,7 @@
 //! The reading side of `tcp`: a pool of streams to one peer.
 
+mod write;
+
 use std::io;
 use std::ops::Range;
 use std::os::fd::AsFd;
@@ -54,7 +56,7 @@ impl TcpLink {
     }
 
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
-        let stripes = plan_stripes(job.blocks, self.streams);
+        let stripes = plan_stripes(job.blocks.iter().map(|read| read.source.len), self.streams);
         job.progress.set_queued(true);
         // The semaphore is never closed; were it, the link would be.
         let slots = self.slots.acquire_many(stripes.len() as u32).await;
@@ -186,7 +188,7 @@ impl Stream {
             let of_head = filled.min(head_len - headed);
             headed += of_head;
             if of_head > 0 && headed == head_len {
-                check_answer(&head[..head_len], self.mac.as_mut(), total, seq, pair)?;
+                check_answer(&head[..head_len], self.mac.as_mut(), (Kind::Data, total, seq), pair)?;
             }
             receiver.advance(filled - of_head);
             received += filled - of_head;
@@ -201,12 +203,11 @@ impl Stream {
     }
 }
 
-/// Whether `head` starts the `Data` of request `seq`.
+/// Whether `head` starts the answer to a request: its kind, its length and its number.
 fn check_answer(
     head: &[u8],
     mac: Option<&mut Mac>,
-    total: usize,
-    seq: u64,
+    (kind, len, seq): (Kind, usize, u64),
     pair: &Pair,
 ) -> Result<(), Fault> {
     let bytes = head.first_chunk().ok_or(LinkError::Closed)?;
@@ -214,30 +215,33 @@ fn check_answer(
     frames::check(&header, head, &[], mac).map_err(Fault::protocol)?;
     match header.kind {
         Kind::Refused => Err(Fault::refused(&header)),
-        Kind::Data if header.epoch != pair.epoch => Err(Fault::Stale(Some(header.epoch))),
-        Kind::Data if header.seq == seq && header.len as usize == total => Ok(()),
+        _ if header.kind != kind => Err(Fault::protocol(WireError::Kind)),
+        _ if header.epoch != pair.epoch => Err(Fault::Stale(Some(header.epoch))),
+        _ if header.seq == seq && header.len as usize == len => Ok(()),
         _ => Err(Fault::protocol(WireError::Field)),
     }
 }
 
-/// Shares blocks out to at most `streams` streams, in runs of about equal bytes, each worth its stream.
-fn plan_stripes(blocks: &[BlockRead], streams: usize) -> Vec<Range<usize>> {
-    let total: u64 = blocks.iter().map(|read| u64::from(read.source.len)).sum();
+/// Shares blocks of the lengths given out to at most `streams` streams, in runs of about equal bytes, each worth its
+/// stream.
+fn plan_stripes(lens: impl ExactSizeIterator<Item = u32> + Clone, streams: usize) -> Vec<Range<usize>> {
+    let count = lens.len();
+    let total: u64 = lens.clone().map(u64::from).sum();
     let wanted = (total / STRIPE_BYTES).clamp(1, streams as u64);
     if wanted == 1 {
-        return std::iter::once(0..blocks.len()).collect();
+        return std::iter::once(0..count).collect();
     }
     let mut stripes = Vec::with_capacity(wanted as usize);
     let (mut start, mut bytes) = (0, 0);
-    for (at, read) in blocks.iter().enumerate() {
-        bytes += u64::from(read.source.len);
+    for (at, len) in lens.enumerate() {
+        bytes += u64::from(len);
         if bytes >= total.div_ceil(wanted) {
             stripes.push(start..at + 1);
             (start, bytes) = (at + 1, 0);
         }
     }
-    if start < blocks.len() {
-        stripes.push(start..blocks.len());
+    if start < count {
+        stripes.push(start..count);
     }
     stripes
 }

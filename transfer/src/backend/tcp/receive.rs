@@ -96,6 +96,18 @@ impl<'a> Receiver<'a> {
         }
     }
 
+    /// Puts bytes that came in another way into their places in `memory`, where blocks go straight.
+    pub(crate) fn take(&mut self, memory: &HostMemory, mut bytes: &[u8]) {
+        debug_assert!(matches!(self.landing, Landing::Memory(_)), "only memory takes bytes as they come");
+        while self.block < self.end && !bytes.is_empty() {
+            let read = &self.job.blocks[self.block];
+            let (now, later) = bytes.split_at(bytes.len().min(read.source.len as usize - self.within));
+            memory.write(read.to + self.within, now);
+            self.advance(now.len());
+            bytes = later;
+        }
+    }
+
     /// Accounts for `bytes` of blocks that [`Receiver::fill`] has put in place.
     pub(crate) fn advance(&mut self, mut bytes: usize) {
         self.job.progress.add(bytes);

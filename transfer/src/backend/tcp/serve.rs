@@ -1,14 +1,13 @@
 //! The serving side of `tcp`: admits connections and answers reads out of region memory.
 
 mod staged;
+mod write;
 
-use std::io;
-use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::Bytes;
-use tokio::io::{AsyncWriteExt, Interest};
+use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::time::timeout;
 
@@ -19,8 +18,9 @@ use crate::backend::CONNECT_TIMEOUT;
 use crate::backend::control::{self, Accepted};
 use crate::backend::frames::{FrameReader, FrameWriter};
 use crate::backend::handshake::{self, Admitted};
+use crate::backend::tcp::gather::Gather;
 use crate::error::{LinkError, Refusal};
-use crate::memory::{Span, write_gathered};
+use crate::memory::Span;
 use crate::session::Descriptor;
 use crate::wire::{self, Header, Kind, WireError};
 
@@ -28,8 +28,6 @@ use crate::wire::{self, Header, Kind, WireError};
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
 /// Wait after a failed accept: out of descriptors, most likely.
 pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
-/// Most bytes handed to the system at once, so that streams take turns.
-const GATHER_BYTES: usize = 1 << 20;
 
 /// Accepts connections until the agent stops.
 pub(crate) async fn listen(server: Arc<Server>, listener: TcpListener) {
@@ -80,13 +78,13 @@ impl Connection {
         let Some(admitted) = admitted.await.map_err(|_| LinkError::Closed)?? else { return Ok(()) };
         let Admitted { hello, life, writer } = admitted;
         let mut connection = Self { server, stream, frames, writer };
-        let Some(first) = connection.serve_reads(&life).await? else { return Ok(()) };
+        let Some(first) = connection.serve_blocks(&life).await? else { return Ok(()) };
         let Self { server, stream: socket, frames, writer } = connection;
         control::serve(server, Accepted { socket, frames, writer, hello, life }, first).await
     }
 
-    /// Answers reads until the connection ends, or its first request is another: then it is a control connection.
-    async fn serve_reads(&mut self, life: &Life) -> Result<Option<(Header, Bytes)>, LinkError> {
+    /// Answers reads and writes until the connection ends, or its first request is another: then it is a control connection.
+    async fn serve_blocks(&mut self, life: &Life) -> Result<Option<(Header, Bytes)>, LinkError> {
         let ended = life.ended.cancelled();
         tokio::pin!(ended);
         let mut is_first = true;
@@ -98,15 +96,15 @@ impl Connection {
             };
             let Some((header, payload)) = frame else { return Ok(None) };
             match header.kind {
-                Kind::Read => {}
+                Kind::Read => match wire::Read::decode(&payload) {
+                    Ok(read) => self.answer(life, &header, &read).await?,
+                    Err(error) => self.refuse(error.into(), header.seq).await?,
+                },
+                Kind::Write => self.take_write(life, &header, &payload).await?,
                 kind if is_first && !kind.is_answer() => return Ok(Some((header, payload))),
                 _ => return Err(LinkError::Protocol(WireError::Kind)),
             }
             is_first = false;
-            match wire::Read::decode(&payload) {
-                Ok(read) => self.answer(life, &header, &read).await?,
-                Err(error) => self.refuse(error.into(), header.seq).await?,
-            }
         }
     }
 
@@ -180,69 +178,5 @@ impl Connection {
         sent?;
         self.server.counters.served(blocks.iter().map(|block| u64::from(block.len)).sum());
         Ok(())
-    }
-}
-
-/// What is still to be sent.
-struct Gather<'a> {
-    head: &'a [u8],
-    spans: &'a [Span<'a>],
-    /// Bytes of the first span already sent.
-    within: usize,
-}
-
-impl Gather<'_> {
-    /// Sends what the socket takes now.
-    fn send_some(&mut self, stream: &TcpStream) -> Result<(), LinkError> {
-        self.sent(self.write(stream))
-    }
-
-    async fn send_rest(mut self, stream: &TcpStream) -> Result<(), LinkError> {
-        while !self.is_done() {
-            let wrote = stream.async_io(Interest::WRITABLE, || self.write(stream)).await;
-            self.sent(wrote)?;
-        }
-        Ok(())
-    }
-
-    fn sent(&mut self, wrote: io::Result<usize>) -> Result<(), LinkError> {
-        match wrote {
-            Ok(0) => return Err(LinkError::Closed),
-            Ok(bytes) => self.advance(bytes),
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            Err(error) => return Err(LinkError::io("sending blocks")(error)),
-        }
-        Ok(())
-    }
-
-    fn write(&self, stream: &TcpStream) -> io::Result<usize> {
-        let mut room = GATHER_BYTES;
-        let spans = self.spans.iter().enumerate().map_while(|(i, span)| {
-            let skip = if i == 0 { self.within } else { 0 };
-            let len = (span.len - skip).min(room);
-            room -= len;
-            (len > 0).then_some(Span { memory: span.memory, offset: span.offset + skip, len })
-        });
-        write_gathered(stream.as_fd(), self.head, spans)
-    }
-
-    fn advance(&mut self, mut bytes: usize) {
-        let of_head = bytes.min(self.head.len());
-        self.head = &self.head[of_head..];
-        bytes -= of_head;
-        while let Some((first, rest)) = self.spans.split_first() {
-            let left = first.len - self.within;
-            if bytes < left {
-                self.within += bytes;
-                return;
-            }
-            bytes -= left;
-            self.within = 0;
-            self.spans = rest;
-        }
-    }
-
-    fn is_done(&self) -> bool {
-        self.head.is_empty() && self.spans.is_empty()
     }
 }

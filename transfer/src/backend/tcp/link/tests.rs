@@ -23,7 +23,7 @@ fn stripes_cover_every_block_once_in_order() {
         (vec![64 * mib, 1, 1, 1], 4, 2),
     ] {
         let blocks = blocks(&lens);
-        let stripes = plan_stripes(&blocks, streams);
+        let stripes = plan_stripes(blocks.iter().map(|read| read.source.len), streams);
         let covered: Vec<usize> = stripes.iter().cloned().flatten().collect();
         assert_eq!(covered, (0..blocks.len()).collect::<Vec<_>>(), "{stripes:?}");
         assert_eq!(stripes.len(), expected, "{lens:?} over {streams}: {stripes:?}");
@@ -33,5 +33,5 @@ fn stripes_cover_every_block_once_in_order() {
 
 #[test]
 fn even_blocks_are_shared_out_evenly() {
-    assert_eq!(plan_stripes(&blocks(&[1 << 20; 32]), 2), [0..16, 16..32]);
+    assert_eq!(plan_stripes(blocks(&[1 << 20; 32]).iter().map(|read| read.source.len), 2), [0..16, 16..32]);
 }

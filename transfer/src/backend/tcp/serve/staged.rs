@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use tokio::net::TcpStream;
 
-use super::{GATHER_BYTES, Gather};
 use crate::agent::grants::Permit;
 use crate::agent::region::Region;
 use crate::agent::server::{Server, region};
+use crate::backend::tcp::gather::{GATHER_BYTES, Gather};
 use crate::error::LinkError;
 use crate::jobs;
 use crate::memory::{HostMemory, Span};

@@ -1,0 +1,335 @@
+//! Writes into granted memory, what is refused of them, their end, and the messages that follow them.
+
+use std::time::Duration;
+
+use baton_config::Epoch;
+use baton_transfer::wire::{HEADER_BYTES, MAX_NOTIFICATION_BYTES};
+use baton_transfer::{
+    Agent, AgentOptions, BackendKind, BlockRead, BlockWrite, Descriptor, Destination, Refusal, RegionId,
+    Session, Target, Token, TransferError,
+};
+use tokio::time::{Instant, timeout};
+
+use crate::proxy::{Mode, Proxy};
+use crate::support::{
+    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, memory, name, pattern, reader,
+};
+
+const LONG: Duration = Duration::from_secs(10);
+
+/// `count` blocks of `len` bytes, from odd places to every second place from the end of the region.
+fn writes(region: RegionId, count: usize, len: u32) -> Vec<BlockWrite> {
+    let block = |index: usize| {
+        let offset = ((count - 1 - index) * 2 * len as usize + 3) as u64;
+        BlockWrite { from: index * (len as usize + 5), to: Descriptor { region, offset, len } }
+    };
+    (0..count).map(block).collect()
+}
+
+struct Pair {
+    owner: Owner,
+    writer: Agent,
+    session: Session,
+    source: baton_transfer::HostMemory,
+    /// The owner's region.
+    target: baton_transfer::HostMemory,
+    region: RegionId,
+}
+
+async fn pair_with(owner: AgentOptions, writer: AgentOptions, proxy: Option<&Proxy>, bytes: usize) -> Pair {
+    let owner = Owner::start_with(owner, 4096).await;
+    if let Some(proxy) = proxy {
+        proxy.lead_to(owner.agent.local_address());
+    }
+    let target = memory(bytes);
+    let region = owner.agent.register(target.clone()).unwrap();
+    let source = memory(bytes);
+    source.write(0, &pattern(77, bytes as u32));
+    let writer = Agent::start(writer).await.unwrap();
+    writer.set_epoch(Epoch(6));
+    let session = owner.session(&writer).await.unwrap();
+    Pair { owner, writer, session, source, target, region }
+}
+
+async fn pair(bytes: usize) -> Pair {
+    pair_with(AgentOptions::new(name(OWNER)), AgentOptions::new(name("prefill-3")), None, bytes).await
+}
+
+impl Pair {
+    fn granted(&self, count: usize, len: u32) -> Vec<BlockWrite> {
+        let blocks = writes(self.region, count, len);
+        self.owner.agent.grant_write(HANDOFF, &blocks.iter().map(|block| block.to).collect::<Vec<_>>());
+        blocks
+    }
+
+    async fn write(&self, blocks: &[BlockWrite]) -> Result<(), TransferError> {
+        self.session.write(HANDOFF, blocks, &self.source, deadline()).await.map(|_| ())
+    }
+
+    fn assert_written(&self, blocks: &[BlockWrite]) {
+        for block in blocks {
+            let wanted = pattern(77 + block.from, block.to.len);
+            assert!(bytes_at(&self.target, block.to.offset as usize, block.to.len) == wanted, "{block:?}");
+        }
+    }
+}
+
+fn refusal(outcome: Result<(), TransferError>) -> Refusal {
+    match outcome {
+        Err(TransferError::Refused { refusal, .. }) => refusal,
+        other => panic!("{other:?}"),
+    }
+}
+
+#[tokio::test]
+async fn blocks_are_written_to_their_places_and_nowhere_else() {
+    let token = Some(Token::from_file_bytes(b"k7Jw0pQx9ZfLr2TnVb5Ys8HdMc3Ge6Ua").unwrap());
+    for auth in [None, token] {
+        let with = |worker: &str| AgentOptions { auth: auth.clone(), ..AgentOptions::new(name(worker)) };
+        let pair = pair_with(with(OWNER), with("prefill-3"), None, 64 << 20).await;
+        let mut bytes = 0;
+        for (count, len) in [(1, 1), (64, 4096), (3000, 700), (28, 1 << 20)] {
+            let blocks = pair.granted(count, len);
+            pair.write(&blocks).await.unwrap();
+            pair.assert_written(&blocks);
+            // Every other place stays as it was.
+            assert!(bytes_at(&pair.target, len as usize + 3, len.min(700)).iter().all(|byte| *byte == 0));
+            bytes += count as u64 * u64::from(len);
+            pair.target.write(0, &vec![0; 64 << 20]);
+        }
+        assert_eq!(pair.owner.agent.stats().taken_bytes().0, bytes);
+        assert_eq!(pair.writer.stats().written_bytes(BackendKind::Tcp).0, bytes);
+    }
+}
+
+#[tokio::test]
+async fn writes_to_several_regions_go_in_one_call() {
+    let pair = pair(1 << 20).await;
+    let other = memory(1 << 20);
+    let second = pair.owner.agent.register(other.clone()).unwrap();
+    let mut blocks = writes(pair.region, 10, 1000);
+    for block in blocks.iter_mut().skip(3).step_by(2) {
+        block.to.region = second;
+    }
+    pair.owner.agent.grant_write(HANDOFF, &blocks.iter().map(|block| block.to).collect::<Vec<_>>());
+    pair.write(&blocks).await.unwrap();
+    for block in blocks {
+        let memory = if block.to.region == second { &other } else { &pair.target };
+        assert!(bytes_at(memory, block.to.offset as usize, 1000) == pattern(77 + block.from, 1000));
+    }
+}
+
+#[tokio::test]
+async fn what_is_not_granted_for_writing_is_not_written() {
+    let pair = pair(1 << 20).await;
+    let blocks = writes(pair.region, 4, 4096);
+    assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted);
+    // A grant for reading is none for writing, nor the other way round.
+    let places: Vec<Descriptor> = blocks.iter().map(|block| block.to).collect();
+    pair.owner.agent.grant(HANDOFF, places.clone());
+    assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted);
+    pair.owner.agent.revoke(HANDOFF);
+    pair.owner.agent.grant_write(HANDOFF, &places[1..]);
+    assert_eq!(refusal(pair.write(&blocks).await), Refusal::OutsideGrant);
+    let read = [BlockRead { source: places[1], to: 0, expected: None }];
+    let read = pair.session.read(HANDOFF, &read, Destination::Memory(&memory(4096)), deadline()).await;
+    assert_eq!(refusal(read.map(|_| ())), Refusal::NotGranted);
+    let outside = [BlockWrite { from: 0, to: Descriptor { region: RegionId(9), offset: 0, len: 8 } }];
+    pair.owner.agent.grant_write(HANDOFF, &[outside[0].to]);
+    assert_eq!(refusal(pair.write(&outside).await), Refusal::OutsideRegion);
+    let probe = [BlockWrite { from: 0, to: Descriptor { region: RegionId(0), offset: 0, len: 8 } }];
+    assert_eq!(refusal(pair.write(&probe).await), Refusal::OutsideGrant);
+    assert!(bytes_at(&pair.target, 0, 1 << 20).iter().all(|byte| *byte == 0));
+    // The connection goes on after refusals.
+    pair.write(&blocks[1..]).await.unwrap();
+    pair.assert_written(&blocks[1..]);
+}
+
+#[tokio::test]
+async fn blocks_that_make_no_sense_are_refused_before_a_byte_moves() {
+    let pair = pair(1 << 20).await;
+    let good = pair.granted(2, 4096);
+    for (bad, why) in [
+        (BlockWrite { to: Descriptor { len: 0, ..good[1].to }, ..good[1] }, Refusal::EmptyBlock),
+        (BlockWrite { from: (1 << 20) - 1, ..good[1] }, Refusal::OutsideMemory),
+        (
+            BlockWrite { to: Descriptor { offset: good[0].to.offset + 1, ..good[0].to }, ..good[1] },
+            Refusal::Overlap,
+        ),
+        (BlockWrite { to: Descriptor { len: u32::MAX, ..good[1].to }, ..good[1] }, Refusal::TooLarge),
+    ] {
+        assert_eq!(refusal(pair.write(&[good[0], bad]).await), why);
+    }
+    let reads = |second: BlockRead| {
+        let first = BlockRead { source: good[0].to, to: 0, expected: None };
+        let (session, into) = (pair.session.clone(), memory(8192));
+        async move {
+            let read = session.read(HANDOFF, &[first, second], Destination::Memory(&into), deadline()).await;
+            refusal(read.map(|_| ()))
+        }
+    };
+    let source = good[1].to;
+    assert_eq!(reads(BlockRead { source, to: 4095, expected: None }).await, Refusal::Overlap);
+    assert_eq!(reads(BlockRead { source, to: 4097, expected: None }).await, Refusal::OutsideMemory);
+    let empty = Descriptor { len: 0, ..source };
+    assert_eq!(reads(BlockRead { source: empty, to: 4096, expected: None }).await, Refusal::EmptyBlock);
+    assert_eq!(pair.owner.agent.stats().taken_bytes().0, 0);
+}
+
+#[tokio::test]
+async fn bytes_changed_on_the_way_do_not_count() {
+    let proxy = Proxy::start().await;
+    let mut owner = AgentOptions::new(name(OWNER));
+    owner.advertise = Some(proxy.address);
+    let writer = AgentOptions { backends: vec![BackendKind::Tcp], ..AgentOptions::new(name("prefill-3")) };
+    let pair = pair_with(owner, writer, Some(&proxy), 1 << 20).await;
+    let blocks = pair.granted(10, 20_000);
+    proxy.set(Mode::FlipUpstreamOnce(HEADER_BYTES * 6 + 100_000));
+    assert_eq!(refusal(pair.write(&blocks).await), Refusal::Corrupt);
+    assert_eq!((proxy.flips(), pair.owner.agent.stats().checksum_mismatches), (1, 1));
+    pair.write(&blocks).await.unwrap();
+    pair.assert_written(&blocks);
+}
+
+/// The owner ends the grant in the middle of a write: from then on nothing more of it lands, and it waits for that.
+#[tokio::test]
+async fn a_revoked_write_lands_nowhere_once_that_is_settled() {
+    let proxy = Proxy::start().await;
+    let mut owner = AgentOptions::new(name(OWNER));
+    owner.advertise = Some(proxy.address);
+    let writer = AgentOptions { backends: vec![BackendKind::Tcp], ..AgentOptions::new(name("prefill-3")) };
+    let pair = pair_with(owner, writer, Some(&proxy), 16 << 20).await;
+    let blocks = pair.granted(100, 64 << 10);
+    proxy.set(Mode::HoldUpstream(1 << 20));
+    let write = pair.session.write(HANDOFF, &blocks, &pair.source, deadline());
+    tokio::pin!(write);
+    let first = blocks[0].to.offset as usize;
+    let arrives = async {
+        while bytes_at(&pair.target, first, 64 << 10) != pattern(77, 64 << 10) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        outcome = &mut write => panic!("it was held back: {outcome:?}"),
+        () = arrives => {}
+    }
+    timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
+    pair.target.write(0, &vec![0xee; 16 << 20]);
+    proxy.set(Mode::Relay);
+    let outcome = write.await;
+    assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
+    assert!(bytes_at(&pair.target, 0, 16 << 20).iter().all(|byte| *byte == 0xee));
+    assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted);
+}
+
+#[tokio::test]
+async fn notifications_come_after_the_writes_before_them_and_have_limits() {
+    let mut owner = AgentOptions::new(name(OWNER));
+    owner.limits.notifications = 32;
+    let pair = pair_with(owner, AgentOptions::new(name("prefill-3")), None, 16 << 20).await;
+    let notifications = pair.owner.agent.notifications();
+    let blocks = pair.granted(100, 64 << 10);
+    let posted = pair.session.prepare_write(HANDOFF, blocks.clone(), pair.source.clone()).unwrap();
+    let posted = posted.post(deadline());
+    // The write is at work before the notification is asked for: its task has been polled.
+    while pair.owner.agent.stats().taken_bytes().0 == 0
+        && bytes_at(&pair.target, blocks[0].to.offset as usize, 1) != pattern(77, 1)
+    {
+        tokio::time::sleep(Duration::from_micros(100)).await;
+    }
+    pair.session.notify(HANDOFF, b"written", deadline()).await.unwrap();
+    let notification = timeout(LONG, notifications.next()).await.unwrap();
+    pair.assert_written(&blocks);
+    assert_eq!(notification.payload, b"written");
+    assert_eq!((notification.from, notification.handoff), (name("prefill-3"), HANDOFF));
+    assert_eq!(notification.from_epoch, Epoch(6));
+    posted.await.unwrap();
+
+    let long = vec![1; MAX_NOTIFICATION_BYTES];
+    pair.session.notify(HANDOFF, &long, deadline()).await.unwrap();
+    let longer = vec![1; MAX_NOTIFICATION_BYTES + 1];
+    assert_eq!(refusal(pair.session.notify(HANDOFF, &longer, deadline()).await), Refusal::TooLarge);
+    for _ in 0..3 {
+        pair.session.notify(HANDOFF, b"", deadline()).await.unwrap();
+    }
+    assert_eq!(refusal(pair.session.notify(HANDOFF, b"", deadline()).await), Refusal::Overloaded);
+    assert_eq!(timeout(LONG, notifications.next()).await.unwrap().payload, long);
+    pair.session.notify(HANDOFF, b"room again", deadline()).await.unwrap();
+}
+
+#[tokio::test]
+async fn a_prepared_read_is_posted_many_times_polled_and_awaited() {
+    let owner = Owner::start(4 << 20).await;
+    for backend in BackendKind::ALWAYS {
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let blocks = owner.granted(64, 4096);
+        let into = memory(1 << 20);
+        let prepared = session.prepare_read(HANDOFF, blocks.clone(), Target::Memory(into.clone())).unwrap();
+        for _ in 0..20 {
+            into.write(0, &vec![0; 1 << 20]);
+            let report = prepared.post(deadline()).await.unwrap();
+            assert_eq!(report.bytes.0, 64 * 4096);
+            assert_in_place(&into, &blocks);
+        }
+        let mut polled = prepared.post(deadline());
+        let start = Instant::now();
+        while !polled.is_done() {
+            assert!(start.elapsed() < LONG);
+            tokio::task::yield_now().await;
+        }
+        assert!(polled.is_done());
+        polled.await.unwrap();
+        prepared.run(deadline()).await.unwrap();
+        let mut twice = blocks.clone();
+        twice[1].to = twice[0].to;
+        let refused = session.prepare_read(HANDOFF, twice, Target::Memory(into)).map(|_| ());
+        assert_eq!(refusal(refused), Refusal::Overlap);
+        owner.agent.revoke(HANDOFF);
+        assert!(matches!(prepared.post(deadline()).await, Err(TransferError::Refused { .. })));
+    }
+}
+
+#[tokio::test]
+async fn a_cancelled_post_is_fenced() {
+    let proxy = Proxy::start().await;
+    let mut options = AgentOptions::new(name(OWNER));
+    options.advertise = Some(proxy.address);
+    let owner = Owner::start_with(options, 16 << 20).await;
+    proxy.lead_to(owner.agent.local_address());
+    let reader = reader(BackendKind::Tcp).await;
+    let session = owner.session(&reader).await.unwrap();
+    let blocks = owner.granted(40, 64 << 10);
+    proxy.set(Mode::Hold(HEADER_BYTES * 2 + (2 * (64 << 10))));
+    let into = memory(16 << 20);
+    let prepared = session.prepare_read(HANDOFF, blocks.clone(), Target::Memory(into.clone())).unwrap();
+    let mut posted = prepared.post(deadline());
+    while bytes_at(&into, blocks[1].to + 65_535, 1) != pattern(blocks[1].source.offset as usize + 65_535, 1) {
+        assert!(!posted.is_done());
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+    timeout(LONG, posted.cancel()).await.unwrap();
+    into.write(0, &vec![0xee; 16 << 20]);
+    proxy.set(Mode::Relay);
+    proxy.until_open(|open| *open == 0).await;
+    assert!(bytes_at(&into, 0, 16 << 20).iter().all(|byte| *byte == 0xee));
+    prepared.post(deadline()).await.unwrap();
+    assert_in_place(&into, &blocks);
+}
+
+#[tokio::test]
+async fn a_write_to_a_later_life_is_stale() {
+    let pair = pair(1 << 20).await;
+    let blocks = pair.granted(2, 4096);
+    pair.write(&blocks).await.unwrap();
+    pair.owner.agent.set_epoch(Epoch(EPOCH.0 + 1));
+    let stale = match pair.write(&blocks).await {
+        // The stream of the former life was still open.
+        Err(TransferError::Link { .. }) => pair.write(&blocks).await,
+        other => other,
+    };
+    assert!(matches!(stale, Err(TransferError::Stale { .. })), "{stale:?}");
+    let stale = pair.session.notify(HANDOFF, b"", deadline()).await;
+    assert!(matches!(stale, Err(TransferError::Stale { .. })), "{stale:?}");
+}
