@@ -1,11 +1,12 @@
 //! The example plugin: two drivers in one process.
 
 use std::os::fd::BorrowedFd;
+use std::process::Command;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 
-use super::support::{Node, deadline, example, pattern};
+use super::support::{Node, deadline, example, pattern, source};
 use crate::backend::fabric::driver::{Access, Driver, LocalId, LocalRange, PostError};
 use crate::backend::plugin::{PluginOptions, open, probe};
 use crate::memory::HostMemory;
@@ -312,4 +313,25 @@ fn a_closed_driver_is_noticed_by_those_connected_to_it() {
     let refused = user.driver.read(peer, remote, 0, user.range(0, 64), 2);
     assert!(matches!(refused, Err(PostError::Failed(_))), "dead is dead: {refused:?}");
     drop(memory);
+}
+
+#[test]
+fn garbage_from_its_socket_is_survived_under_the_sanitizers() {
+    let directory = tempfile::tempdir().unwrap();
+    let program = directory.path().join("hostile");
+    let built = Command::new("cc")
+        .args(["-Wall", "-Wextra", "-Werror", "-g", "-O1"])
+        .args(["-fsanitize=address,undefined", "-fno-sanitize-recover=all", "-o"])
+        .arg(&program)
+        .arg(source("tests/hostile.c"))
+        .output()
+        .unwrap();
+    let complaints = String::from_utf8_lossy(&built.stderr);
+    if complaints.contains("-lasan") || complaints.contains("-lubsan") {
+        println!("skipped: this compiler has no sanitizers: {complaints}");
+        return;
+    }
+    assert!(built.status.success(), "{complaints}");
+    let ran = Command::new(&program).output().unwrap();
+    assert!(ran.status.success(), "{}", String::from_utf8_lossy(&ran.stderr));
 }
