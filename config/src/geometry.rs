@@ -87,6 +87,15 @@ pub struct KvStrides {
     pub token: usize,
 }
 
+/// Where the bytes of a block are, in bytes from the start of its memory.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct BlockAt {
+    /// Its first number; the others follow by the strides.
+    pub numbers: usize,
+    /// Its scales, all in one run.
+    pub scales: usize,
+}
+
 /// Why no block can have a geometry.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum GeometryError {
@@ -219,6 +228,33 @@ impl KvGeometry {
     /// The strides of an arena of `blocks` blocks.
     pub fn arena_strides(&self, blocks: u32) -> KvStrides {
         if self.layout.is_block_first() { self.strides_of(1) } else { self.strides_of(blocks as usize) }
+    }
+
+    /// Bytes of an arena of `blocks` blocks; never more than so many blocks by themselves.
+    pub fn arena_bytes(&self, blocks: u32) -> usize {
+        let blocks = blocks as usize;
+        if self.layout.is_block_first() {
+            return blocks * self.block_bytes();
+        }
+        let scales = blocks * self.scale_count() * SCALE_BYTES;
+        let numbers = blocks * self.numbers_bytes();
+        if scales == 0 { numbers } else { numbers.next_multiple_of(SCALE_BYTES) + scales }
+    }
+
+    /// Where a block lies that is one run of memory from `offset` on.
+    pub fn packed_at(&self, offset: usize) -> BlockAt {
+        BlockAt { numbers: offset, scales: offset + self.scales_offset() }
+    }
+
+    /// Where block `block` of an arena of `blocks` blocks lies.
+    pub fn arena_at(&self, blocks: u32, block: u32) -> BlockAt {
+        let numbers = block as usize * self.arena_strides(blocks).block * self.dtype.size();
+        if self.layout.is_block_first() {
+            return self.packed_at(numbers);
+        }
+        let scales = self.scale_count() * SCALE_BYTES;
+        let behind = (blocks as usize * self.numbers_bytes()).next_multiple_of(SCALE_BYTES);
+        BlockAt { numbers, scales: behind + block as usize * scales }
     }
 
     fn strides_of(&self, blocks: usize) -> KvStrides {

@@ -19,8 +19,8 @@ pub mod units;
 mod yaml;
 
 pub use geometry::{
-    Attention, BLOCK_MAX_BYTES, Dtype, GeometryError, KvAxis, KvGeometry, KvLayout, KvStrides, SCALE_BYTES,
-    Scales, Shard, ShardFault,
+    Attention, BLOCK_MAX_BYTES, BlockAt, Dtype, GeometryError, KvAxis, KvGeometry, KvLayout, KvStrides,
+    SCALE_BYTES, Scales, Shard, ShardFault,
 };
 pub use names::{Accelerator, Epoch, HandoffId, NameError, PoolName, Role, WorkerId};
 pub use units::{ByteRate, Bytes, Tokens};

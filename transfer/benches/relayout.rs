@@ -81,7 +81,7 @@ fn relayout_rate(source: KvGeometry, dest: KvGeometry, memcpy: f64) -> anyhow::R
         for index in 0..count {
             let block = &blocks[index as usize * bytes..][..bytes];
             plan.scatter(index, block, tokens.clone(), &arena, |b| {
-                b as usize * stride % slots * dest.block_bytes()
+                dest.packed_at(b as usize * stride % slots * dest.block_bytes())
             });
         }
     });

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! host arena            block ──digest in place──► granted where it is
+//! host, by layers       block ──copy run by run──► staging slot ──digest each run while it is in cache──► granted in the slab
 //! device arena          block ──copy in chunks──► staging slot ──digest each chunk while it is in cache──► granted in the slab
 //! device arena, direct  block ──digest by the device──► granted where it is, for network libraries that reach it
 //! ```
@@ -22,13 +23,15 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::{Agent, Integrity, RegionId, RegisterError};
 use crate::arena_memory::ArenaMemory;
-use crate::device::DeviceError;
+use crate::device::{DeviceError, Submitted};
 use crate::digest::DigestSeed;
 use crate::jobs;
-use crate::memory::MemoryError;
+use crate::memory::{HostMemory, MemoryError};
+use crate::plan::Packing;
 use crate::session::Descriptor;
 use crate::slab::{SlabAuditError, SlabCounts, SlabError, Slot, SlotState};
 
+pub(crate) use self::source::SCATTERED;
 use self::source::Source;
 
 mod source;
@@ -159,7 +162,9 @@ impl Exporter {
         let region = match &source {
             Source::InPlace(memory) => agent.register(memory.clone())?,
             Source::Direct(memory) => agent.register_device(memory.clone())?,
-            Source::Staged { slab, .. } => agent.register(slab.memory().clone())?,
+            Source::Packed { slab, .. } | Source::Staged { slab, .. } => {
+                agent.register(slab.memory().clone())?
+            }
         };
         let (jobs, books) = (TaskTracker::new(), Mutex::default());
         Ok(Self(Arc::new(Inner { agent, geometry, source, why_staged, region, options, jobs, books })))
@@ -169,7 +174,7 @@ impl Exporter {
     pub fn max_blocks(&self) -> usize {
         match &self.0.source {
             Source::InPlace(_) | Source::Direct(_) => usize::MAX,
-            Source::Staged { slab, .. } => slab.slots().div_ceil(2),
+            Source::Packed { slab, .. } | Source::Staged { slab, .. } => slab.slots().div_ceil(2),
         }
     }
 
@@ -209,7 +214,7 @@ impl Exporter {
 
     /// One slot for each of `count` blocks, or none where the arena needs no staging.
     async fn slots(&self, count: usize, deadline: Instant) -> Result<Vec<Option<Slot>>, SlabError> {
-        let Source::Staged { slab, .. } = &self.0.source else {
+        let (Source::Packed { slab, .. } | Source::Staged { slab, .. }) = &self.0.source else {
             return Ok(std::iter::repeat_with(|| None).take(count).collect());
         };
         let slots = self.max_blocks();
@@ -277,7 +282,7 @@ impl Exporter {
     pub fn audit(&self) -> Result<SlabCounts, SlabAuditError> {
         match &self.0.source {
             Source::InPlace(_) | Source::Direct(_) => Ok(SlabCounts::default()),
-            Source::Staged { slab, .. } => slab.audit(),
+            Source::Packed { slab, .. } | Source::Staged { slab, .. } => slab.audit(),
         }
     }
 
@@ -384,7 +389,7 @@ impl Inner {
         blocks: &[ExportBlock],
         slots: Vec<Option<Slot>>,
     ) -> Vec<Job> {
-        let bytes = self.geometry.block_bytes();
+        let (geometry, bytes) = (self.geometry, self.geometry.block_bytes());
         let per_job = self.source.blocks_per_job(bytes);
         let mut slots = slots.into_iter();
         let job = |blocks: &[ExportBlock]| -> Job {
@@ -394,10 +399,20 @@ impl Inner {
             Box::new(move || match source {
                 Source::InPlace(memory) => Ok(source::in_place(&memory, work, bytes, integrity, seed_of)),
                 Source::Direct(memory) => source::on_device(&memory, work, bytes, integrity, seed_of),
+                Source::Packed { memory, .. } => {
+                    let packing = Packing::of_memory(geometry, memory.len());
+                    let copy = |places: &[(usize, usize)], to: &HostMemory, len| {
+                        places.iter().for_each(|(from, at)| memory.copy_to(*from, to, *at, len));
+                        Ok(Submitted::ended())
+                    };
+                    stage::stage(copy, with_slots(work), &packing, integrity, seed_of)
+                }
                 Source::Staged { device, .. } => {
-                    let with_slot = |(block, slot): (ExportBlock, Option<Slot>)| Some((block, slot?));
-                    let work = work.into_iter().filter_map(with_slot).collect();
-                    stage::stage(device.as_ref(), work, bytes, integrity, seed_of)
+                    let packing = Packing::of_memory(geometry, device.len());
+                    let copy = |places: &[(usize, usize)], to: &HostMemory, len| {
+                        device.submit_blocks_to_host(places, to, len)
+                    };
+                    stage::stage(copy, with_slots(work), &packing, integrity, seed_of)
                 }
             })
         };
@@ -407,4 +422,9 @@ impl Inner {
     async fn run(&self, job: Job) -> Result<Vec<Prepared>, ExportError> {
         Ok(jobs::start(&self.jobs, job).await.ok_or(ExportError::Closed)??)
     }
+}
+
+/// Every block of a slab has its slot.
+fn with_slots(work: Vec<(ExportBlock, Option<Slot>)>) -> Vec<(ExportBlock, Slot)> {
+    work.into_iter().filter_map(|(block, slot)| Some((block, slot?))).collect()
 }

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! equal blocks, host arena     peer ──► destination block, verified there
+//! long runs, not verified      peer ──► each run to its place in the destination blocks
 //! other blocks, host arena     peer ──► verified in the session's buffer ──re-layout──► destination blocks
 //! device arena                 the same into staging slots, each copied to the device while the next are read
 //! device arena, direct         equal whole blocks: peer ──► destination block, verified there by the device
@@ -9,8 +10,9 @@
 //!
 //! Rules on which the block pool relies:
 //!
-//! 1. Only bytes of tokens that were asked for are written, and on the re-layout path only after the digest of their
-//!    whole source block was verified. On the direct path a block that fails leaves garbage in its destination.
+//! 1. Only bytes of tokens that were asked for are written, and the scales of their blocks, and on the re-layout path
+//!    only after the digest of their whole source block was verified. On the direct path a block that fails leaves
+//!    garbage in its destination.
 //! 2. [`PullReport::upto`] and [`PullError::upto`] never count a token whose bytes were not verified *and* in place.
 //! 3. Destination blocks belong to the pull until its future has returned or was dropped. Both fence: afterwards nothing
 //!    of this pull writes the arena any more. Dropping may block for the rest of one copy to the device.
@@ -21,7 +23,6 @@ use std::collections::BTreeSet;
 use std::future::Future;
 use std::ops::Range;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
 use baton_config::protocol::TicketBlock;
@@ -31,19 +32,24 @@ use tokio_util::task::TaskTracker;
 
 use crate::agent::{DeviceMemory, RegionId};
 use crate::arena_memory::ArenaMemory;
-use crate::device::DeviceError;
+use crate::device::{Device, DeviceError};
 use crate::digest::DigestSeed;
 use crate::error::TransferError;
-use crate::memory::{HostMemory, MemoryError};
-use crate::plan::{PlanError, RelayoutPlan};
-use crate::session::{BlockRead, BlockSink, Descriptor, Destination, Expected, ReadReport, Session};
+use crate::export::SCATTERED;
+use crate::memory::MemoryError;
+use crate::plan::{Mismatch, PlanCache, PlanCacheCounts, PlanError, RelayoutPlan};
+use crate::session::{BlockRead, Descriptor, Destination, Expected, ReadReport, Session};
 use crate::slab::{Slab, SlabAuditError, SlabCounts, SlabError};
 
 mod direct;
 mod fence;
+mod lay_out;
 mod staged;
 #[cfg(test)]
 mod tests;
+
+use direct::Direct;
+use lay_out::Target;
 
 /// How an importer runs.
 #[derive(Debug, Clone)]
@@ -115,6 +121,16 @@ pub enum PullCause {
     /// The device failed to copy.
     #[error("an imported block could not be copied to its device")]
     Device(#[from] DeviceError),
+    /// The tokens start within an own block whose scales cover all its tokens: start at the block.
+    #[error(
+        "tokens from {start} on start within a block of {block_tokens}, whose scales cover all its tokens"
+    )]
+    Unaligned {
+        /// The first wanted token.
+        start: u32,
+        /// Tokens of an own block.
+        block_tokens: u32,
+    },
     /// The importer is shutting down.
     #[error("imports are shutting down")]
     Closed,
@@ -125,6 +141,7 @@ pub enum PullCause {
 pub struct Importer {
     memory: ArenaMemory,
     geometry: KvGeometry,
+    plans: PlanCache,
     slab: Option<Slab>,
     /// The arena of a device, where paths may reach it, or why they may not.
     direct: Result<DeviceMemory, String>,
@@ -141,20 +158,23 @@ impl Importer {
         geometry: KvGeometry,
         options: &ImportOptions,
     ) -> Result<Self, MemoryError> {
-        let slab = match &memory {
-            ArenaMemory::Host(_) => None,
+        let (slab, plans) = match &memory {
+            ArenaMemory::Host(memory) => {
+                (None, PlanCache::of_arena(geometry, arena_blocks(memory.len(), &geometry)))
+            }
             ArenaMemory::Device(device) => {
                 let slab = Slab::new(options.slots, geometry.block_bytes(), "import staging")?;
                 slab.pin(device.as_ref());
-                Some(slab)
+                (Some(slab), PlanCache::packed(geometry))
             }
         };
         let direct = match &memory {
+            ArenaMemory::Device(_) if !geometry.layout.is_block_first() => Err(SCATTERED.to_owned()),
             ArenaMemory::Device(device) if options.direct => DeviceMemory::new(Arc::clone(device)),
             ArenaMemory::Device(_) => Err("blocks are to be host-buffered".to_owned()),
             ArenaMemory::Host(_) => Err("the arena is host memory".to_owned()),
         };
-        Ok(Self { memory, geometry, slab, direct, jobs: TaskTracker::new() })
+        Ok(Self { memory, geometry, plans, slab, direct, jobs: TaskTracker::new() })
     }
 
     /// Why no path reads straight into the memory of a device; whether the path of a session does, it says itself.
@@ -162,12 +182,24 @@ impl Importer {
         self.direct.as_ref().err().map(String::as_str)
     }
 
-    /// The plan from a peer's blocks to own ones, to refuse a peer early.
+    /// The plan from a peer's blocks to own ones, to refuse a peer early. It is made once for each kind of block.
     ///
     /// # Errors
     /// When the two cannot be reconciled; the message shows both.
     pub fn plan(&self, source: KvGeometry) -> Result<RelayoutPlan, PlanError> {
-        RelayoutPlan::new(source, self.geometry)
+        let plan = self.plans.plan(source)?;
+        let waits =
+            plan.needs_whole_blocks() && !source.block_tokens.is_multiple_of(self.geometry.block_tokens);
+        if waits && self.slab.is_some() {
+            let (dest, reason) = (self.geometry, Mismatch::DeviceScales);
+            return Err(PlanError::Geometry { source_geometry: source, dest, reason });
+        }
+        Ok(plan)
+    }
+
+    /// How often a plan was at hand.
+    pub fn plan_counts(&self) -> PlanCacheCounts {
+        self.plans.counts()
     }
 
     /// Reads what is wanted from the peer and puts it in place; see the rules of this module.
@@ -216,22 +248,40 @@ impl Importer {
             let (worker, current) = (session.worker().clone(), Some(session.epoch()));
             return Err(TransferError::Stale { worker, ticket: pull.epoch, current }.into());
         }
+        if !pull.tokens.is_empty() && !plan.may_start_at(pull.tokens.start) {
+            let (start, block_tokens) = (pull.tokens.start, self.geometry.block_tokens);
+            return Err(PullCause::Unaligned { start, block_tokens });
+        }
         self.check_table(pull);
         let (blocks, tokens) = in_reach(&plan, pull);
         let reader =
             Reader { session, handoff: pull.handoff, dest_blocks: &pull.dest_blocks, tokens, plan, deadline };
-        match (&self.memory, &self.slab) {
+        let done = match (&self.memory, &self.slab) {
             (ArenaMemory::Device(device), Some(slab)) => {
-                let direct = direct::pull(&reader, &blocks, &self.direct, &self.jobs).await;
-                let (placed, done) = (direct.placed, direct.done);
-                let rest: Vec<TicketBlock> =
-                    blocks.into_iter().filter(|block| !placed.indices.contains(&block.index)).collect();
-                staged::note(&reader, &placed, progress);
-                done?;
-                staged::pull(&reader, &rest, placed, (device, slab), &self.jobs, progress).await
+                self.read_to_device(&reader, blocks, (device, slab), progress).await
             }
             (memory, _) => reader.read_to_arena(&blocks, memory, progress).await,
+        };
+        if progress.upto < pull.tokens.end && !plan.may_start_at(progress.upto) {
+            let block_start = progress.upto - progress.upto % self.geometry.block_tokens;
+            progress.upto = block_start.max(pull.tokens.start);
         }
+        done
+    }
+
+    /// Reads `blocks` to a device arena: straight, as far as the path reaches it, and through staging.
+    async fn read_to_device<P: Peer>(
+        &self,
+        reader: &Reader<'_, P>,
+        mut blocks: Vec<TicketBlock>,
+        (device, slab): (&Arc<dyn Device>, &Slab),
+        progress: &mut Progress,
+    ) -> Result<(), PullCause> {
+        let Direct { placed, done } = direct::pull(reader, &blocks, &self.direct, &self.jobs).await;
+        blocks.retain(|block| !placed.indices.contains(&block.index));
+        staged::note(reader, &placed, progress);
+        done?;
+        staged::pull(reader, &blocks, placed, (device, slab), &self.jobs, progress).await
     }
 
     fn check_table(&self, pull: &Pull) {
@@ -261,6 +311,11 @@ impl Importer {
         self.jobs.close();
         self.jobs.wait().await;
     }
+}
+
+/// Blocks of an arena of `len` bytes.
+fn arena_blocks(len: usize, geometry: &KvGeometry) -> u32 {
+    u32::try_from(len / geometry.block_bytes()).unwrap_or(u32::MAX)
 }
 
 /// The blocks to read, by rising index and without a gap, and the wanted tokens they hold: what lies behind a block
@@ -363,10 +418,11 @@ impl<P: Peer> Reader<'_, P> {
         progress: &mut Progress,
     ) -> Result<(), PullCause> {
         let ArenaMemory::Host(memory) = memory else { unreachable!("a device arena has a slab") };
-        let bytes = self.plan.dest().block_bytes();
-        let dest_at = |block: u32| self.dest_blocks[block as usize] as usize * bytes;
+        let geometry = self.plan.dest();
+        let count = arena_blocks(memory.len(), geometry);
+        let at = |block: u32| geometry.arena_at(count, self.dest_blocks[block as usize]);
         let mut placed = Placed::default();
-        let done = self.read(blocks, memory, &dest_at, &mut placed).await;
+        let done = self.read(blocks, Target { memory, at: &at }, &mut placed).await;
         progress.bytes = Bytes(placed.bytes);
         for index in self.plan.source_blocks(&self.tokens) {
             if !placed.indices.contains(&index) {
@@ -375,69 +431,6 @@ impl<P: Peer> Reader<'_, P> {
             progress.upto = self.plan.tokens_of(index, &self.tokens).end;
         }
         Ok(done?)
-    }
-
-    /// Reads `blocks`, by rising index, to where `dest_at` says in `memory`, and notes in `placed` what is there.
-    async fn read(
-        &self,
-        blocks: &[TicketBlock],
-        memory: &HostMemory,
-        dest_at: &(dyn Fn(u32) -> usize + Sync),
-        placed: &mut Placed,
-    ) -> Result<(), TransferError> {
-        let (direct, other): (Vec<TicketBlock>, Vec<TicketBlock>) =
-            blocks.iter().cloned().partition(|block| self.is_direct(block.index));
-        self.read_direct(&direct, memory, dest_at, placed).await?;
-        self.read_relayout(&other, memory, dest_at, placed).await
-    }
-
-    /// Whether the peer's block is, byte for byte and with all its tokens wanted, the own block.
-    fn is_direct(&self, index: u32) -> bool {
-        let tokens = self.plan.tokens_of(index, &self.tokens);
-        self.plan.is_direct() && tokens.len() == self.plan.source().block_tokens as usize
-    }
-
-    async fn read_direct(
-        &self,
-        blocks: &[TicketBlock],
-        memory: &HostMemory,
-        dest_at: &(dyn Fn(u32) -> usize + Sync),
-        placed: &mut Placed,
-    ) -> Result<(), TransferError> {
-        if blocks.is_empty() {
-            return Ok(());
-        }
-        let reads: Vec<BlockRead> = blocks.iter().map(|b| self.block_read(b, dest_at(b.index))).collect();
-        let into = Destination::Memory(memory);
-        let done = self.session.read(self.handoff, &reads, into, self.deadline).await;
-        let good = |position: &usize| match &done {
-            Ok(_) => true,
-            Err(TransferError::Integrity { corrupt, .. }) => !corrupt.contains(position),
-            Err(_) => false,
-        };
-        let indices: Vec<u32> = (0..blocks.len()).filter(good).map(|i| blocks[i].index).collect();
-        self.note(placed, indices);
-        done.map(|_| ()).map_err(|error| in_sequence(error, blocks))
-    }
-
-    async fn read_relayout(
-        &self,
-        blocks: &[TicketBlock],
-        memory: &HostMemory,
-        dest_at: &(dyn Fn(u32) -> usize + Sync),
-        placed: &mut Placed,
-    ) -> Result<(), TransferError> {
-        if blocks.is_empty() {
-            return Ok(());
-        }
-        let reads: Vec<BlockRead> = blocks.iter().map(|b| self.block_read(b, 0)).collect();
-        let landed = blocks.iter().map(|_| AtomicBool::new(false)).collect();
-        let sink = Relayout { reader: self, blocks, memory, dest_at, landed };
-        let into = Destination::Sink(&sink);
-        let done = self.session.read(self.handoff, &reads, into, self.deadline).await;
-        let landed = sink.landed.iter().zip(blocks).filter(|(landed, _)| landed.load(Ordering::Acquire));
-        self.note(placed, landed.map(|(_, block)| block.index).collect());
-        done.map(|_| ()).map_err(|error| in_sequence(error, blocks))
     }
 
     fn note(&self, placed: &mut Placed, indices: Vec<u32>) {
@@ -451,23 +444,6 @@ impl<P: Peer> Reader<'_, P> {
         let source = Descriptor { region: RegionId(block.region), offset: block.offset, len };
         let seed = DigestSeed { handoff: self.handoff, epoch: self.session.epoch(), index: block.index };
         BlockRead { source, to, expected: Some(Expected { seed, digest: block.digest }) }
-    }
-}
-
-/// Lays verified blocks out as they come.
-struct Relayout<'a, P> {
-    reader: &'a Reader<'a, P>,
-    blocks: &'a [TicketBlock],
-    memory: &'a HostMemory,
-    dest_at: &'a (dyn Fn(u32) -> usize + Sync),
-    landed: Vec<AtomicBool>,
-}
-
-impl<P: Peer> BlockSink for Relayout<'_, P> {
-    fn block(&self, position: usize, bytes: &[u8]) {
-        let Reader { plan, tokens, .. } = self.reader;
-        plan.scatter(self.blocks[position].index, bytes, tokens.clone(), self.memory, self.dest_at);
-        self.landed[position].store(true, Ordering::Release);
     }
 }
 

@@ -1,36 +1,8 @@
-//! How the numbers of a KV block are laid out: strides, and loop nests merged to the longest contiguous runs.
+//! Loop nests merged to the longest contiguous runs.
 //!
-//! A block is `[layers][2: K, V][tokens and heads][head_dim]` (see `docs/kv-layout.md`). Everything a copy between
-//! two blocks needs is four strides on either side, so a re-layout is never a list of runs: it is a [`Nest`] of at
-//! most three loops around one run, worked out in nanoseconds however many layers there are.
-
-use baton_config::{KvGeometry, KvLayout};
-
-/// Strides of a block, in numbers (not bytes), so that the two sides of a conversion can be compared.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub struct Strides {
-    /// From a K or V plane to the next one; planes follow one another through all layers.
-    pub plane: usize,
-    /// From a head to the next one.
-    pub head: usize,
-    /// From a token to the next one.
-    pub token: usize,
-}
-
-impl Strides {
-    /// The strides of blocks of `geometry`.
-    pub fn of(geometry: &KvGeometry) -> Self {
-        let dims = geometry.head_dim as usize;
-        let heads = geometry.kv_heads as usize;
-        let tokens = geometry.block_tokens as usize;
-        let plane = tokens * heads * dims;
-        match geometry.layout {
-            KvLayout::Hnd => Self { plane, head: tokens * dims, token: dims },
-            // Plans refuse the others until they know them.
-            _ => Self { plane, head: dims, token: heads * dims },
-        }
-    }
-}
+//! The bytes of a KV block follow from five strides (see `docs/kv-layout.md`), so a copy between two blocks is never a
+//! list of runs: it is a [`Nest`] of at most four loops around one run, worked out in nanoseconds however many layers
+//! there are.
 
 /// One loop of a [`Nest`]: `count` steps of `source` and `dest` numbers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -46,8 +18,8 @@ pub struct Axis {
 /// The loop that does nothing but run its body once.
 const ONCE: Axis = Axis { count: 1, source: 0, dest: 0 };
 
-/// Most loops around a run: planes, heads, tokens.
-const AXES: usize = 3;
+/// Most loops around a run: layers, keys and values, heads, tokens.
+pub const AXES: usize = 4;
 
 /// Contiguous runs that carry one piece of a source block into one destination block.
 ///
@@ -104,13 +76,16 @@ impl Nest {
     /// Calls `each(source, dest)` with the start of every run.
     #[inline]
     pub fn for_each(&self, mut each: impl FnMut(usize, usize)) {
-        let [inner, middle, outer] = self.axes;
+        let [inner, second, third, outer] = self.axes;
         for o in 0..outer.count {
             let (source, dest) = (self.source + o * outer.source, self.dest + o * outer.dest);
-            for m in 0..middle.count {
-                let (source, dest) = (source + m * middle.source, dest + m * middle.dest);
-                for i in 0..inner.count {
-                    each(source + i * inner.source, dest + i * inner.dest);
+            for t in 0..third.count {
+                let (source, dest) = (source + t * third.source, dest + t * third.dest);
+                for s in 0..second.count {
+                    let (source, dest) = (source + s * second.source, dest + s * second.dest);
+                    for i in 0..inner.count {
+                        each(source + i * inner.source, dest + i * inner.dest);
+                    }
                 }
             }
         }

@@ -56,7 +56,10 @@ pub use error::{ErrorKind, LinkError, Refusal, TransferError};
 pub use export::{ExportBlock, ExportError, ExportOptions, Exporter, ExporterError};
 pub use import::{ImportOptions, Importer, Pull, PullCause, PullError, PullReport};
 pub use memory::{HostMemory, MemoryError, MemorySpan, Place};
-pub use plan::{PlanError, RelayoutPlan};
+pub use plan::{
+    Choice, DIRECT_RUN_MIN_BYTES, Mismatch, PlanCache, PlanCacheCounts, PlanError, RelayoutPlan, TpSource,
+    tp_sources,
+};
 pub use session::{
     BlockRead, BlockSink, BlockWrite, Descriptor, Destination, Expected, PathInfo, Posted, Prepared,
     ReadReport, Session, SessionStats, Target,

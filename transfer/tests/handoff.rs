@@ -9,11 +9,11 @@ use std::task::Poll;
 use std::time::Duration;
 
 use baton_config::protocol::TicketBlock;
-use baton_config::{Dtype, Epoch, HandoffId, KvGeometry, KvLayout, WorkerId};
+use baton_config::{Dtype, Epoch, HandoffId, KvGeometry, KvLayout, Shard, WorkerId};
 use baton_transfer::wire::Metadata;
 use baton_transfer::{
     Agent, AgentOptions, ArenaMemory, BackendKind, EmulatedDevice, ExportBlock, ExportOptions, Exporter,
-    HostMemory, ImportOptions, Importer, Pull, PullCause, Session, TransferError,
+    HostMemory, ImportOptions, Importer, Pull, PullCause, Session, TpSource, TransferError, tp_sources,
 };
 use half::{bf16, f16};
 use tokio::time::Instant;
@@ -75,9 +75,12 @@ impl Side {
     }
 
     fn row(&self, token: u32, layer: u32, kv: u32, head: u32) -> usize {
-        let g = &self.geometry;
-        self.block(token / g.block_tokens) as usize * g.block_bytes()
-            + g.row_offset(layer, kv, token % g.block_tokens, head)
+        let (g, strides) = (&self.geometry, self.geometry.arena_strides(self.blocks));
+        let numbers = layer as usize * strides.layer
+            + kv as usize * strides.kv
+            + (token % g.block_tokens) as usize * strides.token
+            + head as usize * strides.head;
+        g.arena_at(self.blocks, self.block(token / g.block_tokens)).numbers + numbers * g.dtype.size()
     }
 
     fn write(&self, token: u32, (layer, kv, head): (u32, u32, u32), numbers: &[f32]) {
@@ -112,7 +115,8 @@ impl Side {
 
 /// What token `token` holds in a row: different for every number of the sequence.
 fn numbers(g: &KvGeometry, token: u32, (layer, kv, head): (u32, u32, u32)) -> Vec<f32> {
-    let row = ((token * g.layers + layer) * 2 + kv) * g.kv_heads + head;
+    let head = g.shard.heads(g.kv_heads).start + head;
+    let row = ((token * g.layers + layer) * 2 + kv) * g.model_heads() + head;
     (0..g.head_dim).map(|i| ((row * g.head_dim + i) as f32).mul_add(0.618_034, -7000.0).sin()).collect()
 }
 
@@ -125,13 +129,18 @@ fn compute(side: &Side, tokens: Range<u32>) {
     }
 }
 
-/// Whether `side` holds what was computed, rounded where either side is bf16.
+/// Whether `side` holds what was computed, rounded to the format of either side.
 fn holds(side: &Side, from: &KvGeometry, tokens: Range<u32>) -> bool {
-    let narrow = from.dtype == Dtype::Bf16 || side.geometry.dtype == Dtype::Bf16;
-    let rounded = |n: f32| if narrow { bf16::from_f32(n).to_f32() } else { n };
+    let rounded = |n: f32, dtype| match dtype {
+        Dtype::F32 => n,
+        Dtype::Bf16 => bf16::from_f32(n).to_f32(),
+        Dtype::F16 => f16::from_f32(n).to_f32(),
+        Dtype::Fp8E4m3 => unreachable!("not among the pairs here"),
+    };
+    let rounded = |n| rounded(rounded(n, from.dtype), side.geometry.dtype);
     tokens.into_iter().all(|token| {
         side.rows().into_iter().all(|row| {
-            let want: Vec<f32> = numbers(from, token, row).into_iter().map(rounded).collect();
+            let want: Vec<f32> = numbers(&side.geometry, token, row).into_iter().map(rounded).collect();
             side.read(token, row) == want
         })
     })
@@ -184,13 +193,15 @@ async fn hand_over(source: &Side, dest: &Side, tokens: Range<u32>, slots: usize)
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn tokens_arrive_in_any_geometry_over_every_backend() {
-    use Dtype::{Bf16, F32};
-    use KvLayout::{Hnd, Nhd};
+    use Dtype::{Bf16, F16, F32};
+    use KvLayout::{B2lNhd, Hnd, L2bNhd, Lbhnc, Lbnhc, Nhd};
     let pairs = [
         (geometry(32, Nhd, Bf16), geometry(16, Hnd, Bf16)),
         (geometry(16, Hnd, Bf16), geometry(32, Nhd, F32)),
         (geometry(32, Nhd, F32), geometry(24, Hnd, Bf16)),
         (geometry(16, Hnd, F32), geometry(16, Hnd, F32)),
+        (geometry(16, Lbhnc, F16), geometry(24, L2bNhd, F32)),
+        (geometry(32, B2lNhd, Bf16), geometry(16, Lbnhc, Bf16)),
     ];
     for backend in backends().await {
         for (from, to) in pairs {
@@ -208,6 +219,28 @@ async fn tokens_arrive_in_any_geometry_over_every_backend() {
                 source.agent.close().await;
                 dest.agent.close().await;
             }
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn ranks_of_a_tensor_parallel_source_fill_one_worker_together() {
+    let to = KvGeometry { kv_heads: 4, ..geometry(24, KvLayout::Hnd, Dtype::Bf16) };
+    for device in [false, true] {
+        for degree in [2, 4, 8] {
+            let dest = Side::start("decode", to, 200, device, BackendKind::Tcp).await;
+            for TpSource { rank, .. } in tp_sources(Shard::Whole, 4, degree) {
+                let shard = Shard::Tensor { rank, degree, heads: 4 };
+                let kv_heads = (4 / u32::from(degree)).max(1);
+                let from = KvGeometry { kv_heads, shard, ..geometry(16, KvLayout::Lbnhc, Dtype::Bf16) };
+                let name = format!("prefill-{rank}");
+                let source = Side::start(&name, from, 200, false, BackendKind::Tcp).await;
+                compute(&source, 0..200);
+                hand_over(&source, &dest, 3..199, 6).await;
+                source.agent.close().await;
+            }
+            assert!(holds(&dest, &to, 3..199), "degree {degree}, device {device}");
+            dest.agent.close().await;
         }
     }
 }

@@ -44,6 +44,30 @@ fn rows_tile_an_arena_without_overlap() {
 }
 
 #[test]
+fn scales_of_an_arena_follow_the_numbers_of_their_block_or_of_all_blocks() {
+    for layout in layouts() {
+        let g = KvGeometry {
+            dtype: Dtype::Fp8E4m3,
+            scales: Scales::Head,
+            head_dim: 3,
+            layers: 1,
+            block_tokens: 1,
+            ..small(layout)
+        };
+        let blocks: Vec<BlockAt> = (0..5).map(|block| g.arena_at(5, block)).collect();
+        let end = if layout.is_block_first() { 5 * 28 } else { 60 + 5 * 16 };
+        assert_eq!(g.arena_bytes(5), end);
+        assert_eq!(blocks[4].scales + 16, end, "{g}");
+        assert!(blocks.windows(2).all(|pair| pair[1].scales - pair[0].scales >= 16));
+        if layout.is_block_first() {
+            assert_eq!(blocks[3], g.packed_at(3 * 28));
+        } else {
+            assert_eq!(blocks[0].scales, 60, "behind the numbers of all blocks");
+        }
+    }
+}
+
+#[test]
 fn a_word_spells_the_order_in_memory() {
     for layout in layouts() {
         let letter = |axis: &KvAxis| match axis {

@@ -18,19 +18,30 @@ const JOB_MIN_BYTES: usize = 512 << 10;
 /// Bytes of a job that a device does: it works on all blocks of a job side by side, a few are not enough for it.
 const DIRECT_JOB_BYTES: usize = 64 << 20;
 
+/// Why the blocks of some arenas are staged.
+pub(crate) const SCATTERED: &str = "blocks are not one run each of the arena";
+
 /// Where peers read from.
 #[derive(Clone)]
 pub(super) enum Source {
     InPlace(HostMemory),
     Direct(DeviceMemory),
-    Staged { device: Arc<dyn Device>, slab: Slab },
+    /// Host memory in which a block is not one run.
+    Packed {
+        memory: HostMemory,
+        slab: Slab,
+    },
+    Staged {
+        device: Arc<dyn Device>,
+        slab: Slab,
+    },
 }
 
 impl Source {
     /// Blocks worth a job of their own.
     pub(super) fn blocks_per_job(&self, bytes: usize) -> usize {
         match self {
-            Self::InPlace(_) | Self::Staged { .. } => JOB_MIN_BYTES.div_ceil(bytes),
+            Self::InPlace(_) | Self::Packed { .. } | Self::Staged { .. } => JOB_MIN_BYTES.div_ceil(bytes),
             Self::Direct(_) => DIRECT_JOB_BYTES.div_ceil(bytes),
         }
     }
@@ -41,15 +52,21 @@ impl Source {
         geometry: &KvGeometry,
         options: &ExportOptions,
     ) -> Result<(Self, Option<String>), MemoryError> {
+        let is_run = geometry.layout.is_block_first();
+        let slab = || Slab::new(options.slots, geometry.block_bytes(), "export staging");
         let device = match memory {
-            ArenaMemory::Host(memory) => return Ok((Self::InPlace(memory), None)),
+            ArenaMemory::Host(memory) if is_run => return Ok((Self::InPlace(memory), None)),
+            ArenaMemory::Host(memory) => {
+                return Ok((Self::Packed { memory, slab: slab()? }, Some(SCATTERED.to_owned())));
+            }
             ArenaMemory::Device(device) => device,
         };
-        let why = match reachable(&device, options) {
+        let reached = if is_run { reachable(&device, options) } else { Err(SCATTERED.to_owned()) };
+        let why = match reached {
             Ok(memory) => return Ok((Self::Direct(memory), None)),
             Err(why) => why,
         };
-        let slab = Slab::new(options.slots, geometry.block_bytes(), "export staging")?;
+        let slab = slab()?;
         slab.pin(device.as_ref());
         Ok((Self::Staged { device, slab }, Some(why)))
     }

@@ -1,12 +1,15 @@
-//! Copies blocks of a device to their staging slots, and digests each chunk while the device copies the next ones.
+//! Copies blocks to their staging slots, where each is one run, and digests each chunk while a device copies the next
+//! ones.
 
 use std::collections::VecDeque;
 use std::ops::Range;
 
 use super::{ExportBlock, Prepared};
 use crate::agent::Integrity;
-use crate::device::{Device, DeviceError, Submitted};
+use crate::device::{DeviceError, Submitted};
 use crate::digest::{BlockDigest, DigestSeed};
+use crate::memory::HostMemory;
+use crate::plan::Packing;
 use crate::slab::Slot;
 
 /// Bytes copied before they are hashed: they are still in the second-level cache then.
@@ -24,36 +27,42 @@ struct Chunk {
     copy: Submitted,
 }
 
-/// Brings blocks to their slots. `seed_of` is what the digest of the block of an index is bound to.
+/// Brings blocks to their slots. `copy` starts to copy so many bytes from places in the arena to others in host memory;
+/// `seed_of` is what the digest of the block of an index is bound to.
 pub(super) fn stage(
-    device: &dyn Device,
+    copy: impl Fn(&[(usize, usize)], &HostMemory, usize) -> Result<Submitted, DeviceError>,
     work: Vec<(ExportBlock, Slot)>,
-    bytes: usize,
+    packing: &Packing,
     integrity: Integrity,
     seed_of: impl Fn(u32) -> DigestSeed,
 ) -> Result<Vec<Prepared>, DeviceError> {
-    let per_chunk = (CHUNK_BYTES / bytes).max(1);
-    let chunks = (0..work.len()).step_by(per_chunk).flat_map(|first| {
-        let blocks = first..(first + per_chunk).min(work.len());
-        (0..bytes)
-            .step_by(CHUNK_BYTES)
-            .map(move |start| (blocks.clone(), start, CHUNK_BYTES.min(bytes - start)))
-    });
-    let mut digests = Digests { work: &work, integrity, digest: None, found: Vec::new(), bytes };
+    let bytes = packing.block_bytes();
+    // Blocks of several runs come one after the other, so that each is digested in sequence.
+    let per_chunk = if packing.is_identity() { (CHUNK_BYTES / bytes).max(1) } else { 1 };
+    let mut digests = Digests { work: &work, integrity, digest: None, found: Vec::new(), bytes, done: 0 };
     let mut under_way: VecDeque<Chunk> = VecDeque::with_capacity(AHEAD);
-    for (blocks, start, len) in chunks {
-        if under_way.len() == AHEAD
-            && let Some(chunk) = under_way.pop_front()
-        {
-            digests.take(chunk, &seed_of)?;
-        }
-        let place = |(block, slot): &(ExportBlock, Slot)| {
-            (block.block as usize * bytes + start, slot.offset() + start)
-        };
-        let places: Vec<(usize, usize)> = work[blocks.clone()].iter().map(place).collect();
-        // All slots are of one slab.
-        let copy = device.submit_blocks_to_host(&places, work[blocks.start].1.memory(), len)?;
-        under_way.push_back(Chunk { blocks, start, len, copy });
+    for first in (0..work.len()).step_by(per_chunk) {
+        let blocks = first..(first + per_chunk).min(work.len());
+        packing.try_for_each(work[first].0.block, |from, packed, run| {
+            for at in (0..run).step_by(CHUNK_BYTES) {
+                if under_way.len() == AHEAD
+                    && let Some(chunk) = under_way.pop_front()
+                {
+                    digests.take(chunk, &seed_of)?;
+                }
+                let (start, len) = (packed + at, CHUNK_BYTES.min(run - at));
+                let place = |(block, slot): &(ExportBlock, Slot)| {
+                    // More than one only where blocks are one run each.
+                    let from = if per_chunk > 1 { block.block as usize * bytes } else { from };
+                    (from + at, slot.offset() + start)
+                };
+                let places: Vec<(usize, usize)> = work[blocks.clone()].iter().map(place).collect();
+                // All slots are of one slab.
+                let copy = copy(&places, work[first].1.memory(), len)?;
+                under_way.push_back(Chunk { blocks: blocks.clone(), start, len, copy });
+            }
+            Ok(())
+        })?;
     }
     for chunk in under_way {
         digests.take(chunk, &seed_of)?;
@@ -73,6 +82,8 @@ struct Digests<'a> {
     work: &'a [(ExportBlock, Slot)],
     integrity: Integrity,
     bytes: usize,
+    /// Bytes of the block whose chunks are coming that were digested.
+    done: usize,
     /// Of the block whose chunks are coming.
     digest: Option<BlockDigest>,
     /// One for each block that is whole; 0 without integrity.
@@ -90,12 +101,14 @@ impl Digests<'_> {
                 if start == 0 {
                     digest.restart(seed_of(block.index));
                 }
-                slot.memory().digest(digest, slot.offset() + start, len);
+                // What pads numbers to scales is digested too, whatever it is.
+                slot.memory().digest(digest, slot.offset() + self.done, start + len - self.done);
             }
             if start + len == self.bytes {
                 self.found.push(self.digest.as_ref().map_or(0, BlockDigest::finish));
             }
         }
+        self.done = (start + len) % self.bytes;
         Ok(())
     }
 }

@@ -138,7 +138,7 @@ fn check(memory: &HostMemory, handoff: HandoffId, tickets: &[TicketBlock], noise
 
 fn slab_memory(exporter: &Exporter) -> HostMemory {
     match &exporter.0.source {
-        Source::Staged { slab, .. } => slab.memory().clone(),
+        Source::Packed { slab, .. } | Source::Staged { slab, .. } => slab.memory().clone(),
         Source::InPlace(_) | Source::Direct(_) => panic!("this arena is staged"),
     }
 }

@@ -5,18 +5,19 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use baton_config::Bytes;
 use baton_config::protocol::TicketBlock;
+use baton_config::{BlockAt, Bytes};
 use futures_util::StreamExt;
 use futures_util::stream::FuturesUnordered;
 use tokio::time::{Instant, timeout_at};
 use tokio_util::task::TaskTracker;
 
 use super::fence::Fence;
-use super::{Peer, Placed, Progress, PullCause, Reader};
+use super::{Peer, Placed, Progress, PullCause, Reader, Target};
 use crate::device::{Device, DeviceError};
 use crate::error::TransferError;
 use crate::jobs;
+use crate::plan::Packing;
 use crate::slab::{Slab, SlabError, Slot};
 
 /// Reads `blocks`, by rising index, into staging slots, a group at a time, and copies finished destination blocks to
@@ -42,6 +43,7 @@ pub(super) async fn pull<P: Peer>(
         device,
         jobs,
         fence: fence.clone(),
+        packing: Packing::of_memory(*reader.plan.dest(), device.len()),
         free,
         open: BTreeMap::new(),
         flights: FuturesUnordered::new(),
@@ -134,6 +136,7 @@ struct Stage<'a, P> {
     device: &'a Arc<dyn Device>,
     jobs: &'a TaskTracker,
     fence: Fence,
+    packing: Packing,
     free: Vec<Slot>,
     /// Destination blocks taking shape.
     open: BTreeMap<u32, Slot>,
@@ -157,9 +160,11 @@ impl<P: Peer> Stage<'_, P> {
         let Some(memory) = self.open.values().next().map(|slot| slot.memory().clone()) else {
             return Ok(());
         };
-        let offsets: BTreeMap<u32, usize> = self.open.iter().map(|(b, slot)| (*b, slot.offset())).collect();
-        let dest_at = |block: u32| offsets[&block];
-        Ok(self.reader.read(group, &memory, &dest_at, &mut self.placed).await?)
+        let geometry = self.reader.plan.dest();
+        let slot_at = |(block, slot): (&u32, &Slot)| (*block, geometry.packed_at(slot.offset()));
+        let places: BTreeMap<u32, BlockAt> = self.open.iter().map(slot_at).collect();
+        let target = Target { memory: &memory, at: &|block| places[&block] };
+        Ok(self.reader.read(group, target, &mut self.placed).await?)
     }
 
     /// A free slot, waiting for a copy to end if there is none.
@@ -172,18 +177,20 @@ impl<P: Peer> Stage<'_, P> {
         }
     }
 
-    /// Fills a slot with what its block holds now, if tokens outside the range share the block.
+    /// Fills a slot with what its block holds now, if tokens outside the range or heads of others share the block.
     async fn with_other_tokens(&mut self, dest: u32, slot: Slot) -> Result<Slot, PullCause> {
         let plan = &self.reader.plan;
         let tokens = &self.reader.tokens;
         let start = u64::from(dest) * u64::from(plan.dest().block_tokens);
         let end = start + u64::from(plan.dest().block_tokens);
-        if start >= u64::from(tokens.start) && end <= u64::from(tokens.end) {
+        if start >= u64::from(tokens.start) && end <= u64::from(tokens.end) && plan.covers_dest() {
             return Ok(slot);
         }
-        let (device, at, len) = (Arc::clone(self.device), self.arena_at(dest), plan.dest().block_bytes());
+        let (device, block, packing) = (Arc::clone(self.device), self.block_of(dest), self.packing);
         let load = jobs::start(self.jobs, move || {
-            device.copy_to_host(at, slot.memory(), slot.offset(), len)?;
+            packing.try_for_each(block, |at, packed, len| {
+                device.copy_to_host(at, slot.memory(), slot.offset() + packed, len)
+            })?;
             Ok(Some((dest, slot)))
         });
         let loaded = timeout_at(self.reader.deadline, load).await.map_err(|_| self.late())?;
@@ -207,10 +214,12 @@ impl<P: Peer> Stage<'_, P> {
 
     fn flush(&self, dest: u32, slot: Slot) -> Flight {
         let (device, fence) = (Arc::clone(self.device), self.fence.clone());
-        let (at, len) = (self.arena_at(dest), self.reader.plan.dest().block_bytes());
+        let (block, packing) = (self.block_of(dest), self.packing);
         Box::pin(jobs::start(self.jobs, move || {
             let Some(_inside) = fence.enter() else { return Ok(None) };
-            device.copy_from_host(at, slot.memory(), slot.offset(), len)?;
+            packing.try_for_each(block, |at, packed, len| {
+                device.copy_from_host(at, slot.memory(), slot.offset() + packed, len)
+            })?;
             Ok(Some((dest, slot)))
         }))
     }
@@ -240,8 +249,9 @@ impl<P: Peer> Stage<'_, P> {
         done
     }
 
-    fn arena_at(&self, dest: u32) -> usize {
-        self.reader.dest_blocks[dest as usize] as usize * self.reader.plan.dest().block_bytes()
+    /// The block of the arena that is block `dest` of the sequence.
+    fn block_of(&self, dest: u32) -> u32 {
+        self.reader.dest_blocks[dest as usize]
     }
 
     fn late(&self) -> PullCause {
