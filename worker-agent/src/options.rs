@@ -89,6 +89,15 @@ pub struct ArenaOptions {
     pub geometry: KvGeometry,
     /// Blocks.
     pub blocks: u32,
+    /// Host memory that blocks pass through, for each direction, where peers do not read them in their place.
+    pub staging: Bytes,
+}
+
+impl ArenaOptions {
+    /// Whether blocks pass through staging on their way out: from a device, or to become one run of memory.
+    pub fn is_staged(&self) -> bool {
+        self.device.is_some() || !self.geometry.layout.is_block_first()
+    }
 }
 
 /// An emulated device.
@@ -96,8 +105,6 @@ pub struct ArenaOptions {
 pub struct DeviceOptions {
     /// Copy speed; as fast as the machine without.
     pub bytes_per_s: Option<u64>,
-    /// Host memory that blocks pass through, for each direction.
-    pub staging: Bytes,
 }
 
 /// Why a pool of the fleet document cannot be run by this worker.
@@ -174,7 +181,12 @@ impl WorkerOptions {
             model: fleet.model.id.clone(),
             engine,
             limits,
-            arena: ArenaOptions { device, geometry, blocks: pool.kv.capacity.blocks(geometry.block_bytes()) },
+            arena: ArenaOptions {
+                device,
+                geometry,
+                blocks: pool.kv.capacity.blocks(geometry.block_bytes()),
+                staging: pool.transfer.staging,
+            },
             transfer: TransferOptions::from_pool(pool, replica)?,
             advertise: pool.advertise.clone(),
             conductors: vec![format!("http://{}", fleet.conductor.listen.address)],
@@ -211,10 +223,9 @@ pub fn geometry(model: &ModelInfo, block_tokens: u32, layout: KvLayout, dtype: D
 fn device_of(pool: &fleet::Pool) -> Result<Option<DeviceOptions>, OptionsError> {
     match pool.accelerator {
         Accelerator::Cpu => Ok(None),
-        Accelerator::Simulated => Ok(Some(DeviceOptions {
-            bytes_per_s: pool.transfer.device_bandwidth.map(|rate| rate.0),
-            staging: pool.transfer.staging,
-        })),
+        Accelerator::Simulated => {
+            Ok(Some(DeviceOptions { bytes_per_s: pool.transfer.device_bandwidth.map(|rate| rate.0) }))
+        }
         accelerator @ (Accelerator::Cuda | Accelerator::Trainium) => {
             Err(OptionsError::Accelerator { pool: pool.name.clone(), accelerator })
         }

@@ -173,7 +173,7 @@ impl Worker {
         let mut limits = options.handoff.clone();
         let max_blocks = u32::try_from(io.exporter.max_blocks()).unwrap_or(u32::MAX);
         limits.ticket_blocks_max = limits.ticket_blocks_max.min(max_blocks);
-        limits.stage_on_want = options.arena.device.is_some();
+        limits.stage_on_want = options.arena.is_staged();
         let handoffs = Handoffs::start(Arc::clone(&io), limits, handoffs_stop.clone());
         let (phase, phase_reader) = watch::channel(Phase::Joining);
         let (epoch, epoch_reader) = watch::channel(None);
@@ -397,11 +397,10 @@ async fn build_io(
     let transfer = &options.transfer;
     let agent = Agent::start(transfer.agent(options.worker.clone())?).await?;
     let geometry = options.arena.geometry;
-    let slots = options
-        .arena
-        .device
-        .as_ref()
-        .map_or(0, |device| staging_slots(device.staging.0, geometry.block_bytes()));
+    let slots = match options.arena.is_staged() {
+        true => staging_slots(options.arena.staging.0, geometry.block_bytes()),
+        false => 0,
+    };
     let exports = ExportOptions {
         slots,
         integrity: transfer.integrity,

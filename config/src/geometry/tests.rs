@@ -50,19 +50,20 @@ fn scales_of_an_arena_follow_the_numbers_of_their_block_or_of_all_blocks() {
             dtype: Dtype::Fp8E4m3,
             scales: Scales::Head,
             head_dim: 3,
+            kv_heads: 1,
             layers: 1,
             block_tokens: 1,
             ..small(layout)
         };
         let blocks: Vec<BlockAt> = (0..5).map(|block| g.arena_at(5, block)).collect();
-        let end = if layout.is_block_first() { 5 * 28 } else { 60 + 5 * 16 };
+        let end = if layout.is_block_first() { 5 * 16 } else { 32 + 5 * 8 };
         assert_eq!(g.arena_bytes(5), end);
-        assert_eq!(blocks[4].scales + 16, end, "{g}");
-        assert!(blocks.windows(2).all(|pair| pair[1].scales - pair[0].scales >= 16));
+        assert_eq!(blocks[4].scales + 8, end, "{g}");
+        assert!(blocks.windows(2).all(|pair| pair[1].scales - pair[0].scales >= 8));
         if layout.is_block_first() {
-            assert_eq!(blocks[3], g.packed_at(3 * 28));
+            assert_eq!(blocks[3], g.packed_at(3 * 16));
         } else {
-            assert_eq!(blocks[0].scales, 60, "behind the numbers of all blocks");
+            assert_eq!(blocks[0].scales, 32, "behind the numbers of all blocks");
         }
     }
 }

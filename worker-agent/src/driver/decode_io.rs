@@ -260,6 +260,7 @@ fn fault_of(io: &Io, peer: &PeerRef, cause: &PullCause) -> PullFault {
         }
         PullCause::Staging(_) => PullFault::Deadline,
         PullCause::Device(_) => PullFault::Link,
+        PullCause::Unaligned { .. } => PullFault::Geometry,
         PullCause::Closed => PullFault::Aborted,
     }
 }

@@ -8,7 +8,7 @@ use std::time::Duration;
 use baton_config::protocol::{
     FailureCode, FinishReason, GenerateEvent, HandoffOutcome, KvEvent, WorkerError, WorkerStatus,
 };
-use baton_config::{Epoch, HandoffId};
+use baton_config::{Epoch, HandoffId, KvLayout};
 use baton_engine::sim::oracle;
 use baton_transfer::{ArenaMemory, BackendKind};
 
@@ -66,6 +66,14 @@ fn simulated_over_shm_from_host_memory() {
 #[test]
 fn reference_over_tcp_from_host_memory() {
     proves_equal(Setup { backends: &[BackendKind::Tcp], device: false, ..Setup::reference() });
+}
+
+#[test]
+fn reference_between_arenas_with_layers_outside_of_blocks() {
+    for device in [false, true] {
+        let layouts = (KvLayout::L2bHnd, KvLayout::Lbnhc);
+        proves_equal(Setup { device, layouts, ..Setup::reference() });
+    }
 }
 
 #[test]

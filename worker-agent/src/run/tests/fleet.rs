@@ -38,6 +38,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) struct Setup {
     pub(super) backends: &'static [BackendKind],
     pub(super) device: bool,
+    /// Orders in memory at prefill and at decode.
+    pub(super) layouts: (KvLayout, KvLayout),
     pub(super) reference: bool,
     pub(super) us_per_token: f64,
     pub(super) decode_us: f64,
@@ -51,6 +53,7 @@ impl Setup {
         Self {
             backends: &[BackendKind::Tcp],
             device: true,
+            layouts: (KvLayout::Nhd, KvLayout::Hnd),
             reference: false,
             us_per_token: 10.0,
             decode_us: 200.0,
@@ -203,15 +206,15 @@ impl Fleet {
     }
 
     pub(super) fn prefill(&self, name: &str) -> Running {
-        self.worker(name, Role::Prefill, (32, KvLayout::Nhd), self.setup.device)
+        self.worker(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device)
     }
 
     pub(super) fn decode(&self, name: &str) -> Running {
-        self.worker(name, Role::Decode, (16, KvLayout::Hnd), false)
+        self.worker(name, Role::Decode, (16, self.setup.layouts.1), false)
     }
 
     pub(super) fn alone(&self, name: &str) -> Running {
-        self.worker(name, Role::Both, (16, KvLayout::Hnd), false)
+        self.worker(name, Role::Both, (16, self.setup.layouts.1), false)
     }
 
     fn options(&self, name: &str, role: Role, blocks: (u32, KvLayout), device: bool) -> WorkerOptions {
@@ -229,8 +232,8 @@ impl Fleet {
             }
         };
         let geometry = geometry(&model, blocks.0, blocks.1, Dtype::Bf16);
-        let device = device
-            .then(|| DeviceOptions { bytes_per_s: None, staging: Bytes(24 * geometry.block_bytes() as u64) });
+        let device = device.then_some(DeviceOptions { bytes_per_s: None });
+        let staging = Bytes(24 * geometry.block_bytes() as u64);
         let limits = EngineLimits {
             prefill_chunk_tokens: 64,
             prefix_cache: self.setup.prefix_cache,
@@ -243,7 +246,7 @@ impl Fleet {
             model: "test".into(),
             engine,
             limits,
-            arena: ArenaOptions { device, geometry, blocks: self.setup.blocks },
+            arena: ArenaOptions { device, geometry, blocks: self.setup.blocks, staging },
             transfer: TransferOptions { backends: self.setup.backends.to_vec(), ..TransferOptions::local() },
             advertise: None,
             conductors: vec![format!("http://{}", self.conductor)],
@@ -258,7 +261,7 @@ impl Fleet {
 
     /// A prefill worker whose transfer agent peers reach over a path that damages blocks.
     pub(super) fn prefill_behind(&self, name: &str, tamper: &Tamper) -> Running {
-        let mut options = self.options(name, Role::Prefill, (32, KvLayout::Nhd), self.setup.device);
+        let mut options = self.options(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device);
         options.transfer.advertise = Some(tamper.address);
         let running = self.run(name, options);
         tamper.lead_to(running.worker.io.agent.local_address());
@@ -267,7 +270,7 @@ impl Fleet {
 
     /// A prefill worker whose model has more heads.
     pub(super) fn prefill_of_another_model(&self, name: &str) -> Running {
-        let mut options = self.options(name, Role::Prefill, (32, KvLayout::Nhd), self.setup.device);
+        let mut options = self.options(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device);
         options.arena.geometry.kv_heads = 4;
         if let EngineChoice::Sim { model, .. } = &mut options.engine {
             model.kv_heads = 4;
