@@ -15,6 +15,14 @@ if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
     as_root apt-get update -qq
     as_root apt-get install -y -qq --no-install-recommends python3 python3-venv
 fi
+# The network libraries that transfers open at run time, and the headers their bindings are checked against.
+packages="libfabric1 libfabric-dev libucx0 libucx-dev"
+# shellcheck disable=SC2086 # a list of words
+if ! dpkg -s $packages >/dev/null 2>&1; then
+    echo "== installing $packages"
+    as_root apt-get update -qq
+    as_root apt-get install -y -qq --no-install-recommends $packages >/dev/null
+fi
 if ! "$venv/bin/python" -c 'import openai' 2>/dev/null; then
     echo "== installing the openai client"
     python3 -m venv "$venv"

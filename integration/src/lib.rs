@@ -9,6 +9,7 @@ pub mod client;
 pub mod fleet;
 pub mod process;
 pub mod prompts;
+pub mod scenario;
 pub mod tamper;
 
 pub use client::{Answer, Client, Prompt};

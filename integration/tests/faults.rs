@@ -4,56 +4,12 @@
 use std::time::Duration;
 
 use baton_integration::process::{alive, eventually, signal};
+use baton_integration::scenario::{ask, counter, long_prompts, pair, undisturbed};
 use baton_integration::tamper::{Damage, MemoryTamper, WireDamage, WireTamper};
-use baton_integration::{Answer, Client, Fleet, FleetOptions, Prompt, prompts};
+use baton_integration::{Fleet, FleetOptions, Prompt, prompts};
 use futures_util::future::join_all;
 use rustix::process::Signal;
 use serde_json::json;
-
-/// One prefill and one decode worker, everything handed off; `prefill` and `decode` add keys to the pools.
-fn pair(prefill: &str, decode: &str) -> FleetOptions {
-    let mut options = FleetOptions::tiny(&format!(
-        "  - {{ name: prefill, role: prefill, accelerator: simulated, kv: {{ block_tokens: 32, layout: nhd, dtype: bf16, memory: 64MiB }}, {prefill} }}\n  - {{ name: decode, role: decode, kv: {{ block_tokens: 16, layout: hnd, dtype: bf16, memory: 64MiB }}, {decode} }}\n"
-    ));
-    options.document =
-        options.document.replace("listen: 127.0.0.1:0 }", "listen: 127.0.0.1:0, disaggregation: always }");
-    options
-}
-
-/// Prompts of many blocks, all different, so that nothing is served from a cache.
-fn long_prompts(seed: u64, count: usize) -> Vec<Prompt> {
-    (0..count)
-        .map(|index| Prompt::Tokens(prompts::random_tokens(seed + index as u64, 600 + index * 37)))
-        .collect()
-}
-
-async fn ask(client: &Client, prompt: &Prompt) -> Answer {
-    client.complete(prompt, 8, &json!({"ignore_eos": true})).await.unwrap_or_else(|error| panic!("{error:#}"))
-}
-
-/// What an undisturbed single worker says.
-async fn undisturbed(prompts: &[Prompt]) -> Vec<Answer> {
-    let pools =
-        "  - { name: all, role: both, kv: { block_tokens: 16, layout: hnd, dtype: bf16, memory: 64MiB } }\n";
-    let fleet = Fleet::start(FleetOptions::tiny(pools)).await;
-    let client = fleet.client();
-    let answers = join_all(prompts.iter().map(|prompt| ask(&client, prompt))).await;
-    fleet.stop().await;
-    answers
-}
-
-/// The value of a counter summed over its labels.
-async fn counter(fleet: &Fleet, worker: &str, name: &str) -> f64 {
-    let workers = fleet.get_json(&format!("{}/v1/workers", fleet.conductor)).await;
-    let list =
-        workers["workers"].as_array().or_else(|| workers.as_array()).expect("a list of workers").clone();
-    let record = list.iter().find(|record| record["worker"] == worker).expect("the worker is registered");
-    let text = fleet.get_text(&format!("http://{}/metrics", record["address"].as_str().unwrap())).await;
-    text.lines()
-        .filter(|line| line.starts_with(name))
-        .filter_map(|line| line.rsplit_once(' ').and_then(|(_, value)| value.parse::<f64>().ok()))
-        .sum()
-}
 
 #[tokio::test]
 async fn a_prefill_worker_killed_and_restarted_costs_no_token_and_hangs_nobody() {

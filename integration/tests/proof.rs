@@ -4,6 +4,7 @@
 
 use std::time::Duration;
 
+use baton_integration::scenario::disaggregated;
 use baton_integration::{Answer, Client, Fleet, FleetOptions, Prompt, prompts};
 use futures_util::StreamExt;
 use serde_json::{Value, json};
@@ -15,16 +16,6 @@ fn single(dtype: &str) -> FleetOptions {
     FleetOptions::tiny(&format!(
         "  - {{ name: all, role: both, engine: {{ kind: reference }}, kv: {{ block_tokens: 16, layout: hnd, dtype: {dtype}, memory: 64MiB }} }}\n"
     ))
-}
-
-/// A prefill and a decode pool; the router hands off whatever it can.
-fn disaggregated(prefill: &str, decode: &str, replicas: u32) -> FleetOptions {
-    let mut options = FleetOptions::tiny(&format!(
-        "  - {{ name: prefill, role: prefill, replicas: {replicas}, {prefill} }}\n  - {{ name: decode, role: decode, replicas: {replicas}, {decode} }}\n"
-    ));
-    options.document =
-        options.document.replace("listen: 127.0.0.1:0 }", "listen: 127.0.0.1:0, disaggregation: always }");
-    options
 }
 
 fn laptop(backend: &str) -> FleetOptions {
@@ -91,8 +82,9 @@ async fn compare(expected: &[(String, Answer)], options: FleetOptions, at_once: 
 #[tokio::test]
 async fn disaggregated_answers_equal_single_worker_answers_bf16() {
     let expected = reference("bf16").await;
-    compare(&expected, laptop("shm"), 1).await;
-    compare(&expected, laptop("tcp"), 1).await;
+    for backend in ["shm", "cma", "tcp", "libfabric", "ucx"] {
+        compare(&expected, laptop(backend), 1).await;
+    }
 }
 
 #[tokio::test]
@@ -111,7 +103,7 @@ async fn block_sizes_that_do_not_divide_each_other_and_f32() {
 #[tokio::test]
 async fn equal_geometries_read_straight_into_place() {
     let expected = reference("bf16").await;
-    for backend in ["shm", "tcp"] {
+    for backend in ["shm", "cma", "tcp", "libfabric", "ucx"] {
         let side = format!(
             "accelerator: cpu, kv: {{ block_tokens: 16, layout: nhd, dtype: bf16, memory: 64MiB }}, transfer: {{ backends: [{backend}] }}"
         );
@@ -122,8 +114,9 @@ async fn equal_geometries_read_straight_into_place() {
 #[tokio::test]
 async fn sixty_four_at_a_time() {
     let expected = reference("bf16").await;
-    compare(&expected, laptop("shm"), 64).await;
-    compare(&expected, laptop("tcp"), 64).await;
+    for backend in ["shm", "cma", "tcp", "libfabric", "ucx"] {
+        compare(&expected, laptop(backend), 64).await;
+    }
 }
 
 #[tokio::test]
