@@ -224,6 +224,12 @@ pub(crate) struct DoctorArgs {
     /// Print one JSON object a row.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Address of the network interface that libfabric and UCX are tried on.
+    #[arg(long, value_name = "IP", default_value = "127.0.0.1")]
+    pub(crate) bind: std::net::IpAddr,
+    /// Try the shared object of a plugin, too.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) plugin: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -1,23 +1,22 @@
 //! `baton doctor`: what works on this machine, tried out where it can be, and why the rest does not.
 
-mod libraries;
+mod nics;
 
 use std::io::{Read, Write};
 use std::net::{Ipv4Addr, TcpListener, TcpStream};
-use std::path::Path;
 use std::time::Duration;
 
 use baton_config::Accelerator;
 use baton_config::choice::Choice;
-use baton_config::fleet::{BackendKind, EngineKind, accelerator_is_available};
-use baton_transfer::HostMemory;
+use baton_config::fleet::{BackendKind, EngineKind};
+use baton_transfer::probe::{self, Probe};
+use baton_transfer::{HostMemory, LibfabricOptions, PluginOptions, UcxOptions};
 use serde::Serialize;
 
 use crate::args::DoctorArgs;
 use crate::failure::{Failure, chain};
 use crate::output;
 use crate::table::columns;
-use libraries::Library;
 
 /// Bytes sent through each probed path.
 const PROBE_BYTES: usize = 64 << 10;
@@ -37,7 +36,7 @@ struct Finding {
 }
 
 pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
-    let findings = examine();
+    let findings = examine(args);
     if args.json {
         let lines: Result<Vec<String>, _> = findings.iter().map(serde_json::to_string).collect();
         let lines =
@@ -54,51 +53,59 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
     output::print(&columns(&rows))
 }
 
-fn examine() -> Vec<Finding> {
-    let mut findings: Vec<Finding> = BackendKind::ALL.iter().map(|(_, kind)| backend(*kind)).collect();
-    findings.extend(Accelerator::ALL.iter().map(|(_, kind)| accelerator(*kind)));
+fn examine(args: &DoctorArgs) -> Vec<Finding> {
+    let mut findings: Vec<Finding> =
+        BackendKind::ALL.iter().flat_map(|(_, kind)| backend(*kind, args)).collect();
+    findings.extend(nics::findings());
+    findings.extend(Accelerator::ALL.iter().flat_map(|(_, kind)| accelerator(*kind)));
     findings.extend(EngineKind::ALL.iter().map(|(_, kind)| engine(*kind)));
     findings
 }
 
-fn backend(kind: BackendKind) -> Finding {
-    let name = kind.to_string();
-    let probed = |result: Result<String, String>, remedy: &str| match result {
-        Ok(detail) => Finding { kind: "backend", name: name.clone(), works: true, detail, remedy: None },
-        Err(detail) => {
-            let remedy = Some(remedy.to_owned());
-            Finding { kind: "backend", name: name.clone(), works: false, detail, remedy }
-        }
-    };
-    match kind {
-        BackendKind::Shm => probed(probe_shm(), "allow memfd_create, and enough locked and shared memory"),
-        BackendKind::Tcp => probed(probe_tcp(), "bring the loopback interface up"),
-        BackendKind::Libfabric => from_library("backend", &name, Library::LIBFABRIC),
-        BackendKind::Ucx => from_library("backend", &name, Library::UCX),
-        BackendKind::Cma | BackendKind::Plugin | BackendKind::File | BackendKind::Object => {
-            probed(Err(NOT_BUILT.to_owned()), "use tcp or shm")
-        }
+impl Finding {
+    fn new(kind: &'static str, probe: Probe) -> Self {
+        let Probe { name, works, detail, remedy } = probe;
+        Self { kind, name, works, detail, remedy: remedy.filter(|remedy| !remedy.is_empty()) }
     }
 }
 
-fn accelerator(kind: Accelerator) -> Finding {
-    let name = kind.to_string();
-    let works = accelerator_is_available(kind);
-    match kind {
+fn backend(kind: BackendKind, args: &DoctorArgs) -> Vec<Finding> {
+    let bind = args.bind;
+    let tried = |result: Result<String, String>, remedy: &str| match result {
+        Ok(detail) => vec![Probe::works(kind.word(), detail)],
+        Err(why) => vec![Probe::fails(kind.word(), why, remedy)],
+    };
+    let probes = match kind {
+        BackendKind::Shm => tried(probe_shm(), "allow memfd_create, and enough locked and shared memory"),
+        BackendKind::Cma => vec![probe::cma()],
+        BackendKind::Tcp => tried(probe_tcp(), "bring the loopback interface up"),
+        BackendKind::Libfabric => probe::libfabric(&LibfabricOptions { bind, ..LibfabricOptions::default() }),
+        BackendKind::Ucx => probe::ucx(&UcxOptions { bind, ..UcxOptions::default() }),
+        BackendKind::Plugin => match &args.plugin {
+            Some(path) => probe::plugin(&PluginOptions { path: path.clone(), bind: Some(bind) }),
+            None => tried(Err("no plugin was named".to_owned()), "baton doctor --plugin PATH tries one"),
+        },
+        BackendKind::File | BackendKind::Object => tried(Err(NOT_BUILT.to_owned()), "use tcp or shm"),
+    };
+    probes.into_iter().map(|probe| Finding::new("backend", probe)).collect()
+}
+
+fn accelerator(kind: Accelerator) -> Vec<Finding> {
+    let probes = match kind {
         Accelerator::Cpu => {
             let threads = std::thread::available_parallelism().map_or(1, std::num::NonZero::get);
-            let detail = format!("{threads} threads");
-            Finding { kind: "accelerator", name, works, detail, remedy: None }
+            vec![Probe::works("cpu", format!("{threads} threads"))]
         }
         Accelerator::Simulated => {
-            let detail = "an emulated device in host memory that only explicit copies reach".to_owned();
-            Finding { kind: "accelerator", name, works, detail, remedy: None }
+            vec![Probe::works(
+                "simulated",
+                "an emulated device in host memory that only explicit copies reach",
+            )]
         }
-        Accelerator::Cuda => with_device(from_library("accelerator", &name, Library::CUDA), "/dev/nvidia0"),
-        Accelerator::Trainium => {
-            with_device(from_library("accelerator", &name, Library::NEURON), "/dev/neuron0")
-        }
-    }
+        Accelerator::Cuda => probe::cuda(),
+        Accelerator::Trainium => probe::neuron(),
+    };
+    probes.into_iter().map(|probe| Finding::new("accelerator", probe)).collect()
 }
 
 fn engine(kind: EngineKind) -> Finding {
@@ -109,24 +116,6 @@ fn engine(kind: EngineKind) -> Finding {
     }
     let remedy = Some("use reference or sim".to_owned());
     Finding { kind: "engine", name, works: false, detail: NOT_BUILT.to_owned(), remedy }
-}
-
-/// What is known of something that needs a shared library, and that this build could not use in any case.
-fn from_library(kind: &'static str, name: &str, library: Library) -> Finding {
-    let (detail, remedy) = match library.find() {
-        Some(place) => (format!("{NOT_BUILT}; {} is here: {place}", library.file), None),
-        None => (
-            format!("{NOT_BUILT}; {} is not installed either", library.file),
-            Some(library.remedy.to_owned()),
-        ),
-    };
-    Finding { kind, name: name.to_owned(), works: false, detail, remedy }
-}
-
-fn with_device(mut finding: Finding, device: &str) -> Finding {
-    let there = if Path::new(device).exists() { "is there" } else { "is not there" };
-    finding.detail.push_str(&format!("; {device} {there}"));
-    finding
 }
 
 /// Writes and reads shared memory as workers of one host share it.
