@@ -35,6 +35,8 @@ cargo build --release --locked
 echo "== running the tests"
 if cargo nextest --version >/dev/null 2>&1; then
     cargo nextest run --workspace --locked
+    # The guide of the transfer library: nextest does not run what documentation shows.
+    cargo test --doc -p baton-transfer --locked --quiet
 else
     cargo test --workspace --locked
 fi
