@@ -16,13 +16,26 @@
 //! message refuses the next one. Where RDMA switched the one-sided operations on, UCX still emulates them for a peer
 //! that it reaches by `tcp` only: there `deregister` revokes nothing, and only the end of the driver does.
 //!
-//! What remains is UCX itself: its `tcp` transport authenticates nobody, so it belongs on loopback or on a network of
-//! trusted hosts.
+//! A peer that takes no bytes cannot keep memory for ever: what is still on its way to it some seconds after the
+//! registration ended is cut off, and its connection with it.
+//!
+//! # Hostile peers
+//! UCX takes addresses on trust and aborts the process at odd ones. A peer's address is therefore taken apart here,
+//! and UCX gets one made of the parts that are well-formed and of our own transports ([`address`]). Of RDMA transports
+//! the insides of an address are left to UCX; there is no RDMA on loopback, and elsewhere who names an address knows
+//! the token. `connect` goes to whatever IP address and port a peer names.
+//!
+//! What remains is UCX itself: its `tcp` transport authenticates nobody and takes what comes on its port on trust. Who
+//! reaches that port can end the process. So it belongs on loopback of a host without hostile users, or on a network
+//! of trusted hosts.
 //!
 //! # UCX inside a server
 //! See [`baton_ucx_sys::Api::load`]: no signal handlers, no patched `mmap`, errors into the log. Without the patches UCX has no
-//! registration cache. All memory is registered here and handed over with every operation, so it misses none.
+//! registration cache. All memory is registered here and handed over with every operation, which spares UCX from
+//! registering it again; but its one-sided operations of 1.13 do not always take what was handed over, and register
+//! the memory of each operation anew over InfiniBand.
 
+mod address;
 mod config;
 mod core;
 mod devices;

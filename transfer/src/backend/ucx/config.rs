@@ -73,6 +73,10 @@ impl Context {
             ("TLS", transports),
             ("NET_DEVICES", devices),
             ("MAX_RMA_RAILS", "2"),
+            // The form of addresses that `address` knows.
+            ("ADDRESS_VERSION", "v1"),
+            ("ADDRESS_DEBUG_INFO", "n"),
+            ("UNIFIED_MODE", "n"),
             // Settings of transports have two names: UCX 1.13 takes them without the transport's.
             // Connecting must not block the thread.
             ("TCP_CONN_NB", "y"),

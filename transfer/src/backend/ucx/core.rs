@@ -234,7 +234,7 @@ impl Core {
         let mut regions = self.regions.borrow_mut();
         let Some(region) = regions.get_mut(&id) else { return };
         region.in_use -= 1;
-        let unused = region.gone && region.in_use == 0;
+        let unused = region.gone.is_some() && region.in_use == 0;
         let region = if unused { regions.remove(&id) } else { None };
         drop(regions);
         if let Some(region) = region {

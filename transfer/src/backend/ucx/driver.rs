@@ -1,16 +1,18 @@
 //! The driver: what the progress thread calls.
 
 use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 use std::ffi::c_void;
 use std::os::fd::RawFd;
 use std::rc::Rc;
-use std::time::Instant;
+use std::time::{Duration, Instant};
 
 use baton_ucx_sys::{
     Api, UCS_ERR_CANCELED, UCS_ERR_NO_MEMORY, UCS_ERR_NO_RESOURCE, UCS_OK, is_request, status_of,
     ucs_status_t,
 };
 
+use super::address::Form;
 use super::config::Context;
 use super::core::Core;
 use super::peer::{self, Peer, Reach, Remote};
@@ -21,15 +23,30 @@ use super::{
     MemorySpan, PeerId, PostError, RemoteId, UcxOptions, describe, frame,
 };
 
+/// See [`UcxDriver::patience`].
+const PATIENCE: Duration = Duration::from_secs(10);
+/// How long a driver that ends waits for UCX to let go of requests.
+const LAST_ANSWERS: Duration = Duration::from_secs(1);
+/// How often answers are looked at.
+const LOOK: Duration = Duration::from_millis(250);
+
 /// See the module above.
 pub(super) struct UcxDriver {
     pub(super) core: Rc<Core>,
     pub(super) info: DriverInfo,
     address: Vec<u8>,
+    /// What peers' addresses look like.
+    form: Form,
     wait_fd: Option<RawFd>,
+    /// How long answers may keep a registration after its end.
+    pub(super) patience: Duration,
+    /// When `cut_stragglers` looked last.
+    looked: Instant,
     pub(super) peers: HashMap<u32, Peer>,
     /// The last number given to a peer, registration or key.
     last_id: u32,
+    /// Messages that are awaited or under way, by operation: tag and slot.
+    pub(super) receives: HashMap<u64, (u64, u32)>,
     /// Ends of operations that were found outside of `poll`.
     done: Vec<Done>,
     /// Why nothing works any more.
@@ -52,7 +69,12 @@ impl UcxDriver {
         payload.extend_from_slice(&core.context.version.0.to_le_bytes());
         payload.extend_from_slice(&core.context.version.1.to_le_bytes());
         payload.push(u8::from(core.context.one_sided));
-        payload.extend_from_slice(&core.address()?);
+        let own = core.address()?;
+        let form = Form::of(&own, core.context.one_sided).ok_or_else(|| DriverError {
+            what: format!("the addresses of UCX {} cannot be checked", core.context.version()),
+            remedy: "use UCX 1.13 to 1.22".to_owned(),
+        })?;
+        payload.extend_from_slice(&own);
         let address = frame::seal(frame::Kind::Address, &payload);
         if address.len() > ADDRESS_MAX_BYTES {
             return Err(DriverError {
@@ -65,9 +87,13 @@ impl UcxDriver {
             core,
             info,
             address,
+            form,
             wait_fd,
+            patience: PATIENCE,
+            looked: Instant::now(),
             peers: HashMap::new(),
             last_id: 0,
+            receives: HashMap::new(),
             done: Vec::new(),
             dead: None,
             random: Random::default(),
@@ -101,7 +127,8 @@ impl UcxDriver {
     /// Where a local range is.
     fn local(&self, range: LocalRange) -> Result<usize, PostError> {
         let regions = self.core.regions.borrow();
-        let region = regions.get(&range.id.0).filter(|region| !region.gone).ok_or(PostError::Range)?;
+        let region =
+            regions.get(&range.id.0).filter(|region| region.gone.is_none()).ok_or(PostError::Range)?;
         let longest = self.info.op_max;
         region.at(range.offset as u64, range.len).filter(|_| range.len <= longest).ok_or(PostError::Range)
     }
@@ -219,7 +246,10 @@ impl UcxDriver {
         }
         let moved = match job.work {
             Work::Read | Work::Write | Work::Send => job.len,
-            Work::Receive => job.moved,
+            Work::Receive => {
+                self.receives.remove(&job.op);
+                job.moved
+            }
             Work::Serve | Work::Flush | Work::Close => return,
         };
         let result = if status == UCS_OK { Ok(moved) } else { Err(self.core.describe(status)) };
@@ -272,15 +302,43 @@ impl UcxDriver {
         }
     }
 
+    /// Ends answers that keep registrations after their end: their peers take no bytes.
+    fn cut_stragglers(&mut self) {
+        if self.looked.elapsed() < LOOK {
+            return;
+        }
+        self.looked = Instant::now();
+        let regions = self.core.regions.borrow();
+        let is_late = |region: &Region| region.gone.is_some_and(|since| since.elapsed() > self.patience);
+        if !regions.values().any(is_late) {
+            return;
+        }
+        let late: Vec<u32> =
+            regions.iter().filter(|(_, region)| is_late(region)).map(|(id, _)| *id).collect();
+        drop(regions);
+        for ep in self.core.take_replies(|region| late.contains(&region)) {
+            tracing::debug!(library = "ucx", "a peer takes no bytes and holds memory that is gone: closed");
+            // UCX gives the same endpoint for answers and for what is posted.
+            match self.peers.iter().find(|(_, peer)| peer.ep == ep).map(|(id, _)| *id) {
+                Some(peer) => self.close(&[peer]),
+                None => self.core.close_reply(ep),
+            }
+        }
+    }
+
     /// Closes endpoints. On return nothing of those peers writes local memory, and all of it was reported.
     fn close(&mut self, ids: &[u32]) {
         let deadline = Instant::now() + CALL_MAX;
         self.core.start_arrivals();
+        let mut closed = true;
         for id in ids {
             if let Some(peer) = self.peers.get_mut(id) {
-                peer.close(&self.core, *id);
+                closed &= peer.close(&self.core, *id);
                 stop_waiting(&self.core, *id, UCS_ERR_CANCELED);
             }
+        }
+        if !closed {
+            self.collapse("UCX does not close a connection");
         }
         loop {
             self.settle();
@@ -308,11 +366,39 @@ impl UcxDriver {
         }
     }
 
+    /// Ends the worker. UCX aborts the process if it still has requests then, so they are ended first.
+    fn end_worker(&mut self) {
+        let deadline = Instant::now() + LAST_ANSWERS;
+        self.core.start_arrivals();
+        for ep in self.core.take_replies(|_| true) {
+            if self.peers.values().all(|peer| peer.ep != ep) {
+                self.core.close_reply(ep);
+            }
+        }
+        while self.core.has_requests() && Instant::now() < deadline {
+            if !self.core.progress() {
+                std::thread::yield_now();
+            }
+        }
+        if self.core.has_requests() && !self.core.context.one_sided {
+            // Without progress nothing happens in messages any more: memory is as safe as after the end.
+            tracing::warn!(
+                "UCX does not let go of what is under way: its worker and the memory are never freed"
+            );
+            self.core.worker.set(std::ptr::null_mut());
+            std::mem::forget(Rc::clone(&self.core));
+        }
+        self.core.destroy();
+    }
+
     /// Ends everything, because only that keeps memory safe.
     fn collapse(&mut self, why: &str) {
         self.dead = Some(why.to_owned());
         self.wait_fd = None;
-        self.core.destroy();
+        for peer in self.peers.values_mut() {
+            peer.abandon_keys(&self.core);
+        }
+        self.end_worker();
         self.settle();
         for (index, job) in self.core.slots.busy() {
             self.core.slots.finish(index);
@@ -362,7 +448,7 @@ impl Driver for UcxDriver {
         // Counted once more, so that the release below is the one that ends it where nothing else does.
         self.core.hold(id.0);
         if let Some(region) = self.core.regions.borrow_mut().get_mut(&id.0) {
-            region.gone = true;
+            region.gone.get_or_insert_with(Instant::now);
         }
         self.core.release(id.0);
     }
@@ -371,7 +457,7 @@ impl Driver for UcxDriver {
         if let Some(error) = self.gone() {
             return Err(error);
         }
-        let peer = Peer::connect(&self.core, address)?;
+        let peer = Peer::connect(&self.core, &self.form, address)?;
         let id = self.next_id();
         self.peers.insert(id, peer);
         Ok(PeerId(id))
@@ -444,17 +530,19 @@ impl Driver for UcxDriver {
         }
         let slot = self.core.start(job).ok_or(PostError::Again)?;
         self.core.awaited.borrow_mut().insert(tag, slot.index);
+        self.receives.insert(op, (tag, slot.index));
         Ok(())
     }
 
     fn cancel_receive(&mut self, op: u64) {
-        let slots = &self.core.slots;
-        let found = slots.busy().into_iter().find(|(_, job)| job.work == Work::Receive && job.op == op);
-        let Some((index, _)) = found else { return };
-        let before = self.core.awaited.borrow().len();
-        self.core.awaited.borrow_mut().retain(|_, slot| *slot != index);
+        let Some((tag, index)) = self.receives.get(&op).copied() else { return };
+        // The tag may be that of a later receive already.
+        let awaited = match self.core.awaited.borrow_mut().entry(tag) {
+            Entry::Occupied(entry) if *entry.get() == index => entry.remove() == index,
+            _ => false,
+        };
         // One whose bytes are on their way by rendezvous is reported when UCX is done with the buffer.
-        if self.core.awaited.borrow().len() < before || self.core.drop_arrival(index) {
+        if awaited || self.core.drop_arrival(index) {
             self.core.part_done(index, UCS_ERR_CANCELED, None);
         }
     }
@@ -462,6 +550,7 @@ impl Driver for UcxDriver {
     fn poll(&mut self, done: &mut Vec<Done>) -> bool {
         let progressed = self.core.progress();
         self.mourn();
+        self.cut_stragglers();
         let settled = self.settle();
         self.start_flushes();
         let reported = !self.done.is_empty();
@@ -470,6 +559,10 @@ impl Driver for UcxDriver {
     }
 
     fn arm(&mut self) -> bool {
+        if self.dead.is_some() {
+            // Nothing will ever happen again.
+            return self.done.is_empty();
+        }
         let idle = self.done.is_empty()
             && self.core.ended.borrow().is_empty()
             && self.core.arrivals.borrow().is_empty();
@@ -485,7 +578,7 @@ impl Drop for UcxDriver {
     fn drop(&mut self) {
         let ids: Vec<u32> = self.peers.keys().copied().collect();
         self.close(&ids);
-        self.core.destroy();
+        self.end_worker();
     }
 }
 

@@ -4,7 +4,7 @@
 //! magic u32 │ version u8 │ kind u8 │ 0 u16 │ length u32 │ xxh3-64 of what precedes and follows │ payload
 //! ```
 //! The checksum finds damage and mix-ups. It is no signature: that the peer is who it should be is the business of the
-//! connection the frame came by.
+//! connection the frame came by, and what a liar could seal is the business of [`super::address`].
 
 use super::DriverError;
 
@@ -81,7 +81,18 @@ pub(super) fn open(kind: Kind, bytes: &[u8], most: usize) -> Result<&[u8], Drive
 /// Takes integers off the front of a payload.
 pub(super) struct Fields<'a>(pub(super) &'a [u8]);
 
-impl Fields<'_> {
+impl<'a> Fields<'a> {
+    /// The next `len` bytes.
+    pub(super) fn bytes(&mut self, len: usize) -> Option<&'a [u8]> {
+        let (taken, rest) = self.0.split_at_checked(len)?;
+        self.0 = rest;
+        Some(taken)
+    }
+
+    pub(super) fn u16(&mut self) -> Option<u16> {
+        self.take::<2>().map(u16::from_le_bytes)
+    }
+
     pub(super) fn u8(&mut self) -> Option<u8> {
         self.take::<1>().map(u8::from_le_bytes)
     }

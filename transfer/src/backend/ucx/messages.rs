@@ -200,16 +200,39 @@ impl Core {
         let secret = u128::from(header[3]) | u128::from(header[4]) << 64;
         let len = usize::try_from(header[6]).ok().filter(|len| *len <= BYTES_MAX)?;
         let regions = self.regions.borrow();
-        let region = regions.get(&id).filter(|region| !region.gone)?;
+        let region = regions.get(&id).filter(|region| region.gone.is_none())?;
         if region.access != access || region.secret != secret {
             return None;
         }
         Some((id, region.at(header[5], len)?, len))
     }
 
+    /// The endpoints of answers under way with bytes of such regions; they are the caller's to close, once.
+    pub(super) fn take_replies(&self, wanted: impl Fn(u32) -> bool) -> Vec<ucp_ep_h> {
+        let mut endpoints = Vec::new();
+        for (index, job) in self.slots.busy() {
+            let holds = job.region.is_some_and(&wanted);
+            if job.work == Work::Serve && job.parts > 0 && holds && !job.reply.is_null() {
+                self.slots.set(index, Job { reply: std::ptr::null_mut(), ..job });
+                endpoints.push(job.reply);
+            }
+        }
+        endpoints.sort_unstable();
+        endpoints.dedup();
+        endpoints
+    }
+
+    /// Whether UCX has requests of ours: all jobs but messages that did not come.
+    pub(super) fn has_requests(&self) -> bool {
+        let awaited = self.awaited.borrow();
+        let waits = |index, job: &Job| job.work == Work::Receive && awaited.values().any(|at| *at == index);
+        self.slots.busy().iter().any(|(index, job)| job.parts > 0 && !waits(*index, job))
+    }
+
     /// Answers a request; `job` has the bytes.
     pub(super) fn answer(&self, ep: ucp_ep_h, header: &Header, status: ucs_status_t, job: Job, flags: u32) {
         // A requester that cannot be told runs into its deadline.
+        let job = Job { reply: ep, ..job };
         let Some(slot) = self.start(job) else { return };
         let mut answer = [0; HEADER_WORDS];
         answer[..3].copy_from_slice(&[header[0], header[1], status as u8 as u64]);

@@ -7,9 +7,10 @@ use std::ffi::c_void;
 use baton_ucx_sys::{
     UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER, UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE,
     UCP_EP_PARAM_FIELD_REMOTE_ADDRESS, UCP_ERR_HANDLING_MODE_PEER, UCP_OP_ATTR_FIELD_FLAGS, UCS_OK, Zeroed,
-    is_request, ucp_ep_h, ucp_ep_params_t, ucp_rkey_h, ucs_status_t,
+    is_request, status_of, ucp_ep_h, ucp_ep_params_t, ucp_rkey_h, ucs_status_t,
 };
 
+use super::address::Form;
 use super::core::Core;
 use super::frame::{self, Fields};
 use super::messages::Target;
@@ -40,7 +41,7 @@ pub(super) struct Peer {
 
 impl Peer {
     /// Makes an endpoint for what a peer says is its address.
-    pub(super) fn connect(core: &Core, address: &[u8]) -> Result<Self, DriverError> {
+    pub(super) fn connect(core: &Core, form: &Form, address: &[u8]) -> Result<Self, DriverError> {
         let payload = frame::open(frame::Kind::Address, address, ADDRESS_MAX_BYTES)?;
         let mut fields = Fields(payload);
         let (Some(major), Some(minor), Some(one_sided)) = (fields.u32(), fields.u32(), fields.u8()) else {
@@ -48,10 +49,13 @@ impl Peer {
         };
         let context = &core.context;
         let theirs = (major, minor, one_sided != 0);
-        if theirs != (context.version.0, context.version.1, context.one_sided) || fields.0.is_empty() {
+        if theirs != (context.version.0, context.version.1, context.one_sided) {
             return Err(misfit("address"));
         }
-        let address = fields.0.to_vec();
+        let address = form.take(fields.0).map_err(|why| DriverError {
+            what: format!("the peer's UCX address is not one: {why}"),
+            remedy: String::new(),
+        })?;
         let alarm = Box::<Alarm>::default();
         let mut params = ucp_ep_params_t::zeroed();
         params.field_mask = UCP_EP_PARAM_FIELD_REMOTE_ADDRESS
@@ -62,8 +66,8 @@ impl Peer {
         params.err_handler_cb = Some(failed);
         params.err_handler_arg = std::ptr::from_ref(&*alarm).cast_mut().cast();
         let mut ep = std::ptr::null_mut();
-        // SAFETY: the worker lives; the address came from a UCX of this version, as far as its checksum tells, and is
-        // copied; the alarm stays in its box until the endpoint is closed.
+        // SAFETY: the worker lives; the address is whole and of the form UCX reads (`Form`), and is copied; the alarm
+        // stays in its box until the endpoint is closed.
         let status =
             unsafe { (context.api.ucp_ep_create)(core.worker.get(), &raw const params, &raw mut ep) };
         if status != UCS_OK {
@@ -85,21 +89,31 @@ impl Peer {
         Some(self.alarm.status.get()).filter(|status| *status != UCS_OK)
     }
 
-    /// Starts to close the endpoint. A job of the peer counts until that is done.
-    pub(super) fn close(&mut self, core: &Core, id: u32) {
+    /// Starts to close the endpoint. A job of the peer counts until that is done. False: UCX does not close it, so
+    /// that only the end of the worker makes sure that nothing comes of it any more.
+    pub(super) fn close(&mut self, core: &Core, id: u32) -> bool {
         let ep = std::mem::replace(&mut self.ep, std::ptr::null_mut());
         if ep.is_null() {
-            return;
+            return true;
         }
-        let Some(slot) = core.start(Job::new(Work::Close, 0, Some(id))) else { return };
+        let Some(slot) = core.start(Job::new(Work::Close, 0, Some(id))) else { return false };
         let mut params = core.params(slot, None);
         params.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
         params.flags = UCP_EP_CLOSE_FLAG_FORCE;
         self.posted += 1;
         // SAFETY: made in `connect`, closed once (taken out above), not used after.
         let result = unsafe { (core.context.api.ucp_ep_close_nbx)(ep, &raw const params) };
-        if !is_request(result) {
-            core.part_done(slot.index, UCS_OK, None);
+        if is_request(result) {
+            return true;
+        }
+        core.part_done(slot.index, UCS_OK, None);
+        status_of(result) == UCS_OK
+    }
+
+    /// Forgets all keys before the worker goes, which they are of. Those in use are left to it.
+    pub(super) fn abandon_keys(&mut self, core: &Core) {
+        for (_, remote) in self.remotes.drain().filter(|(_, remote)| remote.in_use == 0) {
+            remote.destroy(core);
         }
     }
 
@@ -127,6 +141,21 @@ impl Peer {
             && let Some(remote) = self.remotes.remove(&id)
         {
             remote.destroy(core);
+        }
+    }
+}
+
+impl Core {
+    /// Closes an endpoint that UCX made to answer on.
+    pub(super) fn close_reply(&self, ep: ucp_ep_h) {
+        let Some(slot) = self.start(Job::new(Work::Close, 0, None)) else { return };
+        let mut params = self.params(slot, None);
+        params.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
+        params.flags = UCP_EP_CLOSE_FLAG_FORCE;
+        // SAFETY: an answer is under way on it, so it lives; closed once, since the answer forgot it.
+        let result = unsafe { (self.context.api.ucp_ep_close_nbx)(ep, &raw const params) };
+        if !is_request(result) {
+            self.part_done(slot.index, UCS_OK, None);
         }
     }
 }

@@ -1,6 +1,7 @@
 //! Registered memory.
 
 use std::ffi::c_void;
+use std::time::Instant;
 
 use baton_ucx_sys::{
     UCP_MEM_MAP_PARAM_FIELD_ADDRESS, UCP_MEM_MAP_PARAM_FIELD_LENGTH, UCP_MEM_MAP_PARAM_FIELD_MEMORY_TYPE,
@@ -22,8 +23,8 @@ pub(super) struct Region {
     pub(super) secret: u128,
     /// Operations under way on it.
     pub(super) in_use: usize,
-    /// Deregistered, and kept only for what is under way.
-    pub(super) gone: bool,
+    /// Since when it is deregistered, and kept only for what is under way.
+    pub(super) gone: Option<Instant>,
 }
 
 impl Region {
@@ -57,7 +58,7 @@ impl Region {
         if status != UCS_OK {
             return Err(context.error("register memory", status));
         }
-        Ok(Self { span: span.clone(), access, memory, secret: 0, in_use: 0, gone: false })
+        Ok(Self { span: span.clone(), access, memory, secret: 0, in_use: 0, gone: None })
     }
 
     /// Where `[offset, offset + len)` is.

@@ -2,7 +2,7 @@
 
 use std::cell::{Cell, RefCell};
 
-use baton_ucx_sys::{UCS_OK, ucs_status_t};
+use baton_ucx_sys::{UCS_OK, ucp_ep_h, ucs_status_t};
 
 use super::core::Core;
 
@@ -39,6 +39,8 @@ pub(super) struct Job {
     /// Where its bytes are, or go.
     pub(super) address: usize,
     pub(super) len: usize,
+    /// Of an answer: the endpoint UCX gave for it, which lives until the answer was sent or failed.
+    pub(super) reply: ucp_ep_h,
     /// Makes an answer to it unguessable; 0: none is awaited.
     pub(super) nonce: u64,
     /// Callbacks and answers still to come.
@@ -59,6 +61,7 @@ impl Job {
             remote: None,
             address: 0,
             len: 0,
+            reply: std::ptr::null_mut(),
             nonce: 0,
             parts: 1,
             status: UCS_OK,

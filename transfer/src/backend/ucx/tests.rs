@@ -2,6 +2,8 @@
 
 use std::time::{Duration, Instant};
 
+use baton_ucx_sys::{ucp_ep_h, ucp_request_param_t, ucs_status_ptr_t};
+
 use super::driver::UcxDriver;
 use super::slots::{Job, Work};
 use super::*;
@@ -379,6 +381,116 @@ fn after_a_disconnect_nothing_lands() {
             assert!(bytes(&link.here)[..len] == bytes(&link.there)[..len]);
         }
     }
+}
+
+unsafe extern "C" fn closes_nothing(_: ucp_ep_h, _: *const ucp_request_param_t) -> ucs_status_ptr_t {
+    std::ptr::without_provenance_mut(-3_isize as usize)
+}
+
+#[test]
+fn a_connection_that_does_not_close_ends_the_driver_and_lets_its_thread_sleep() {
+    for one_sided in [false, true] {
+        let (Ok(api), Some(far)) = (library::get(), End::open(one_sided)) else { return };
+        let mut api = *api;
+        api.ucp_ep_close_nbx = closes_nothing;
+        let driver = UcxDriver::open(&api, &UcxOptions::default(), Some(one_sided)).unwrap();
+        let mut link = Linked::new(End { driver, done: Vec::new() }, far, 1 << 20, Access::RemoteRead);
+        let other = link.near.driver.connect(&link.far.driver.address()).unwrap();
+        let (_, key) = link.far.driver.register(&link.there.span(), Access::RemoteRead).unwrap();
+        let remote = link.near.driver.import(other, &key).unwrap();
+        link.read(0, 0, 1 << 20, 1).unwrap();
+        link.near.driver.disconnect(link.peer);
+        assert!(link.near.driver.dead.is_some(), "nothing less makes sure that nothing lands");
+        assert!(link.near.driver.core.worker.get().is_null());
+        link.near.poll();
+        assert!(link.near.result(1).unwrap().is_err());
+        assert!(link.near.driver.arm() && !link.near.poll(), "there is nothing to wait for");
+        assert!(link.near.driver.peers[&other.0].remotes.is_empty(), "keys go before their worker");
+        link.near.driver.forget(other, remote);
+        assert!(matches!(link.read(0, 0, 1, 2), Err(PostError::Failed(_))));
+        link.near.driver.disconnect(other);
+    }
+}
+
+fn is_held(end: &End, id: LocalId) -> bool {
+    end.driver.core.regions.borrow().get(&id.0).is_some_and(|region| region.in_use > 0)
+}
+
+/// A reader that stands still while answers to it are under way.
+fn stuck_reader(transports: &str) -> Option<Linked> {
+    let options = UcxOptions { transports: Some(transports.to_owned()), ..UcxOptions::default() };
+    let (near, far) = (End::with(&options, false)?, End::with(&options, false)?);
+    let len = 8 << 20;
+    let mut link = Linked::new(near, far, 4 * len, Access::RemoteRead);
+    link.read(0, 0, 1, 100).unwrap();
+    assert_eq!(link.wait(100), Ok(1));
+    for op in 0..4 {
+        link.read((op * len) as u64, op * len, len, op as u64).unwrap();
+    }
+    // The requests are out.
+    let owned = link.owned;
+    until(&mut [&mut link.far], |ends| is_held(ends[0], owned));
+    Some(link)
+}
+
+#[test]
+fn a_reader_that_takes_no_bytes_does_not_keep_memory_for_ever() {
+    for transports in ["tcp", "tcp,cma"] {
+        let Some(mut link) = stuck_reader(transports) else { return };
+        let owned = link.owned;
+        link.far.driver.deregister(owned);
+        for _ in 0..100 {
+            link.far.poll();
+        }
+        assert!(is_held(&link.far, owned), "{transports}: answers are under way");
+        link.far.driver.patience = Duration::ZERO;
+        until(&mut [&mut link.far], |ends| !ends[0].driver.core.regions.borrow().contains_key(&owned.0));
+        assert_eq!(link.far.driver.dead, None);
+        // Both go on.
+        for _ in 0..100 {
+            link.near.poll();
+            link.far.poll();
+        }
+        link.near.driver.disconnect(link.peer);
+        link.near.poll();
+        link.near.done.clear();
+        let (_, key) = link.far.driver.register(&link.there.span(), Access::RemoteRead).unwrap();
+        link.peer = link.near.driver.connect(&link.far.driver.address()).unwrap();
+        link.remote = link.near.driver.import(link.peer, &key).unwrap();
+        link.read(0, 0, 8 << 20, 9).unwrap();
+        assert_eq!(link.wait(9), Ok(8 << 20), "{transports}");
+        until(&mut [&mut link.near, &mut link.far], |ends| ends[1].driver.core.slots.busy().is_empty());
+    }
+}
+
+#[test]
+fn a_driver_ends_while_its_answers_are_under_way() {
+    for transports in ["tcp", "tcp,cma"] {
+        let Some(link) = stuck_reader(transports) else { return };
+        assert!(is_held(&link.far, link.owned), "{transports}");
+        let Linked { mut near, far, peer, there, .. } = link;
+        // UCX 1.13 aborts the process here if anything is left.
+        drop(far);
+        near.driver.disconnect(peer);
+        drop(there);
+    }
+}
+
+#[test]
+fn a_receive_that_was_cancelled_does_not_take_the_next_one_of_its_tag_along() {
+    let (Some(near), Some(far)) = (End::open(false), End::open(false)) else { return };
+    let mut link = Linked::new(near, far, 4096, Access::RemoteRead);
+    let range = link.near.range(link.local, 0, 64);
+    link.near.driver.receive(5, range, 1).unwrap();
+    link.near.driver.cancel_receive(1);
+    link.near.driver.receive(5, range, 2).unwrap();
+    link.near.driver.cancel_receive(1);
+    let back = link.far.driver.connect(&link.near.driver.address()).unwrap();
+    let (source, _) = link.far.driver.register(&link.there.span(), Access::Local).unwrap();
+    link.far.driver.send(back, 5, LocalRange { id: source, offset: 0, len: 64 }, 1).unwrap();
+    assert_eq!(link.wait(2), Ok(64));
+    assert!(link.near.result(1).unwrap().is_err());
+    assert!(link.near.driver.receives.is_empty());
 }
 
 mod hostile;

@@ -83,6 +83,55 @@ fn well_framed_keys_that_ucx_could_not_read_are_errors() {
     assert_eq!(link.wait(1), Ok(4096));
 }
 
+/// Who can seal a frame, which anybody can, may say anything in it.
+#[test]
+fn well_framed_addresses_that_ucx_would_trip_over_harm_nobody() {
+    both_ways(|near, far| {
+        let mut link = Linked::new(near, far, 4096, Access::RemoteRead);
+        let (_, key) = link.far.driver.register(&link.there.span(), Access::RemoteRead).unwrap();
+        let sealed = link.far.driver.address();
+        let good = frame::open(frame::Kind::Address, &sealed, ADDRESS_MAX_BYTES).unwrap().to_vec();
+        let mut all: Vec<Vec<u8>> = (0..good.len()).map(|len| good[..len].to_vec()).collect();
+        for at in 0..good.len() {
+            for byte in [0, 1, 0x40, 0x7f, 0x80, 0xff] {
+                let mut bad = good.clone();
+                bad[at] = byte;
+                all.push(bad);
+            }
+        }
+        let mut stream = Stream(23);
+        for _ in 0..1000 {
+            let mut bad = good.clone();
+            for _ in 0..3 {
+                let at = stream.next() as usize % bad.len();
+                bad[at] = stream.next() as u8;
+            }
+            all.push(bad);
+        }
+        let mut refused = 0;
+        for bad in all {
+            match link.near.driver.connect(&frame::seal(frame::Kind::Address, &bad)) {
+                Err(_) => refused += 1,
+                Ok(peer) => {
+                    if let Ok(remote) = link.near.driver.import(peer, &key) {
+                        let range = link.near.range(link.local, 0, 1);
+                        let _ = link.near.driver.read(peer, remote, 0, range, 77);
+                    }
+                    link.near.poll();
+                    link.far.poll();
+                    link.near.driver.disconnect(peer);
+                }
+            }
+        }
+        assert!(refused > good.len(), "{refused}");
+        assert_eq!(link.near.driver.dead, None);
+        link.near.poll();
+        link.near.done.clear();
+        link.read(0, 0, 4096, 1).unwrap();
+        assert_eq!(link.wait(1), Ok(4096), "the driver is none the worse");
+    });
+}
+
 /// A peer that knows the protocol and lies in it.
 #[test]
 fn answers_that_nobody_asked_for_change_nothing() {
