@@ -495,10 +495,13 @@ impl MemorySpan {
         Arc::clone(owner).downcast::<Mapping>().ok().map(HostMemory)
     }
 
-    /// Whether `other` is the same memory.
+    /// Whether `other` is the same memory, lent or not.
     pub fn is_same(&self, other: &Self) -> bool {
+        let owner = |span: &Self| {
+            Arc::clone(span.owner.downcast_ref::<Lent>().map_or(&span.owner, |Lent(owner)| owner))
+        };
         (self.address, self.len, self.place) == (other.address, other.len, other.place)
-            && Arc::ptr_eq(&self.owner, &other.owner)
+            && Arc::ptr_eq(&owner(self), &owner(other))
     }
 }
 

@@ -9,7 +9,8 @@
 //! 2. Ranges are checked against the registration before anything is posted ([`PostError::Range`]).
 //! 3. Every posted operation is reported exactly once by [`Driver::poll`], until the driver is closed.
 //! 4. When [`Driver::disconnect`] returns, no operation posted to that peer writes local memory any more; those still
-//!    unreported are reported as failed.
+//!    unreported are reported as failed. Where a library does not let go, [`Driver::lingers`] says so, and they are
+//!    reported when it does.
 //! 5. A completed read is in local memory, a completed write in the *peer's* memory (delivered, not sent), a completed
 //!    send no longer needs its buffer.
 
@@ -131,6 +132,12 @@ pub(crate) trait Driver {
 
     /// Closes the connection; see rule 4.
     fn disconnect(&mut self, peer: PeerId);
+
+    /// Of a disconnected peer: whether the library did not close its connection yet, so that operations that were
+    /// posted to it may still write local memory.
+    fn lingers(&self, _peer: PeerId) -> bool {
+        false
+    }
 
     /// Takes a peer's key. `key` is a peer's input: hostile bytes give an error.
     fn import(&mut self, peer: PeerId, key: &[u8]) -> Result<RemoteId, DriverError>;

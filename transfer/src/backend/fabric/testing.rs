@@ -83,6 +83,8 @@ struct Endpoint {
     alive: bool,
     /// Neither answers nor breaks.
     frozen: bool,
+    /// Closes no connection.
+    clings: bool,
     shown: HashMap<u32, (MemorySpan, Access)>,
     awaited: HashMap<u64, (u64, HostMemory, LocalRange)>,
     done: Vec<Done>,
@@ -125,6 +127,7 @@ impl World {
             local: HashMap::new(),
             peers: HashMap::new(),
             remotes: HashMap::new(),
+            lingering: Vec::new(),
             posted: Vec::new(),
             next: 0,
         }
@@ -138,6 +141,11 @@ impl World {
     /// An endpoint answers no more, or again.
     pub(crate) fn freeze(&self, endpoint: usize, frozen: bool) {
         self.endpoints()[endpoint].frozen = frozen;
+    }
+
+    /// The library of an endpoint closes no connection, or does again.
+    pub(crate) fn cling(&self, endpoint: usize, clings: bool) {
+        self.endpoints()[endpoint].clings = clings;
     }
 
     /// Most operations and bytes an endpoint had posted to one peer at once.
@@ -171,6 +179,8 @@ pub(crate) struct MemoryDriver {
     local: HashMap<u32, MemorySpan>,
     peers: HashMap<u32, usize>,
     remotes: HashMap<u32, (PeerId, u32)>,
+    /// Disconnected, but not closed.
+    lingering: Vec<PeerId>,
     posted: Vec<Posted>,
     next: u32,
 }
@@ -325,11 +335,18 @@ impl Driver for MemoryDriver {
     }
 
     fn disconnect(&mut self, peer: PeerId) {
+        if self.world.endpoints()[self.me].clings {
+            return self.lingering.push(peer);
+        }
         assert!(self.peers.remove(&peer.0).is_some(), "connected once, disconnected once");
         let gone = self.posted.extract_if(.., |posted| posted.peer == peer);
         let failed = gone.map(|posted| Done { op: posted.op, result: Err("disconnected".into()) });
         self.world.endpoints()[self.me].done.extend(failed);
         self.remotes.retain(|_, (owner, _)| *owner != peer);
+    }
+
+    fn lingers(&self, peer: PeerId) -> bool {
+        self.lingering.contains(&peer)
     }
 
     fn import(&mut self, peer: PeerId, key: &[u8]) -> Result<RemoteId, DriverError> {
@@ -401,6 +418,8 @@ impl Driver for MemoryDriver {
             let _ = rustix::io::read(bell, &mut [0; 8]);
         }
         self.world.endpoints()[self.me].polls += 1;
+        let lingering = std::mem::take(&mut self.lingering);
+        lingering.into_iter().for_each(|peer| self.disconnect(peer));
         let now = Instant::now();
         let before = done.len();
         let frozen: Vec<usize> =

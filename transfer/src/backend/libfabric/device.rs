@@ -8,8 +8,8 @@ use baton_libfabric_sys::abi::{FI_HMEM, FI_HMEM_CUDA, FI_HMEM_NEURON, FI_HMEM_SY
 
 /// Of the CUDA driver.
 const CUDA: &str = "libcuda.so.1";
-/// Of the Neuron runtime: the SDK keeps it off the loader's path, and libfabric only looks on it.
-const NEURON: [&str; 2] = ["libnrt.so.1", "/opt/aws/neuron/lib/libnrt.so.1"];
+/// Of the Neuron runtime.
+const NEURON: &str = "libnrt.so.1";
 
 /// Loads what libfabric will look for, before it does: at the first call of `fi_getinfo`, and only then.
 pub(super) fn load_runtimes() {
@@ -24,30 +24,20 @@ pub(super) fn any_loadable() -> bool {
 
 fn cuda() -> &'static Result<(), String> {
     static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
-    LOADED.get_or_init(|| load(&[CUDA]))
+    LOADED.get_or_init(|| load(CUDA))
 }
 
 fn neuron() -> &'static Result<(), String> {
     static LOADED: OnceLock<Result<(), String>> = OnceLock::new();
-    LOADED.get_or_init(|| load(&NEURON))
+    LOADED.get_or_init(|| crate::device::neuron::load().map_err(|missing| missing.what))
 }
 
-/// Loads the first that is there, for everybody in the process, and for good.
-fn load(names: &[&str]) -> Result<(), String> {
+/// Loads a library for everybody in the process, and for good.
+fn load(name: &str) -> Result<(), String> {
     use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
-    let mut reason = String::new();
-    for name in names {
-        // SAFETY: the vendor's runtime: its initialisers set up its own state only.
-        match unsafe { Library::open(Some(*name), RTLD_NOW | RTLD_GLOBAL) } {
-            Ok(library) => {
-                std::mem::forget(library);
-                return Ok(());
-            }
-            Err(error) if reason.is_empty() => reason = baton_libfabric_sys::reason(&error),
-            Err(_) => {}
-        }
-    }
-    Err(reason)
+    // SAFETY: the vendor's runtime: its initialisers set up its own state only.
+    let library = unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) };
+    library.map(std::mem::forget).map_err(|error| baton_libfabric_sys::reason(&error))
 }
 
 /// The library's number of a kind of memory, and of the device.
@@ -65,7 +55,7 @@ pub(super) fn obstacle(info: &Info, place: Place) -> Option<(String, &'static st
         Place::Host => return None,
         Place::Cuda(_) => (cuda(), CUDA, "install the NVIDIA driver"),
         Place::Neuron(_) => {
-            (neuron(), NEURON[0], "install the Neuron runtime of AWS (package aws-neuronx-runtime-lib)")
+            (neuron(), NEURON, "install the Neuron runtime of AWS (package aws-neuronx-runtime-lib)")
         }
     };
     if let Err(reason) = loaded {

@@ -8,10 +8,11 @@
 //! 3. All calls on the objects of one domain come from the one thread that owns the driver.
 //! 4. Buffers handed to the library belong to a registration, contexts to the slots: both outlive the endpoint.
 
+use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
+use std::mem::ManuallyDrop;
 use std::os::fd::RawFd;
 use std::ptr::NonNull;
-use std::sync::atomic::{AtomicUsize, Ordering};
 
 use baton_libfabric_sys::abi::*;
 use baton_libfabric_sys::{Errno, Library, call};
@@ -124,14 +125,19 @@ pub(super) unsafe fn text(from: *const c_char) -> String {
     unsafe { CStr::from_ptr(from) }.to_string_lossy().into_owned()
 }
 
-/// Objects that the library would not close: what they may still write has to stay in place for ever.
-static UNCLOSED: AtomicUsize = AtomicUsize::new(0);
+thread_local! {
+    /// Objects that the library would not close: what they may still write has to stay in place for ever.
+    static UNCLOSED: Cell<usize> = const { Cell::new(0) };
+    /// How often closing an endpoint is to fail on this thread.
+    #[cfg(test)]
+    pub(super) static REFUSALS: Cell<usize> = const { Cell::new(0) };
+}
 
-/// Drops, and says whether the library closed all of it.
+/// Drops, on this thread, and says whether the library closed all of it.
 pub(super) fn close<T>(objects: T) -> bool {
-    let before = UNCLOSED.load(Ordering::Relaxed);
+    let before = UNCLOSED.get();
     drop(objects);
-    UNCLOSED.load(Ordering::Relaxed) == before
+    UNCLOSED.get() == before
 }
 
 /// An object that is closed when dropped.
@@ -159,7 +165,7 @@ macro_rules! owner {
             fn drop(&mut self) {
                 // SAFETY: owned and open (rule 1); what was made from it is closed (rule 2).
                 if let Err(errno) = unsafe { call::close(self.fid()) } {
-                    UNCLOSED.fetch_add(1, Ordering::Relaxed);
+                    UNCLOSED.set(UNCLOSED.get() + 1);
                     tracing::warn!(object = stringify!($name), %errno, "libfabric did not close an object: it stays");
                 }
             }
@@ -335,11 +341,22 @@ pub(super) struct Call {
     pub(super) key: u64,
 }
 
-/// An enabled endpoint with its own queue and addresses, closed in this order.
+/// An enabled endpoint with its own queue and addresses, closed in this order: as long as the endpoint is open, the
+/// others stay, too.
 pub(super) struct Endpoint {
-    pub(super) ep: RawEndpoint,
-    addresses: AddressVector,
-    pub(super) queue: Queue,
+    pub(super) ep: ManuallyDrop<RawEndpoint>,
+    addresses: ManuallyDrop<AddressVector>,
+    pub(super) queue: ManuallyDrop<Queue>,
+    is_closed: bool,
+}
+
+impl Drop for Endpoint {
+    fn drop(&mut self) {
+        if !self.close() {
+            UNCLOSED.set(UNCLOSED.get() + 1);
+            tracing::warn!("libfabric did not close an endpoint: it stays");
+        }
+    }
 }
 
 impl Endpoint {
@@ -366,7 +383,31 @@ impl Endpoint {
         unsafe { call::bind(ep.fid(), queue.fid(), FI_SEND | FI_RECV) }?;
         // SAFETY: as above.
         unsafe { call::enable(ep.fid()) }?;
-        Ok(Self { ep, addresses, queue })
+        let (ep, addresses) = (ManuallyDrop::new(ep), ManuallyDrop::new(addresses));
+        Ok(Self { ep, addresses, queue: ManuallyDrop::new(queue), is_closed: false })
+    }
+
+    /// Closes it: nothing more comes of what was posted from it. Not to be used after that. False: the library does
+    /// not, now; it is open as before.
+    pub(super) fn close(&mut self) -> bool {
+        if self.is_closed {
+            return true;
+        }
+        #[cfg(test)]
+        if REFUSALS.get() > 0 {
+            REFUSALS.set(REFUSALS.get() - 1);
+            return false;
+        }
+        // SAFETY: owned and open (rule 1), and nothing is made from an endpoint.
+        if unsafe { call::close(self.ep.fid()) }.is_err() {
+            return false;
+        }
+        self.is_closed = true;
+        // SAFETY: dropped once, because of the line above, and after the endpoint that it is bound to.
+        unsafe { ManuallyDrop::drop(&mut self.addresses) };
+        // SAFETY: as above.
+        unsafe { ManuallyDrop::drop(&mut self.queue) };
+        true
     }
 
     /// Where peers reach it.

@@ -1,5 +1,6 @@
 //! Registrations of memory.
 
+use std::collections::HashMap;
 use std::ffi::c_void;
 use std::os::fd::AsRawFd;
 
@@ -15,6 +16,8 @@ use crate::memory::{MemorySpan, Place};
 
 /// How often another random key is tried when one is taken.
 const KEY_TRIES: usize = 8;
+/// Bytes of retired memory from which on it is told of, and again whenever they doubled.
+const RETIRED_BYTES: u64 = 64 << 30;
 
 /// Memory that operations may use. It stays until nothing can touch it any more.
 pub(super) struct Registration {
@@ -29,7 +32,41 @@ pub(super) struct Registration {
     pub(super) ended: bool,
 }
 
+/// Memory that peers could reach, once each however often it was registered.
+#[derive(Default)]
+pub(super) struct Retired {
+    spans: HashMap<(usize, usize), Vec<MemorySpan>>,
+    bytes: u64,
+    /// How many bytes are worth a word.
+    told: u64,
+}
+
+impl Retired {
+    fn keep(&mut self, span: &MemorySpan) {
+        let known = self.spans.entry((span.address(), span.len())).or_default();
+        if known.iter().any(|known| known.is_same(span)) {
+            return;
+        }
+        known.push(span.clone());
+        self.bytes += span.len() as u64;
+        if self.bytes > self.told.max(RETIRED_BYTES) {
+            self.told = 2 * self.bytes;
+            let bytes = self.bytes;
+            tracing::warn!(bytes, "libfabric keeps all memory it ever showed to peers: register less often");
+        }
+    }
+
+    #[cfg(test)]
+    pub(super) fn bytes(&self) -> u64 {
+        self.bytes
+    }
+}
+
 impl Registration {
+    pub(super) fn access(&self) -> Access {
+        self.access
+    }
+
     /// Bytes from `offset` to the end of its piece.
     pub(super) fn left_in_segment(&self, offset: usize) -> usize {
         if self.pieces.is_empty() {
@@ -127,10 +164,8 @@ impl LibfabricDriver {
     /// No operation of ours uses it any more.
     pub(super) fn finish_registration(&mut self, id: LocalId) {
         let Some(registration) = self.registrations.remove(&id.0) else { return };
-        if registration.access != Access::Local
-            && !self.retired.iter().any(|span| span.is_same(&registration.span))
-        {
-            self.retired.push(registration.span.clone());
+        if registration.access != Access::Local {
+            self.retired.keep(&registration.span);
         }
         drop(registration.pieces);
     }

@@ -16,8 +16,8 @@ use rustix::event::epoll;
 
 use self::progress::{Event, unwatch, watch};
 use super::blob::{self, Key};
-use super::object::{Call, Domain, Endpoint, Queue, Rail, Verb, close};
-use super::register::Registration;
+use super::object::{Call, Domain, Endpoint, Rail, Verb, close};
+use super::register::{Registration, Retired};
 use super::select;
 use super::sinks::Sinks;
 use super::slots::Slots;
@@ -87,6 +87,11 @@ struct PeerRail {
     watched: bool,
 }
 
+/// Closes endpoints; what the library would not close comes back.
+fn close_all(rails: Vec<PeerRail>) -> Vec<PeerRail> {
+    rails.into_iter().filter_map(|mut rail| (!rail.endpoint.close()).then_some(rail)).collect()
+}
+
 struct Peer {
     rails: Vec<PeerRail>,
     their_rails: usize,
@@ -119,11 +124,13 @@ pub(super) struct LibfabricDriver {
     /// Whether every peer needs a domain of its own.
     own_domains: bool,
     peers: HashMap<u32, Peer>,
+    /// What the library would not close of peers that are disconnected.
+    lingering: HashMap<u32, Vec<PeerRail>>,
     pub(super) registrations: HashMap<u32, Registration>,
     pub(super) rails: Vec<Rail>,
     /// Memory that peers could reach: a provider in software may still hold a pointer into it for a request that
     /// came before the registration ended. It goes with the endpoints.
-    pub(super) retired: Vec<MemorySpan>,
+    pub(super) retired: Retired,
     slots: Slots<Part>,
     ops: Vec<Option<Op>>,
     free_ops: Vec<u32>,
@@ -149,9 +156,10 @@ impl LibfabricDriver {
             loopback,
             segment,
             peers: HashMap::new(),
+            lingering: HashMap::new(),
             registrations: HashMap::new(),
             rails,
-            retired: Vec::new(),
+            retired: Retired::default(),
             slots: Slots::new(),
             ops: Vec::new(),
             free_ops: Vec::new(),
@@ -275,6 +283,25 @@ impl LibfabricDriver {
         }
     }
 
+    /// Ends what is under way to a peer whose endpoints are closed.
+    fn end_slots_of(&mut self, peer: u32) {
+        for slot in self.slots.matching(|part| part.owner == Owner::Peer(peer)) {
+            self.end_slot(slot, Err("the connection was closed".to_owned()));
+        }
+    }
+
+    /// Asks the library again to close what it did not.
+    fn close_lingering(&mut self) {
+        for (peer, rails) in std::mem::take(&mut self.lingering) {
+            let open = close_all(rails);
+            if open.is_empty() {
+                self.end_slots_of(peer);
+            } else {
+                self.lingering.insert(peer, open);
+            }
+        }
+    }
+
     /// The library is done with a slot, or never got it.
     fn end_slot(&mut self, slot: u32, result: Result<usize, String>) {
         let Some(part) = self.slots.give_back(slot) else { return };
@@ -355,16 +382,19 @@ impl Driver for LibfabricDriver {
             let watched = state.rails.iter().filter(|rail| rail.watched);
             watched.filter_map(|rail| rail.endpoint.queue.fd).for_each(|fd| unwatch(set, fd));
         }
-        let slots = self.slots.matching(|part| part.owner == Owner::Peer(peer.0));
-        if !close(state.rails) {
-            // What the library would not close may still write: its operations are never reported, so that nobody
-            // takes their memory for free.
-            tracing::error!(operations = slots.len(), "libfabric keeps a connection that was to be closed");
-            return;
+        let open = close_all(state.rails);
+        if open.is_empty() {
+            self.end_slots_of(peer.0);
+        } else {
+            // What the library would not close may still write: its operations are not reported until it does, so
+            // that nobody takes their memory for free.
+            tracing::error!("libfabric keeps a connection that was to be closed: trying again");
+            self.lingering.insert(peer.0, open);
         }
-        for slot in slots {
-            self.end_slot(slot, Err("the connection was closed".to_owned()));
-        }
+    }
+
+    fn lingers(&self, peer: PeerId) -> bool {
+        self.lingering.contains_key(&peer.0)
     }
 
     fn import(&mut self, peer: PeerId, key: &[u8]) -> Result<RemoteId, DriverError> {
@@ -435,6 +465,7 @@ impl Driver for LibfabricDriver {
     }
 
     fn poll(&mut self, done: &mut Vec<Done>) -> bool {
+        self.close_lingering();
         self.read_queues();
         self.post_waiting();
         let any = !self.ready.is_empty();
@@ -455,7 +486,7 @@ impl Driver for LibfabricDriver {
             let active = peers.values().filter(|peer| peer.is_active());
             let queues = active.map(|peer| &peer.rails[number].endpoint.queue);
             let queues = queues.chain(std::iter::once(&rail.passive.queue));
-            let mut fids: Vec<*mut fid> = queues.map(Queue::fid).collect();
+            let mut fids: Vec<*mut fid> = queues.map(|queue| queue.fid()).collect();
             rail.fabric.may_sleep(&mut fids)
         })
     }
@@ -470,9 +501,30 @@ impl Drop for LibfabricDriver {
         // Memory goes last: queues and endpoints may know it until they are closed.
         let spans: Vec<_> =
             self.registrations.values().map(|registration| registration.span.clone()).collect();
-        let mut closed = close(std::mem::take(&mut self.peers));
-        closed &= close(std::mem::take(&mut self.registrations));
-        closed &= close(std::mem::take(&mut self.rails));
+        let writable = self.registrations.values().any(|one| one.access() == Access::RemoteWrite);
+        let mut open: Vec<_> = std::mem::take(&mut self.lingering).into_values().flatten().collect();
+        open.extend(std::mem::take(&mut self.peers).into_values().flat_map(|peer| peer.rails));
+        let open = close_all(open);
+        let (passive, shut) =
+            self.rails.drain(..).fold((Vec::new(), Vec::new()), |(mut open, mut shut), mut rail| {
+                let kept = if rail.passive.close() { &mut shut } else { &mut open };
+                kept.push(rail);
+                (open, shut)
+            });
+        let endpoints_closed = open.is_empty() && passive.is_empty();
+        let posted = !self.slots.matching(|part| part.owner != Owner::Passive).is_empty();
+        let awaited = writable || !self.receives.is_empty();
+        if !open.is_empty() && posted || !passive.is_empty() && awaited {
+            // The memory of these operations is about to be somebody else's, and the library would write it. Nothing
+            // less than the end of the process prevents that.
+            tracing::error!("libfabric does not let go of memory that it may still write: the process ends");
+            std::process::abort();
+        }
+        let mut closed = endpoints_closed && close(std::mem::take(&mut self.registrations));
+        if !endpoints_closed {
+            std::mem::forget((open, passive, std::mem::take(&mut self.registrations)));
+        }
+        closed &= close(shut);
         if !closed {
             tracing::error!(
                 "libfabric keeps connections that were to be closed: their memory is never freed"

@@ -292,10 +292,12 @@ impl Progress {
             self.give_up(*job, why);
         }
         self.driver().disconnect(id);
+        // What lingers is settled by its reports.
+        let cut = !self.driver().lingers(id);
         for job in jobs {
             if let Some(job) = self.jobs.get_mut(job) {
                 // A message that is awaited is nobody's until it comes: its buffer is free when it was reported.
-                job.cut = !job.batch.receives();
+                job.cut = cut && !job.batch.receives();
             }
         }
     }

@@ -196,6 +196,40 @@ async fn a_frozen_peer_holds_up_a_drop_for_moments_only_and_no_other_peer() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_connection_that_does_not_close_keeps_its_memory_until_it_does() {
+    let pair = pair(6, Faults::default(), FabricLimits::default()).await;
+    let into = memory();
+    pair.world.freeze(1, true);
+    pair.world.cling(0, true);
+    let stuck = pair.read(&into, &[(0, 5000)]).await.unwrap();
+    let dropped = tokio::task::spawn_blocking(move || drop(stuck));
+    let polls = |since: usize| {
+        let world = &pair.world;
+        async move {
+            while world.polls(0) < since + 100 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        }
+    };
+    let severed = async {
+        while pair.peer.failure().is_none() {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        polls(pair.world.polls(0)).await;
+    };
+    tokio::time::timeout(Duration::from_secs(20), severed).await.unwrap();
+    assert!(!dropped.is_finished(), "the peer may still write");
+    pair.world.cling(0, false);
+    tokio::time::timeout(Duration::from_secs(20), dropped).await.unwrap().unwrap();
+    into.write(0, &[0xee; 5000]);
+    pair.world.freeze(1, false);
+    tokio::time::timeout(Duration::from_secs(20), polls(pair.world.polls(0))).await.unwrap();
+    let mut bytes = [0; 5000];
+    into.read(0, &mut bytes);
+    assert_eq!(bytes, [0xee; 5000]);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_reach_who_awaits_them_and_a_cancelled_one_gives_its_buffer_back() {
     let pair = pair(4, Faults::default(), FabricLimits::default()).await;
     let (from, to) = (memory(), memory());

@@ -1,6 +1,8 @@
 //! Two drivers in one process.
 
+use super::super::object::{REFUSALS, Rail, close};
 use super::*;
+use crate::backend::handlers;
 
 const LEN: usize = 4 << 20;
 /// Odd, so that operations lie across the pieces of registrations.
@@ -451,5 +453,120 @@ fn too_many_pieces_are_refused_with_the_limit() {
         let error = driver.register(&memory.span(), Access::RemoteRead).unwrap_err();
         assert!(error.what.contains(&(4096 * 126).to_string()), "{error}");
         assert!(error.remedy.contains("fewer rails"), "{error:?}");
+    }
+}
+
+#[test]
+fn what_does_not_close_is_not_reported_until_it_does() {
+    for provider in providers_and_shm() {
+        let (mut reader, mut owner, peer, remote) =
+            pair(provider, 1 << 20, Access::RemoteRead, Tuning::USUAL);
+        // What waits for a connection is not with the library yet.
+        let first = reader.range(0, 1);
+        assert_eq!(post((&mut reader, &mut owner), |end| end.driver.read(peer, remote, 0, first, 0)), Ok(()));
+        until(&mut [&mut reader, &mut owner], provider, |ends| finished(ends[0], 1));
+        reader.done.clear();
+        let to = reader.range(0, 1 << 20);
+        assert_eq!(post((&mut reader, &mut owner), |end| end.driver.read(peer, remote, 0, to, 1)), Ok(()));
+        REFUSALS.set(3);
+        reader.driver.disconnect(peer);
+        for _ in 0..2 {
+            assert!(reader.driver.lingers(peer), "{provider}");
+            reader.poll();
+            assert!(reader.done.is_empty(), "{provider}: it may still be written");
+        }
+        until(&mut [&mut reader, &mut owner], provider, |ends| finished_badly(ends[0], 1));
+        assert!(!reader.driver.lingers(peer) && REFUSALS.get() == 0, "{provider}");
+        reader.memory.write(0, &[0xee; 1 << 20]);
+        for _ in 0..200 {
+            owner.poll();
+            reader.poll();
+        }
+        assert!(reader.done.len() == 1 && reader.bytes(0, 1 << 20) == [0xee; 1 << 20], "{provider}");
+    }
+}
+
+fn finished_badly(end: &End, op: u64) -> bool {
+    end.done.iter().any(|done| done.op == op && done.result.is_err())
+}
+
+/// Marks the argument that turns the test below into a process that ends badly: `libfabric-unclosed:PROVIDER`.
+const UNCLOSED: &str = "libfabric-unclosed:";
+
+#[test]
+fn the_process_whose_connection_does_not_close() {
+    let Some(provider) = std::env::args().find_map(|arg| arg.strip_prefix(UNCLOSED).map(str::to_owned))
+    else {
+        assert!(std::env::args().all(|argument| !argument.contains(UNCLOSED)));
+        return;
+    };
+    // Libfabric's own libraries catch the signal otherwise.
+    let opened = handlers::keep(|| pair(&provider, 1 << 20, Access::RemoteRead, Tuning::USUAL));
+    let (mut reader, mut owner, peer, remote) = opened;
+    let to = reader.range(0, 1 << 20);
+    assert_eq!(post((&mut reader, &mut owner), |end| end.driver.read(peer, remote, 0, to, 1)), Ok(()));
+    REFUSALS.set(1000);
+    drop(reader.driver);
+    // The memory would be somebody else's from here on.
+    REFUSALS.set(0);
+}
+
+#[test]
+fn memory_that_is_not_let_go_of_is_never_anybody_elses() {
+    for provider in providers().into_iter().take(1) {
+        let status = std::process::Command::new(std::env::current_exe().unwrap())
+            .args([
+                "--exact",
+                "backend::libfabric::tests::one_process::the_process_whose_connection_does_not_close",
+            ])
+            .arg(format!("{UNCLOSED}{provider}"))
+            .status()
+            .unwrap();
+        let signal = std::os::unix::process::ExitStatusExt::signal(&status);
+        assert_eq!(signal, Some(rustix::process::Signal::ABORT.as_raw()), "{status}");
+    }
+}
+
+/// Drops an endpoint that does not close, on another thread.
+struct Elsewhere(&'static str);
+
+impl Drop for Elsewhere {
+    fn drop(&mut self) {
+        let provider = self.0;
+        let other = std::thread::spawn(move || {
+            let mut driver = open_with(&options(provider), Tuning::USUAL).unwrap();
+            let Rail { passive, domain, fabric, .. } = driver.rails.pop().unwrap();
+            REFUSALS.set(1);
+            let closed = close(passive);
+            std::mem::forget((domain, fabric));
+            closed
+        });
+        assert!(!other.join().unwrap());
+    }
+}
+
+#[test]
+fn what_another_driver_does_not_close_is_its_own_affair() {
+    for provider in providers().into_iter().take(1) {
+        assert!(close(Elsewhere(provider)));
+    }
+}
+
+#[test]
+fn memory_that_was_shown_again_and_again_is_kept_once() {
+    for provider in providers().into_iter().take(1) {
+        let mut end = End::new(&options(provider), 4096, Access::Local, Tuning::USUAL);
+        for _ in 0..5 {
+            // As the registry lends it, and as it is.
+            for span in [end.memory.span().lent(), end.memory.span()] {
+                let (id, _) = end.driver.register(&span, Access::RemoteRead).unwrap();
+                end.driver.deregister(id);
+            }
+        }
+        assert_eq!(end.driver.retired.bytes(), 4096);
+        let other = HostMemory::allocate(8192, "other").unwrap();
+        let (id, _) = end.driver.register(&other.span(), Access::RemoteWrite).unwrap();
+        end.driver.deregister(id);
+        assert_eq!(end.driver.retired.bytes(), 4096 + 8192);
     }
 }
