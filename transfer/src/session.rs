@@ -5,10 +5,13 @@ mod failover;
 mod prepared;
 mod write;
 
+use std::pin::{Pin, pin};
 use std::sync::Arc;
+use std::task::Poll;
 use std::time::Duration;
 
 use baton_config::{Bytes, Epoch, HandoffId, WorkerId};
+use futures_util::poll;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
@@ -242,14 +245,31 @@ impl Session {
     ) -> Result<ReadReport, TransferError> {
         let progress = Progress::new(blocks.len());
         let job = ReadJob { handoff, blocks, into, verify: self.0.verify, progress: &progress };
-        let outcome = tokio::select! {
-            biased;
-            () = self.0.closed.cancelled() => Err(Stop::Fault(LinkError::Closed.into())),
-            outcome = failover::read(&self.0, &job, deadline) => outcome,
-        };
+        let read = pin!(failover::read(&self.0, &job, deadline));
+        let outcome = self.until_closed(read).await;
         let report = self.report(&progress, outcome);
         self.0.account(&report, &progress);
         report
+    }
+
+    /// Does `work`, unless the session closes before it is done.
+    async fn until_closed<T>(
+        &self,
+        mut work: Pin<&mut impl Future<Output = Result<T, Stop>>>,
+    ) -> Result<T, Stop> {
+        let closed = &self.0.closed;
+        if closed.is_cancelled() {
+            return Err(Stop::Fault(LinkError::Closed.into()));
+        }
+        // Blocks of mapped memory are mostly copied by then: nothing to wait for.
+        match poll!(work.as_mut()) {
+            Poll::Ready(outcome) => outcome,
+            Poll::Pending => tokio::select! {
+                biased;
+                () = closed.cancelled() => Err(Stop::Fault(LinkError::Closed.into())),
+                outcome = work => outcome,
+            },
+        }
     }
 }
 

@@ -153,14 +153,19 @@ impl Paths {
             .find_map(|index| self.candidates[index].path(index))
     }
 
+    /// The best path that is open and not tried yet, without waiting; broken ones are looked after beside it.
+    pub(crate) fn ready(self: &Arc<Self>, avoid: Option<BackendKind>, tried: Tried) -> Option<Path> {
+        self.survey_when_due();
+        self.open_now(avoid, tried)
+    }
+
     /// The best path not tried yet, opened if it must be; broken ones last. None is left, or the peer said no.
     pub(crate) async fn next(
         self: &Arc<Self>,
         avoid: Option<BackendKind>,
         tried: Tried,
     ) -> Result<Option<Path>, Fault> {
-        self.survey_when_due();
-        if let Some(path) = self.open_now(avoid, tried) {
+        if let Some(path) = self.ready(avoid, tried) {
             return Ok(Some(path));
         }
         let mut left: Vec<usize> = self.usable(avoid).filter(|index| !tried.has(*index)).collect();

@@ -1,7 +1,10 @@
 //! A read over the best path of a pair and, when that breaks or stands still, the rest of it over the next one.
 
+use std::pin::pin;
+use std::task::Poll;
 use std::time::Duration;
 
+use futures_util::poll;
 use tokio::time::{Instant, sleep_until};
 
 use super::{BlockRead, BlockSink, Destination, Inner};
@@ -69,10 +72,13 @@ async fn attempt(
     deadline: Instant,
 ) -> Result<Attempt, Stop> {
     let (paths, avoid) = (&inner.paths, inner.avoid);
-    let next = tokio::select! {
-        biased;
-        next = paths.next(avoid, *tried) => next.map_err(Stop::Fault)?,
-        () = sleep_until(deadline) => return Err(Stop::Deadline),
+    let next = match paths.ready(avoid, *tried) {
+        Some(path) => Some(path),
+        None => tokio::select! {
+            biased;
+            next = paths.next(avoid, *tried) => next.map_err(Stop::Fault)?,
+            () = sleep_until(deadline) => return Err(Stop::Deadline),
+        },
     };
     let Some(path) = next else {
         return Err(Stop::Fault(left.unwrap_or(Fault::Link(LinkError::Closed))));
@@ -82,11 +88,18 @@ async fn attempt(
         inner.counters.path_failover();
         tracing::info!(peer = %paths.pair.to, over = %path.backend, %why, "a read goes on over another path");
     }
-    let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
-    let outcome = tokio::select! {
-        biased;
-        outcome = over(&path, job) => Ok(outcome),
-        stopped = watch(job.progress, deadline, stall) => Err(stopped),
+    let mut over = pin!(over(&path, job));
+    // Mapped memory is mostly copied by then: nothing to watch.
+    let outcome = match poll!(over.as_mut()) {
+        Poll::Ready(outcome) => Ok(outcome),
+        Poll::Pending => {
+            let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
+            tokio::select! {
+                biased;
+                outcome = over => Ok(outcome),
+                stopped = watch(job.progress, deadline, stall) => Err(stopped),
+            }
+        }
     };
     // The read has ended or was dropped: either way it is fenced.
     inner.counters.read(path.backend, job.progress.moved());

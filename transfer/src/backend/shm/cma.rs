@@ -44,6 +44,12 @@ impl Batch {
 
     /// Adds the block `index` of the read, which is at `address` in the peer.
     pub(super) fn push(&mut self, job: &ReadJob<'_>, index: usize, address: usize) {
+        if self.blocks.is_empty() {
+            let most = (job.blocks.len() - index).min(MAX_RANGES);
+            self.blocks.reserve(most);
+            self.from.reserve(most + 1);
+            self.to.reserve(most);
+        }
         let block = &job.blocks[index];
         let len = block.source.len as usize;
         let to = match job.into {
