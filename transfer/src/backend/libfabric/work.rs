@@ -14,7 +14,7 @@ use baton_libfabric_sys::Errno;
 use baton_libfabric_sys::abi::{FI_ADDR_UNSPEC, FI_MR_LOCAL, fid};
 use rustix::event::epoll;
 
-use self::progress::{Event, unwatch, watch};
+use self::progress::{Event, take_edges, unwatch, watch};
 use super::blob::{self, Key};
 use super::object::{Call, Domain, Endpoint, Rail, Verb, close};
 use super::register::{Registration, Retired};
@@ -480,6 +480,10 @@ impl Driver for LibfabricDriver {
         if self.watch_active().is_none() {
             // Without descriptors the thread naps.
             return true;
+        }
+        // What came before this is found by polling again; what comes after it ends the sleep.
+        if self.epoll.as_ref().is_some_and(take_edges) {
+            return false;
         }
         let peers = &self.peers;
         self.rails.iter().enumerate().all(|(number, rail)| {

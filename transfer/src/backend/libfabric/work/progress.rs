@@ -1,10 +1,11 @@
 //! Progress: what queues report, and when one may sleep.
 
+use std::mem::MaybeUninit;
 use std::os::fd::{BorrowedFd, OwnedFd, RawFd};
 
 use baton_libfabric_sys::abi::fi_cq_tagged_entry;
 use baton_libfabric_sys::{Errno, Library};
-use rustix::event::epoll;
+use rustix::event::{Timespec, epoll};
 
 use super::super::object::Queue;
 use super::{LibfabricDriver, Owner};
@@ -52,7 +53,18 @@ fn drain(library: &Library, owner: Owner, queue: &Queue, events: &mut Vec<Event>
 pub(super) fn watch(set: &OwnedFd, fd: RawFd) -> Option<()> {
     // SAFETY: the descriptor belongs to an open queue, which its caller holds.
     let fd = unsafe { BorrowedFd::borrow_raw(fd) };
-    epoll::add(set, fd, epoll::EventData::new_u64(0), epoll::EventFlags::IN).ok()
+    // By edges: provider `net` 1.17 never takes its signal back (its `fi_trywait` does nothing), so that after the first
+    // completion the descriptor of a queue is readable for ever.
+    let flags = epoll::EventFlags::IN | epoll::EventFlags::ET;
+    epoll::add(set, fd, epoll::EventData::new_u64(0), flags).ok()
+}
+
+/// Takes what the set has seen since the last time; whether there was anything.
+pub(super) fn take_edges(set: &OwnedFd) -> bool {
+    const MOST: usize = 16;
+    let mut edges = [const { MaybeUninit::<epoll::Event>::uninit() }; MOST];
+    let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+    epoll::wait(set, &mut edges, Some(&now)).is_ok_and(|(seen, _)| !seen.is_empty())
 }
 
 pub(super) fn unwatch(set: &OwnedFd, fd: RawFd) {
