@@ -18,6 +18,7 @@ use serde::{Deserialize, Serialize};
 
 pub use self::peer::serve_peer;
 
+use crate::agent::paths::chain;
 use crate::agent::{BackendKind, ConnectError, Integrity, RegisterError, StartError};
 use crate::error::TransferError;
 use crate::memory::MemoryError;
@@ -123,7 +124,7 @@ impl BenchOptions {
         Self {
             backends: BackendKind::ALL.into_iter().filter(|kind| *kind != BackendKind::Plugin).collect(),
             shapes: Shape::DEFAULT.to_vec(),
-            ops: vec![Op::Read],
+            ops: vec![Op::Read, Op::Write],
             time_per_shape: Duration::from_secs(1),
             streams: 2,
             peer_arguments,
@@ -191,9 +192,9 @@ pub enum BenchError {
     /// The peer was not reached.
     #[error(transparent)]
     Connect(#[from] ConnectError),
-    /// A read failed.
+    /// A read or a write failed.
     #[error(transparent)]
-    Read(#[from] TransferError),
+    Transfer(#[from] TransferError),
 }
 
 impl BenchError {
@@ -218,9 +219,9 @@ pub struct Skipped {
 /// What a run gives.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct Report {
-    /// By backend, shape, operation, integrity.
+    /// By backend, operation, shape, integrity.
     pub rows: Vec<Row>,
-    /// Backends that do not work here.
+    /// Backends, or operations of theirs, that do not work here.
     pub skipped: Vec<Skipped>,
 }
 
@@ -244,9 +245,15 @@ pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
             }
             Err(error) => return Err(error),
         };
-        for shape in options.shapes.iter().copied() {
-            for op in options.ops.iter().copied() {
-                report.rows.extend(bench.measure(&mut peer, shape, op, options.time_per_shape).await?);
+        for op in options.ops.iter().copied() {
+            let measured = bench.measure_all(&mut peer, &options.shapes, op, options.time_per_shape).await;
+            match measured {
+                Ok(rows) => report.rows.extend(rows),
+                Err(BenchError::Transfer(error @ TransferError::Refused { .. })) => {
+                    let reason = format!("no {}: {}", op.as_str(), chain(&error));
+                    report.skipped.push(Skipped { backend, reason });
+                }
+                Err(error) => return Err(error),
             }
         }
         bench.close().await;

@@ -12,7 +12,7 @@ use super::{BenchError, HANDOFF, Op, PEER_EPOCH, PEER_NAME, Row, Shape, fill, in
 use crate::agent::{Agent, AgentOptions, BackendKind, Integrity, RegionId};
 use crate::digest::{DigestSeed, block_digest};
 use crate::memory::{HostMemory, MemoryError};
-use crate::session::{BlockRead, Descriptor, Destination, Expected, Session};
+use crate::session::{BlockRead, BlockWrite, Descriptor, Expected, Prepared, Session, Target};
 
 /// One turn of a probe within a round.
 const TURN: Duration = Duration::from_millis(10);
@@ -48,6 +48,7 @@ struct Inner {
     digest: Session,
     memory: Memory,
     region: RegionId,
+    scratch: RegionId,
     raw: Mutex<Raw>,
 }
 
@@ -56,7 +57,9 @@ struct Inner {
 struct Work {
     op: Op,
     integrity: Integrity,
-    blocks: Arc<[BlockRead]>,
+    bytes: u64,
+    /// Checked once, posted many times.
+    prepared: Prepared,
 }
 
 /// Times of one probe.
@@ -85,21 +88,40 @@ impl Bench {
             digest: digest.1,
             memory: memory.clone(),
             region: RegionId(peer.ready.region),
+            scratch: RegionId(peer.ready.scratch),
             raw: Mutex::new(raw),
         })))
     }
 
+    /// The rows of all shapes.
+    pub(super) async fn measure_all(
+        &self,
+        peer: &mut Peer,
+        shapes: &[Shape],
+        op: Op,
+        time_per_shape: Duration,
+    ) -> Result<Vec<Row>, BenchError> {
+        let mut rows = Vec::new();
+        for shape in shapes.iter().copied() {
+            rows.extend(self.measure(peer, shape, op, time_per_shape).await?);
+        }
+        Ok(rows)
+    }
+
     /// The rows of one shape, measured in turns for about `time`.
-    pub(super) async fn measure(
+    async fn measure(
         &self,
         peer: &mut Peer,
         shape: Shape,
         op: Op,
         time: Duration,
     ) -> Result<[Row; 2], BenchError> {
-        let blocks: Arc<[BlockRead]> = self.blocks(shape).into();
-        let work = |integrity| Work { op, integrity, blocks: Arc::clone(&blocks) };
-        let (plain, verified) = (work(Integrity::Off), work(Integrity::Digest));
+        let work = |integrity, session| {
+            let prepared = self.prepare(shape, op, session)?;
+            Ok::<_, BenchError>(Work { op, integrity, bytes: shape.bytes() as u64, prepared })
+        };
+        let plain = work(Integrity::Off, &self.0.off)?;
+        let verified = work(Integrity::Digest, &self.0.digest)?;
         self.raw_turn(peer, shape, op, &mut Times::default()).await?;
         self.turn(peer, &plain, &mut Times::default()).await?;
         self.turn(peer, &verified, &mut Times::default()).await?;
@@ -137,6 +159,23 @@ impl Bench {
         for agent in self.0.agents.clone() {
             agent.close().await;
         }
+    }
+
+    fn prepare(&self, shape: Shape, op: Op, session: &Session) -> Result<Prepared, BenchError> {
+        let Memory { into, twin } = &self.0.memory;
+        let prepared = match op {
+            Op::Read => session.prepare_read(HANDOFF, self.blocks(shape), Target::Memory(into.clone()))?,
+            Op::Write => {
+                let block = |index| {
+                    let from = shape.offset(index);
+                    let to =
+                        Descriptor { region: self.0.scratch, offset: from as u64, len: shape.block_bytes };
+                    BlockWrite { from, to }
+                };
+                session.prepare_write(HANDOFF, (0..shape.blocks).map(block).collect(), twin.clone())?
+            }
+        };
+        Ok(prepared)
     }
 
     fn blocks(&self, shape: Shape) -> Vec<BlockRead> {
@@ -186,34 +225,21 @@ impl Bench {
     /// One turn of transfers, on a task as in a worker.
     async fn turn(&self, peer: &mut Peer, work: &Work, times: &mut Times) -> Result<(), BenchError> {
         let before = own_cpu() + peer.cpu().await?;
-        let (inner, task) = (Arc::clone(&self.0), work.clone());
+        let prepared = work.prepared.clone();
         let turn = TaskTracker::new().spawn(async move {
             let start = Instant::now();
-            inner.once(&task).await?;
+            prepared.run(start + DEADLINE).await?;
             let mut each = Vec::new();
             while start.elapsed() < TURN || each.is_empty() {
                 let start = Instant::now();
-                inner.once(&task).await?;
+                prepared.run(start + DEADLINE).await?;
                 each.push(start.elapsed());
             }
             Ok::<_, BenchError>(each)
         });
         let each = turn.await;
         let each = each.map_err(|error| BenchError::io("a bench task")(std::io::Error::other(error)))??;
-        let bytes = work.blocks.iter().map(|block| u64::from(block.source.len)).sum();
-        times.add(each, bytes, (own_cpu() + peer.cpu().await?).saturating_sub(before));
-        Ok(())
-    }
-}
-
-impl Inner {
-    async fn once(&self, work: &Work) -> Result<(), BenchError> {
-        let session = match work.integrity {
-            Integrity::Off => &self.off,
-            Integrity::Digest => &self.digest,
-        };
-        let deadline = Instant::now() + DEADLINE;
-        session.read(HANDOFF, &work.blocks, Destination::Memory(&self.memory.into), deadline).await?;
+        times.add(each, work.bytes, (own_cpu() + peer.cpu().await?).saturating_sub(before));
         Ok(())
     }
 }

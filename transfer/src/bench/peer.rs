@@ -117,6 +117,7 @@ pub async fn serve_peer() -> Result<(), BenchError> {
     let region = agent.register(memory.clone())?;
     let scratch_region = agent.register(scratch.clone())?;
     agent.grant(HANDOFF, whole(region, region_bytes as u64));
+    agent.grant_write(HANDOFF, &whole(scratch_region, region_bytes as u64));
     let ready = Ready {
         metadata: agent.metadata(),
         region: region.0,
