@@ -295,15 +295,12 @@ fn the_transfer_bench_measures_every_backend_that_works_here() {
         stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
     for backend in ["shm", "cma", "libfabric", "ucx", "tcp"] {
         let rows: Vec<_> = rows.iter().filter(|row| row["backend"] == backend).collect();
-        let named = stderr.lines().any(|line| line.starts_with(&format!("{backend}: ")));
-        assert_eq!(rows.is_empty(), named, "{backend}: {stdout}{stderr}");
+        let said = |start: &str| stderr.lines().any(|line| line.starts_with(&format!("{backend}: {start}")));
         assert!(!rows.is_empty() || !["shm", "tcp"].contains(&backend), "{backend} always works: {stderr}");
         for op in ["read", "write"] {
-            let rows = rows.iter().filter(|row| row["op"] == op).count();
-            assert!(
-                rows % 4 == 0,
-                "{backend} {op}: two shapes, with and without digests, make 4, not {rows}"
-            );
+            let rows_of = rows.iter().filter(|row| row["op"] == op).count();
+            let excused = said(&format!("no {op}: ")) || rows.is_empty() && said("");
+            assert_eq!(rows_of, if excused { 0 } else { 4 }, "{backend} {op}, 2 shapes: {stdout}{stderr}");
         }
         for field in
             ["p50_us", "p99_us", "gb_per_s", "cpu_s_per_gb", "raw_p50_us", "raw_cpu_s_per_gb", "ratio"]
