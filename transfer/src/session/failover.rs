@@ -109,6 +109,9 @@ async fn attempt(
         Err(Stopped::Deadline) => return Err(Stop::Deadline),
         Err(Stopped::Stalled(stood)) => LinkError::Stalled(stood).into(),
     };
+    if let Fault::Link(LinkError::Protocol(error)) = &fault {
+        inner.counters.broken(*error);
+    }
     if let Fault::Link(error) = &fault
         && !matches!(error, LinkError::Device(_))
     {

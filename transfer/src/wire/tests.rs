@@ -1,3 +1,5 @@
+mod fuzz;
+
 use proptest::prelude::*;
 
 use super::*;
@@ -45,6 +47,16 @@ fn the_longest_names_fit_a_hello() {
     };
     assert_eq!(hello.encode().len() as u64, Kind::Hello.max_len());
     assert_eq!(Hello::decode(&hello.encode()).unwrap(), hello);
+}
+
+#[test]
+fn every_kind_has_its_own_number_and_a_bound() {
+    for kind in Kind::ALL {
+        assert_eq!(Kind::from_u8(kind as u8), Some(kind));
+        let bound = if kind == Kind::Data { MAX_READ_BYTES } else { 64 << 10 };
+        assert!(kind.max_len() <= bound, "{kind:?}");
+    }
+    assert_eq!((Kind::from_u8(0), Kind::from_u8(200)), (None, None));
 }
 
 #[test]

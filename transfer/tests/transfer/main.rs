@@ -5,6 +5,7 @@ mod auth;
 mod devices;
 mod faults;
 mod foreign;
+mod hostile;
 mod paths;
 mod processes;
 mod proxy;

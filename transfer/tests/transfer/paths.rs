@@ -31,6 +31,7 @@ impl Pair {
         let proxy = Proxy::start().await;
         let mut options = AgentOptions::new(name(OWNER));
         options.advertise = Some(proxy.address);
+        options.backends = vec![BackendKind::Libfabric, BackendKind::Ucx, BackendKind::Shm, BackendKind::Tcp];
         let owner = Owner::start_with(options, 16 << 20).await;
         proxy.lead_to(owner.agent.local_address());
         let mut options = AgentOptions::new(name("decode-0"));
@@ -191,4 +192,35 @@ async fn a_path_that_was_left_writes_nothing_afterwards() {
     pair.proxy.set(Mode::Relay);
     pair.proxy.until_open(|open| *open == 0).await;
     assert!(bytes_at(&into, 0, 16 << 20).iter().all(|byte| *byte == 0xee));
+}
+
+/// A fabric whose control connection falls silent gives way to tcp, and comes back when it works again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_fabric_that_falls_silent_gives_way_to_tcp() {
+    for fabric in crate::support::each().await {
+        if !matches!(fabric, BackendKind::Libfabric | BackendKind::Ucx) {
+            continue;
+        }
+        let pair = Pair::start(|options| options.backends = vec![fabric, BackendKind::Tcp]).await;
+        let blocks = pair.owner.granted(BLOCKS, 4096);
+        let session = pair.session().await;
+        assert_eq!(session.path().backend, fabric, "{:?}", session.path());
+        read_once_each(&session, &blocks).await;
+        let before = pair.reader.stats().read_bytes(fabric).0;
+        assert_eq!(before, BLOCKS as u64 * 4096);
+        pair.proxy.hold_open();
+        read_once_each(&session, &blocks).await;
+        assert_eq!(pair.reader.stats().path_failovers, 1);
+        assert_eq!(pair.reader.stats().read_bytes(BackendKind::Tcp).0, BLOCKS as u64 * 4096);
+        assert_eq!(session.path().backend, BackendKind::Tcp);
+        assert!(reason_for(&session.path(), fabric).starts_with("no progress for "), "{:?}", session.path());
+        pair.proxy.set(Mode::Relay);
+        let start = Instant::now();
+        while session.path().backend != fabric {
+            assert!(start.elapsed() < Duration::from_secs(15), "{:?}", session.path());
+            read_once_each(&session, &blocks[..1]).await;
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+        read_once_each(&session, &blocks).await;
+    }
 }

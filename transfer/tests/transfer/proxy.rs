@@ -25,6 +25,8 @@ pub(crate) enum Mode {
     FlipUpstreamOnce(usize),
     /// As `Hold`, of what the reader sends.
     HoldUpstream(usize),
+    /// So many connections, the first ones, are held altogether; later ones pass.
+    HoldFirst(usize),
 }
 
 pub(crate) struct Proxy {
@@ -34,6 +36,7 @@ pub(crate) struct Proxy {
     /// Connections that reader and proxy have open.
     open: watch::Receiver<usize>,
     flips: Arc<AtomicUsize>,
+    accepted: Arc<AtomicUsize>,
 }
 
 impl Proxy {
@@ -47,20 +50,22 @@ impl Proxy {
         let opened = Arc::new(opened);
         let flips = Arc::new(AtomicUsize::new(0));
         let tasks = TaskTracker::new();
-        let counted = Arc::clone(&flips);
+        let accepted = Arc::new(AtomicUsize::new(0));
+        let (counted, numbers) = (Arc::clone(&flips), Arc::clone(&accepted));
         tasks.clone().spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
                 let Some(target) = *targets.borrow() else { continue };
                 let far = TcpStream::connect(target).await.unwrap();
+                let number = numbers.fetch_add(1, Ordering::SeqCst);
                 opened.send_modify(|open| *open += 1);
                 let (modes, opened, flips) = (modes.clone(), Arc::clone(&opened), Arc::clone(&counted));
                 tasks.spawn(async move {
-                    relay(near, far, modes, &flips).await;
+                    relay(near, far, modes, &flips, number).await;
                     opened.send_modify(|open| *open -= 1);
                 });
             }
         });
-        Self { address, mode, target, open, flips }
+        Self { address, mode, target, open, flips, accepted }
     }
 
     pub(crate) fn lead_to(&self, target: SocketAddr) {
@@ -69,6 +74,11 @@ impl Proxy {
 
     pub(crate) fn set(&self, mode: Mode) {
         self.mode.send_replace(mode);
+    }
+
+    /// Holds what is open now; what comes later passes.
+    pub(crate) fn hold_open(&self) {
+        self.set(Mode::HoldFirst(self.accepted.load(Ordering::SeqCst)));
     }
 
     pub(crate) fn flips(&self) -> usize {
@@ -81,68 +91,81 @@ impl Proxy {
     }
 }
 
-async fn relay(near: TcpStream, far: TcpStream, modes: watch::Receiver<Mode>, flips: &AtomicUsize) {
+async fn relay(
+    near: TcpStream,
+    far: TcpStream,
+    modes: watch::Receiver<Mode>,
+    flips: &AtomicUsize,
+    number: usize,
+) {
     let (near_read, near_write) = near.into_split();
     let (far_read, far_write) = far.into_split();
+    let way = |upstream| Way { modes: modes.clone(), flips, upstream, number };
     // Either end closing closes both.
     tokio::select! {
-        () = one_way(near_read, far_write, modes.clone(), flips, true) => {}
-        () = one_way(far_read, near_write, modes, flips, false) => {}
+        () = way(true).relay(near_read, far_write) => {}
+        () = way(false).relay(far_read, near_write) => {}
     }
 }
 
-/// What a mode means for one direction.
-fn turned(mode: Mode, upstream: bool) -> Mode {
-    match (mode, upstream) {
-        (Mode::FlipUpstreamOnce(at), true) => Mode::FlipOnce(at),
-        (Mode::HoldUpstream(after), true) => Mode::Hold(after),
-        (Mode::FlipUpstreamOnce(_) | Mode::HoldUpstream(_), false) | (_, true) => Mode::Relay,
-        (mode, false) => mode,
-    }
-}
-
-async fn one_way(
-    mut from: OwnedReadHalf,
-    mut to: OwnedWriteHalf,
-    mut modes: watch::Receiver<Mode>,
-    flips: &AtomicUsize,
+/// One direction of a connection.
+struct Way<'a> {
+    modes: watch::Receiver<Mode>,
+    flips: &'a AtomicUsize,
     upstream: bool,
-) {
-    let mut buffer = vec![0; 64 << 10];
-    let mut passed = 0;
-    loop {
-        let count = from.read(&mut buffer).await.unwrap_or(0);
-        if count == 0 {
-            return;
+    number: usize,
+}
+
+impl Way<'_> {
+    /// What a mode means here.
+    fn here(&self, mode: Mode) -> Mode {
+        match (mode, self.upstream) {
+            (Mode::HoldFirst(count), _) if self.number < count => Mode::Hold(0),
+            (Mode::HoldFirst(_), _) => Mode::Relay,
+            (Mode::FlipUpstreamOnce(at), true) => Mode::FlipOnce(at),
+            (Mode::HoldUpstream(after), true) => Mode::Hold(after),
+            (Mode::FlipUpstreamOnce(_) | Mode::HoldUpstream(_), false) | (_, true) => Mode::Relay,
+            (mode, false) => mode,
         }
-        let bytes = &mut buffer[..count];
-        let mode = turned(*modes.borrow_and_update(), upstream);
-        let mut first = count;
-        match mode {
-            Mode::FlipOnce(at) => {
-                if (passed..passed + count).contains(&at)
-                    && flips.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst).is_ok()
+    }
+
+    async fn relay(mut self, mut from: OwnedReadHalf, mut to: OwnedWriteHalf) {
+        let mut buffer = vec![0; 64 << 10];
+        let mut passed = 0;
+        loop {
+            let count = from.read(&mut buffer).await.unwrap_or(0);
+            if count == 0 {
+                return;
+            }
+            let bytes = &mut buffer[..count];
+            let mode = *self.modes.borrow_and_update();
+            let mode = self.here(mode);
+            let mut first = count;
+            match mode {
+                Mode::FlipOnce(at)
+                    if (passed..passed + count).contains(&at)
+                        && self.flips.compare_exchange(0, 1, Ordering::SeqCst, Ordering::SeqCst).is_ok() =>
                 {
                     bytes[at - passed] ^= 0x10;
                 }
+                Mode::Hold(after) | Mode::Cut(after) => first = count.min(after.saturating_sub(passed)),
+                _ => {}
             }
-            Mode::Hold(after) | Mode::Cut(after) => first = count.min(after.saturating_sub(passed)),
-            Mode::Relay | Mode::FlipUpstreamOnce(_) | Mode::HoldUpstream(_) => {}
-        }
-        if to.write_all(&bytes[..first]).await.is_err() {
-            return;
-        }
-        if first < count {
-            if matches!(mode, Mode::Cut(_)) {
+            if to.write_all(&bytes[..first]).await.is_err() {
                 return;
             }
-            let holds = |mode: &Mode| matches!(turned(*mode, upstream), Mode::Hold(_));
-            if modes.wait_for(|mode| !holds(mode)).await.is_err()
-                || to.write_all(&bytes[first..]).await.is_err()
-            {
-                return;
+            if first < count {
+                if matches!(mode, Mode::Cut(_)) {
+                    return;
+                }
+                let mut modes = self.modes.clone();
+                let released =
+                    modes.wait_for(|mode| !matches!(self.here(*mode), Mode::Hold(_))).await.is_ok();
+                if !released || to.write_all(&bytes[first..]).await.is_err() {
+                    return;
+                }
             }
+            passed += count;
         }
-        passed += count;
     }
 }

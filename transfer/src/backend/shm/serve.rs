@@ -40,6 +40,9 @@ pub(crate) async fn listen(server: Arc<Server>, listener: UnixListener) {
         let mut connection = Connection { server: Arc::clone(&server), stream, frames: FrameReader::new() };
         server.tasks.spawn(async move {
             if let Err(error) = connection.run().await {
+                if let LinkError::Protocol(error) = &error {
+                    connection.server.counters.broken(*error);
+                }
                 tracing::debug!(error = &error as &dyn std::error::Error, "shared memory reader ended");
             }
             drop(slot);
