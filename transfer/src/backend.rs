@@ -213,7 +213,8 @@ impl Link {
     pub(crate) async fn write(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
         match self {
             Self::Tcp(link) => link.write(job).await,
-            Self::Shm(_) | Self::Fabric(_) => Err(Fault::Refused(Refusal::Unreachable)),
+            Self::Fabric(link) => link.write(job).await,
+            Self::Shm(_) => Err(Fault::Refused(Refusal::Unreachable)),
         }
     }
 

@@ -483,16 +483,30 @@ impl MemorySpan {
         Self { owner: Arc::new(Lent(Arc::clone(&self.owner))), ..self.clone() }
     }
 
+    /// A part of it.
+    ///
+    /// # Panics
+    /// When the range is not within, or empty: callers check what comes from elsewhere.
+    #[track_caller]
+    pub(crate) fn part(&self, offset: usize, len: usize) -> Self {
+        let within = offset.checked_add(len).is_some_and(|end| end <= self.len);
+        assert!(within && len > 0, "bytes {offset}+{len} are outside {self:?}");
+        let dmabuf = self.dmabuf.as_ref().map(|(file, at)| (Arc::clone(file), at + offset as u64));
+        Self { address: self.address + offset, len, dmabuf, ..self.clone() }
+    }
+
     /// Of a lent span: whether nobody but those it was lent to holds the memory any more.
     pub(crate) fn is_orphan(&self) -> bool {
         self.owner.downcast_ref::<Lent>().is_some_and(|Lent(owner)| Arc::strong_count(owner) == 1)
     }
 
-    /// The host memory this is a span of, lent or not.
+    /// The host memory this is a span of, lent or not, and where in it the span begins.
     #[cfg(test)]
-    pub(crate) fn host(&self) -> Option<HostMemory> {
+    pub(crate) fn host(&self) -> Option<(HostMemory, usize)> {
         let owner = self.owner.downcast_ref::<Lent>().map_or(&self.owner, |Lent(owner)| owner);
-        Arc::clone(owner).downcast::<Mapping>().ok().map(HostMemory)
+        let mapping = Arc::clone(owner).downcast::<Mapping>().ok()?;
+        let offset = self.address - mapping.base.as_ptr().addr();
+        Some((HostMemory(mapping), offset))
     }
 
     /// Whether `other` is the same memory, lent or not.

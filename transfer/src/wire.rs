@@ -121,7 +121,8 @@ pub enum Kind {
     Window = 18,
     /// The window: [`control::WindowIs`].
     WindowIs = 19,
-    /// From the owner of a window: nothing may be written through the windows of a handoff any more: its id.
+    /// From the owner of windows: nothing may be written through those of a handoff any more: its id. From who writes:
+    /// nothing will be written through a window any more: its number in the place of the id.
     Fence = 20,
     /// Nothing will be.
     Fenced = 21,
@@ -129,7 +130,8 @@ pub enum Kind {
     Notify = 22,
     /// It was queued.
     Notified = 23,
-    /// Announces blocks, which follow as `Data`: [`control::Write`].
+    /// Announces blocks, which follow as `Data` or, on a control connection, were written through windows:
+    /// [`control::Write`].
     Write = 24,
     /// They are in place and verified.
     Written = 25,

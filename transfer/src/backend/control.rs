@@ -264,7 +264,6 @@ impl Incoming {
 }
 
 /// The client of a control connection, as the serving side knows it.
-#[expect(dead_code, reason = "looked at by fabrics")]
 pub(crate) struct Peer {
     pub(crate) hello: Hello,
     pub(crate) life: Life,
@@ -312,7 +311,7 @@ async fn dispatch(
     payload: Bytes,
 ) -> Result<Answer, Denial> {
     match header.kind {
-        Kind::Attach | Kind::Key | Kind::Pack | Kind::Confirm | Kind::Window => {
+        Kind::Attach | Kind::Key | Kind::Pack | Kind::Confirm | Kind::Window | Kind::Write | Kind::Fence => {
             fabric::serve::answer(server, peer, header, payload).await
         }
         Kind::Notify => {

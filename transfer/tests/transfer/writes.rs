@@ -12,7 +12,7 @@ use tokio::time::{Instant, timeout};
 
 use crate::proxy::{Mode, Proxy};
 use crate::support::{
-    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, memory, name, pattern, reader,
+    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, each, memory, name, pattern, reader,
 };
 
 const LONG: Duration = Duration::from_secs(10);
@@ -99,6 +99,24 @@ async fn blocks_are_written_to_their_places_and_nowhere_else() {
         }
         assert_eq!(pair.owner.agent.stats().taken_bytes().0, bytes);
         assert_eq!(pair.writer.stats().written_bytes(BackendKind::Tcp).0, bytes);
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_are_written_over_every_fabric_that_opens_here() {
+    for backend in each().await.into_iter().filter(|backend| *backend > BackendKind::Cma) {
+        let with = |worker: &str| AgentOptions { backends: vec![backend], ..AgentOptions::new(name(worker)) };
+        let pair = pair_with(with(OWNER), with("prefill-3"), None, 64 << 20).await;
+        assert_eq!(pair.session.path().backend, backend);
+        for (count, len) in [(1, 1), (64, 4096), (300, 700), (28, 1 << 20)] {
+            let blocks = pair.granted(count, len);
+            pair.write(&blocks).await.unwrap();
+            pair.assert_written(&blocks);
+            assert!(bytes_at(&pair.target, len as usize + 3, len.min(700)).iter().all(|byte| *byte == 0));
+            timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
+            assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted, "{backend}");
+            pair.target.write(0, &vec![0; 64 << 20]);
+        }
     }
 }
 

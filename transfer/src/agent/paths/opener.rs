@@ -1,10 +1,6 @@
 //! Which backends can lead to a peer, and how their links are opened.
 
-use std::sync::Arc;
-
-use crate::agent::server::Denial;
 use crate::agent::{AgentOptions, BackendKind, Choose};
-use crate::backend::control::{Control, Handler};
 use crate::backend::fabric::fabrics::Fabrics;
 use crate::backend::fabric::link::FabricLink;
 use crate::backend::handshake::Route;
@@ -47,11 +43,7 @@ impl Opener {
             BackendKind::Tcp => TcpLink::open(pair, route.clone(), self.options.streams).await.map(Link::Tcp),
             BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
                 let fabric = self.fabrics.get(backend).ok_or(Fault::Refused(Refusal::Mismatch))?;
-                // The owner of blocks asks nothing of who reads them.
-                let handler: Handler =
-                    Arc::new(|_, _| Box::pin(std::future::ready(Err(Denial::Refused(Refusal::Malformed)))));
-                let control = Control::open(pair.clone(), route, handler).await?;
-                FabricLink::open(pair, control, fabric.clone()).await.map(Link::Fabric)
+                FabricLink::open(pair, route, fabric).await.map(Link::Fabric)
             }
         }
     }

@@ -6,6 +6,8 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::task::{Poll, Waker};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
+
 use super::driver::{LocalRange, RemoteId};
 use super::thread::{Fabric, Peer};
 use super::window::Work;
@@ -43,6 +45,7 @@ pub(crate) struct Batch {
     transfers: Vec<Transfer>,
     state: Mutex<State>,
     settled: Condvar,
+    settling: Notify,
     /// What must live until nothing of the batch is posted any more: registrations, slots.
     _keep: Box<dyn Any + Send + Sync>,
 }
@@ -57,6 +60,8 @@ struct State {
     posted: bool,
     /// Nothing of the batch is posted, or ever will be.
     settled: bool,
+    /// It was settled by force: what it had posted may have left and not arrived.
+    cut: bool,
     waker: Option<Waker>,
 }
 
@@ -65,7 +70,14 @@ impl Batch {
         let receives = matches!(transfers.first(), Some(Transfer { verb: Verb::Receive { .. }, .. }));
         debug_assert!(!transfers.is_empty(), "a batch of nothing never ends");
         debug_assert!(!receives || transfers.len() == 1, "messages are awaited one by one");
-        Arc::new(Self { peer, transfers, state: Mutex::default(), settled: Condvar::new(), _keep: keep })
+        Arc::new(Self {
+            peer,
+            transfers,
+            state: Mutex::default(),
+            settled: Condvar::new(),
+            settling: Notify::new(),
+            _keep: keep,
+        })
     }
 
     pub(super) fn transfer(&self, index: usize) -> Transfer {
@@ -86,7 +98,7 @@ impl Batch {
     }
 
     /// Notes what came of it since the last time; wakes the task when that is worth it.
-    pub(super) fn note(&self, done: &mut Vec<u32>, failed: Option<&Arc<str>>, settled: bool) {
+    pub(super) fn note(&self, done: &mut Vec<u32>, failed: Option<&Arc<str>>, end: End) {
         let mut state = self.state();
         for transfer in done.drain(..) {
             state.done_bytes += self.transfers[transfer as usize].local.len;
@@ -95,9 +107,11 @@ impl Batch {
         if state.failed.is_none() {
             state.failed = failed.cloned();
         }
-        if settled && !state.settled {
+        if end != End::Open && !state.settled {
             state.settled = true;
+            state.cut = end == End::Cut;
             self.settled.notify_all();
+            self.settling.notify_waiters();
         }
         let waker = if state.is_news() { state.waker.take() } else { None };
         drop(state);
@@ -117,9 +131,41 @@ impl Batch {
         }
     }
 
-    /// Ends it before anything was posted, or after the driver was closed.
-    pub(super) fn fail(&self, why: &Arc<str>) {
-        self.note(&mut Vec::new(), Some(why), true);
+    /// Ends it before anything was posted.
+    pub(super) fn refuse(&self, why: &Arc<str>) {
+        self.note(&mut Vec::new(), Some(why), End::Settled);
+    }
+
+    /// Ends it after the driver was closed.
+    pub(super) fn cut(&self, why: &Arc<str>) {
+        self.note(&mut Vec::new(), Some(why), End::Cut);
+    }
+
+    /// Whether it has come to its end, whichever.
+    pub(super) fn is_settled(&self) -> bool {
+        self.state().settled
+    }
+
+    /// Whether it was ended by force.
+    pub(super) fn is_cut(&self) -> bool {
+        self.state().cut
+    }
+
+    /// Waits for its end; whether everything it had posted ended by itself.
+    pub(super) async fn settled(&self) -> bool {
+        loop {
+            let settling = self.settling.notified();
+            tokio::pin!(settling);
+            // Before the look: an end between the two is not missed.
+            settling.as_mut().enable();
+            {
+                let state = self.state();
+                if state.settled {
+                    return !state.cut;
+                }
+            }
+            settling.await;
+        }
     }
 
     fn state(&self) -> MutexGuard<'_, State> {
@@ -148,6 +194,16 @@ impl State {
     fn is_news(&self) -> bool {
         self.settled || self.done_bytes >= WAKE_BYTES
     }
+}
+
+/// Whether something of a batch is posted, or may be.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum End {
+    Open,
+    /// Everything posted has ended.
+    Settled,
+    /// The connection was closed under it.
+    Cut,
 }
 
 /// A batch as the window of its peer sees it, with its number in the table of the thread.

@@ -1,10 +1,12 @@
 //! The fabrics of an agent: which of those asked for could be opened, and why the others could not.
 
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::future::join_all;
 use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::FabricLimits;
 use super::driver::{Driver, DriverError};
@@ -17,8 +19,8 @@ use crate::wire::Offer;
 /// late is not offered.
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
-/// Opens a driver.
-pub(crate) type Open = Box<dyn FnOnce() -> Result<Box<dyn Driver>, DriverError> + Send>;
+/// Opens a driver, as often as it must be opened.
+pub(crate) type Open = Arc<dyn Fn() -> Result<Box<dyn Driver>, DriverError> + Send + Sync>;
 
 /// The fabrics of an agent. Clones share them.
 #[derive(Clone, Default)]
@@ -26,7 +28,36 @@ pub(crate) struct Fabrics(Arc<[Entry]>);
 
 struct Entry {
     kind: BackendKind,
-    opened: Result<Fabric, DriverError>,
+    open: Open,
+    limits: FabricLimits,
+    current: RwLock<Result<Fabric, DriverError>>,
+    /// Held while the driver is closed and opened again.
+    restarting: tokio::sync::Mutex<()>,
+}
+
+impl Entry {
+    fn current(&self) -> Result<Fabric, DriverError> {
+        self.current.read().unwrap_or_else(PoisonError::into_inner).clone()
+    }
+
+    fn set(&self, now: Result<Fabric, DriverError>) {
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = now;
+    }
+
+    async fn start(&self) -> Result<Fabric, DriverError> {
+        let kind = self.kind;
+        let late = |_| DriverError {
+            what: format!("{kind} was not open after {} s", OPEN_TIMEOUT.as_secs()),
+            remedy: String::new(),
+        };
+        let open = Arc::clone(&self.open);
+        let started = timeout(OPEN_TIMEOUT, Fabric::start(kind, move || open(), self.limits)).await;
+        let started = started.map_err(late).and_then(|started| started);
+        if let Err(error) = &started {
+            tracing::warn!(%kind, %error, remedy = error.remedy, "a fabric cannot be used");
+        }
+        started
+    }
 }
 
 impl Fabrics {
@@ -37,24 +68,47 @@ impl Fabrics {
     }
 
     pub(crate) async fn open_with(drivers: Vec<(BackendKind, Open)>, limits: FabricLimits) -> Self {
-        let open = |(kind, open): (BackendKind, Open)| async move {
-            let late = |_| DriverError {
-                what: format!("{kind} was not open after {} s", OPEN_TIMEOUT.as_secs()),
-                remedy: String::new(),
-            };
-            let opened = timeout(OPEN_TIMEOUT, Fabric::start(kind, open, limits)).await;
-            let opened = opened.map_err(late).and_then(|opened| opened);
-            if let Err(error) = &opened {
-                tracing::warn!(%kind, %error, remedy = error.remedy, "a fabric cannot be used");
-            }
-            Entry { kind, opened }
+        let start = |(kind, open): (BackendKind, Open)| async move {
+            let unopened = Err(DriverError { what: "it is being opened".into(), remedy: String::new() });
+            let restarting = tokio::sync::Mutex::default();
+            let entry = Entry { kind, open, limits, current: RwLock::new(unopened), restarting };
+            let started = entry.start().await;
+            entry.set(started);
+            entry
         };
-        Self(join_all(drivers.into_iter().map(open)).await.into())
+        Self(join_all(drivers.into_iter().map(start)).await.into())
+    }
+
+    fn entry(&self, kind: BackendKind) -> Option<&Entry> {
+        self.0.iter().find(|entry| entry.kind == kind)
     }
 
     /// The fabric of a backend, if it is open.
-    pub(crate) fn get(&self, kind: BackendKind) -> Option<&Fabric> {
-        self.0.iter().find(|entry| entry.kind == kind)?.opened.as_ref().ok()
+    pub(crate) fn get(&self, kind: BackendKind) -> Option<Fabric> {
+        self.entry(kind)?.current().ok().filter(Fabric::is_open)
+    }
+
+    /// Why a fabric that was asked for is not open.
+    pub(crate) fn failure(&self, kind: BackendKind) -> Option<DriverError> {
+        self.entry(kind)?.current().err()
+    }
+
+    /// Closes `fabric`, so that no peer reaches any memory through it, and has it opened again by a task of `tasks`,
+    /// unless the agent stops. Its peers lose their connections and make new ones.
+    pub(crate) async fn restart(&self, fabric: &Fabric, tasks: &TaskTracker, stop: &CancellationToken) {
+        fabric.shut().await;
+        if stop.is_cancelled() {
+            return;
+        }
+        let (all, kind) = (self.clone(), fabric.kind());
+        tasks.spawn(async move {
+            let Some(entry) = all.entry(kind) else { return };
+            let _restarting = entry.restarting.lock().await;
+            // Somebody else may have done so meanwhile.
+            if !entry.current().is_ok_and(|current| current.is_open()) {
+                entry.set(entry.start().await);
+            }
+        });
     }
 
     /// What peers are told of a backend; nothing when it cannot be used here.
@@ -70,20 +124,13 @@ impl Fabrics {
     /// Why a fabric cannot lead to a peer who offers `offer`, for people.
     pub(crate) fn rule_out(&self, offer: &Offer, same_host: bool) -> Option<String> {
         let Some(fabric) = self.get(offer.backend) else {
-            return Some(
-                self.failure(offer.backend).map_or("not asked for".into(), |error| error.what.clone()),
-            );
+            return Some(self.failure(offer.backend).map_or("not asked for".into(), |error| error.what));
         };
         let info = fabric.info();
         if info.wire != offer.wire {
             return Some(format!("{:?} here, {:?} there", info.wire, offer.wire));
         }
         (info.same_host && !same_host).then(|| "the peer is on another host".into())
-    }
-
-    /// Why a fabric that was asked for is not open.
-    pub(crate) fn failure(&self, kind: BackendKind) -> Option<&DriverError> {
-        self.0.iter().find(|entry| entry.kind == kind)?.opened.as_ref().err()
     }
 }
 
@@ -92,11 +139,11 @@ fn driver(kind: BackendKind, options: &AgentOptions) -> Option<Open> {
     match kind {
         BackendKind::Libfabric => {
             let options = options.libfabric.clone();
-            Some(Box::new(move || libfabric::open(&options)))
+            Some(Arc::new(move || libfabric::open(&options)))
         }
         BackendKind::Ucx => {
             let options = options.ucx.clone();
-            Some(Box::new(move || ucx::open(&options)))
+            Some(Arc::new(move || ucx::open(&options)))
         }
         BackendKind::Plugin => {
             let options = options.plugin.clone();
@@ -104,7 +151,7 @@ fn driver(kind: BackendKind, options: &AgentOptions) -> Option<Open> {
                 what: "no plugin is named".into(),
                 remedy: "set transfer.plugin to its shared object".into(),
             };
-            Some(Box::new(move || plugin::open(&options.ok_or_else(none)?)))
+            Some(Arc::new(move || plugin::open(options.as_ref().ok_or_else(none)?)))
         }
         BackendKind::Shm | BackendKind::Cma | BackendKind::Tcp => None,
     }

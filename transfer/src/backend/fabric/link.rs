@@ -11,6 +11,7 @@
 
 mod landing;
 mod plan;
+mod write;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -19,20 +20,24 @@ use std::time::Duration;
 use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 use tokio::time::{Instant, timeout};
+use tokio_util::task::TaskTracker;
 
 use self::landing::Landing;
 use self::plan::{Load, Plan, Ways};
+use self::write::Writes;
 use super::batch::{Batch, Running, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange, RemoteId};
 use super::registry::Registration;
 use super::thread::{Fabric, Peer, SLOT_BYTES};
+use crate::agent::server::Denial;
 use crate::agent::{DeviceMemory, RegionId};
-use crate::backend::control::Control;
+use crate::backend::control::{Control, Handler};
+use crate::backend::handshake::Route;
 use crate::backend::{Fault, Pair, ReadJob};
 use crate::error::{LinkError, Refusal};
 use crate::memory::MemorySpan;
 use crate::session::{Descriptor, Destination};
-use crate::wire::control::{Attach, Key, KeyIs, Pack};
+use crate::wire::control::{Attach, Key, KeyIs, Pack, decode_fence};
 use crate::wire::{self, Kind, MAX_READ_BLOCKS, MAX_READ_BYTES};
 
 /// How long two fabrics may take to meet.
@@ -54,6 +59,9 @@ pub(crate) struct FabricLink {
     regions: Mutex<HashMap<RegionId, Remote>>,
     /// Held while a key is asked for.
     asking: tokio::sync::Mutex<()>,
+    writes: Arc<Writes>,
+    /// Runs what a write that was given up leaves to be done.
+    tasks: TaskTracker,
 }
 
 /// A region of the peer.
@@ -94,7 +102,9 @@ fn unable(error: DriverError) -> Fault {
 
 impl FabricLink {
     /// Makes the two ends of a fabric known to each other.
-    pub(crate) async fn open(pair: Pair, control: Control, fabric: Fabric) -> Result<Self, Fault> {
+    pub(crate) async fn open(pair: Pair, route: &Route, fabric: Fabric) -> Result<Self, Fault> {
+        let writes = Arc::new(Writes::default());
+        let control = Control::open(pair.clone(), route, Self::handler(&writes, &fabric)).await?;
         let attach = async {
             let wire = fabric.info().wire.clone();
             let attach = Attach { backend: fabric.kind(), wire, address: fabric.address().to_vec() };
@@ -104,13 +114,22 @@ impl FabricLink {
         };
         let late = || LinkError::io("attaching to its fabric")(std::io::ErrorKind::TimedOut.into());
         let peer = timeout(ATTACH_TIMEOUT, attach).await.map_err(|_| late())??;
-        Ok(Self {
-            pair,
-            control,
-            fabric,
-            peer,
-            regions: Mutex::default(),
-            asking: tokio::sync::Mutex::default(),
+        let tasks = route.tasks.clone();
+        let (regions, asking) = (Mutex::default(), tokio::sync::Mutex::default());
+        Ok(Self { pair, control, fabric, peer, regions, asking, writes, tasks })
+    }
+
+    /// Answers what the owner asks: to end writes.
+    fn handler(writes: &Arc<Writes>, fabric: &Fabric) -> Handler {
+        let (writes, fabric) = (Arc::clone(writes), fabric.clone());
+        Arc::new(move |header, payload| {
+            let (writes, fabric) = (Arc::clone(&writes), fabric.clone());
+            Box::pin(async move {
+                match header.kind {
+                    Kind::Fence => writes.fence(&fabric, decode_fence(&payload)?).await,
+                    _ => Err(Denial::Refused(Refusal::Malformed)),
+                }
+            })
         })
     }
 
@@ -370,11 +389,6 @@ impl FabricLink {
             rest = later;
         }
         Ok(())
-    }
-
-    /// The peer, for messages to people.
-    pub(crate) fn pair(&self) -> &Pair {
-        &self.pair
     }
 }
 

@@ -1,7 +1,7 @@
 //! Memory registered with a library: once, for as long as somebody has the memory, within bounds.
 
 use std::collections::HashMap;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use super::driver::{Access, DriverError, LocalId};
@@ -17,6 +17,15 @@ pub(crate) struct Registration {
     queue: Arc<Queue>,
     /// The registry's count of uses when it was used last.
     used: AtomicU64,
+    /// Where it is counted if it is not kept.
+    apart: Option<Arc<Apart>>,
+}
+
+/// Registrations that are not kept for another use.
+#[derive(Default)]
+struct Apart {
+    count: AtomicUsize,
+    bytes: AtomicU64,
 }
 
 impl Registration {
@@ -29,6 +38,10 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.queue.deregister(self.id);
+        if let Some(apart) = &self.apart {
+            apart.count.fetch_sub(1, Ordering::Relaxed);
+            apart.bytes.fetch_sub(self.len() as u64, Ordering::Relaxed);
+        }
     }
 }
 
@@ -40,6 +53,7 @@ pub(super) struct Registry {
     known: Mutex<Known>,
     /// Held while something is registered, so that nothing is registered twice.
     registering: tokio::sync::Mutex<()>,
+    apart: Arc<Apart>,
 }
 
 type Identity = (Place, usize, usize, Access);
@@ -48,9 +62,6 @@ type Identity = (Place, usize, usize, Access);
 struct Known {
     kept: HashMap<Identity, Arc<Registration>>,
     uses: u64,
-    /// Registrations that are not kept but still count: those of one use.
-    others: usize,
-    other_bytes: u64,
 }
 
 impl Known {
@@ -62,11 +73,7 @@ impl Known {
     }
 
     fn bytes(&self) -> u64 {
-        self.kept.values().map(|kept| kept.len() as u64).sum::<u64>() + self.other_bytes
-    }
-
-    fn count(&self) -> usize {
-        self.kept.len() + self.others
+        self.kept.values().map(|kept| kept.len() as u64).sum()
     }
 
     /// Lets go of memory that nobody else has.
@@ -115,10 +122,30 @@ impl Fabric {
         Ok(made)
     }
 
+    /// A registration of `span` for one use, with a key of its own.
+    ///
+    /// # Errors
+    /// As [`Fabric::registered`].
+    pub(crate) async fn registered_once(
+        &self,
+        span: &MemorySpan,
+        access: Access,
+    ) -> Result<Registration, DriverError> {
+        let _registering = self.registry().registering.lock().await;
+        self.make_room(span.len())?;
+        let mut made = self.register_now(span, access).await?;
+        let apart = &self.registry().apart;
+        apart.count.fetch_add(1, Ordering::Relaxed);
+        apart.bytes.fetch_add(made.len() as u64, Ordering::Relaxed);
+        made.apart = Some(Arc::clone(apart));
+        Ok(made)
+    }
+
     async fn register_now(&self, span: &MemorySpan, access: Access) -> Result<Registration, DriverError> {
         let span = span.lent();
         let (id, key) = self.register(span.clone(), access).await?;
-        Ok(Registration { id, key, span, queue: Arc::clone(self.queue()), used: AtomicU64::new(0) })
+        let queue = Arc::clone(self.queue());
+        Ok(Registration { id, key, span, queue, used: AtomicU64::new(0), apart: None })
     }
 
     /// Makes sure that `len` bytes more are within the bounds.
@@ -126,8 +153,11 @@ impl Fabric {
         let limits = self.limits();
         let mut known = self.registry().known();
         known.drop_orphans();
+        let apart = &self.registry().apart;
         loop {
-            let bytes = known.bytes().saturating_add(len as u64);
+            let count = known.kept.len() + apart.count.load(Ordering::Relaxed);
+            let bytes = known.bytes() + apart.bytes.load(Ordering::Relaxed);
+            let bytes = bytes.saturating_add(len as u64);
             let fault = if bytes > limits.registered_bytes {
                 let what = format!(
                     "registering {len} bytes with {} would make {bytes}, the limit is {}",
@@ -135,8 +165,8 @@ impl Fabric {
                     limits.registered_bytes
                 );
                 DriverError { what, remedy: "raise transfer.limits.registered".into() }
-            } else if known.count() >= limits.regions {
-                let what = format!("{} regions are registered with {} already", known.count(), self.kind());
+            } else if count >= limits.regions {
+                let what = format!("{count} regions are registered with {} already", self.kind());
                 DriverError { what, remedy: "raise transfer.limits.regions".into() }
             } else {
                 return Ok(());

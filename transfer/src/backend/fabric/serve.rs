@@ -1,7 +1,10 @@
 //! What the owner of blocks answers on control connections about its fabrics.
 //!
 //! One-sided reads are not seen here: a peer that has the key of a region reads it. What is checked here, grant by
-//! grant, is what this side sends itself ([`Kind::Pack`]) and what it confirms ([`Kind::Confirm`]).
+//! grant, is what this side sends itself ([`Kind::Pack`]), what it confirms ([`Kind::Confirm`]) and where it lets a peer
+//! write ([`Kind::Window`]).
+
+mod windows;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -22,7 +25,7 @@ use crate::backend::control::{Answer, Peer};
 use crate::error::Refusal;
 use crate::jobs;
 use crate::slab::Slot;
-use crate::wire::control::{Attach, Key, KeyIs, Pack};
+use crate::wire::control::{Attach, Key, KeyIs, Pack, Window, Write, decode_fence};
 use crate::wire::{Header, Kind, Read};
 
 /// How long a pack waits for a buffer to be gathered in.
@@ -30,7 +33,10 @@ const BUFFER_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// What fabrics keep for one control connection.
 #[derive(Default)]
-pub(crate) struct Attachments(Mutex<HashMap<BackendKind, Attachment>>);
+pub(crate) struct Attachments {
+    of: Mutex<HashMap<BackendKind, Attachment>>,
+    windows: windows::Windows,
+}
 
 /// The endpoint of a peer's fabric.
 struct Attachment {
@@ -48,11 +54,11 @@ impl Drop for Attachment {
 
 impl Attachments {
     fn lock(&self) -> MutexGuard<'_, HashMap<BackendKind, Attachment>> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.of.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
-/// Answers `Attach`, `Key`, `Pack`, `Confirm` and `Window`.
+/// Answers what a peer asks of this agent's fabrics.
 pub(crate) async fn answer(
     server: Arc<Server>,
     peer: Arc<Peer>,
@@ -66,6 +72,9 @@ pub(crate) async fn answer(
         Kind::Attach => attach(&server, &peer, Attach::decode(&payload)?).await,
         Kind::Key => key(&server, &peer, Key::decode(&payload)?).await,
         Kind::Pack => pack(&server, &peer, Pack::decode(&payload)?).await,
+        Kind::Window => windows::open(&server, &peer, Window::decode(&payload)?).await,
+        Kind::Write => windows::written(&server, &peer, Write::decode(&payload)?).await,
+        Kind::Fence => Ok(windows::close(&peer, decode_fence(&payload)?)),
         Kind::Confirm => {
             let Read { handoff, blocks } = Read::decode(&payload)?;
             server.permit(&server.regions(), handoff, &blocks)?;

@@ -51,6 +51,8 @@ pub(crate) struct Faults {
     pub(crate) failed: u32,
     /// Operations of which a byte changes on the way.
     pub(crate) flipped: u32,
+    /// Whether a write that is under way lands although its key has ended meanwhile.
+    pub(crate) late_writes: bool,
     /// Most operations the driver takes at once.
     pub(crate) depth: usize,
     /// Longest message; 0: there are none.
@@ -67,6 +69,7 @@ impl Default for Faults {
             lost: 0,
             failed: 0,
             flipped: 0,
+            late_writes: false,
             depth: usize::MAX,
             message_max: 1 << 20,
             descriptor: false,
@@ -192,6 +195,8 @@ struct Posted {
     what: What,
     local: LocalRange,
     memory: HostMemory,
+    /// Where a write goes, found when it was posted.
+    target: Option<(HostMemory, usize)>,
     lost: bool,
 }
 
@@ -218,7 +223,16 @@ impl MemoryDriver {
         }
         let delay = self.faults.delay.mul_f64(self.rng.below(1001) as f64 / 1000.0);
         let lost = self.rng.per_mille(self.faults.lost);
-        self.posted.push(Posted { op, peer, due: Instant::now() + delay, what, local, memory, lost });
+        let target = match what {
+            What::Write { region, .. } if self.faults.late_writes => {
+                let endpoints = self.world.endpoints();
+                let shown = endpoints[self.peers[&peer.0]].shown.get(&region);
+                shown.and_then(|(span, _)| span.host())
+            }
+            _ => None,
+        };
+        let due = Instant::now() + delay;
+        self.posted.push(Posted { op, peer, due, what, local, memory, target, lost });
         let of_peer = self.posted.iter().filter(|posted| posted.peer == peer);
         let now = of_peer.fold((0, 0), |(ops, bytes), posted| (ops + 1, bytes + posted.local.len));
         let peak = &mut self.world.endpoints()[self.me].peak;
@@ -227,8 +241,10 @@ impl MemoryDriver {
     }
 
     fn local_range(&self, range: LocalRange) -> Result<HostMemory, PostError> {
-        let memory = self.local.get(&range.id.0).and_then(MemorySpan::host);
-        memory.filter(|memory| memory.fits(range.offset, range.len)).ok_or(PostError::Range)
+        let span = self.local.get(&range.id.0).ok_or(PostError::Range)?;
+        let fits = range.offset.checked_add(range.len).is_some_and(|end| end <= span.len());
+        // Local ends are whole memories here.
+        span.host().filter(|(_, base)| fits && *base == 0).map(|(memory, _)| memory).ok_or(PostError::Range)
     }
 
     fn region(&self, peer: PeerId, remote: RemoteId) -> Result<u32, PostError> {
@@ -256,14 +272,19 @@ impl MemoryDriver {
         };
         match posted.what {
             What::Read { region, offset } => {
-                shown(region, Access::RemoteRead)?.read(offset as usize, &mut bytes);
+                let (from, base) = shown(region, Access::RemoteRead)?;
+                from.read(base + offset as usize, &mut bytes);
                 flip.iter().for_each(|at| bytes[*at] ^= 4);
                 memory.write(local.offset, &bytes);
             }
             What::Write { region, offset } => {
                 memory.read(local.offset, &mut bytes);
                 flip.iter().for_each(|at| bytes[*at] ^= 4);
-                shown(region, Access::RemoteWrite)?.write(offset as usize, &bytes);
+                let (to, base) = match &posted.target {
+                    Some(target) => target.clone(),
+                    None => shown(region, Access::RemoteWrite)?,
+                };
+                to.write(base + offset as usize, &bytes);
             }
             What::Send { tag } => {
                 memory.read(local.offset, &mut bytes);

@@ -17,6 +17,7 @@ use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio_util::sync::CancellationToken;
 
 use self::progress::Progress;
 use self::sleep::Alarm;
@@ -46,6 +47,8 @@ struct Inner {
     queue: Arc<Queue>,
     registry: Registry,
     bounce: Bounce,
+    /// Fires when the driver is closed.
+    ended: CancellationToken,
     thread: Mutex<Option<JoinHandle<()>>>,
 }
 
@@ -87,6 +90,10 @@ enum Command {
         peer: Peer,
         key: Vec<u8>,
         reply: oneshot::Sender<Result<RemoteId, DriverError>>,
+    },
+    Forget {
+        peer: Peer,
+        remote: RemoteId,
     },
     Submit(Arc<Batch>),
     Abort(Arc<Batch>),
@@ -172,7 +179,10 @@ impl Fabric {
         let queue = Arc::new(Queue { alarm, room, state: Mutex::default() });
         let (tell, told) = oneshot::channel();
         let own = Arc::clone(&queue);
+        let ended = CancellationToken::new();
+        let over = ended.clone().drop_guard();
         let run = move || {
+            let _over = over;
             let driver = match open() {
                 Ok(driver) => driver,
                 Err(error) => {
@@ -201,6 +211,7 @@ impl Fabric {
             queue,
             registry: Registry::default(),
             bounce,
+            ended,
             thread,
         })))
     }
@@ -279,6 +290,22 @@ impl Fabric {
         answer.await.map_err(|_| gone(self.0.kind))?
     }
 
+    /// Forgets a key of a peer.
+    pub(crate) fn forget(&self, peer: &Peer, remote: RemoteId) {
+        let _ = self.0.queue.push(Command::Forget { peer: peer.clone(), remote }, None);
+    }
+
+    /// Closes the driver under everybody who has a handle: when this returns no peer reaches any memory through it.
+    pub(crate) async fn shut(&self) {
+        self.0.queue.close();
+        self.0.ended.cancelled().await;
+    }
+
+    /// Whether the driver is open.
+    pub(crate) fn is_open(&self) -> bool {
+        !self.0.ended.is_cancelled()
+    }
+
     /// Hands a batch to the thread.
     ///
     /// # Errors
@@ -292,7 +319,7 @@ impl Fabric {
     /// Posts nothing more of a batch; it is settled when what is posted has ended.
     pub(super) fn abort(&self, batch: &Arc<Batch>) {
         if let Err(Command::Abort(batch)) = self.0.queue.push(Command::Abort(Arc::clone(batch)), None) {
-            batch.fail(&"the fabric is closed".into());
+            batch.refuse(&"the fabric is closed".into());
         }
     }
 

@@ -3,6 +3,8 @@ use std::sync::Mutex;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
 
+mod writes;
+
 use super::*;
 use crate::agent::{Agent, AgentOptions, BackendKind, Integrity};
 use crate::backend::fabric::FabricLimits;
@@ -54,7 +56,7 @@ async fn side(
     let backends = vec![BackendKind::Plugin];
     let options = AgentOptions { backends, integrity, ..AgentOptions::new(worker) };
     let world = world.clone();
-    let open: Open = Box::new(move || Ok(Box::new(world.driver(seed, faults)) as Box<dyn Driver>));
+    let open: Open = Arc::new(move || Ok(Box::new(world.driver(seed, faults)) as Box<dyn Driver>));
     let fabrics = Fabrics::open_with(vec![(BackendKind::Plugin, open)], limits).await;
     let agent = Agent::start_with(options, fabrics.clone()).await.unwrap();
     agent.set_epoch(EPOCH);
@@ -378,6 +380,7 @@ async fn play(seed: u64) -> [usize; 2] {
         lost: rarely(&mut rng, 4),
         failed: rarely(&mut rng, 4),
         flipped: rarely(&mut rng, 30),
+        late_writes: false,
         depth: 2 + rng.below(100) as usize,
         message_max: [0, 5000, 1 << 20][rng.below(3) as usize],
         descriptor: rng.below(2) == 0,

@@ -6,7 +6,7 @@ use std::time::{Duration, Instant};
 
 use super::{Command, Peer, PeerInner, Queue};
 use crate::backend::fabric::FabricLimits;
-use crate::backend::fabric::batch::{Batch, Posting, Verb};
+use crate::backend::fabric::batch::{Batch, End, Posting, Verb};
 use crate::backend::fabric::driver::{Done, Driver, DriverError, LocalRange, PeerId, PostError};
 use crate::backend::fabric::table::Table;
 use crate::backend::fabric::window::{Bounds, Part, Window};
@@ -80,13 +80,22 @@ struct Job {
     since: Instant,
     /// Its peer is disconnected: what is posted touches nothing any more.
     cut: bool,
+    /// One of its operations ended in an error.
+    lost: bool,
     touched: bool,
 }
 
 impl Job {
     /// Whether nothing of it writes local memory, now or later.
-    fn is_settled(&self) -> bool {
-        self.cut || (self.posted == 0 && (self.open == 0 || self.failed.is_some()))
+    fn end(&self) -> End {
+        if self.cut {
+            End::Cut
+        } else if self.posted == 0 && (self.open == 0 || self.failed.is_some()) {
+            // Of an operation that ended in an error, nobody knows whether it still lands at the peer.
+            if self.lost { End::Cut } else { End::Settled }
+        } else {
+            End::Open
+        }
     }
 }
 
@@ -180,6 +189,16 @@ impl Progress {
                 };
                 let _ = reply.send(imported);
             }
+            Command::Forget { peer, remote } => {
+                if let Some(id) = self
+                    .peers
+                    .get_mut(peer.key())
+                    .filter(|state| state.failed.is_none())
+                    .map(|state| state.id)
+                {
+                    self.driver().forget(id, remote);
+                }
+            }
             Command::Submit(batch) => self.submit(batch),
             Command::Abort(batch) => self.abort(&batch),
             Command::Sever { peer, why } => self.sever(peer, &why.into()),
@@ -211,11 +230,14 @@ impl Progress {
 
     fn submit(&mut self, batch: Arc<Batch>) {
         let peer = batch.peer.key();
+        if batch.is_settled() {
+            return;
+        }
         let Some(state) = self.peers.get_mut(peer) else {
-            return batch.fail(&"the peer is disconnected".into());
+            return batch.refuse(&"the peer is disconnected".into());
         };
         if let Some(why) = &state.failed {
-            return batch.fail(why);
+            return batch.refuse(why);
         }
         let posting = Posting { job: 0, batch: Arc::clone(&batch) };
         use crate::backend::fabric::window::Work as _;
@@ -232,6 +254,7 @@ impl Progress {
             failed: None,
             since: Instant::now(),
             cut: false,
+            lost: false,
             touched: false,
         };
         let job = self.jobs.insert(job);
@@ -250,7 +273,7 @@ impl Progress {
         match found {
             Some(job) => self.give_up(job, &"given up".into()),
             // It ended already, or was never taken.
-            None => batch.fail(&"given up".into()),
+            None => batch.refuse(&"given up".into()),
         }
     }
 
@@ -297,7 +320,7 @@ impl Progress {
         for job in jobs {
             if let Some(job) = self.jobs.get_mut(job) {
                 // A message that is awaited is nobody's until it comes: its buffer is free when it was reported.
-                job.cut = cut && !job.batch.receives();
+                job.cut = cut && job.posted > 0 && !job.batch.receives();
             }
         }
     }
@@ -463,6 +486,7 @@ impl Progress {
             Ok(len) => format!("{len} bytes arrived instead of {}", op.len),
             Err(why) => why,
         };
+        job.lost = true;
         let why = why.into();
         self.give_up(op.job, &why);
         if let Some(peer) = op.peer {
@@ -483,9 +507,9 @@ impl Progress {
         while let Some(key) = self.touched.pop() {
             let Some(job) = self.jobs.get_mut(key) else { continue };
             job.touched = false;
-            let settled = job.is_settled();
-            job.batch.note(&mut job.done, job.failed.as_ref(), settled);
-            if settled && job.posted == 0 {
+            let end = job.end();
+            job.batch.note(&mut job.done, job.failed.as_ref(), end);
+            if end != End::Open && job.posted == 0 {
                 self.jobs.remove(key);
             }
         }
@@ -532,7 +556,10 @@ impl Drop for Progress {
             std::mem::take(&mut state.commands)
         };
         for (_, job) in self.jobs.iter() {
-            job.batch.fail(&why);
+            match job.posted {
+                0 => job.batch.refuse(&why),
+                _ => job.batch.cut(&why),
+            }
         }
         for (_, peer) in self.peers.iter() {
             if let Some(handle) = peer.handle.upgrade() {
@@ -541,7 +568,7 @@ impl Drop for Progress {
         }
         for (command, _) in waiting {
             if let Command::Submit(batch) | Command::Abort(batch) = command {
-                batch.fail(&why);
+                batch.refuse(&why);
             }
         }
     }

@@ -1,0 +1,243 @@
+use super::*;
+use crate::session::BlockWrite;
+
+/// A writer whose memory holds the pattern, and where it may write to.
+struct Written {
+    pair: Pair,
+    target: HostMemory,
+    region: RegionId,
+    source: HostMemory,
+}
+
+async fn written_with(seed: u64, faults: Faults, integrity: Integrity) -> Written {
+    let pair = pair_with(seed, faults, FabricLimits::default(), integrity).await;
+    let target = memory(LEN);
+    let region = pair.owner.agent.register(target.clone()).unwrap();
+    let source = pair.source.clone();
+    Written { pair, target, region, source }
+}
+
+impl Written {
+    /// Blocks of `lens` bytes, backwards in the peer's memory, granted to be written.
+    fn blocks(&self, lens: &[u32]) -> Vec<BlockWrite> {
+        let (mut from, mut end) = (0, LEN);
+        let mut blocks = Vec::new();
+        for len in lens {
+            end -= *len as usize + 3;
+            let to = Descriptor { region: self.region, offset: end as u64, len: *len };
+            blocks.push(BlockWrite { from, to });
+            from += *len as usize + 1;
+        }
+        let granted: Vec<Descriptor> = blocks.iter().map(|block| block.to).collect();
+        self.pair.owner.agent.grant_write(HANDOFF, &granted);
+        blocks
+    }
+
+    fn is_written(&self, block: &BlockWrite) -> bool {
+        let mut bytes = vec![0; block.to.len as usize];
+        self.target.read(block.to.offset as usize, &mut bytes);
+        bytes == pattern(block.from, block.to.len as usize)
+    }
+
+    async fn write(&self, blocks: &[BlockWrite]) -> Result<(), TransferError> {
+        self.pair.session().await.write(HANDOFF, blocks, &self.source, soon()).await.map(|_| ())
+    }
+
+    /// Ends the grant, reuses the memory, and sees that nothing lands there.
+    async fn assert_settled(&self) {
+        let settled = self.pair.owner.agent.revoke(HANDOFF).settled();
+        tokio::time::timeout(Duration::from_secs(15), settled).await.expect("the grant ends");
+        self.target.write(0, &vec![0xee; LEN]);
+        tokio::time::sleep(Duration::from_millis(5)).await;
+        let mut bytes = vec![0; LEN];
+        self.target.read(0, &mut bytes);
+        assert!(bytes.iter().all(|byte| *byte == 0xee), "written after the end of the grant");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_are_written_verified_and_their_windows_closed() {
+    for integrity in [Integrity::Digest, Integrity::Off] {
+        let written = written_with(1, Faults::default(), integrity).await;
+        let mut total = 0;
+        for lens in SHAPES {
+            let blocks = written.blocks(lens);
+            written.write(&blocks).await.unwrap();
+            assert!(blocks.iter().all(|block| written.is_written(block)));
+            let outside: u64 = lens.iter().map(|len| u64::from(*len)).sum();
+            total += outside;
+            let mut gap = [1; 3];
+            written.target.read(blocks[0].to.offset as usize + lens[0] as usize, &mut gap);
+            assert_eq!(gap, [0; 3], "nothing beside the blocks is written");
+            written.assert_settled().await;
+            written.target.write(0, &vec![0; LEN]);
+        }
+        assert_eq!(written.pair.owner.agent.stats().taken_bytes().0, total);
+        assert_eq!(written.pair.reader.agent.stats().written_bytes(BackendKind::Plugin).0, total);
+        // Windows were for one use: none is registered any more.
+        assert_eq!(written.pair.world.registered(OWNER), 0);
+        assert!(written.pair.world.is_alive(OWNER), "nothing had to be ended by force");
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn only_what_is_granted_can_be_written() {
+    let written = written_with(1, Faults::default(), Integrity::Digest).await;
+    let blocks = written.blocks(&[5000, 100_000, 300]);
+    let refused = |outcome: Result<(), TransferError>| match outcome {
+        Err(TransferError::Refused { refusal, .. }) => refusal,
+        other => panic!("not refused: {other:?}"),
+    };
+    let with = |to: Descriptor| [blocks[0], BlockWrite { to, ..blocks[1] }];
+    let beside = Descriptor { offset: blocks[1].to.offset - 1, ..blocks[1].to };
+    assert_eq!(refused(written.write(&with(beside)).await), Refusal::OutsideGrant);
+    let past = Descriptor { offset: LEN as u64 - 5, ..blocks[1].to };
+    let past = [BlockWrite { to: past, ..blocks[1] }];
+    assert_eq!(refused(written.write(&past).await), Refusal::OutsideRegion);
+    let session = written.pair.session().await;
+    let other = session.write(HandoffId(7), &blocks, &written.source, soon()).await.map(|_| ());
+    assert_eq!(refused(other), Refusal::NotGranted);
+    // To be read is not to be written.
+    let readable = written.pair.blocks(&[5000]);
+    let to = readable[0].source;
+    assert_eq!(refused(written.write(&[BlockWrite { from: 0, to }]).await), Refusal::OutsideGrant);
+    written.write(&blocks).await.unwrap();
+    written.assert_settled().await;
+    assert_eq!(refused(written.write(&blocks).await), Refusal::NotGranted);
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn bytes_that_change_on_the_way_are_refused() {
+    let faults = Faults { flipped: 1000, ..Faults::default() };
+    let written = written_with(1, faults, Integrity::Digest).await;
+    let blocks = written.blocks(&[5000, 100_000, 300]);
+    match written.write(&blocks).await {
+        Err(TransferError::Refused { refusal: Refusal::Corrupt, .. }) => {}
+        other => panic!("{other:?}"),
+    }
+    assert!(written.pair.owner.agent.stats().checksum_mismatches > 0);
+    assert_eq!(written.pair.owner.agent.stats().taken_bytes().0, 0);
+    written.assert_settled().await;
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_end_of_a_grant_ends_the_writes_under_way() {
+    let faults = Faults { delay: Duration::from_millis(20), late_writes: true, ..Faults::default() };
+    let written = written_with(1, faults, Integrity::Digest).await;
+    let blocks = written.blocks(&[100_000; 100]);
+    let writing = written.write(&blocks);
+    tokio::pin!(writing);
+    let started = async {
+        while !blocks.iter().any(|block| written.is_written(block)) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        outcome = &mut writing => panic!("it is slow: {outcome:?}"),
+        () = started => {}
+    }
+    let (outcome, ()) = tokio::join!(writing, written.assert_settled());
+    assert!(outcome.is_err(), "{outcome:?}");
+    assert!(written.pair.world.is_alive(OWNER), "the writer's word was enough");
+    let blocks = written.blocks(&[1000]);
+    written.write(&blocks).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_that_cannot_stop_is_cut_off_and_can_come_back() {
+    let faults = Faults { late_writes: true, ..Faults::default() };
+    let written = written_with(1, faults, Integrity::Digest).await;
+    let blocks = written.blocks(&[100_000; 3]);
+    let session = written.pair.session().await;
+    // Its operations neither end nor fail.
+    written.pair.world.freeze(OWNER, true);
+    {
+        let writing = session.write(HANDOFF, &blocks, &written.source, soon());
+        assert!(tokio::time::timeout(Duration::from_millis(100), writing).await.is_err());
+    }
+    written.assert_settled().await;
+    assert!(!written.pair.world.is_alive(OWNER), "the owner's driver was closed");
+    written.pair.world.freeze(OWNER, false);
+    tokio::time::sleep(Duration::from_millis(10)).await;
+    let mut bytes = vec![0; LEN];
+    written.target.read(0, &mut bytes);
+    assert!(bytes.iter().all(|byte| *byte == 0xee), "written after the end of the grant");
+
+    written.pair.reader.agent.disconnect(written.pair.owner.agent.worker());
+    let blocks = written.blocks(&[100_000; 3]);
+    let again = async {
+        let owner = &written.pair.owner.agent;
+        loop {
+            // The driver is being opened again.
+            let session = written.pair.reader.agent.connect(owner.worker(), EPOCH, &owner.metadata()).await;
+            match session {
+                Ok(session) => break session,
+                Err(_) => tokio::time::sleep(Duration::from_millis(5)).await,
+            }
+        }
+    };
+    let session = tokio::time::timeout(Duration::from_secs(10), again).await.unwrap();
+    session.write(HANDOFF, &blocks, &written.source, soon()).await.unwrap();
+    assert!(blocks.iter().all(|block| written.is_written(block)));
+}
+
+async fn play_writes(seed: u64) -> [usize; 2] {
+    let mut rng = Rng::new(seed);
+    let faults = Faults {
+        delay: Duration::from_micros(1 + rng.below(3000)),
+        again: if rng.below(3) == 0 { 300 } else { 0 },
+        lost: if rng.below(4) == 0 { 3 } else { 0 },
+        failed: if rng.below(4) == 0 { 3 } else { 0 },
+        flipped: if rng.below(4) == 0 { 20 } else { 0 },
+        late_writes: true,
+        depth: 2 + rng.below(60) as usize,
+        ..Faults::default()
+    };
+    let written = written_with(seed, faults, Integrity::Digest).await;
+    let lens: Vec<u32> = (0..40).map(|_| 1 + rng.below(200_000) as u32).collect();
+    let mut counts = [0, 0];
+    for _ in 0..3 {
+        let blocks = written.blocks(&lens);
+        let writes = (0..4).map(|part| {
+            let (mut rng, written) = (Rng::new(seed * 100 + part), &written);
+            let mine = &blocks[part as usize * 10..][..1 + rng.below(10) as usize];
+            async move {
+                let owner = &written.pair.owner.agent;
+                let session =
+                    written.pair.reader.agent.connect(owner.worker(), EPOCH, &owner.metadata()).await;
+                let Ok(session) = session else { return false };
+                let until = Instant::now() + Duration::from_micros(500 + rng.below(200_000));
+                let patience =
+                    Duration::from_micros(if rng.below(3) == 0 { rng.below(9000) } else { 60_000_000 });
+                let writing = session.write(HANDOFF, mine, &written.source, until);
+                match tokio::time::timeout(patience, writing).await {
+                    Ok(Ok(_)) => {
+                        assert!(
+                            mine.iter().all(|block| written.is_written(block)),
+                            "acknowledged, not written"
+                        );
+                        true
+                    }
+                    Ok(Err(_)) | Err(_) => false,
+                }
+            }
+        });
+        for done in futures_util::future::join_all(writes).await {
+            counts[usize::from(!done)] += 1;
+        }
+        written.assert_settled().await;
+    }
+    counts
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn whatever_the_fabric_does_nothing_is_written_once_a_grant_is_settled() {
+    let mut counts = [0, 0];
+    for seed in 0..12 {
+        eprintln!("seed {seed}");
+        let played = play_writes(seed).await;
+        counts = [counts[0] + played[0], counts[1] + played[1]];
+    }
+    assert!(counts[0] > 20 && counts[1] > 10, "{counts:?}: both ends of the story are told");
+}

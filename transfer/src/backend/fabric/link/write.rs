@@ -1,0 +1,272 @@
+//! Writing through windows: the peer opens one for each block, verifies what was written, and closes it.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use baton_config::HandoffId;
+use futures_util::StreamExt;
+use futures_util::future::join_all;
+use futures_util::stream::FuturesUnordered;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::{FabricLink, broken, closed, unable};
+use crate::agent::server::Denial;
+use crate::backend::control::Answer;
+use crate::backend::fabric::batch::{Batch, Transfer, Verb};
+use crate::backend::fabric::driver::{Access, LocalRange, RemoteId};
+use crate::backend::fabric::registry::Registration;
+use crate::backend::fabric::thread::Fabric;
+use crate::backend::{Fault, WriteJob};
+use crate::digest::DigestSeed;
+use crate::error::{LinkError, Refusal};
+use crate::session::{BlockWrite, Descriptor};
+use crate::wire::Kind;
+use crate::wire::control::{Window, WindowIs, Write, encode_fence};
+
+/// Blocks written and verified together.
+const GROUP_BLOCKS: usize = 16;
+/// Bytes of them, unless a single block has more.
+const GROUP_BYTES: u64 = 8 << 20;
+/// Groups under way at once: one is verified while the next is written.
+const GROUPS_AT_ONCE: usize = 2;
+/// How long the owner of windows waits for what was posted to end, less the way to it.
+const FENCE_TIMEOUT: Duration = Duration::from_millis(1500);
+
+/// The writes of one link by handoff, so that the owner of their windows can end them.
+#[derive(Default)]
+pub(super) struct Writes(Mutex<HashMap<HandoffId, Arc<Gate>>>);
+
+/// What all writes of a handoff go through, until it is closed.
+#[derive(Default)]
+struct Gate {
+    closed: CancellationToken,
+    batches: Mutex<Vec<Arc<Batch>>>,
+}
+
+impl Gate {
+    /// Lets a batch through, unless the gate is closed.
+    fn admit(&self, batch: &Arc<Batch>) -> bool {
+        let mut batches = self.batches();
+        if self.closed.is_cancelled() {
+            return false;
+        }
+        batches.retain(|batch| !batch.is_settled() || batch.is_cut());
+        batches.push(Arc::clone(batch));
+        true
+    }
+
+    fn batches(&self) -> MutexGuard<'_, Vec<Arc<Batch>>> {
+        self.batches.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Closes it; what came through before.
+    fn close(&self) -> Vec<Arc<Batch>> {
+        let batches = self.batches();
+        self.closed.cancel();
+        batches.clone()
+    }
+}
+
+impl Writes {
+    fn lock(&self) -> MutexGuard<'_, HashMap<HandoffId, Arc<Gate>>> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn enter(&self, handoff: HandoffId) -> Arc<Gate> {
+        let mut gates = self.lock();
+        // A gate that nobody goes through any more has nothing to tell: windows are closed by then.
+        gates.retain(|_, gate| Arc::strong_count(gate) > 1 || !gate.batches().is_empty());
+        Arc::clone(gates.entry(handoff).or_default())
+    }
+
+    /// Ends the writes of a handoff, as the owner of its windows asks: nothing of them is under way when this returns.
+    pub(super) async fn fence(&self, fabric: &Fabric, handoff: HandoffId) -> Result<Answer, Denial> {
+        let gate = self.lock().remove(&handoff);
+        let batches = gate.map(|gate| gate.close()).unwrap_or_default();
+        batches.iter().for_each(|batch| fabric.abort(batch));
+        let all = join_all(batches.iter().map(|batch| batch.settled()));
+        match timeout(FENCE_TIMEOUT, all).await {
+            Ok(ends) if ends.iter().all(|by_itself| *by_itself) => Ok(Answer::done(Kind::Fenced)),
+            _ => Err(Denial::Refused(Refusal::Unavailable)),
+        }
+    }
+}
+
+/// A window of the peer.
+struct Opened {
+    window: u64,
+    base: u64,
+    remote: RemoteId,
+}
+
+/// Windows until the peer has closed them.
+struct OpenWindows<'a> {
+    link: &'a FabricLink,
+    windows: Vec<Opened>,
+    batch: Option<Arc<Batch>>,
+}
+
+impl FabricLink {
+    /// Writes blocks; done when the peer has verified them.
+    pub(crate) async fn write(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
+        if let Some(why) = self.peer.failure() {
+            return Err(broken(Arc::clone(why)));
+        }
+        if !self.fabric.info().write {
+            return Err(Fault::Refused(Refusal::Unreachable));
+        }
+        tokio::select! {
+            biased;
+            () = self.control.closed() => Err(LinkError::Closed.into()),
+            outcome = self.write_all(job) => outcome,
+        }
+    }
+
+    async fn write_all(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
+        let local = self.fabric.registered(&job.from.span(), Access::Local).await.map_err(unable)?;
+        let gate = self.writes.enter(job.handoff);
+        let mut groups = groups(job);
+        let mut under_way = FuturesUnordered::new();
+        under_way.extend(
+            groups.by_ref().take(GROUPS_AT_ONCE).map(|group| self.write_group(job, &local, &gate, group)),
+        );
+        while let Some(written) = under_way.next().await {
+            written?;
+            under_way.extend(groups.next().map(|group| self.write_group(job, &local, &gate, group)));
+        }
+        Ok(())
+    }
+
+    async fn write_group(
+        &self,
+        job: &WriteJob<'_>,
+        local: &Arc<Registration>,
+        gate: &Gate,
+        group: Range<usize>,
+    ) -> Result<(), Fault> {
+        let blocks = &job.blocks[group.clone()];
+        let asked = join_all(blocks.iter().map(|block| self.window(job.handoff, block.to))).await;
+        let mut open = OpenWindows { link: self, windows: Vec::with_capacity(blocks.len()), batch: None };
+        let mut fault = None;
+        for window in asked {
+            match window {
+                Ok(window) => open.windows.push(window),
+                Err(refused) => fault = fault.or(Some(refused)),
+            }
+        }
+        if let Some(fault) = fault {
+            return Err(fault);
+        }
+        let transfer = |(window, block): (&Opened, &BlockWrite)| Transfer {
+            verb: Verb::Write { remote: window.remote, offset: window.base },
+            local: LocalRange { id: local.id, offset: block.from, len: block.to.len as usize },
+        };
+        let transfers = open.windows.iter().zip(blocks).map(transfer).collect();
+        let batch = Batch::new(self.peer.clone(), transfers, Box::new(Arc::clone(local)));
+        if !gate.admit(&batch) {
+            return Err(Fault::Refused(Refusal::NotGranted));
+        }
+        open.batch = Some(Arc::clone(&batch));
+        // From here on the peer may have taken some of it.
+        job.progress.add(blocks.iter().map(|block| block.to.len as usize).sum());
+        let mut running = self.fabric.submit(batch).await.map_err(broken)?;
+        let digests = if job.verify { self.digests(job, group.clone()).await } else { Vec::new() };
+        tokio::select! {
+            biased;
+            ended = running.end() => ended.map_err(broken)?,
+            () = gate.closed.cancelled() => return Err(Fault::Refused(Refusal::NotGranted)),
+        }
+        let to = blocks.iter().map(|block| block.to).collect();
+        let done = Write { handoff: job.handoff, first: group.start as u32, blocks: to, digests };
+        let answer = self.control.ask(Kind::Write, &done.encode()).await;
+        // However it was answered, the peer has closed the windows.
+        open.forget();
+        answer.map_err(closed)?;
+        group.for_each(|index| job.progress.finish(index));
+        Ok(())
+    }
+
+    /// The digests of a group, found while it is on its way.
+    async fn digests(&self, job: &WriteJob<'_>, group: Range<usize>) -> Vec<u64> {
+        let mut digests = Vec::with_capacity(group.len());
+        let mut unyielded = 0;
+        for index in group {
+            let block = &job.blocks[index];
+            let seed = DigestSeed { handoff: job.handoff, epoch: self.pair.epoch, index: index as u32 };
+            digests.push(job.from.block_digest(seed, block.from, block.to.len as usize));
+            unyielded += block.to.len as usize;
+            if unyielded >= super::YIELD_BYTES {
+                unyielded = 0;
+                tokio::task::yield_now().await;
+            }
+        }
+        digests
+    }
+
+    async fn window(&self, handoff: HandoffId, range: Descriptor) -> Result<Opened, Fault> {
+        let asked = Window { backend: self.fabric.kind(), handoff, range };
+        let (_, payload) = self.control.ask(Kind::Window, &asked.encode()).await.map_err(closed)?;
+        let WindowIs { window, base, key } = WindowIs::decode(&payload).map_err(Fault::protocol)?;
+        let remote = self.fabric.import(&self.peer, key).await.map_err(unable)?;
+        Ok(Opened { window, base, remote })
+    }
+}
+
+impl OpenWindows<'_> {
+    /// The peer has closed them.
+    fn forget(&mut self) {
+        for window in self.windows.drain(..) {
+            self.link.fabric.forget(&self.link.peer, window.remote);
+        }
+    }
+}
+
+impl Drop for OpenWindows<'_> {
+    /// Tells the peer, once nothing of the group is under way, that its windows can be closed.
+    fn drop(&mut self) {
+        let windows = std::mem::take(&mut self.windows);
+        if windows.is_empty() {
+            return;
+        }
+        let FabricLink { control, fabric, peer, tasks, .. } = self.link;
+        let (control, fabric, peer, batch) =
+            (control.clone(), fabric.clone(), peer.clone(), self.batch.take());
+        tasks.spawn(async move {
+            if let Some(batch) = &batch {
+                fabric.abort(batch);
+                if !matches!(timeout(FENCE_TIMEOUT, batch.settled()).await, Ok(true)) {
+                    // They are closed with their grant.
+                    return;
+                }
+            }
+            for window in windows {
+                fabric.forget(&peer, window.remote);
+                let window = encode_fence(HandoffId(window.window.into()));
+                let asked = control.ask(Kind::Fence, &window);
+                if !matches!(timeout(FENCE_TIMEOUT, asked).await, Ok(Ok(_))) {
+                    return;
+                }
+            }
+        });
+    }
+}
+
+/// Runs of blocks that are written together.
+fn groups<'a>(job: &'a WriteJob<'_>) -> impl Iterator<Item = Range<usize>> + 'a {
+    let mut start = 0;
+    std::iter::from_fn(move || {
+        let mut bytes = 0;
+        let fits = |block: &&BlockWrite| {
+            bytes += u64::from(block.to.len);
+            bytes <= GROUP_BYTES
+        };
+        let rest = &job.blocks[start..];
+        let count = rest.iter().take(GROUP_BLOCKS).take_while(fits).count().max(1).min(rest.len());
+        let group = start..start + count;
+        start = group.end;
+        (count > 0).then_some(group)
+    })
+}

@@ -1,0 +1,214 @@
+//! Windows: parts of memory that a peer may write one-sidedly, each registered for this alone.
+//!
+//! ```text
+//! writer                                       owner
+//! Window(handoff, range) ──────────────────►   write grant covers it: registered, key
+//! writes ══════════════════════════════════►   memory
+//! Write(handoff, blocks, digests) ─────────►   deregistered, then verified: nobody can change what was verified
+//! ```
+//!
+//! A window that is still open when its grant ends is closed by force: deregistered, and the writer is asked to stop
+//! ([`Kind::Fence`]). Only its word that everything it had posted has ended is taken for the end; without it the driver
+//! is closed and opened again, which costs all peers of this fabric their connections. Until then the grant is not
+//! settled, because the window holds its permit.
+
+use std::collections::HashMap;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
+
+use baton_config::HandoffId;
+use tokio::time::timeout;
+use tokio_util::sync::CancellationToken;
+
+use super::unable;
+use crate::agent::BackendKind;
+use crate::agent::grants::Permit;
+use crate::agent::server::{Denial, Server, region};
+use crate::backend::control::{Answer, Peer};
+use crate::backend::fabric::driver::Access;
+use crate::backend::fabric::registry::Registration;
+use crate::backend::fabric::thread::Fabric;
+use crate::digest::DigestSeed;
+use crate::error::Refusal;
+use crate::session::Descriptor;
+use crate::wire::Kind;
+use crate::wire::control::{Window, WindowIs, Write, encode_fence};
+
+/// Most windows one peer has open at once.
+const WINDOWS_MAX: usize = 256;
+/// How long a writer may take to end what it has posted.
+const FENCE_TIMEOUT: Duration = Duration::from_secs(2);
+/// Bytes verified between two turns of other tasks.
+const YIELD_BYTES: usize = 1 << 20;
+
+/// The open windows of one control connection.
+#[derive(Default)]
+pub(crate) struct Windows(Mutex<Table>);
+
+#[derive(Default)]
+struct Table {
+    open: HashMap<u64, Open>,
+    /// Handoffs with windows, each with a task that closes them when its grant ends.
+    watched: HashMap<HandoffId, CancellationToken>,
+    last: u64,
+}
+
+struct Open {
+    fabric: Fabric,
+    handoff: HandoffId,
+    range: Descriptor,
+    registration: Registration,
+    permit: Permit,
+}
+
+impl Windows {
+    fn lock(&self) -> MutexGuard<'_, Table> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    /// Closes the windows that `which` picks; what their grants wait for ends with the result.
+    fn take(&mut self, which: impl Fn(u64, &Open) -> bool) -> Vec<(Fabric, Permit)> {
+        let taken: Vec<Open> =
+            self.open.extract_if(|id, open| which(*id, open)).map(|(_, open)| open).collect();
+        let left = |handoff: &HandoffId| self.open.values().any(|open| open.handoff == *handoff);
+        self.watched.retain(|handoff, unwatch| {
+            let keep = left(handoff);
+            if !keep {
+                unwatch.cancel();
+            }
+            keep
+        });
+        taken
+            .into_iter()
+            .map(|Open { fabric, registration, permit, .. }| {
+                drop(registration);
+                (fabric, permit)
+            })
+            .collect()
+    }
+}
+
+/// Opens a window.
+pub(super) async fn open(server: &Arc<Server>, peer: &Arc<Peer>, asked: Window) -> Result<Answer, Denial> {
+    let fabric = server.fabrics.get(asked.backend).ok_or(Denial::Refused(Refusal::Unavailable))?;
+    if !peer.fabric.lock().contains_key(&asked.backend) {
+        return Err(Denial::Refused(Refusal::Unavailable));
+    }
+    if !fabric.info().write {
+        return Err(Denial::Refused(Refusal::Unreachable));
+    }
+    let regions = server.regions();
+    let permit = server.permit_write(&regions, asked.handoff, &[asked.range])?;
+    let region = region(&regions, asked.range.region).ok_or(Denial::Refused(Refusal::OutsideRegion))?;
+    if region.host().is_none() {
+        // Nobody here could verify what is written there.
+        return Err(Denial::Refused(Refusal::Unreachable));
+    }
+    if peer.fabric.windows.lock().open.len() >= WINDOWS_MAX {
+        return Err(Denial::Refused(Refusal::Overloaded));
+    }
+    let span = region.span().part(asked.range.offset as usize, asked.range.len as usize);
+    let made = fabric.registered_once(&span, Access::RemoteWrite).await;
+    let registration = made.map_err(|error| unable(peer, &error))?;
+    // Registering took a while: what ended meanwhile finds no window to close.
+    if permit.revoked.is_cancelled() || peer.life.ended.is_cancelled() || !peer.control.is_alive() {
+        return Err(Denial::Refused(Refusal::NotGranted));
+    }
+    let key = registration.key.clone();
+    let mut table = peer.fabric.windows.lock();
+    table.last += 1;
+    let window = table.last;
+    watch(server, peer, &mut table, (asked.backend, asked.handoff), &permit);
+    let open = Open { fabric, handoff: asked.handoff, range: asked.range, registration, permit };
+    table.open.insert(window, open);
+    Ok(Answer { kind: Kind::WindowIs, payload: WindowIs { window, base: 0, key }.encode() })
+}
+
+/// Makes sure that somebody closes the windows of a handoff when its grant ends.
+fn watch(
+    server: &Arc<Server>,
+    peer: &Arc<Peer>,
+    table: &mut Table,
+    (backend, handoff): (BackendKind, HandoffId),
+    permit: &Permit,
+) {
+    if table.watched.contains_key(&handoff) {
+        return;
+    }
+    let unwatch = CancellationToken::new();
+    table.watched.insert(handoff, unwatch.clone());
+    let (server, peer, revoked) = (Arc::clone(server), Arc::clone(peer), permit.revoked.clone());
+    let tasks = server.tasks.clone();
+    tasks.spawn(async move {
+        tokio::select! {
+            biased;
+            () = unwatch.cancelled() => return,
+            () = revoked.cancelled() => {}
+            () = peer.life.ended.cancelled() => {}
+            () = peer.control.closed() => {}
+        }
+        fence(&server, &peer, handoff, backend).await;
+    });
+}
+
+/// Ends all windows of a handoff, by the writer's word or by force.
+async fn fence(server: &Arc<Server>, peer: &Peer, handoff: HandoffId, backend: BackendKind) {
+    let closed = peer.fabric.windows.lock().take(|_, open| open.handoff == handoff);
+    if closed.is_empty() {
+        return;
+    }
+    let asked = timeout(FENCE_TIMEOUT, peer.control.ask(Kind::Fence, &encode_fence(handoff))).await;
+    if !matches!(asked, Ok(Ok(_))) {
+        tracing::warn!(peer = %peer.hello.from, %backend, "a writer did not stop: its fabric is closed and opened again");
+        for (fabric, _) in &closed {
+            server.fabrics.restart(fabric, &server.tasks, &server.stop).await;
+        }
+    }
+    // Here nothing can write the ranges any more, and the grant is settled.
+    drop(closed);
+}
+
+/// Closes the windows through which blocks were written, and verifies them.
+pub(super) async fn written(server: &Server, peer: &Peer, write: Write) -> Result<Answer, Denial> {
+    let ranges = &write.blocks;
+    let through = |open: &Open| open.handoff == write.handoff && ranges.contains(&open.range);
+    let closed = peer.fabric.windows.lock().take(|_, open| through(open));
+    if closed.len() != ranges.len() {
+        return Err(Denial::Refused(Refusal::NotGranted));
+    }
+    let regions = server.regions();
+    let (mut corrupt, mut unyielded, mut total) = (0, 0, 0);
+    for (at, block) in ranges.iter().enumerate() {
+        let memory = region(&regions, block.region).and_then(|region| region.host());
+        let memory = memory.ok_or(Denial::Refused(Refusal::OutsideRegion))?;
+        let len = block.len as usize;
+        total += u64::from(block.len);
+        if let Some(digest) = write.digests.get(at) {
+            let index = write.first + at as u32;
+            let seed = DigestSeed { handoff: write.handoff, epoch: peer.life.epoch, index };
+            corrupt += u64::from(memory.block_digest(seed, block.offset as usize, len) != *digest);
+            unyielded += len;
+        }
+        if unyielded >= YIELD_BYTES {
+            unyielded = 0;
+            tokio::task::yield_now().await;
+        }
+        if closed.iter().any(|(_, permit)| permit.revoked.is_cancelled()) {
+            return Err(Denial::Refused(Refusal::NotGranted));
+        }
+    }
+    if corrupt > 0 {
+        server.counters.checksum_mismatches(corrupt);
+        return Err(Denial::Refused(Refusal::Corrupt));
+    }
+    server.counters.taken(total);
+    Ok(Answer::done(Kind::Written))
+}
+
+/// Closes a window that its writer is done with for good.
+pub(super) fn close(peer: &Peer, HandoffId(window): HandoffId) -> Answer {
+    drop(peer.fabric.windows.lock().take(|id, _| u128::from(id) == window));
+    Answer::done(Kind::Fenced)
+}
