@@ -12,7 +12,7 @@
 //! may block, so that the copy engine, hashing and serving overlap.
 
 use std::collections::{BTreeMap, HashMap};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use baton_config::protocol::TicketBlock;
@@ -31,9 +31,11 @@ use crate::plan::Packing;
 use crate::session::Descriptor;
 use crate::slab::{SlabAuditError, SlabCounts, SlabError, Slot, SlotState};
 
+use self::packed::Packer;
 pub(crate) use self::source::SCATTERED;
 use self::source::Source;
 
+mod packed;
 mod source;
 mod stage;
 #[cfg(test)]
@@ -113,6 +115,8 @@ struct Inner {
     /// Why the arena's own memory is not granted.
     why_staged: Option<String>,
     region: RegionId,
+    /// For host arenas of which a reader needs little: see [`Exporter::publish_for`].
+    packer: OnceLock<Option<Packer>>,
     options: ExportOptions,
     jobs: TaskTracker,
     books: Mutex<Books>,
@@ -167,7 +171,9 @@ impl Exporter {
             }
         };
         let (jobs, books) = (TaskTracker::new(), Mutex::default());
-        Ok(Self(Arc::new(Inner { agent, geometry, source, why_staged, region, options, jobs, books })))
+        let packer = OnceLock::new();
+        let inner = Inner { agent, geometry, source, why_staged, region, packer, options, jobs, books };
+        Ok(Self(Arc::new(inner)))
     }
 
     /// Most blocks one call of [`Exporter::publish`] takes: half the slab, so that one call fills while another is read.
@@ -209,7 +215,8 @@ impl Exporter {
         let prepare = stream::iter(jobs).buffered(JOBS_IN_FLIGHT).try_collect::<Vec<Vec<Prepared>>>();
         let prepared =
             tokio::time::timeout_at(deadline, prepare).await.map_err(|_| ExportError::Deadline)??;
-        publishing.finish(prepared.into_iter().flatten().collect())
+        let place = Place::of(self.0.region, &self.0.geometry);
+        publishing.finish(prepared.into_iter().flatten().collect(), place)
     }
 
     /// One slot for each of `count` blocks, or none where the arena needs no staging.
@@ -281,7 +288,11 @@ impl Exporter {
     /// When a slot is lost or counted twice: a bug.
     pub fn audit(&self) -> Result<SlabCounts, SlabAuditError> {
         match &self.0.source {
-            Source::InPlace(_) | Source::Direct(_) => Ok(SlabCounts::default()),
+            Source::InPlace(_) => match self.0.packer.get() {
+                Some(Some(packer)) => packer.slab.audit(),
+                None | Some(None) => Ok(SlabCounts::default()),
+            },
+            Source::Direct(_) => Ok(SlabCounts::default()),
             Source::Packed { slab, .. } | Source::Staged { slab, .. } => slab.audit(),
         }
     }
@@ -299,6 +310,20 @@ impl Exporter {
             self.release(handoff).await;
         }
         self.0.jobs.wait().await;
+    }
+}
+
+/// The region blocks are published in, and their length.
+#[derive(Debug, Clone, Copy)]
+struct Place {
+    region: RegionId,
+    len: u32,
+}
+
+impl Place {
+    fn of(region: RegionId, geometry: &KvGeometry) -> Self {
+        // Geometries over `BLOCK_MAX_BYTES`, which is less, are refused.
+        Self { region, len: u32::try_from(geometry.block_bytes()).unwrap_or(u32::MAX) }
     }
 }
 
@@ -327,7 +352,7 @@ impl<'a> Publishing<'a> {
     }
 
     /// Grants the blocks, unless the handoff was released since the call began.
-    fn finish(self, prepared: Vec<Prepared>) -> Result<Vec<TicketBlock>, ExportError> {
+    fn finish(self, prepared: Vec<Prepared>, place: Place) -> Result<Vec<TicketBlock>, ExportError> {
         let mut books = self.inner.books();
         let export = books.handoffs.get_mut(&self.handoff).filter(|export| export.life == self.life);
         let export = export.ok_or(ExportError::Released)?;
@@ -337,7 +362,7 @@ impl<'a> Publishing<'a> {
         let mut replaced: Vec<Published> = Vec::new();
         for Prepared { index, offset, digest, slot } in prepared {
             let offset = offset as u64;
-            let descriptor = Descriptor { region: self.inner.region, offset, len: self.inner.block_len() };
+            let descriptor = Descriptor { region: place.region, offset, len: place.len };
             if let Some(slot) = &slot {
                 slot.set_state(SlotState::Published);
             }
@@ -374,11 +399,6 @@ type Job = Box<dyn FnOnce() -> Result<Vec<Prepared>, DeviceError> + Send>;
 impl Inner {
     fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn block_len(&self) -> u32 {
-        // Plans refuse blocks over `plan::BLOCK_MAX_BYTES`, which is less.
-        u32::try_from(self.geometry.block_bytes()).unwrap_or(u32::MAX)
     }
 
     /// Splits the work of a call into jobs of neighbouring blocks.

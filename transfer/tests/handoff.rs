@@ -246,6 +246,42 @@ async fn ranks_of_a_tensor_parallel_source_fill_one_worker_together() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_needs_little_gets_blocks_packed_for_it() {
+    for layout in [KvLayout::Nhd, KvLayout::L2bHnd] {
+        let from = KvGeometry { kv_heads: 4, ..geometry(16, layout, Dtype::F32) };
+        let source = Side::start("prefill", from, 200, false, BackendKind::Tcp).await;
+        compute(&source, 0..200);
+        let exporter = exporter(&source, 26);
+        for rank in 0..2 {
+            let shard = Shard::Tensor { rank, degree: 2, heads: 4 };
+            let to = KvGeometry { kv_heads: 2, shard, ..geometry(24, KvLayout::Hnd, Dtype::Bf16) };
+            let name = format!("decode-{rank}");
+            let dest = Side::start(&name, to, 200, false, BackendKind::Tcp).await;
+            let handoff = HandoffId(u128::from(rank) + 1);
+            let all = exported(&source, 0..13);
+            let (wire, blocks) = exporter.publish_for(to, handoff, EPOCH, &all, soon()).await.unwrap();
+            assert_eq!(wire, KvGeometry { block_tokens: 16, ..to });
+            let session = connect(&dest, &source).await;
+            let pull = Pull { handoff, source: wire, ..pull(&source, &dest, blocks, 3..199) };
+            let report = importer(&dest).pull(&session, pull, soon()).await.unwrap();
+            assert_eq!(report.upto, 199);
+            assert_eq!(report.bytes.0, 13 * from.block_bytes() as u64 / 4, "half the heads at half the size");
+            assert!(holds(&dest, &from, 3..199), "{layout}");
+            exporter.release(handoff).await;
+            dest.agent.close().await;
+        }
+        // Who needs all of it gets the blocks as they are.
+        let some = exported(&source, 0..3);
+        let (wire, _) = exporter.publish_for(from, HANDOFF, EPOCH, &some, soon()).await.unwrap();
+        assert_eq!(wire, from);
+        exporter.close().await;
+        let counts = exporter.audit().unwrap();
+        assert_eq!((counts.free, counts.total()), (26, 26));
+        source.agent.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_that_changed_after_they_were_digested_are_caught_and_named() {
     for backend in backends().await {
         for layout in [KvLayout::Hnd, KvLayout::Nhd] {

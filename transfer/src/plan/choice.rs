@@ -61,9 +61,10 @@ impl RelayoutPlan {
     }
 
     /// The form in which the owner would pack blocks for this reader: its own block size, the reader's order, the
-    /// narrower of the two formats, and only heads that both hold. None where no shard is made of just those.
+    /// narrower of the two formats, and only heads that both hold. None where no shard is made of just those. Scales
+    /// are worked out by the reader alone: the owner does not know which tokens of a block count.
     pub fn packed_geometry(&self) -> Option<KvGeometry> {
-        let narrow = self.dest.dtype.size() < self.source.dtype.size();
+        let narrow = self.dest.dtype.size() < self.source.dtype.size() && self.dest.scales == Scales::None;
         let numbers = if narrow { &self.dest } else { &self.source };
         let heads = match self.heads {
             heads if heads == self.dest.kv_heads => &self.dest,
