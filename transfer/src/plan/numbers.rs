@@ -65,8 +65,8 @@ impl Number<2> for Half {
         let normal = magnitude + REBIAS;
         let subnormal = (f32::from_bits(magnitude + SUBNORMAL) - f32::from_bits(SUBNORMAL)).to_bits();
         let special = magnitude + 2 * REBIAS;
-        let number = if magnitude < 0x0080_0000 { subnormal } else { normal };
-        f32::from_bits(sign | if magnitude >= 0x0f80_0000 { special } else { number })
+        let number = if is_below(magnitude, 0x0080_0000) { subnormal } else { normal };
+        f32::from_bits(sign | if is_below(magnitude, 0x0f80_0000) { number } else { special })
     }
 
     #[inline(always)]
@@ -80,24 +80,41 @@ impl Number<2> for Half {
         let normal =
             magnitude.wrapping_sub((127 - 15) << 23).wrapping_add(0x0fff + (magnitude >> 13 & 1)) >> 13;
         let subnormal = (f32::from_bits(magnitude) + f32::from_bits(ROUNDER)).to_bits().wrapping_sub(ROUNDER);
-        let finite = if magnitude < 0x3880_0000 { subnormal } else { normal };
+        let finite = if is_below(magnitude, 0x3880_0000) { subnormal } else { normal };
         let special = if is_nan(bits) { 0x7e00 | (magnitude >> 13 & 0x3ff) } else { 0x7c00 };
-        let half = if magnitude >= OVERFLOW { special } else { finite };
+        let half = if is_below(magnitude, OVERFLOW) { finite } else { special };
         ((half | (bits & SIGN) >> 16) as u16).to_le_bytes()
     }
+}
+
+/// The values of all fp8 numbers: looking them up is faster than working them out.
+static FP8: [f32; 256] = {
+    let mut values = [0.0; 256];
+    let mut byte = 0;
+    while byte < 256 {
+        values[byte] = fp8_value(byte as u32);
+        byte += 1;
+    }
+    values
+};
+
+const fn fp8_value(bits: u32) -> f32 {
+    const REBIAS: u32 = (127 - 7) << 23;
+    /// Twice the smallest normal: a subnormal is the difference to it.
+    const SUBNORMAL: u32 = REBIAS + (1 << 23);
+    let (sign, magnitude) = ((bits & 0x80) << 24, bits & 0x7f);
+    let number = match magnitude {
+        0..8 => (f32::from_bits((magnitude << 20) + SUBNORMAL) - f32::from_bits(SUBNORMAL)).to_bits(),
+        0x7f => INFINITY | 0x40_0000,
+        _ => (magnitude << 20) + REBIAS,
+    };
+    f32::from_bits(sign | number)
 }
 
 impl Number<1> for Eighth {
     #[inline(always)]
     fn load([byte]: [u8; 1]) -> f32 {
-        const REBIAS: u32 = (127 - 7) << 23;
-        const SUBNORMAL: u32 = REBIAS + (1 << 23);
-        let bits = u32::from(byte);
-        let (sign, magnitude) = ((bits & 0x80) << 24, bits & 0x7f);
-        let normal = (magnitude << 20) + REBIAS;
-        let subnormal = (f32::from_bits((magnitude << 20) + SUBNORMAL) - f32::from_bits(SUBNORMAL)).to_bits();
-        let number = if magnitude < 8 { subnormal } else { normal };
-        f32::from_bits(sign | if magnitude == 0x7f { 0x7fc0_0000 } else { number })
+        FP8[usize::from(byte)]
     }
 
     #[inline(always)]
@@ -106,11 +123,11 @@ impl Number<1> for Eighth {
         const LARGEST: u32 = FP8_MAX.to_bits();
         let bits = number.to_bits();
         let magnitude = bits & MAGNITUDE;
-        let magnitude = if magnitude > LARGEST { LARGEST } else { magnitude };
+        let magnitude = if is_below(magnitude, LARGEST) { magnitude } else { LARGEST };
         let normal =
             (magnitude.wrapping_sub((127 - 7) << 23).wrapping_add(0x7_ffff + (magnitude >> 20 & 1))) >> 20;
         let subnormal = (f32::from_bits(magnitude) + f32::from_bits(ROUNDER)).to_bits().wrapping_sub(ROUNDER);
-        let finite = if magnitude < 0x3c80_0000 { subnormal } else { normal };
+        let finite = if is_below(magnitude, 0x3c80_0000) { subnormal } else { normal };
         let eighth = if is_nan(bits) { 0x7f } else { finite };
         [(eighth | (bits & SIGN) >> 24) as u8]
     }
@@ -118,7 +135,13 @@ impl Number<1> for Eighth {
 
 #[inline(always)]
 fn is_nan(bits: u32) -> bool {
-    bits & MAGNITUDE > INFINITY
+    is_below(INFINITY, bits & MAGNITUDE)
+}
+
+/// Compares bits without a sign: as signed numbers, for which every processor has an instruction.
+#[inline(always)]
+fn is_below(a: u32, b: u32) -> bool {
+    (a as i32) < b as i32
 }
 
 /// Converts numbers of one format to as many of another, multiplied by a scale on the way.
