@@ -9,11 +9,12 @@ use std::task::Poll;
 use std::time::Duration;
 
 use baton_config::protocol::TicketBlock;
-use baton_config::{Dtype, Epoch, HandoffId, KvGeometry, KvLayout, Shard, WorkerId};
+use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvGeometry, KvLayout, Shard, WorkerId};
 use baton_transfer::wire::Metadata;
 use baton_transfer::{
-    Agent, AgentOptions, ArenaMemory, BackendKind, EmulatedDevice, ExportBlock, ExportOptions, Exporter,
-    HostMemory, ImportOptions, Importer, Pull, PullCause, Session, TpSource, TransferError, tp_sources,
+    Agent, AgentOptions, ArenaMemory, BackendKind, Choice, EmulatedDevice, ExportBlock, ExportOptions,
+    Exporter, HostMemory, ImportOptions, Importer, Integrity, Pull, PullCause, Session, TpSource,
+    TransferError, tp_sources,
 };
 use half::{bf16, f16};
 use tokio::time::Instant;
@@ -55,9 +56,19 @@ impl Side {
         device: bool,
         backend: BackendKind,
     ) -> Self {
+        Self::with(name, geometry, tokens, device, (backend, Integrity::Digest)).await
+    }
+
+    async fn with(
+        name: &str,
+        geometry: KvGeometry,
+        tokens: u32,
+        device: bool,
+        (backend, integrity): (BackendKind, Integrity),
+    ) -> Self {
         let worker: WorkerId = name.parse().unwrap();
-        let agent = Agent::start(AgentOptions { backends: vec![backend], ..AgentOptions::new(worker) });
-        let agent = agent.await.unwrap();
+        let options = AgentOptions { backends: vec![backend], integrity, ..AgentOptions::new(worker) };
+        let agent = Agent::start(options).await.unwrap();
         agent.set_epoch(EPOCH);
         let blocks = geometry.blocks_for(tokens) + 3;
         let len = blocks as usize * geometry.block_bytes();
@@ -278,6 +289,31 @@ async fn a_reader_that_needs_little_gets_blocks_packed_for_it() {
         let counts = exporter.audit().unwrap();
         assert_eq!((counts.free, counts.total()), (26, 26));
         source.agent.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn long_runs_that_nobody_verifies_go_straight_to_their_place() {
+    let from = KvGeometry { kv_heads: 8, head_dim: 64, ..geometry(24, KvLayout::Nhd, Dtype::Bf16) };
+    let to = KvGeometry { block_tokens: 32, layout: KvLayout::L2bNhd, ..from };
+    for backend in backends().await {
+        let both = (backend, Integrity::Off);
+        let source = Side::with("prefill", from, 240, false, both).await;
+        let dest = Side::with("decode", to, 240, false, both).await;
+        compute(&source, 0..240);
+        let options = ExportOptions { integrity: Integrity::Off, ..ExportOptions::default() };
+        let exporter = Exporter::new(source.agent.clone(), source.memory.clone(), from, options).unwrap();
+        let importer = importer(&dest);
+        assert_eq!(importer.plan(from).unwrap().choice(false), Choice::Direct);
+        let blocks = exporter.publish(HANDOFF, EPOCH, &exported(&source, 0..10), soon()).await.unwrap();
+        let session = connect(&dest, &source).await;
+        let report = importer.pull(&session, pull(&source, &dest, blocks, 5..231), soon()).await.unwrap();
+        assert_eq!(report.upto, 231);
+        assert_eq!(report.bytes, Bytes(226 * from.token_bytes().0), "{backend}: only what is wanted");
+        assert!(holds(&dest, &from, 5..231), "{backend}");
+        exporter.close().await;
+        source.agent.close().await;
+        dest.agent.close().await;
     }
 }
 
