@@ -56,6 +56,11 @@ impl BackendKind {
     /// Those that need nothing of the machine.
     pub const ALWAYS: [Self; 2] = [Self::Shm, Self::Tcp];
 
+    /// Whether it is for two processes of one host, whose memory the processor copies: it reaches no device.
+    pub fn copies_in_host_memory(self) -> bool {
+        matches!(self, Self::Shm | Self::Cma)
+    }
+
     /// As in the fleet document and metric labels.
     pub fn as_str(self) -> &'static str {
         match self {

@@ -73,7 +73,9 @@ impl Side {
         let blocks = geometry.blocks_for(tokens) + 3;
         let len = blocks as usize * geometry.block_bytes();
         let memory = if device {
-            ArenaMemory::Device(Arc::new(EmulatedDevice::new(len, Some(4 << 30)).unwrap()))
+            // Reachable for those who are told to go direct; all others stage.
+            let device = EmulatedDevice::new(len, Some(4 << 30)).unwrap().reachable();
+            ArenaMemory::Device(Arc::new(device))
         } else {
             ArenaMemory::Host(HostMemory::allocate(len, name).unwrap())
         };
@@ -181,7 +183,16 @@ fn exported(side: &Side, indices: Range<u32>) -> Vec<ExportBlock> {
 
 /// Hands `tokens` over as a worker does: in tickets as large as the slab allows, each pulled, then acknowledged.
 async fn hand_over(source: &Side, dest: &Side, tokens: Range<u32>, slots: usize) {
-    let (exporter, importer) = (exporter(source, slots), importer(dest));
+    let ends = (exporter(source, slots), importer(dest));
+    hand_over_between(source, dest, tokens, &ends).await;
+}
+
+async fn hand_over_between(
+    source: &Side,
+    dest: &Side,
+    tokens: Range<u32>,
+    (exporter, importer): &(Exporter, Importer),
+) {
     let session = connect(dest, source).await;
     let wanted = importer.plan(source.geometry).unwrap().source_blocks(&tokens);
     let (mut upto, mut moved) = (tokens.start, 0);
@@ -251,6 +262,36 @@ async fn ranks_of_a_tensor_parallel_source_fill_one_worker_together() {
                 source.agent.close().await;
             }
             assert!(holds(&dest, &to, 3..199), "degree {degree}, device {device}");
+            dest.agent.close().await;
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn tokens_go_straight_between_devices_over_paths_that_reach_them() {
+    let from = geometry(16, KvLayout::Nhd, Dtype::Bf16);
+    let other = geometry(24, KvLayout::Hnd, Dtype::Bf16);
+    for backend in backends().await.into_iter().filter(|kind| !kind.copies_in_host_memory()) {
+        for (to, direct_out, direct_in) in
+            [(from, true, true), (from, true, false), (from, false, true), (other, true, true)]
+        {
+            let source = Side::start("prefill", from, 400, true, backend).await;
+            let dest = Side::start("decode", to, 400, true, backend).await;
+            compute(&source, 0..400);
+            let exports = ExportOptions { slots: 6, direct: direct_out, ..ExportOptions::default() };
+            let exporter = Exporter::new(source.agent.clone(), source.memory.clone(), from, exports).unwrap();
+            let imports = ImportOptions { direct: direct_in, ..ImportOptions::default() };
+            let importer = Importer::new(dest.memory.clone(), to, &imports).unwrap();
+            assert_eq!(exporter.why_staged().is_none(), direct_out);
+            assert_eq!(importer.why_staged().is_none(), direct_in);
+            hand_over_between(&source, &dest, 35..397, &(exporter, importer)).await;
+            let what = format!("{backend}: {from} -> {to}, direct {direct_out} {direct_in}");
+            assert!(holds(&dest, &from, 35..397), "{what}");
+            let zero = vec![0.0; to.head_dim as usize];
+            for token in [34, 397] {
+                assert!(dest.rows().into_iter().all(|row| dest.read(token, row) == zero), "{what}");
+            }
+            source.agent.close().await;
             dest.agent.close().await;
         }
     }

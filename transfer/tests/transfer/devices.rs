@@ -3,17 +3,18 @@
 use std::sync::Arc;
 
 use baton_transfer::{
-    Agent, AgentOptions, BackendKind, Destination, Device, DeviceMemory, EmulatedDevice, LinkError, Refusal,
-    TransferError,
+    Agent, AgentOptions, BackendKind, Destination, Device, DeviceMemory, EmulatedDevice, Expected, LinkError,
+    Refusal, RegionId, TransferError,
 };
 
 use crate::support::{
-    EPOCH, HANDOFF, OWNER, assert_in_place, blocks, deadline, memory, name, pattern, reader,
+    EPOCH, HANDOFF, OWNER, assert_in_place, blocks, deadline, each, memory, name, pattern, reader,
 };
 
-/// An owner whose blocks are in the memory of a device.
-async fn owner(len: usize) -> (Agent, baton_transfer::RegionId) {
-    let agent = Agent::start(AgentOptions::new(name(OWNER))).await.unwrap();
+/// An owner whose blocks are in the memory of a device, with every backend that works here.
+async fn owner(len: usize) -> (Agent, RegionId) {
+    let options = AgentOptions { backends: each().await, ..AgentOptions::new(name(OWNER)) };
+    let agent = Agent::start(options).await.unwrap();
     agent.set_epoch(EPOCH);
     let device = EmulatedDevice::new(len, None).unwrap().reachable();
     device.write(0, &pattern(0, len as u32));
@@ -21,19 +22,66 @@ async fn owner(len: usize) -> (Agent, baton_transfer::RegionId) {
     (agent, region)
 }
 
+/// What can read memory that no other process may map: all but shared memory.
+async fn networks() -> Vec<BackendKind> {
+    each().await.into_iter().filter(|kind| !kind.copies_in_host_memory()).collect()
+}
+
+const SHAPES: [(usize, u32); 5] = [(1, 1), (64, 4096), (33, 65_537), (6, 3 << 20), (2500, 100)];
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn blocks_of_a_device_arrive_over_tcp() {
+async fn blocks_of_a_device_arrive_over_every_network() {
     let (owner, region) = owner(40 << 20).await;
-    let reader = reader(BackendKind::Tcp).await;
-    let session = reader.connect(&name(OWNER), EPOCH, &owner.metadata()).await.unwrap();
-    for (count, len) in [(1, 1), (64, 4096), (33, 65_537), (6, 3 << 20), (2500, 100)] {
-        let blocks = blocks(region, count, len);
-        owner.grant(HANDOFF, blocks.iter().map(|block| block.source).collect());
-        let into = memory(32 << 20);
-        let report = session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline()).await.unwrap();
-        assert_eq!(report.bytes.0, count as u64 * u64::from(len));
-        assert_in_place(&into, &blocks);
-        owner.revoke(HANDOFF).settled().await;
+    for backend in networks().await {
+        let reader = reader(backend).await;
+        let session = reader.connect(&name(OWNER), EPOCH, &owner.metadata()).await.unwrap();
+        for (count, len) in SHAPES {
+            let blocks = blocks(region, count, len);
+            owner.grant(HANDOFF, blocks.iter().map(|block| block.source).collect());
+            let into = memory(32 << 20);
+            let report =
+                session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline()).await.unwrap();
+            assert_eq!(report.bytes.0, count as u64 * u64::from(len), "over {backend}");
+            assert_in_place(&into, &blocks);
+            owner.revoke(HANDOFF).settled().await;
+        }
+        reader.close().await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn fabrics_read_straight_from_one_device_into_another() {
+    let (owner, region) = owner(40 << 20).await;
+    for backend in networks().await.into_iter().filter(|kind| *kind != BackendKind::Tcp) {
+        let reader = reader(backend).await;
+        let session = reader.connect(&name(OWNER), EPOCH, &owner.metadata()).await.unwrap();
+        for (count, len) in SHAPES {
+            let mut blocks = blocks(region, count, len);
+            for block in &mut blocks {
+                // Digests are for who asks the device; a wrong one changes nothing here.
+                block.expected = block.expected.map(|expected| Expected { digest: 1, ..expected });
+            }
+            owner.grant(HANDOFF, blocks.iter().map(|block| block.source).collect());
+            let device = Arc::new(EmulatedDevice::new(32 << 20, None).unwrap().reachable());
+            let into = DeviceMemory::new(device.clone()).unwrap();
+            session.reaches(&into).await.unwrap();
+            let report =
+                session.read(HANDOFF, &blocks, Destination::Device(&into), deadline()).await.unwrap();
+            assert_eq!(report.bytes.0, count as u64 * u64::from(len), "over {backend}");
+            let mut all = vec![0; device.len()];
+            device.read(0, &mut all);
+            for (index, block) in blocks.iter().enumerate() {
+                let expected = pattern(block.source.offset as usize, len);
+                assert!(
+                    all[block.to..][..len as usize] == expected,
+                    "{backend}: block {index} of {count} x {len}"
+                );
+                all[block.to..][..len as usize].fill(0);
+            }
+            assert!(all.iter().all(|byte| *byte == 0), "{backend}: something else was written");
+            owner.revoke(HANDOFF).settled().await;
+        }
+        reader.close().await;
     }
 }
 
