@@ -5,9 +5,11 @@ use std::sync::Arc;
 use baton_config::Bytes;
 use baton_engine::KvMemory;
 use baton_engine::arena::{Arena, ArenaError};
-use baton_transfer::{ArenaMemory, EmulatedDevice, HostMemory, MemoryError};
+use baton_transfer::device::cuda::CudaDevice;
+use baton_transfer::device::neuron::NeuronDevice;
+use baton_transfer::{ArenaMemory, Device, EmulatedDevice, HostMemory, MemoryError, Unavailable};
 
-use crate::options::{ArenaOptions, DeviceOptions};
+use crate::options::{ArenaOptions, DeviceKind};
 
 /// Why there is no arena.
 #[derive(Debug, thiserror::Error)]
@@ -28,6 +30,12 @@ pub enum ArenaFailure {
         /// The system's reason.
         #[source]
         source: MemoryError,
+    },
+    /// This machine lacks the device, or what drives it.
+    #[error("{source}; what helps: {}", .source.remedy)]
+    Device {
+        /// What is missing, and what brings it.
+        source: Unavailable,
     },
     /// The geometry holds nothing.
     #[error(transparent)]
@@ -62,12 +70,20 @@ pub fn build(options: &ArenaOptions) -> Result<(ArenaMemory, Arc<Arena>), ArenaF
     }
     let len = block_bytes.saturating_mul(blocks as usize);
     let failed = |source| ArenaFailure::Memory { blocks, block_bytes, source };
-    let memory = match &options.device {
+    let unavailable = |source| ArenaFailure::Device { source };
+    let memory = match options.device.as_ref().map(|device| device.kind) {
         None => ArenaMemory::Host(HostMemory::allocate(len, "arena").map_err(failed)?),
-        Some(DeviceOptions { bytes_per_s, .. }) => {
-            ArenaMemory::Device(Arc::new(EmulatedDevice::new(len, *bytes_per_s).map_err(failed)?))
+        Some(DeviceKind::Simulated { bytes_per_s, reachable }) => {
+            let device = EmulatedDevice::new(len, bytes_per_s).map_err(failed)?;
+            on(if reachable { device.reachable() } else { device })
         }
+        Some(DeviceKind::Cuda { ordinal }) => on(CudaDevice::open(ordinal, len).map_err(unavailable)?),
+        Some(DeviceKind::Neuron { core }) => on(NeuronDevice::open(core, len).map_err(unavailable)?),
     };
     let arena = Arena::new(Arc::new(EngineMemory(memory.clone())), options.geometry, blocks)?;
     Ok((memory, Arc::new(arena)))
+}
+
+fn on(device: impl Device + 'static) -> ArenaMemory {
+    ArenaMemory::Device(Arc::new(device))
 }

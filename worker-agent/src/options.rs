@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{self, EngineSpec, Fleet, SimSpec};
+use baton_config::fleet::{self, EngineSpec, Fleet, SimSpec, TransferPath};
 use baton_config::{Accelerator, Bytes, Dtype, KvGeometry, KvLayout, PoolName, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
@@ -83,7 +83,7 @@ impl EngineChoice {
 /// Where the KV cache lies.
 #[derive(Debug, Clone, PartialEq)]
 pub struct ArenaOptions {
-    /// On an emulated device instead of host memory.
+    /// On a device instead of host memory.
     pub device: Option<DeviceOptions>,
     /// Shape of a block.
     pub geometry: KvGeometry,
@@ -100,11 +100,35 @@ impl ArenaOptions {
     }
 }
 
-/// An emulated device.
+/// A device whose memory holds the KV cache.
 #[derive(Debug, Clone, PartialEq)]
 pub struct DeviceOptions {
-    /// Copy speed; as fast as the machine without.
-    pub bytes_per_s: Option<u64>,
+    /// Which one.
+    pub kind: DeviceKind,
+    /// Whether blocks go straight between its memory and the wire, by paths that reach it.
+    pub direct: bool,
+}
+
+/// What kind of device.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum DeviceKind {
+    /// An emulated one.
+    Simulated {
+        /// Copy speed; as fast as the machine without.
+        bytes_per_s: Option<u64>,
+        /// Whether networks reach its memory, as they do that of a GPU.
+        reachable: bool,
+    },
+    /// An NVIDIA GPU.
+    Cuda {
+        /// As the driver numbers it.
+        ordinal: u32,
+    },
+    /// An AWS Neuron device.
+    Neuron {
+        /// The logical NeuronCore whose memory it is.
+        core: u32,
+    },
 }
 
 /// Why a pool of the fleet document cannot be run by this worker.
@@ -125,14 +149,6 @@ pub enum OptionsError {
         pool: PoolName,
         /// As asked.
         kind: fleet::EngineKind,
-    },
-    /// Hardware this worker can't use.
-    #[error("pool {pool} asks for accelerator {accelerator}: this build runs cpu and simulated")]
-    Accelerator {
-        /// The pool.
-        pool: PoolName,
-        /// As asked.
-        accelerator: Accelerator,
     },
     /// None of the pool's backends is in this build.
     #[error("pool {pool} has no backend this build can use: it lacks file and object")]
@@ -173,7 +189,7 @@ impl WorkerOptions {
             prefix_cache: limits.prefix_cache,
         });
         let geometry = geometry(&model_info, pool.kv.block_tokens, pool.kv.layout, pool.kv.dtype);
-        let device = device_of(pool)?;
+        let device = device_of(pool, replica);
         Ok(Self {
             worker,
             pool: pool.name.clone(),
@@ -220,16 +236,20 @@ pub fn geometry(model: &ModelInfo, block_tokens: u32, layout: KvLayout, dtype: D
     KvGeometry { layers, kv_heads, head_dim, block_tokens, layout, dtype, ..KvGeometry::PLAIN }
 }
 
-fn device_of(pool: &fleet::Pool) -> Result<Option<DeviceOptions>, OptionsError> {
-    match pool.accelerator {
-        Accelerator::Cpu => Ok(None),
+/// Replica N of a pool takes device N of its host: as many as there are share nothing.
+fn device_of(pool: &fleet::Pool, replica: u16) -> Option<DeviceOptions> {
+    let number = u32::from(replica);
+    let path = pool.transfer.path;
+    let (kind, direct) = match pool.accelerator {
+        Accelerator::Cpu => return None,
         Accelerator::Simulated => {
-            Ok(Some(DeviceOptions { bytes_per_s: pool.transfer.device_bandwidth.map(|rate| rate.0) }))
+            let bytes_per_s = pool.transfer.device_bandwidth.map(|rate| rate.0);
+            (DeviceKind::Simulated { bytes_per_s, reachable: false }, false)
         }
-        accelerator @ (Accelerator::Cuda | Accelerator::Trainium) => {
-            Err(OptionsError::Accelerator { pool: pool.name.clone(), accelerator })
-        }
-    }
+        Accelerator::Cuda => (DeviceKind::Cuda { ordinal: number }, path != TransferPath::HostBuffered),
+        Accelerator::Trainium => (DeviceKind::Neuron { core: number }, path == TransferPath::Direct),
+    };
+    Some(DeviceOptions { kind, direct })
 }
 
 fn sim_config(spec: &SimSpec) -> SimConfig {

@@ -109,6 +109,11 @@ pub enum RunError {
 }
 
 impl RunError {
+    /// Whether the fleet document asks this machine for what it does not have: starting again would not help.
+    pub fn is_configuration(&self) -> bool {
+        matches!(self, Self::Arena(ArenaFailure::Device { .. } | ArenaFailure::TooFew { .. }))
+    }
+
     fn system<E: Into<Box<dyn std::error::Error + Send + Sync>>>(
         what: &'static str,
     ) -> impl FnOnce(E) -> Self {
@@ -173,7 +178,7 @@ impl Worker {
         let mut limits = options.handoff.clone();
         let max_blocks = u32::try_from(io.exporter.max_blocks()).unwrap_or(u32::MAX);
         limits.ticket_blocks_max = limits.ticket_blocks_max.min(max_blocks);
-        limits.stage_on_want = options.arena.is_staged();
+        limits.stage_on_want = io.exporter.why_staged().is_some();
         let handoffs = Handoffs::start(Arc::clone(&io), limits, handoffs_stop.clone());
         let (phase, phase_reader) = watch::channel(Phase::Joining);
         let (epoch, epoch_reader) = watch::channel(None);
@@ -395,7 +400,14 @@ async fn build_io(
     metrics: Metrics,
 ) -> Result<Io, RunError> {
     let transfer = &options.transfer;
-    let agent = Agent::start(transfer.agent(options.worker.clone())?).await?;
+    let device = options.arena.device.as_ref();
+    let direct = device.is_some_and(|device| device.direct);
+    let mut agent = transfer.agent(options.worker.clone())?;
+    if direct && agent.backends.iter().any(|backend| !backend.copies_in_host_memory()) {
+        // They would be preferred on one host, and bring every block to the processor.
+        agent.backends.retain(|backend| !backend.copies_in_host_memory());
+    }
+    let agent = Agent::start(agent).await?;
     let geometry = options.arena.geometry;
     let slots = match options.arena.is_staged() {
         true => staging_slots(options.arena.staging.0, geometry.block_bytes()),
@@ -406,11 +418,19 @@ async fn build_io(
         integrity: transfer.integrity,
         // The handoff's own lease is what counts; this one finds what the handoff forgot.
         lease: options.handoff.lease * 2,
-        direct: false,
+        direct,
     };
     let exporter = Exporter::new(agent.clone(), memory.clone(), geometry, exports)?;
-    let importer =
-        Importer::new(memory.clone(), geometry, &ImportOptions { slots, ..ImportOptions::default() })?;
+    let importer = Importer::new(memory.clone(), geometry, &ImportOptions { slots, direct })?;
+    if direct {
+        let (out, into) = (exporter.why_staged(), importer.why_staged());
+        let (kind, way) = (memory.kind(), |why: Option<&str>| why.unwrap_or("direct").to_owned());
+        tracing::info!(
+            out = way(out),
+            into = way(into),
+            "blocks in {kind} memory go direct where paths reach it"
+        );
+    }
     Ok(Io {
         worker: options.worker.clone(),
         geometry,

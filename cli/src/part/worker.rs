@@ -3,8 +3,8 @@
 use std::net::SocketAddr;
 
 use baton_config::environment::Environment;
-use baton_config::fleet::{Fleet, Listen};
-use baton_config::{PoolName, WorkerId};
+use baton_config::fleet::{Fleet, Listen, Pool};
+use baton_config::{Accelerator, PoolName, WorkerId};
 use baton_worker_agent::WorkerOptions;
 
 use super::{conductors, fits_memory, io_threads, listen, run_part};
@@ -24,7 +24,9 @@ pub(crate) fn run(args: &WorkerArgs, environment: &Environment) -> Result<(), Fa
         Some(address) => address,
         None => own_address(&fleet, &args.pool, index)?,
     };
-    if let Some(pool) = fleet.pool(&args.pool) {
+    let in_host_memory =
+        |pool: &&Pool| !matches!(pool.accelerator, Accelerator::Cuda | Accelerator::Trainium);
+    if let Some(pool) = fleet.pool(&args.pool).filter(in_host_memory) {
         fits_memory(pool.kv_bytes(&fleet.model.shape), "this worker takes")?;
     }
     let mut options = WorkerOptions::from_fleet(&fleet, &args.pool, name, index)
@@ -33,7 +35,12 @@ pub(crate) fn run(args: &WorkerArgs, environment: &Environment) -> Result<(), Fa
     run_part(io_threads(), |stop| async move {
         let listener = listen(address).await?;
         let stop = baton_worker_agent::Stop { drain: stop.drain, now: stop.now };
-        baton_worker_agent::run(options, listener, stop).await.map_err(|error| Failure::of(&error))
+        baton_worker_agent::run(options, listener, stop).await.map_err(|error| {
+            match error.is_configuration() {
+                true => Failure::Usage(chain(&error)),
+                false => Failure::of(&error),
+            }
+        })
     })
 }
 

@@ -5,8 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{Fleet, Listen};
-use baton_config::{Bytes, PoolName};
+use baton_config::fleet::{Fleet, Listen, Pool};
+use baton_config::{Accelerator, Bytes, PoolName};
 
 use super::ports::{Ports, is_free};
 use super::roster::PartId;
@@ -39,9 +39,12 @@ impl Plan {
         listen: Option<SocketAddr>,
         logging: &Logging,
     ) -> Result<Self, Failure> {
+        let in_host_memory =
+            |pool: &&Pool| !matches!(pool.accelerator, Accelerator::Cuda | Accelerator::Trainium);
         let memory = fleet
             .pools
             .iter()
+            .filter(in_host_memory)
             .map(|pool| pool.kv_bytes(&fleet.model.shape).0.saturating_mul(u64::from(pool.replicas)));
         fits_memory(Bytes(memory.fold(0, u64::saturating_add)), "the workers of this fleet take")?;
         let mut ports = Ports::new(std::process::id());

@@ -1,6 +1,6 @@
 //! What parses but is not part of this build: the one table to shorten when something gets built.
 
-use super::{BackendKind, ConductorSpec, EngineKind, PolicyKind, Pool, RouterSpec, StoreSpec, TransferPath};
+use super::{BackendKind, ConductorSpec, EngineKind, PolicyKind, Pool, RouterSpec, StoreSpec};
 use crate::choice::Choice;
 use crate::fault::{Fault, Position};
 use crate::geometry::Dtype;
@@ -60,11 +60,10 @@ impl PolicyKind {
     }
 }
 
-/// Whether this build can keep a KV cache there.
+/// Whether this build can keep a KV cache there. Whether the machine can, a worker finds out when it starts.
 pub fn accelerator_is_available(accelerator: Accelerator) -> bool {
     match accelerator {
-        Accelerator::Cpu | Accelerator::Simulated => true,
-        Accelerator::Cuda | Accelerator::Trainium => false,
+        Accelerator::Cpu | Accelerator::Simulated | Accelerator::Cuda | Accelerator::Trainium => true,
     }
 }
 
@@ -116,19 +115,6 @@ pub(super) fn list(
         if pool.engine.limits().is_some() && !pool.kv.dtype.is_available() {
             let what = format!("a KV cache in {} for the engine {engine}", pool.kv.dtype);
             push(&format!("{path}.kv.dtype"), what, "write bf16, f16 or f32", true);
-        }
-        if !accelerator_is_available(pool.accelerator) {
-            let what = format!("the accelerator {}", pool.accelerator);
-            let remedy = "use accelerator: cpu, or simulated for an emulated device";
-            push(&format!("{path}.accelerator"), what, remedy, true);
-        }
-        if pool.transfer.path == TransferPath::GpuDirect {
-            push(
-                &format!("{path}.transfer.path"),
-                "the path gpu_direct".to_owned(),
-                "write path: auto",
-                true,
-            );
         }
         backends(path, pool, &mut push);
         if pool.autoscale.is_some() {

@@ -149,17 +149,11 @@ fn names_what_is_not_in_this_build() {
           remedy: write store: embedded
         fleet.yaml:14:22: router.auth.keys_file: authentication is not available in this build
           remedy: remove the section and let only trusted clients reach the router
-        fleet.yaml:18:18: pools[0].accelerator: the accelerator trainium is not available in this build
-          remedy: use accelerator: cpu, or simulated for an emulated device
         fleet.yaml:19:21: pools[0].engine.kind: the engine vllm is not available in this build
           remedy: use kind: reference or kind: sim
-        fleet.yaml:27:18: pools[1].accelerator: the accelerator cuda is not available in this build
-          remedy: use accelerator: cpu, or simulated for an emulated device
         fleet.yaml:28:21: pools[1].engine.kind: the engine vllm is not available in this build
           remedy: use kind: reference or kind: sim
-        fleet.yaml:29:23: pools[1].transfer.path: the path gpu_direct is not available in this build
-          remedy: write path: auto
-        7 faults in fleet.yaml"#]]
+        4 faults in fleet.yaml"#]]
     .assert_eq(&missing.to_string());
     let passed_over: Vec<&str> =
         fleet.unsupported().iter().filter(|u| !u.required).map(|u| u.what.as_str()).collect();

@@ -4,16 +4,21 @@ use baton_config::fleet::Source;
 
 use super::*;
 
-fn sim_of(engine: &str) -> SimConfig {
+/// Options of a replica of a pool that has these keys too.
+fn options_of(pool: &str, replica: u16) -> WorkerOptions {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny");
     let text = format!(
-        "version: 1\nmodel: {{ path: {} }}\npools: [{{ name: all, role: both, engine: {{ kind: sim{engine} }} }}]\n",
+        "version: 1\nmodel: {{ path: {} }}\npools: [{{ name: all, role: both, {pool} }}]\n",
         models.display()
     );
     let source = Source { name: "fleet.yaml".to_owned(), directory: None, environment: &|_| None };
     let fleet = Fleet::parse(&text, &source).unwrap();
     let pool = fleet.pools[0].name.clone();
-    let options = WorkerOptions::from_fleet(&fleet, &pool, "all-0".parse().unwrap(), 0).unwrap();
+    WorkerOptions::from_fleet(&fleet, &pool, "all-0".parse().unwrap(), replica).unwrap()
+}
+
+fn sim_of(engine: &str) -> SimConfig {
+    let options = options_of(&format!("engine: {{ kind: sim{engine} }}"), 0);
     match options.engine {
         EngineChoice::Sim { config, .. } => config,
         EngineChoice::Reference { .. } => panic!("asked for sim"),
@@ -38,4 +43,38 @@ fn the_simulation_is_the_one_of_the_fleet_file() {
     };
     assert_eq!(config, expected);
     assert_eq!(sim_of("").seed, 0);
+}
+
+#[test]
+fn replica_n_takes_device_n_of_its_host() {
+    let device = |pool: &str, replica| {
+        let device = options_of(pool, replica).arena.device?;
+        Some((device.kind, device.direct))
+    };
+    assert_eq!(device("accelerator: cpu", 3), None);
+    let emulated = DeviceKind::Simulated { bytes_per_s: None, reachable: false };
+    assert_eq!(device("accelerator: simulated", 3), Some((emulated, false)));
+    let gpu = DeviceKind::Cuda { ordinal: 3 };
+    assert_eq!(device("accelerator: cuda", 3), Some((gpu, true)));
+    assert_eq!(device("accelerator: cuda, transfer: { path: gpu_direct }", 3), Some((gpu, true)));
+    assert_eq!(device("accelerator: cuda, transfer: { path: host_buffered }", 3), Some((gpu, false)));
+    let core = DeviceKind::Neuron { core: 1 };
+    assert_eq!(device("accelerator: trainium", 1), Some((core, false)), "host-buffered unless asked");
+    assert_eq!(device("accelerator: trainium, transfer: { path: direct }", 1), Some((core, true)));
+}
+
+/// Machines with a GPU or a Neuron device have no reason to tell.
+#[test]
+fn a_machine_without_the_device_is_told_what_helps() {
+    for (pool, library) in [("accelerator: cuda", "libcuda.so.1"), ("accelerator: trainium", "libnrt.so.1")] {
+        match crate::arena::build(&options_of(pool, 0).arena) {
+            Ok((memory, _)) => println!("there is {}", memory.kind()),
+            Err(error) => {
+                let text = error.to_string();
+                assert!(text.contains("; what helps: "), "{text}");
+                println!("{library}: {text}");
+                assert!(crate::RunError::from(error).is_configuration());
+            }
+        }
+    }
 }

@@ -82,6 +82,26 @@ fn reference_over_shm_from_a_device() {
 }
 
 #[test]
+fn reference_straight_between_devices_that_networks_reach() {
+    use baton_transfer::probe;
+    let works = |found: &[probe::Probe]| found.iter().any(|each| each.works);
+    let libfabric = probe::libfabric(&baton_transfer::LibfabricOptions::default());
+    let ucx = probe::ucx(&baton_transfer::UcxOptions::default());
+    let (same, other) = ((KvLayout::Nhd, KvLayout::Nhd), (KvLayout::Nhd, KvLayout::Hnd));
+    for (backend, is_here, layouts) in [
+        // In place at the source, which copies what it sends; staged at the destination.
+        (&[BackendKind::Tcp], true, same),
+        (&[BackendKind::Libfabric], works(&libfabric), same),
+        (&[BackendKind::Ucx], works(&ucx), other),
+    ] {
+        match is_here {
+            true => proves_equal(Setup { backends: backend, direct: true, layouts, ..Setup::reference() }),
+            false => println!("skipped: {} cannot be opened here", backend[0]),
+        }
+    }
+}
+
+#[test]
 fn many_at_a_time() {
     let fleet = Fleet::start(Setup { blocks: 600, ..Setup::sim() });
     let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));

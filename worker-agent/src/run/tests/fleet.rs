@@ -23,7 +23,9 @@ use tokio_util::sync::CancellationToken;
 use super::super::{Stop, Worker};
 use super::Tamper;
 use crate::handoff;
-use crate::options::{ArenaOptions, DeviceOptions, EngineChoice, TransferOptions, WorkerOptions, geometry};
+use crate::options::{
+    ArenaOptions, DeviceKind, DeviceOptions, EngineChoice, TransferOptions, WorkerOptions, geometry,
+};
 
 pub(super) const BODY_MAX: usize = 256 << 10;
 
@@ -38,6 +40,8 @@ const PATIENCE: Duration = Duration::from_secs(20);
 pub(super) struct Setup {
     pub(super) backends: &'static [BackendKind],
     pub(super) device: bool,
+    /// Both sides on devices that networks reach, and told to use that.
+    pub(super) direct: bool,
     /// Orders in memory at prefill and at decode.
     pub(super) layouts: (KvLayout, KvLayout),
     pub(super) reference: bool,
@@ -53,6 +57,7 @@ impl Setup {
         Self {
             backends: &[BackendKind::Tcp],
             device: true,
+            direct: false,
             layouts: (KvLayout::Nhd, KvLayout::Hnd),
             reference: false,
             us_per_token: 10.0,
@@ -232,7 +237,11 @@ impl Fleet {
             }
         };
         let geometry = geometry(&model, blocks.0, blocks.1, Dtype::Bf16);
-        let device = device.then_some(DeviceOptions { bytes_per_s: None });
+        let direct = self.setup.direct;
+        let device = (device || direct).then_some(DeviceOptions {
+            kind: DeviceKind::Simulated { bytes_per_s: None, reachable: direct },
+            direct,
+        });
         let staging = Bytes(24 * geometry.block_bytes() as u64);
         let limits = EngineLimits {
             prefill_chunk_tokens: 64,
