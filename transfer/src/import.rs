@@ -258,7 +258,8 @@ impl Importer {
             Reader { session, handoff: pull.handoff, dest_blocks: &pull.dest_blocks, tokens, plan, deadline };
         let done = match (&self.memory, &self.slab) {
             (ArenaMemory::Device(device), Some(slab)) => {
-                self.read_to_device(&reader, blocks, (device, slab), progress).await
+                // Boxed: what a device needs would make every pull large.
+                Box::pin(self.read_to_device(&reader, blocks, (device, slab), progress)).await
             }
             (memory, _) => reader.read_to_arena(&blocks, memory, progress).await,
         };
