@@ -15,7 +15,7 @@ use baton_config::protocol::{
 use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvLayout, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
-use baton_transfer::{ArenaMemory, BackendKind};
+use baton_transfer::{ArenaMemory, BackendKind, Choose};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -256,7 +256,12 @@ impl Fleet {
             engine,
             limits,
             arena: ArenaOptions { device, geometry, blocks: self.setup.blocks, staging },
-            transfer: TransferOptions { backends: self.setup.backends.to_vec(), ..TransferOptions::local() },
+            transfer: TransferOptions {
+                backends: self.setup.backends.to_vec(),
+                // A test names the path it means.
+                choose: Choose::Listed,
+                ..TransferOptions::local()
+            },
             advertise: None,
             conductors: vec![format!("http://{}", self.conductor)],
             in_flight_max: 256,
