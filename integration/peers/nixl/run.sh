@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # NIXL (UCX over cma and over tcp) and Baton side by side, for the same shapes on this machine.
-# Usage: integration/peers/nixl/run.sh [BLOCKSxBYTES...]; SECONDS_EACH (1) and ROUNDS (3) may be set.
+# Usage: integration/peers/nixl/run.sh [BLOCKSxBYTES...], such as 64x4096; SECONDS_EACH (1) and ROUNDS (3) may be set.
 #
 # Installs the public `nixl` wheel into target/nixl-venv, without the GPU packages it names but does not need here
 # (340 MB instead of 6 GB), and builds the release binary.
