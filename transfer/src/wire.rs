@@ -135,10 +135,6 @@ pub enum Kind {
     Write = 24,
     /// They are in place and verified.
     Written = 25,
-    /// Passes memory that blocks are to be taken from (Unix socket only): [`control::Lend`].
-    Lend = 26,
-    /// They were taken and verified.
-    Taken = 27,
     /// Asks where a region is (Unix socket only): its number, or 0 for the control memory.
     Locate = 28,
     /// Where it is: its address in the owner and its length. Also the answer to [`Kind::Map`] of what cannot be mapped.
@@ -146,7 +142,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 29] = [
+    const ALL: [Self; 27] = [
         Self::Hello,
         Self::Welcome,
         Self::Refused,
@@ -172,8 +168,6 @@ impl Kind {
         Self::Notified,
         Self::Write,
         Self::Written,
-        Self::Lend,
-        Self::Taken,
         Self::Locate,
         Self::Located,
     ];
@@ -194,8 +188,7 @@ impl Kind {
             | Self::Confirmed
             | Self::Fenced
             | Self::Notified
-            | Self::Written
-            | Self::Taken => 0,
+            | Self::Written => 0,
             Self::Read | Self::Confirm => READ_MAX_BYTES,
             Self::Data => return MAX_READ_BYTES,
             Self::Map | Self::Locate => 4,
@@ -211,7 +204,6 @@ impl Kind {
             Self::Fence => HANDOFF_BYTES,
             Self::Notify => control::NOTIFY_MAX_BYTES,
             Self::Write => control::WRITE_MAX_BYTES,
-            Self::Lend => control::LEND_MAX_BYTES,
         };
         bytes as u64
     }
@@ -234,7 +226,6 @@ impl Kind {
                 | Self::Fenced
                 | Self::Notified
                 | Self::Written
-                | Self::Taken
         )
     }
 }

@@ -7,8 +7,6 @@
 //!
 //! A [`driver::Driver`] is all that a library needs to provide, and all that is unsafe. Everything above it is shared.
 
-#![expect(dead_code, reason = "the links that use it come with the commits that follow")]
-
 pub(crate) mod batch;
 pub(crate) mod driver;
 pub(crate) mod fabrics;

@@ -23,8 +23,6 @@ pub(super) const NOTIFY_MAX_BYTES: usize = HANDOFF_BYTES + MAX_NOTIFICATION_BYTE
 const DIGEST_BYTES: usize = 8;
 pub(super) const WRITE_MAX_BYTES: usize =
     HANDOFF_BYTES + 4 + 1 + MAX_READ_BLOCKS * (DESCRIPTOR_BYTES + DIGEST_BYTES);
-const PLACE_BYTES: usize = 8;
-pub(super) const LEND_MAX_BYTES: usize = 8 + 2 + MAX_READ_BLOCKS * PLACE_BYTES + WRITE_MAX_BYTES;
 
 /// Makes the endpoint of a fabric known to the peer, which answers with its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -321,58 +319,6 @@ impl Write {
         let blocks = take_blocks(&mut fields, count)?;
         let digests = (0..if verify { count } else { 0 }).map(|_| fields.u64()).collect::<Result<_, _>>()?;
         fields.end(Self { handoff, first, blocks, digests })
-    }
-}
-
-/// Passes memory that the blocks of a [`Write`] are to be taken from.
-#[derive(Debug, Clone, PartialEq, Eq)]
-pub struct Lend {
-    /// Bytes of the memory.
-    pub len: u64,
-    /// Where each block is in it.
-    pub places: Vec<u64>,
-    /// Where the blocks go.
-    pub write: Write,
-}
-
-impl Lend {
-    /// The payload in bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        debug_assert_eq!(self.places.len(), self.write.blocks.len());
-        let mut bytes = Vec::with_capacity(16 + self.places.len() * 32);
-        bytes.extend_from_slice(&self.len.to_le_bytes());
-        bytes.extend_from_slice(&(self.places.len() as u16).to_le_bytes());
-        bytes.extend(self.places.iter().flat_map(|place| place.to_le_bytes()));
-        bytes.extend(self.write.encode());
-        bytes
-    }
-
-    /// Reads a payload.
-    ///
-    /// # Errors
-    /// When it is cut, too long, or a block is not within the memory lent.
-    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let mut fields = Fields(bytes);
-        let len = fields.u64()?;
-        let count = usize::from(fields.u16()?);
-        if count > MAX_READ_BLOCKS {
-            return Err(WireError::Long);
-        }
-        if count * PLACE_BYTES > fields.rest_len() {
-            return Err(WireError::Short);
-        }
-        let places = (0..count).map(|_| fields.u64()).collect::<Result<Vec<_>, _>>()?;
-        let write = Write::decode(fields.rest())?;
-        if write.blocks.len() != count {
-            return Err(WireError::Field);
-        }
-        let inside = |(place, block): (&u64, &Descriptor)| {
-            place.checked_add(u64::from(block.len)).is_some_and(|end| end <= len)
-        };
-        match places.iter().zip(&write.blocks).all(inside) {
-            true => Ok(Self { len, places, write }),
-            false => Err(WireError::Field),
-        }
     }
 }
 

@@ -44,10 +44,6 @@ impl<'a> Fields<'a> {
         self.0.len()
     }
 
-    pub(super) fn u16(&mut self) -> Result<u16, WireError> {
-        self.take().map(u16::from_le_bytes)
-    }
-
     pub(super) fn u32(&mut self) -> Result<u32, WireError> {
         self.take().map(u32::from_le_bytes)
     }

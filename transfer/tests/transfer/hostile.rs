@@ -104,7 +104,7 @@ async fn requests_that_make_no_sense_are_refused_by_name_and_counted() {
 async fn frames_out_of_place_end_the_connection() {
     let owner = Owner::start(1 << 20).await;
     for (count, kind) in
-        [Kind::Welcome, Kind::Refused, Kind::Written, Kind::Taken, Kind::Attached].into_iter().enumerate()
+        [Kind::Welcome, Kind::Refused, Kind::Written, Kind::Notified, Kind::Attached].into_iter().enumerate()
     {
         let mut stranger = Stranger::meet(&owner).await;
         stranger.say(kind, 1, &[]).await;

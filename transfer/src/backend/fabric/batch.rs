@@ -250,11 +250,6 @@ impl Running {
         self
     }
 
-    /// The transfer `index` of the batch, as it was given.
-    pub(crate) fn transfer(&self, index: u32) -> Transfer {
-        self.batch.transfers[index as usize]
-    }
-
     /// Waits for news and appends the transfers that are complete to `done`; whether more are to come.
     ///
     /// # Errors

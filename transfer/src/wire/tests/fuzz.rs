@@ -12,7 +12,7 @@ use baton_config::HandoffId;
 use super::*;
 use crate::backend::frames::{FrameReader, FrameWriter};
 use crate::wire::control::{
-    Attach, Key, KeyIs, Lend, Notify, Pack, Window, WindowIs, Write, decode_fence, encode_fence,
+    Attach, Key, KeyIs, Notify, Pack, Window, WindowIs, Write, decode_fence, encode_fence,
 };
 
 const SEED: u64 = 0x6261_746f_6e5f_6b76;
@@ -144,8 +144,6 @@ fn lists_of_blocks() {
     fuzz("read", &good, Read::decode, |read| encode_read(read.handoff, read.blocks.iter().copied()));
     let unverified = Write { digests: Vec::new(), ..write() };
     fuzz("write", &[write().encode(), unverified.encode()], Write::decode, Write::encode);
-    let lend = Lend { len: 1 << 20, places: vec![0, 700], write: write() };
-    fuzz("lend", &[lend.encode()], Lend::decode, Lend::encode);
 }
 
 #[test]
