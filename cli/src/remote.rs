@@ -48,9 +48,7 @@ pub(crate) fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Res
 
 /// A client that talks to nobody but the fleet.
 pub(crate) fn client() -> Result<Client, Failure> {
-    Client::builder()
-        .no_proxy()
-        .redirect(reqwest::redirect::Policy::none())
+    baton_conductor::http::builder()
         .connect_timeout(Duration::from_secs(1))
         .timeout(CALL_TIMEOUT)
         .build()

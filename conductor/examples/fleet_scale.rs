@@ -34,7 +34,7 @@ async fn main() -> Result<()> {
     let server = tasks.spawn(serve(ConductorOptions::new(vec![pool]), listener, stop.clone()));
     let before = resident_mib().await?;
 
-    let http = reqwest::Client::builder().no_proxy().build()?;
+    let http = baton_conductor::http::client();
     let start = Instant::now();
     each(workers, |i| register(&http, &url, i)).await?;
     let took = start.elapsed();

@@ -17,6 +17,7 @@
 pub mod api;
 pub mod client;
 mod dice;
+pub mod http;
 pub mod membership;
 mod mirror;
 pub mod record;

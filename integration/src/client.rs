@@ -71,7 +71,7 @@ pub struct Client {
 impl Client {
     /// For the router at `base` (`http://host:port`).
     pub fn new(base: &str) -> Self {
-        Self { http: reqwest::Client::new(), base: base.to_owned() }
+        Self { http: baton_conductor::http::client(), base: base.to_owned() }
     }
 
     /// POSTs JSON and returns status and body, whatever they are.

@@ -106,7 +106,7 @@ impl Fleet {
             ready,
             router,
             conductor,
-            http: reqwest::Client::new(),
+            http: baton_conductor::http::client(),
             descendants,
         }
     }

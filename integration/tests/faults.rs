@@ -220,7 +220,11 @@ async fn the_conductor_may_go_and_come_back() {
     }
     eventually("the workers have joined the restarted conductor", Duration::from_secs(20), async || {
         let pid = conductor_pid_now(&fleet)?;
-        let answer = reqwest::get(format!("{}/v1/workers", fleet.conductor)).await.ok()?;
+        let answer = baton_conductor::http::client()
+            .get(format!("{}/v1/workers", fleet.conductor))
+            .send()
+            .await
+            .ok()?;
         let list: serde_json::Value = answer.json().await.ok()?;
         (pid != conductor && ready(&list) == 2).then_some(())
     })

@@ -32,12 +32,9 @@ impl PeerClient {
     /// # Errors
     /// When the HTTP client cannot be made.
     pub fn new() -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .no_proxy()
-            .tcp_nodelay(true)
+        let http = baton_conductor::http::builder()
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_idle_timeout(Duration::from_secs(30))
-            .redirect(reqwest::redirect::Policy::none())
             .build()?;
         Ok(Self { http })
     }

@@ -68,13 +68,8 @@ pub(crate) struct Transport {
 
 impl Transport {
     pub(crate) fn new(endpoints: Vec<String>, timing: CallTiming) -> Result<Self, reqwest::Error> {
-        let http = reqwest::Client::builder()
-            .no_proxy()
-            .redirect(reqwest::redirect::Policy::none())
-            .connect_timeout(timing.connect)
-            .tcp_nodelay(true)
-            .pool_max_idle_per_host(4)
-            .build()?;
+        let http =
+            crate::http::builder().connect_timeout(timing.connect).pool_max_idle_per_host(4).build()?;
         Ok(Self { http, endpoints, timing })
     }
 

@@ -72,7 +72,14 @@ impl Server {
     }
 
     async fn listing(&self) -> Listing {
-        reqwest::get(format!("{}/v1/workers", self.url())).await.unwrap().json().await.unwrap()
+        crate::http::client()
+            .get(format!("{}/v1/workers", self.url()))
+            .send()
+            .await
+            .unwrap()
+            .json()
+            .await
+            .unwrap()
     }
 }
 
@@ -148,7 +155,7 @@ async fn workers_join_change_drain_and_leave_in_every_view() {
     assert!(asked.elapsed() < Duration::from_secs(1), "a state is told at once, not with the next keepalive");
     assert!(Arc::ptr_eq(&b_before, view.worker(&b_before.worker).unwrap()), "b did not change");
 
-    let http = reqwest::Client::new();
+    let http = crate::http::client();
     let drained = http.post(format!("{}/v1/workers/a/drain", server.url())).send().await.unwrap();
     assert_eq!(drained.status(), 200);
     timeout(PATIENCE, a.drain_requested().wait_for(|asked| *asked)).await.expect("a hears of it").unwrap();
@@ -165,8 +172,14 @@ async fn workers_join_change_drain_and_leave_in_every_view() {
     assert_eq!(put.send().await.unwrap().status(), 200);
     let view = wait(&two, "5 replicas", |v| v.pools.values().any(|p| p.desired == 5)).await;
     assert_eq!(view.pools[&"prefill".parse().unwrap()].desired, 2);
-    let list: PoolList =
-        reqwest::get(format!("{}/v1/pools", server.url())).await.unwrap().json().await.unwrap();
+    let list: PoolList = crate::http::client()
+        .get(format!("{}/v1/pools", server.url()))
+        .send()
+        .await
+        .unwrap()
+        .json()
+        .await
+        .unwrap();
     assert_eq!(list.pools[0].name.as_str(), "decode");
     assert!(list.pools[0].operator_set && list.pools[0].joining == 1, "{list:?}");
     b.leave().await;
@@ -184,11 +197,25 @@ async fn a_worker_that_dies_is_removed_after_its_lease() {
     drop(dead);
     let view = wait(&client, "one gone", |v| v.workers.len() == 1).await;
     assert!(view.worker(&"kept".parse().unwrap()).is_some());
-    let metrics = reqwest::get(format!("{}/metrics", server.url())).await.unwrap().text().await.unwrap();
+    let metrics = crate::http::client()
+        .get(format!("{}/metrics", server.url()))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
     assert!(metrics.contains("baton_conductor_lease_expired_total 1"), "{metrics}");
     kept.leave().await;
     wait(&client, "none", |v| v.workers.is_empty()).await;
-    let metrics = reqwest::get(format!("{}/metrics", server.url())).await.unwrap().text().await.unwrap();
+    let metrics = crate::http::client()
+        .get(format!("{}/metrics", server.url()))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
     assert!(metrics.contains("baton_conductor_lease_expired_total 1"), "a goodbye is no expiry: {metrics}");
     server.stop().await;
 }
@@ -214,7 +241,7 @@ async fn a_name_has_one_holder_until_its_host_is_gone() {
     let view = wait(&client, "the successor", |v| v.workers.values().any(|w| w.epoch == second_epoch)).await;
     assert_eq!(view.workers.len(), 1);
     let stale = json!({"epoch": first_epoch, "state": "ready"});
-    let reply = reqwest::Client::new().post(format!("{}/v1/workers/w/keepalive", server.url())).json(&stale);
+    let reply = crate::http::client().post(format!("{}/v1/workers/w/keepalive", server.url())).json(&stale);
     let reply = reply.send().await.unwrap();
     assert_eq!(reply.status(), 409);
     let ErrorBody { error: ErrorDetail { code, .. } } = reply.json().await.unwrap();
@@ -241,7 +268,14 @@ async fn an_address_that_others_reach_is_refused_without_authentication() {
 #[tokio::test]
 async fn metrics_are_there_from_the_start() {
     let server = Server::fresh(Duration::from_secs(10)).await;
-    let metrics = reqwest::get(format!("{}/metrics", server.url())).await.unwrap().text().await.unwrap();
+    let metrics = crate::http::client()
+        .get(format!("{}/metrics", server.url()))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
     for line in [
         "baton_conductor_workers{role=\"prefill\",state=\"ready\"} 0",
         "baton_conductor_workers{role=\"both\",state=\"draining\"} 0",
@@ -254,7 +288,11 @@ async fn metrics_are_there_from_the_start() {
         assert!(metrics.lines().any(|l| l == line), "no {line:?} in\n{metrics}");
     }
     for path in ["/livez", "/readyz"] {
-        assert_eq!(reqwest::get(format!("{}{path}", server.url())).await.unwrap().status(), 200, "{path}");
+        assert_eq!(
+            crate::http::client().get(format!("{}{path}", server.url())).send().await.unwrap().status(),
+            200,
+            "{path}"
+        );
     }
     server.stop().await;
 }

@@ -16,13 +16,14 @@ async fn register(url: &str, incarnation: char) -> Registered {
         "worker": "w", "incarnation": incarnation.to_string().repeat(32), "pool": "decode", "role": "decode",
         "model": "tiny", "engine": "sim", "address": "127.0.0.1:1", "state": "ready",
     });
-    let reply = reqwest::Client::new().post(format!("{url}/v1/workers")).json(&body).send().await.unwrap();
+    let reply = crate::http::client().post(format!("{url}/v1/workers")).json(&body).send().await.unwrap();
     assert_eq!(reply.status(), 201);
     reply.json().await.unwrap()
 }
 
 async fn desired(url: &str) -> u32 {
-    let list: PoolList = reqwest::get(format!("{url}/v1/pools")).await.unwrap().json().await.unwrap();
+    let list: PoolList =
+        crate::http::client().get(format!("{url}/v1/pools")).send().await.unwrap().json().await.unwrap();
     list.pools[0].desired
 }
 
@@ -30,7 +31,7 @@ async fn desired(url: &str) -> u32 {
 async fn wishes_of_operators_outlive_the_conductor_and_one_file_has_one_conductor() {
     let folder = tempfile::tempdir().unwrap();
     let path = folder.path().join("conductor.state");
-    let http = reqwest::Client::new();
+    let http = crate::http::client();
     let (url, stop, done) = serve_on(&path).await;
     let first = register(&url, 'a').await;
     assert!(!first.drain);

@@ -40,7 +40,7 @@ async fn refused(reply: reqwest::Response, what: &str) -> (u16, String) {
 async fn bad_registrations_are_refused_and_change_nothing() {
     let server = Server::fresh(Duration::from_secs(10)).await;
     let url = format!("{}/v1/workers", server.url());
-    let http = reqwest::Client::new();
+    let http = crate::http::client();
     let before = server.listing().await;
     let bodies = [
         ("no pool of that name", with("pool", json!("other")), "invalid_field"),
@@ -95,7 +95,7 @@ async fn bad_registrations_are_refused_and_change_nothing() {
 #[tokio::test]
 async fn every_other_bad_request_gets_its_own_code() {
     let server = Server::fresh(Duration::from_secs(10)).await;
-    let http = reqwest::Client::new();
+    let http = crate::http::client();
     let registered: Registered = http
         .post(format!("{}/v1/workers", server.url()))
         .json(&good())
@@ -144,7 +144,14 @@ async fn every_other_bad_request_gets_its_own_code() {
         assert_eq!(refused(reply, &what).await, (status, code.to_owned()), "{what}");
     }
     assert_eq!(server.listing().await.revision, before, "the store is untouched");
-    let metrics = reqwest::get(format!("{}/metrics", server.url())).await.unwrap().text().await.unwrap();
+    let metrics = crate::http::client()
+        .get(format!("{}/metrics", server.url()))
+        .send()
+        .await
+        .unwrap()
+        .text()
+        .await
+        .unwrap();
     for line in [
         "baton_stale_epoch_refused_total 3",
         "baton_conductor_refused_total{code=\"lease_gone\"} 2",
@@ -183,14 +190,17 @@ async fn junk_on_the_socket_is_answered_or_cut_and_the_server_lives() {
         let text = String::from_utf8_lossy(&answer[..read]).into_owned();
         assert!(read == 0 || text.starts_with("HTTP/1.1 4") || text.starts_with("HTTP/1.0 4"), "{text:?}");
     }
-    assert_eq!(reqwest::get(format!("{}/readyz", server.url())).await.unwrap().status(), 200);
+    assert_eq!(
+        crate::http::client().get(format!("{}/readyz", server.url())).send().await.unwrap().status(),
+        200
+    );
     server.stop().await;
 }
 
 #[tokio::test]
 async fn a_watch_tells_its_history_and_beats() {
     let server = Server::fresh(Duration::from_secs(10)).await;
-    let http = reqwest::Client::new();
+    let http = crate::http::client();
     let since = server.listing().await.revision;
     http.post(format!("{}/v1/workers", server.url())).json(&good()).send().await.unwrap();
     let mut reply = http.get(format!("{}/v1/watch?since={since}", server.url())).send().await.unwrap();

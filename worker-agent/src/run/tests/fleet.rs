@@ -135,7 +135,7 @@ impl Fleet {
         let runtime = runtime();
         let listener = runtime.block_on(TcpListener::bind("127.0.0.1:0")).unwrap();
         let conductor = listener.local_addr().unwrap();
-        let http = reqwest::Client::builder().no_proxy().build().unwrap();
+        let http = baton_conductor::http::client();
         let entered = runtime.enter();
         let view = Client::start(ClientOptions::new(vec![format!("http://{conductor}")])).unwrap();
         drop(entered);
