@@ -5,6 +5,7 @@
 //! one (`#[non_exhaustive]`). What the file left out was filled in from [`defaults`], the one table of defaults.
 //! What parses but is not part of this build is listed by [`Fleet::unsupported`].
 
+pub mod access;
 mod availability;
 mod check;
 pub mod conductor;
@@ -21,6 +22,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+pub use access::{ConductorAccess, ConductorGuard, Identity, ServerTls};
 pub use availability::{Unsupported, accelerator_is_available};
 pub use conductor::{ConductorSpec, EtcdAuth, EtcdSpec, EtcdTls, StoreSpec};
 pub use engine::{EngineKind, EngineLimits, EngineSpec, ReferenceSpec, RemoteSpec, SimSpec};

@@ -6,6 +6,7 @@
 #![forbid(unsafe_code)]
 
 pub mod choice;
+pub mod cidr;
 pub mod environment;
 pub mod fault;
 pub mod fleet;
@@ -15,9 +16,11 @@ pub mod names;
 pub mod prefix;
 pub mod protocol;
 pub mod reader;
+pub mod secret;
 pub mod units;
 mod yaml;
 
+pub use cidr::Cidr;
 pub use geometry::{
     Attention, BLOCK_MAX_BYTES, BlockAt, Dtype, GeometryError, KvAxis, KvGeometry, KvLayout, KvStrides,
     SCALE_BYTES, Scales, Shard, ShardFault,

@@ -4,6 +4,7 @@ use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::access::{self, ConductorAccess, ConductorGuard};
 use super::defaults;
 use super::listen::{Listen, URL_EXPECTED, url};
 use crate::reader::{Section, Text, read_scalar};
@@ -15,8 +16,12 @@ use crate::yaml::Value;
 pub struct ConductorSpec {
     /// Where it listens.
     pub listen: Listen,
-    /// Where routers, workers and operators reach it (`http://HOST:PORT`); never empty.
+    /// Where routers, workers and operators reach it (`http://HOST:PORT`, `https://` with TLS); never empty.
     pub endpoints: Vec<String>,
+    /// Whom it lets in.
+    pub guard: ConductorGuard,
+    /// How routers, workers and operators prove who they are, and whom they believe to be a conductor.
+    pub access: ConductorAccess,
     /// Where its state lives.
     pub store: StoreSpec,
     /// How long a worker that stops renewing stays registered; renewed every third of it.
@@ -76,13 +81,22 @@ impl ConductorSpec {
     pub(super) fn read(mut section: Section<'_, '_>) -> Self {
         let listen = Listen::read(&mut section, defaults::CONDUCTOR_LISTEN);
         let mut endpoints = urls(&mut section, "endpoints");
+        let (guard, access) = access::read(&mut section, listen);
+        let secure = guard.tls.is_some();
         if endpoints.is_empty() {
-            endpoints.push(format!("http://{}", reachable(listen.address)));
+            let scheme = if secure { "https" } else { "http" };
+            endpoints.push(format!("{scheme}://{}", reachable(listen.address)));
             section.reader.record(section.child("endpoints"), &endpoints[0], None);
+        }
+        for (i, plain) in endpoints.iter().enumerate().filter(|(_, url)| secure && url.starts_with("http:")) {
+            let name = format!("{}[{i}]", section.child("endpoints"));
+            let (problem, remedy) =
+                ("is plain HTTP, but the conductor speaks TLS", plain.replacen("http:", "https:", 1));
+            section.reader.fault(&name, section.reader.position(&name), problem, format!("write {remedy}"));
         }
         let lease_ttl = section.duration("lease_ttl_ms", 500..=600_000, defaults::LEASE_TTL);
         let store = read_store(&mut section);
-        Self { listen, endpoints, store, lease_ttl }
+        Self { listen, endpoints, guard, access, store, lease_ttl }
     }
 }
 
