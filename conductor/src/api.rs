@@ -146,6 +146,23 @@ pub struct Listing {
     pub drain: Vec<WorkerId>,
     /// Pools and their wanted sizes.
     pub pools: Vec<PoolTarget>,
+    /// Whether the conductor that answers leads the reconcilers.
+    #[serde(default)]
+    pub leader: bool,
+    /// All conductors on this store, by name.
+    #[serde(default)]
+    pub conductors: Vec<ConductorStatus>,
+}
+
+/// One of the conductors on a store.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ConductorStatus {
+    /// Name, unique among them.
+    pub name: String,
+    /// Where it says that it is reached.
+    pub url: String,
+    /// Whether it leads the reconcilers.
+    pub leader: bool,
 }
 
 /// A pool of the fleet document and how many workers it should have.

@@ -14,10 +14,11 @@ use tokio::sync::watch;
 
 use crate::api::{Change, PoolTarget, WatchLine};
 use crate::dice::{Backoff, Dice};
+use crate::leader::{CONDUCTORS_PREFIX, ConductorRecord, LEADER_KEY, Leader, leader};
 use crate::record::WorkerRecord;
 use crate::registry::{DRAIN_PREFIX, REPLICAS_PREFIX, StoredWorker, WORKERS_PREFIX};
 use crate::server::PoolOptions;
-use crate::store::{Batch, Event, KeyValue, PAGE_MAX_KEYS, Revision, Store, StoreError, WatchError};
+use crate::store::{Batch, Event, KeyValue, LeaseId, PAGE_MAX_KEYS, Revision, Store, StoreError, WatchError};
 
 /// Lines kept for watches.
 const LINES_MAX: usize = 10_000;
@@ -33,6 +34,10 @@ pub(crate) struct Fleet {
     pub(crate) drain: BTreeSet<WorkerId>,
     /// Numbers set by operators.
     pub(crate) replicas: BTreeMap<PoolName, u32>,
+    /// Conductors by name, each with the lease that holds it.
+    pub(crate) conductors: BTreeMap<String, (ConductorRecord, Option<LeaseId>)>,
+    /// The conductor that leads.
+    pub(crate) leader: Option<Leader>,
 }
 
 /// The history does not reach back so far.
@@ -155,6 +160,10 @@ impl Mirror {
             Event::Put(kv) => kv.key.clone(),
             Event::Delete { key } => key.clone(),
         };
+        if key == LEADER_KEY || key.starts_with(CONDUCTORS_PREFIX) {
+            conductor_change(&mut state.fleet, &key, event);
+            return None;
+        }
         let change = if let Some(name) = key.strip_prefix(WORKERS_PREFIX) {
             worker_change(state, name.parse().ok()?, event)
         } else if let Some(name) = key.strip_prefix(DRAIN_PREFIX) {
@@ -216,6 +225,19 @@ impl Mirror {
     /// Whether a worker was asked to drain.
     pub(crate) fn drains(&self, worker: &WorkerId) -> bool {
         self.lock().fleet.drain.contains(worker)
+    }
+
+    /// The revision shown, and the conductor that leads at it.
+    pub(crate) fn leader(&self) -> (Revision, Option<Leader>) {
+        let state = self.lock();
+        (state.fleet.revision, state.fleet.leader.clone())
+    }
+
+    /// Workers that no lease holds, with when they were last written.
+    pub(crate) fn unleased(&self) -> Vec<(WorkerId, Revision)> {
+        let state = self.lock();
+        let unleased = state.stored.iter().filter(|(_, kv)| kv.lease.is_none());
+        unleased.map(|(worker, kv)| (worker.clone(), kv.mod_revision)).collect()
     }
 
     /// Leases that ended without a goodbye, since the start.
@@ -302,6 +324,18 @@ fn worker_change(state: &mut State, worker: WorkerId, event: Event) -> Option<Ch
             }
             Some(Change::Delete { worker })
         }
+    }
+}
+
+fn conductor_change(fleet: &mut Fleet, key: &str, event: Event) {
+    match (key.strip_prefix(CONDUCTORS_PREFIX), event) {
+        (None, Event::Put(kv)) => fleet.leader = Some(leader(&kv)),
+        (None, Event::Delete { .. }) => fleet.leader = None,
+        (Some(name), Event::Put(kv)) => match serde_json::from_slice(&kv.value) {
+            Ok(record) => drop(fleet.conductors.insert(name.to_owned(), (record, kv.lease))),
+            Err(_) => tracing::error!(key, "a stored conductor is not understood and left out"),
+        },
+        (Some(name), Event::Delete { .. }) => drop(fleet.conductors.remove(name)),
     }
 }
 

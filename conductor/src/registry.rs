@@ -34,8 +34,6 @@ const ATTEMPTS: usize = 8;
 const PROBE_TIMEOUT: Duration = Duration::from_millis(300);
 /// How long a writer waits to see its own write in the mirror.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(1);
-/// A wish to drain a worker that never came back is forgotten after this.
-const DRAIN_KEEP: Duration = Duration::from_secs(600);
 
 /// A worker as it is stored. `record.epoch` is 0 in the registering write: the epoch is that write's revision.
 #[derive(Debug, Clone, Serialize, Deserialize)]
@@ -102,8 +100,6 @@ pub(crate) struct Registry {
     pools: BTreeMap<PoolName, PoolOptions>,
     lease_ttl: Duration,
     told: Mutex<BTreeMap<WorkerId, Told>>,
-    /// Wishes to drain absent workers, with when the absence was first seen.
-    absent: Mutex<BTreeMap<WorkerId, Instant>>,
 }
 
 impl Registry {
@@ -114,7 +110,7 @@ impl Registry {
         lease_ttl: Duration,
     ) -> Self {
         let pools = pools.into_iter().map(|pool| (pool.name.clone(), pool)).collect();
-        Self { store, mirror, pools, lease_ttl, told: Mutex::default(), absent: Mutex::default() }
+        Self { store, mirror, pools, lease_ttl, told: Mutex::default() }
     }
 
     pub(crate) fn pools(&self) -> &BTreeMap<PoolName, PoolOptions> {
@@ -235,27 +231,11 @@ impl Registry {
         Ok(())
     }
 
-    /// Forgets what concerns nobody any more. Idempotent; called on a timer.
-    pub(crate) async fn tidy(&self, now: Instant) -> Result<(), RegistryError> {
-        let view = self.mirror.fleet();
-        self.told
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-            .retain(|worker, _| view.workers.contains_key(worker));
-        let overdue: Vec<WorkerId> = {
-            let mut absent = self.absent.lock().unwrap_or_else(PoisonError::into_inner);
-            absent.retain(|worker, _| view.drain.contains(worker) && !view.workers.contains_key(worker));
-            for worker in view.drain.iter().filter(|w| !view.workers.contains_key(*w)) {
-                absent.entry(worker.clone()).or_insert(now);
-            }
-            absent.iter().filter(|(_, since)| now >= **since + DRAIN_KEEP).map(|(w, _)| w.clone()).collect()
-        };
-        for worker in overdue {
-            let compares = vec![Compare::Created { key: worker_key(&worker), revision: 0 }];
-            let ops = vec![Op::Delete { key: drain_key(&worker) }];
-            self.store.txn(Txn { compares, ops }).await?;
-        }
-        Ok(())
+    /// Forgets what workers said that are no longer there. Of this conductor alone; called on a timer.
+    pub(crate) fn forget_absent(&self) {
+        let fleet = self.mirror.fleet();
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.retain(|worker, _| fleet.workers.contains_key(worker));
     }
 
     /// The write of a registration, and whether this process was asked to drain before.
@@ -382,11 +362,11 @@ async fn refuses_connections(address: &str) -> bool {
     matches!(attempt, Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
-fn worker_key(worker: &WorkerId) -> String {
+pub(crate) fn worker_key(worker: &WorkerId) -> String {
     format!("{WORKERS_PREFIX}{worker}")
 }
 
-fn drain_key(worker: &WorkerId) -> String {
+pub(crate) fn drain_key(worker: &WorkerId) -> String {
     format!("{DRAIN_PREFIX}{worker}")
 }
 

@@ -7,11 +7,12 @@ use std::time::Duration;
 
 use baton_config::{PoolName, Role};
 use tokio::net::TcpListener;
-use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::leader::{Candidate, ConductorRecord};
 use crate::mirror::Mirror;
+use crate::reconcile::{DrainWishes, Runner, UnleasedWorkers};
 use crate::registry::Registry;
 use crate::store::Store;
 use crate::store::embedded::{Embedded, EmbeddedOptions, StateFileError};
@@ -21,7 +22,7 @@ mod http;
 mod metrics;
 mod routes;
 
-use routes::App;
+use routes::{App, Shared};
 
 /// How often what concerns nobody any more is looked for.
 const TIDY_INTERVAL: Duration = Duration::from_secs(10);
@@ -35,12 +36,16 @@ pub struct ConductorOptions {
     pub lease_ttl: Duration,
     /// Pools of the fleet document.
     pub pools: Vec<PoolOptions>,
+    /// What the other conductors call this one; unique among them. `None`: its address and process id.
+    pub name: Option<String>,
+    /// Where operators and workers reach this one; `None`: where it listens.
+    pub url: Option<String>,
 }
 
 impl ConductorOptions {
     /// Options with a lease of 10 s and nothing kept on disk.
     pub fn new(pools: Vec<PoolOptions>) -> Self {
-        Self { state_file: None, lease_ttl: Duration::from_secs(10), pools }
+        Self { state_file: None, lease_ttl: Duration::from_secs(10), pools, name: None, url: None }
     }
 }
 
@@ -98,27 +103,67 @@ pub async fn serve(
     let holder = format!("the conductor with pid {} at http://{address}", std::process::id());
     let embedded = EmbeddedOptions { state_file: options.state_file.clone(), holder };
     let store: Arc<dyn Store> = Arc::new(Embedded::start(embedded, &tasks).await?);
-    let mirror = Arc::new(Mirror::new(&options.pools));
-    mirror.list(&*store).await?;
-    let registry = Registry::new(store.clone(), mirror.clone(), options.pools, options.lease_ttl);
-    let app = Arc::new(App::new(registry, mirror.clone(), store.kind(), stop.clone()));
-
-    tasks.spawn(stop.clone().run_until_cancelled_owned(mirror.follow(store)));
-    tasks.spawn(stop.clone().run_until_cancelled_owned(tidy(app.clone())));
-    tracing::info!(%address, "conductor serves");
-    http::serve(listener, routes::router(app), stop).await;
+    serve_on(store, options, listener, stop, &tasks).await?;
     tasks.close();
     tasks.wait().await;
     tracing::info!("conductor stopped");
     Ok(())
 }
 
-/// The reconciler of leftovers: idempotent, on a timer.
+/// Runs a conductor on a store that others may use too.
+async fn serve_on(
+    store: Arc<dyn Store>,
+    options: ConductorOptions,
+    listener: TcpListener,
+    stop: CancellationToken,
+    tasks: &TaskTracker,
+) -> Result<(), ServeError> {
+    let address = listener.local_addr().map_err(ServeError::Listen)?;
+    let mirror = Arc::new(Mirror::new(&options.pools));
+    mirror.list(&*store).await?;
+    let record = conductor_record(&options, address);
+    let (candidate, leadership) = Candidate::new(store.clone(), mirror.clone(), record);
+    let runner = Runner {
+        store: store.clone(),
+        mirror: mirror.clone(),
+        term: leadership.term(),
+        tally: Arc::default(),
+        stop: stop.clone(),
+    };
+    let registry = Registry::new(store.clone(), mirror.clone(), options.pools, options.lease_ttl);
+    let shared = Shared { mirror: mirror.clone(), leadership, tally: runner.tally.clone() };
+    let app = Arc::new(App::new(registry, shared, store.kind(), stop.clone()));
+
+    tasks.spawn(stop.clone().run_until_cancelled_owned(mirror.clone().follow(store)));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(tidy(app.clone())));
+    tasks.spawn(candidate.run(stop.clone()));
+    start_reconcilers(&runner, tasks);
+    tracing::info!(%address, "conductor serves");
+    http::serve(listener, routes::router(app), stop).await;
+    Ok(())
+}
+
+/// Everything that only the leading conductor does.
+fn start_reconcilers(runner: &Runner, tasks: &TaskTracker) {
+    runner.start(tasks, DrainWishes::default());
+    runner.start(tasks, UnleasedWorkers { mirror: runner.mirror.clone() });
+}
+
+/// What the other conductors and operators are told about this one.
+fn conductor_record(options: &ConductorOptions, address: SocketAddr) -> ConductorRecord {
+    let pid = std::process::id();
+    ConductorRecord {
+        name: options.name.clone().unwrap_or_else(|| format!("{address}-{pid}")),
+        url: options.url.clone().unwrap_or_else(|| format!("http://{address}")),
+        pid,
+        version: env!("CARGO_PKG_VERSION").to_owned(),
+    }
+}
+
+/// Keeps the memory of this conductor small, whether or not it leads.
 async fn tidy(app: Arc<App>) {
     loop {
-        if let Err(error) = app.registry.tidy(Instant::now()).await {
-            tracing::warn!(error = &error as &dyn std::error::Error, "leftovers stay for now");
-        }
+        app.registry.forget_absent();
         tokio::time::sleep(TIDY_INTERVAL).await;
     }
 }

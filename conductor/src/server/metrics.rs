@@ -1,9 +1,11 @@
 //! What Prometheus is told. Every series is there from the start, with 0.
 
 use baton_config::Role;
-use prometheus::{IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
+use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use crate::leader::Leadership;
 use crate::mirror::Mirror;
+use crate::reconcile::Tally;
 use crate::record::WorkerState;
 
 const ROLES: [Role; 3] = [Role::Prefill, Role::Decode, Role::Both];
@@ -37,6 +39,10 @@ pub(super) struct Metrics {
     refused: IntCounterVec,
     watches: IntGauge,
     revision: IntGauge,
+    leader: IntGauge,
+    leader_changes: IntCounterVec,
+    turns: IntCounterVec,
+    turns_failed: IntCounterVec,
 }
 
 impl Metrics {
@@ -68,6 +74,18 @@ impl Metrics {
             ),
             refused: counters("baton_conductor_refused_total", "Requests refused, by code.", &["code"]),
             watches: gauge("baton_conductor_watches", "Open watches."),
+            leader: gauge("baton_conductor_leader", "1 while this conductor leads the reconcilers, else 0."),
+            leader_changes: counters(
+                "baton_conductor_leader_changes_total",
+                "Changes of the leading conductor that this one saw.",
+                &[],
+            ),
+            turns: counters("baton_conductor_reconciles_total", "Turns of a reconciler.", &["reconciler"]),
+            turns_failed: counters(
+                "baton_conductor_reconcile_failures_total",
+                "Turns of a reconciler that failed or did not end in time.",
+                &["reconciler"],
+            ),
             revision: gauge("baton_conductor_revision", "Latest revision of the store that is served."),
             registry,
         };
@@ -77,6 +95,7 @@ impl Metrics {
         let none: [&str; 0] = [];
         metrics.lease_expired.with_label_values(&none).inc_by(0);
         metrics.stale_refused.with_label_values(&none).inc_by(0);
+        metrics.leader_changes.with_label_values(&none).inc_by(0);
         metrics
     }
 
@@ -96,7 +115,7 @@ impl Metrics {
     }
 
     /// The text format, with everything that follows from the mirror brought up to date.
-    pub(super) fn render(&self, mirror: &Mirror) -> String {
+    pub(super) fn render(&self, mirror: &Mirror, leadership: &Leadership, tally: &Tally) -> String {
         let fleet = mirror.fleet();
         for (role, state) in ROLES.iter().flat_map(|r| WorkerState::ALL.iter().map(move |s| (r, s))) {
             let count = fleet.workers.values().filter(|w| w.role == *role && w.state == *state).count();
@@ -109,10 +128,20 @@ impl Metrics {
         self.store_up.set(i64::from(mirror.following()));
         self.revision.set(i64::try_from(fleet.revision).unwrap_or(i64::MAX));
         let none: [&str; 0] = [];
-        let expired = self.lease_expired.with_label_values(&none);
-        expired.inc_by(mirror.expired().saturating_sub(expired.get()));
+        catch_up(&self.lease_expired.with_label_values(&none), mirror.expired());
+        self.leader.set(i64::from(leadership.leads()));
+        catch_up(&self.leader_changes.with_label_values(&none), leadership.changes());
+        for (name, counts) in tally.counts() {
+            catch_up(&self.turns.with_label_values(&[name]), counts.turns);
+            catch_up(&self.turns_failed.with_label_values(&[name]), counts.failed);
+        }
         TextEncoder::new().encode_to_string(&self.registry.gather()).unwrap_or_default()
     }
+}
+
+/// Brings a counter up to a count that is kept elsewhere.
+fn catch_up(counter: &IntCounter, count: u64) {
+    counter.inc_by(count.saturating_sub(counter.get()));
 }
 
 /// Names and labels are constants of this file, so neither step can fail once a test has seen it pass.

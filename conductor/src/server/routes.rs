@@ -21,23 +21,34 @@ use tokio_util::sync::CancellationToken;
 use super::answer::Refusal;
 use super::metrics::Metrics;
 use crate::api::{
-    BODY_MAX_BYTES, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker, Listing, PoolList, PoolStatus, Register,
-    Replicas, WatchLine,
+    BODY_MAX_BYTES, ConductorStatus, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker, Listing, PoolList,
+    PoolStatus, Register, Replicas, WatchLine,
 };
+use crate::leader::{ConductorRecord, Leadership};
 use crate::mirror::{Fleet, Mirror, encode_line};
+use crate::reconcile::Tally;
 use crate::record::WorkerState;
 use crate::registry::Registry;
-use crate::store::Revision;
+use crate::store::{LeaseId, Revision};
 
 /// Time for the body of a request.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Lines a watch takes from the mirror at once.
 const WATCH_CHUNK: usize = 256;
 
+/// What the handlers show, kept up to date by other tasks.
+pub(super) struct Shared {
+    pub(super) mirror: Arc<Mirror>,
+    pub(super) leadership: Leadership,
+    pub(super) tally: Arc<Tally>,
+}
+
 /// What all handlers share.
 pub(super) struct App {
     pub(super) registry: Registry,
     mirror: Arc<Mirror>,
+    leadership: Leadership,
+    tally: Arc<Tally>,
     metrics: Metrics,
     store_kind: &'static str,
     started: Instant,
@@ -47,12 +58,13 @@ pub(super) struct App {
 impl App {
     pub(super) fn new(
         registry: Registry,
-        mirror: Arc<Mirror>,
+        shared: Shared,
         store_kind: &'static str,
         stop: CancellationToken,
     ) -> Self {
         let (metrics, started) = (Metrics::new(), Instant::now());
-        Self { registry, mirror, metrics, store_kind, started, stop }
+        let Shared { mirror, leadership, tally } = shared;
+        Self { registry, mirror, leadership, tally, metrics, store_kind, started, stop }
     }
 
     fn pools(&self, fleet: &Fleet) -> Vec<PoolStatus> {
@@ -80,7 +92,7 @@ impl App {
     }
 }
 
-type Shared = State<Arc<App>>;
+type AppState = State<Arc<App>>;
 /// A name in the path, or the reason why it is not even text.
 type PathText = Result<Path<String>, axum::extract::rejection::PathRejection>;
 
@@ -108,7 +120,7 @@ pub(super) fn router(app: Arc<App>) -> Router {
 #[derive(Clone, Copy)]
 struct RefusalCode(&'static str);
 
-async fn count_refusals(State(app): Shared, request: Request, next: axum::middleware::Next) -> Response {
+async fn count_refusals(State(app): AppState, request: Request, next: axum::middleware::Next) -> Response {
     let response = next.run(request).await;
     if let Some(RefusalCode(code)) = response.extensions().get() {
         app.metrics.refused(code);
@@ -133,11 +145,12 @@ impl<T: IntoResponse> IntoResponse for Answer<T> {
     }
 }
 
-async fn list(State(app): Shared) -> Json<Listing> {
+async fn list(State(app): AppState) -> Json<Listing> {
     let fleet = app.mirror.fleet();
     let told = app.registry.told();
     let ttl = app.registry.lease_ttl();
     let pools = app.mirror.targets(&fleet);
+    let conductors = conductors(&fleet);
     let workers = fleet.workers.into_values().map(|record| {
         let told = told.get(&record.worker).filter(|told| told.epoch == record.epoch);
         let load = told.and_then(|told| told.load.clone());
@@ -152,10 +165,23 @@ async fn list(State(app): Shared) -> Json<Listing> {
         warming: app.started.elapsed() < ttl,
         drain: fleet.drain.into_iter().collect(),
         pools,
+        leader: app.leadership.leads(),
+        conductors,
     })
 }
 
-async fn register(State(app): Shared, request: Request) -> Response {
+/// The conductors on this store. Names may be given twice by mistake, leases are not.
+fn conductors(fleet: &Fleet) -> Vec<ConductorStatus> {
+    let leading = fleet.leader.as_ref().and_then(|leader| leader.lease);
+    let status = |(record, lease): &(ConductorRecord, Option<LeaseId>)| ConductorStatus {
+        name: record.name.clone(),
+        url: record.url.clone(),
+        leader: lease.is_some() && *lease == leading,
+    };
+    fleet.conductors.values().map(status).collect()
+}
+
+async fn register(State(app): AppState, request: Request) -> Response {
     let done = async {
         let request: Register = body(request).await?;
         Ok((StatusCode::CREATED, Json(app.registry.register(request).await?)))
@@ -163,7 +189,7 @@ async fn register(State(app): Shared, request: Request) -> Response {
     Answer(done.await).into_response()
 }
 
-async fn keep_alive(State(app): Shared, id: PathText, request: Request) -> Response {
+async fn keep_alive(State(app): AppState, id: PathText, request: Request) -> Response {
     let done = async {
         let worker = name::<WorkerId>(id)?;
         let request: Keepalive = body(request).await?;
@@ -172,7 +198,7 @@ async fn keep_alive(State(app): Shared, id: PathText, request: Request) -> Respo
     Answer(done.await).into_response()
 }
 
-async fn deregister(State(app): Shared, id: PathText, RawQuery(query): RawQuery) -> Response {
+async fn deregister(State(app): AppState, id: PathText, RawQuery(query): RawQuery) -> Response {
     let done = async {
         let worker = name::<WorkerId>(id)?;
         let epoch = Epoch(number(query.as_deref(), "epoch")?);
@@ -182,7 +208,7 @@ async fn deregister(State(app): Shared, id: PathText, RawQuery(query): RawQuery)
     Answer(done.await).into_response()
 }
 
-async fn drain(State(app): Shared, id: PathText) -> Response {
+async fn drain(State(app): AppState, id: PathText) -> Response {
     let done = async {
         let worker = name::<WorkerId>(id)?;
         Ok(Json(app.registry.drain(&worker).await?))
@@ -190,12 +216,12 @@ async fn drain(State(app): Shared, id: PathText) -> Response {
     Answer(done.await).into_response()
 }
 
-async fn pools(State(app): Shared) -> Json<PoolList> {
+async fn pools(State(app): AppState) -> Json<PoolList> {
     let fleet = app.mirror.fleet();
     Json(PoolList { revision: fleet.revision, pools: app.pools(&fleet) })
 }
 
-async fn set_replicas(State(app): Shared, pool: PathText, request: Request) -> Response {
+async fn set_replicas(State(app): AppState, pool: PathText, request: Request) -> Response {
     let done = async {
         let pool = name::<PoolName>(pool)?;
         let Replicas { replicas } = body(request).await?;
@@ -207,7 +233,7 @@ async fn set_replicas(State(app): Shared, pool: PathText, request: Request) -> R
     Answer(done.await).into_response()
 }
 
-async fn ready(State(app): Shared) -> Response {
+async fn ready(State(app): AppState) -> Response {
     let done = if app.stop.is_cancelled() {
         Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the conductor is stopping"))
     } else if !app.mirror.following() {
@@ -218,9 +244,10 @@ async fn ready(State(app): Shared) -> Response {
     Answer(done).into_response()
 }
 
-async fn metrics(State(app): Shared) -> Response {
+async fn metrics(State(app): AppState) -> Response {
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, kind)], app.metrics.render(&app.mirror)).into_response()
+    ([(header::CONTENT_TYPE, kind)], app.metrics.render(&app.mirror, &app.leadership, &app.tally))
+        .into_response()
 }
 
 async fn no_route(request: Request) -> Response {
@@ -234,7 +261,7 @@ async fn no_method(request: Request) -> Response {
     Answer::<()>(Err(Refusal::new(StatusCode::METHOD_NOT_ALLOWED, "no_method", message))).into_response()
 }
 
-async fn watch(State(app): Shared, RawQuery(query): RawQuery) -> Response {
+async fn watch(State(app): AppState, RawQuery(query): RawQuery) -> Response {
     let done = number(query.as_deref(), "since").and_then(|since| {
         let (instance, current) = app.mirror.position();
         if since > current {

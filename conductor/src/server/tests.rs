@@ -6,7 +6,7 @@ use std::time::Duration;
 use baton_config::{Epoch, Role, WorkerId};
 use serde_json::{Value, json};
 use tokio::task::JoinHandle;
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use super::*;
 use crate::api::{ErrorBody, ErrorDetail, Listing, PoolList, Registered};
@@ -69,6 +69,16 @@ impl Server {
 
     fn client(&self) -> Client {
         Client::start(ClientOptions::new(vec![self.url()])).unwrap()
+    }
+
+    /// Waits until it leads: from then on it writes nothing by itself.
+    async fn leads(&self) {
+        let leading = async {
+            while !self.listing().await.conductors.iter().any(|conductor| conductor.leader) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        timeout(PATIENCE, leading).await.expect("leads in time");
     }
 
     async fn listing(&self) -> Listing {

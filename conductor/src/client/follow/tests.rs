@@ -55,6 +55,8 @@ impl Server {
             workers: self.workers.values().map(listed).collect(),
             drain: vec![],
             pools: vec![],
+            leader: true,
+            conductors: vec![],
         }
     }
 
