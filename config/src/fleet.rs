@@ -6,6 +6,7 @@
 //! What parses but is not part of this build is listed by [`Fleet::unsupported`].
 
 pub mod access;
+pub mod autoscale;
 mod availability;
 mod check;
 pub mod conductor;
@@ -23,12 +24,15 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use access::{ConductorAccess, ConductorGuard, Identity, ServerTls};
+pub use autoscale::{
+    Autoscale, KubernetesSpec, ScaleTarget, ScalerKind, ScalerSpec, WebhookAuth, WebhookSpec, WorkloadKind,
+};
 pub use availability::{Unsupported, accelerator_is_available};
 pub use conductor::{ConductorSpec, EtcdAuth, EtcdSpec, EtcdTls, StoreSpec};
 pub use engine::{EngineKind, EngineLimits, EngineSpec, ReferenceSpec, RemoteSpec, SimSpec};
 pub use listen::Listen;
 pub use pairs::PairPath;
-pub use pool::{Autoscale, KvCapacity, KvSpec, Pool, ScalerKind, WorkerLimits};
+pub use pool::{KvCapacity, KvSpec, Pool, WorkerLimits};
 pub use router::{
     AuthSpec, Disaggregation, Isolation, PolicyKind, PolicySpec, RouterLimits, RouterSpec, Slo,
 };
@@ -139,6 +143,7 @@ impl Fleet {
         check::memory(&reader, model.as_ref(), &pools);
         check::weights(&reader, model.as_ref(), &pools);
         check::seeds(&reader, &pools);
+        check::autoscale(&reader, &pools);
         let pairs = pairs::plan(&reader, &pools);
         let unsupported = availability::list(&reader, &conductor, &router, &pools);
         let (faults, resolved) = reader.finish();

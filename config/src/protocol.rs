@@ -421,6 +421,15 @@ pub struct WorkerStatus {
     pub prefill_tokens_pending: u64,
     /// KV blocks by state.
     pub kv_blocks: BlockCounts,
+    /// How many of the `shared` ones no request references: they are as good as free.
+    #[serde(default)]
+    pub kv_evictable: u32,
+    /// Prompt tokens computed since the process started.
+    #[serde(default)]
+    pub prefilled_tokens: u64,
+    /// Prompt tokens that a request brings to compute (decaying mean), once known.
+    #[serde(default)]
+    pub prompt_tokens: Option<f64>,
     /// Measured prefill speed (decaying mean), once known.
     pub prefill_tokens_per_s: Option<f64>,
     /// Measured time between tokens of one stream (decaying mean), once known.

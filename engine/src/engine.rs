@@ -212,6 +212,11 @@ impl Engine {
         self.pool.counts()
     }
 
+    /// Cached blocks that nobody references: as good as free.
+    pub fn evictable(&self) -> u32 {
+        self.pool.available() - self.pool.counts().free
+    }
+
     /// How busy the engine is.
     pub fn load(&self) -> EngineLoad {
         let mut load = EngineLoad::default();

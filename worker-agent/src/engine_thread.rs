@@ -34,6 +34,12 @@ const BACK_TO_BACK: Duration = Duration::from_millis(5);
 pub struct EngineView {
     /// Blocks by state.
     pub counts: BlockCounts,
+    /// Cached blocks that nobody references.
+    pub evictable: u32,
+    /// Prompt tokens computed since the start.
+    pub prefilled_tokens: u64,
+    /// Prompt tokens that a sequence brings to compute.
+    pub prompt_tokens: Option<f64>,
     /// How busy it is.
     pub load: EngineLoad,
     /// Measured prefill speed.
@@ -140,6 +146,9 @@ impl EngineHandle {
         let (commands, receiver) = mpsc::channel(COMMANDS_MAX);
         let view = EngineView {
             counts: engine.counts(),
+            evictable: engine.evictable(),
+            prefilled_tokens: 0,
+            prompt_tokens: None,
             load: engine.load(),
             prefill_tokens_per_s: None,
             itl_ms: None,
@@ -156,6 +165,8 @@ impl EngineHandle {
             kv_log,
             pulse: Arc::clone(&pulse),
             publish,
+            prefilled: 0,
+            prompt_tokens: Mean::default(),
             prefill_speed: Mean::default(),
             itl: Mean::default(),
             modelled_until: None,
@@ -265,6 +276,8 @@ impl EngineHandle {
 /// Where the events of a sequence go, and what is measured on the way.
 struct Route {
     events: mpsc::Sender<EngineEvent>,
+    /// Prompt tokens, unless another worker computes them.
+    prompt: Option<u32>,
     computed: u32,
     last_token: Option<Instant>,
 }
@@ -278,6 +291,8 @@ struct Thread {
     kv_log: Arc<KvLog>,
     pulse: Arc<Pulse>,
     publish: watch::Sender<EngineView>,
+    prefilled: u64,
+    prompt_tokens: Mean,
     prefill_speed: Mean,
     itl: Mean,
     modelled_until: Option<Instant>,
@@ -383,9 +398,11 @@ impl Thread {
                 room.min(spec.max_tokens as usize) + 1
             }
         };
+        let prompt = (spec.purpose != Purpose::Import).then_some(spec.tokens.len());
+        let prompt = prompt.and_then(|tokens| u32::try_from(tokens).ok());
         let result = self.engine.submit(id, spec, Instant::now()).map(|()| {
             let (sender, events) = mpsc::channel(tokens + EVENTS_BESIDES_TOKENS);
-            self.routes.insert(id, Route { events: sender, computed: 0, last_token: None });
+            self.routes.insert(id, Route { events: sender, prompt, computed: 0, last_token: None });
             Sequence { id, events }
         });
         if let Err(Ok(sequence)) = taken.send(result) {
@@ -404,7 +421,13 @@ impl Thread {
             let Some(route) = self.routes.get_mut(&id) else { continue };
             let last = matches!(event, EngineEvent::Finished { .. } | EngineEvent::Failed { .. });
             match &event {
-                EngineEvent::Admitted { cached_tokens, .. } => route.computed = *cached_tokens,
+                EngineEvent::Admitted { cached_tokens, .. } => {
+                    route.computed = *cached_tokens;
+                    // Once: a sequence that was put back for want of blocks is admitted again.
+                    if let Some(prompt) = route.prompt.take() {
+                        self.prompt_tokens.add(f64::from(prompt.saturating_sub(*cached_tokens)));
+                    }
+                }
                 EngineEvent::Prefilled { upto, .. } => {
                     prefilled += upto.saturating_sub(route.computed);
                     route.computed = route.computed.max(*upto);
@@ -431,6 +454,7 @@ impl Thread {
                 self.routes.remove(&id);
             }
         }
+        self.prefilled += u64::from(prefilled);
         if prefilled >= SPEED_MIN_TOKENS {
             self.prefill_speed.add(f64::from(prefilled) / now.duration_since(began).as_secs_f64());
         }
@@ -440,6 +464,9 @@ impl Thread {
     fn publish(&self) {
         let view = EngineView {
             counts: self.engine.counts(),
+            evictable: self.engine.evictable(),
+            prefilled_tokens: self.prefilled,
+            prompt_tokens: self.prompt_tokens.get(),
             load: self.engine.load(),
             prefill_tokens_per_s: self.prefill_speed.get(),
             itl_ms: self.itl.get(),

@@ -117,10 +117,6 @@ pub(super) fn list(
             push(&format!("{path}.kv.dtype"), what, "write bf16, f16 or f32", true);
         }
         backends(path, pool, &mut push);
-        if pool.autoscale.is_some() {
-            let remedy = "the replicas stay as they are until `baton scale` changes them";
-            push(&format!("{path}.autoscale.max"), "autoscaling".to_owned(), remedy, false);
-        }
     }
     out
 }

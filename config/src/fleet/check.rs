@@ -5,7 +5,7 @@ use std::error::Error;
 use std::net::SocketAddr;
 use std::path::Path;
 
-use super::{ConductorSpec, EngineSpec, ModelSpec, Pool, RouterSpec};
+use super::{ConductorSpec, EngineSpec, ModelSpec, Pool, RouterSpec, ScalerSpec};
 use crate::model_shape::{ModelShape, ModelShapeError};
 use crate::names::Role;
 use crate::reader::{Reader, Section};
@@ -122,6 +122,36 @@ pub(super) fn roles(reader: &Reader<'_>, pools: &[(String, Pool)]) {
             let problem =
                 format!("is {}, but an openai engine neither hands KV over nor takes it", pool.role);
             reader.fault(&role, reader.position(&role), problem, "write role: both");
+        }
+    }
+}
+
+/// Autoscaling leaves somebody who decodes, and no two pools scale the same object.
+pub(super) fn autoscale(reader: &Reader<'_>, pools: &[(String, Pool)]) {
+    if !reader.is_clean("pools") {
+        return;
+    }
+    let least = |pool: &Pool| pool.autoscale.as_ref().map_or(pool.replicas, |scale| scale.min);
+    let decoding = || pools.iter().filter(|(_, pool)| pool.role.decodes());
+    let empties = |(_, pool): &&(String, Pool)| pool.autoscale.is_some() && least(pool) == 0;
+    if decoding().all(|(_, pool)| least(pool) == 0)
+        && let Some((path, _)) = decoding().find(empties)
+    {
+        let min = format!("{path}.autoscale.min");
+        let at = reader.position(&min);
+        let problem =
+            "is 0, and no other pool that generates keeps a worker: the fleet could scale to nothing";
+        reader.fault(&min, at, problem, "write min: 1");
+    }
+    let mut seen = BTreeMap::new();
+    for (path, pool) in pools {
+        let Some(ScalerSpec::Kubernetes(spec)) = pool.autoscale.as_ref().map(|scale| &scale.scaler) else {
+            continue;
+        };
+        if let Some(first) = seen.insert((&spec.namespace, spec.kind, &spec.name), &pool.name) {
+            let name = format!("{path}.autoscale.kubernetes.name");
+            let problem = format!("is {}, which pool {first} scales too", spec.name);
+            reader.fault(&name, reader.position(&name), problem, "give each pool an object of its own");
         }
     }
 }

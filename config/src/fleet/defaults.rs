@@ -138,3 +138,15 @@ pub const AUTOSCALE_MIN: u32 = 1;
 pub const SCALER: ScalerKind = ScalerKind::None;
 /// `pools[].autoscale.target.queue_wait_ms`.
 pub const QUEUE_WAIT: Duration = Duration::from_millis(250);
+/// `pools[].autoscale.target.kv_occupancy`.
+pub const KV_OCCUPANCY: u32 = 80;
+/// `pools[].autoscale.tolerance_percent`.
+pub const SCALE_TOLERANCE: u32 = 10;
+/// `pools[].autoscale.up_after_ms`.
+pub const SCALE_UP_AFTER: Duration = Duration::from_secs(3);
+/// `pools[].autoscale.down_after_ms`: what the horizontal autoscaler of Kubernetes waits.
+pub const SCALE_DOWN_AFTER: Duration = Duration::from_secs(300);
+/// `pools[].autoscale.kubernetes.namespace`.
+pub const NAMESPACE: &str = "default";
+/// `pools[].autoscale.webhook.timeout_ms`.
+pub const WEBHOOK_TIMEOUT: Duration = Duration::from_secs(5);

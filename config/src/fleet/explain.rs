@@ -3,7 +3,7 @@
 use std::fmt::{self, Write as _};
 
 use super::pairs::join;
-use super::{Fleet, PairPath, Pool};
+use super::{Autoscale, Fleet, PairPath, Pool, ScalerSpec};
 use crate::reader::Origin;
 use crate::units::Bytes;
 
@@ -37,6 +37,7 @@ fn write_all(out: &mut String, fleet: &Fleet) -> fmt::Result {
     for pool in &fleet.pools {
         write_kv(out, fleet, pool)?;
     }
+    write_autoscale(out, fleet)?;
     writeln!(out, "\ntransfer paths")?;
     if fleet.pairs().is_empty() {
         writeln!(out, "  none: every request stays on one worker")?;
@@ -92,6 +93,37 @@ fn write_kv(out: &mut String, fleet: &Fleet, pool: &Pool) -> fmt::Result {
     if tokens < u64::from(fleet.model.shape.max_context) {
         let context = fleet.model.shape.max_context;
         writeln!(out, "    less than the model's context of {context} tokens: longer prompts are refused")?;
+    }
+    Ok(())
+}
+
+fn write_autoscale(out: &mut String, fleet: &Fleet) -> fmt::Result {
+    let scaling = || fleet.pools.iter().filter_map(|pool| Some((pool, pool.autoscale.as_ref()?)));
+    if scaling().next().is_some() {
+        writeln!(out, "\nautoscaling")?;
+    }
+    for (pool, scale) in scaling() {
+        let Autoscale { min, max, target, tolerance_percent, up_after, down_after, dry_run, scaler } = scale;
+        let who = match scaler {
+            ScalerSpec::None => "nobody; read baton_scale_desired".to_owned(),
+            ScalerSpec::Process => "baton up".to_owned(),
+            ScalerSpec::Kubernetes(at) => {
+                format!("the scale of {} {} in namespace {}", at.kind, at.name, at.namespace)
+            }
+            ScalerSpec::Webhook(hook) => format!("POST {}", hook.url),
+        };
+        let mode = if *dry_run { " (dry run: only told)" } else { "" };
+        writeln!(out, "  {}: {min} to {max} workers, by {who}{mode}", pool.name)?;
+        let targets = [
+            target.queue_wait.map(|wait| format!("prompts wait {} ms", wait.as_millis())),
+            target.ttft.map(|ttft| format!("the first token takes {} ms", ttft.as_millis())),
+            target.kv_percent.map(|percent| format!("{percent} % of the KV blocks are held")),
+            target.itl.map(|itl| format!("a token takes {} ms", itl.as_millis())),
+        ];
+        let targets: Vec<String> = targets.into_iter().flatten().collect();
+        let (up, down) = (up_after.as_millis(), down_after.as_millis());
+        writeln!(out, "    grows when {}, {tolerance_percent} % over for {up} ms", join(&targets, " or "))?;
+        writeln!(out, "    shrinks when fewer would have done for {down} ms; they drain first")?;
     }
     Ok(())
 }

@@ -2,8 +2,7 @@
 
 use std::time::Duration;
 
-use super::{EngineSpec, Listen, TransferSpec, defaults};
-use crate::choice::choice;
+use super::{Autoscale, EngineSpec, Listen, TransferSpec, defaults};
 use crate::geometry::{Dtype, KvGeometry, KvLayout, Scales};
 use crate::model_shape::ModelShape;
 use crate::names::{Accelerator, PoolName, Role};
@@ -91,34 +90,6 @@ impl KvCapacity {
     }
 }
 
-choice! {
-    /// Who starts and stops workers.
-    ScalerKind {
-        /// Nobody; the desired number is only exported.
-        None => "none",
-        /// `baton up`, as child processes.
-        Process => "process",
-        /// The scale subresource of a Kubernetes object.
-        Kubernetes => "kubernetes",
-        /// A web hook.
-        Webhook => "webhook",
-    }
-}
-
-/// How the number of replicas may change by itself.
-#[derive(Debug, Clone, PartialEq, Eq)]
-#[non_exhaustive]
-pub struct Autoscale {
-    /// Never fewer.
-    pub min: u32,
-    /// Never more.
-    pub max: u32,
-    /// Who starts and stops workers.
-    pub scaler: ScalerKind,
-    /// Time requests may wait before the pool grows.
-    pub queue_wait: Duration,
-}
-
 /// What one worker accepts at most.
 #[derive(Debug, Clone, PartialEq, Eq)]
 #[non_exhaustive]
@@ -152,7 +123,7 @@ impl Pool {
         let advertise = section.optional("advertise", "a host name or address, without a port", host);
         let replicas = section.count("replicas", 0..=1024, defaults::REPLICAS);
         let autoscale =
-            section.section_if_given("autoscale").map(|section| Autoscale::read(section, replicas));
+            section.section_if_given("autoscale").map(|section| Autoscale::read(section, role, replicas));
         let limits = WorkerLimits::read(section.section("limits"));
         let pool = Self {
             name: name?,
@@ -226,26 +197,6 @@ impl KvSpec {
             KvCapacity::Memory(section.bytes("memory", Bytes(1 << 10)..=Bytes(1 << 44), defaults::KV_MEMORY))
         };
         Self { block_tokens, layout, dtype, scales, capacity }
-    }
-}
-
-impl Autoscale {
-    fn read(mut section: Section<'_, '_>, replicas: u32) -> Self {
-        let min = section.count("min", 0..=1024, defaults::AUTOSCALE_MIN);
-        let max = section.count("max", 1..=1024, replicas.max(1));
-        let scaler = section.choice("scaler", defaults::SCALER);
-        let queue_wait =
-            section.section("target").duration("queue_wait_ms", 1..=600_000, defaults::QUEUE_WAIT);
-        if min > max {
-            let at = section.reader.position(&section.child("min")).or(section.at);
-            let problem = format!("is {min}, more than max, which is {max}");
-            section.reader.fault(&section.child("min"), at, problem, "lower min or raise max");
-        } else if !(min..=max).contains(&replicas) {
-            let problem =
-                format!("goes from {min} to {max}, which leaves out the {replicas} replicas of the pool");
-            section.reader.fault(&section.path, section.at, problem, "widen it or change replicas");
-        }
-        Self { min, max, scaler, queue_wait }
     }
 }
 

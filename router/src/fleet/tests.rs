@@ -30,6 +30,9 @@ fn status(running: u32, waiting: u32, tokens: u64) -> WorkerStatus {
         requests_waiting: waiting,
         prefill_tokens_pending: tokens,
         kv_blocks: BlockCounts { free: 50, valid: 30, shared: 20, ..BlockCounts::default() },
+        kv_evictable: 0,
+        prefilled_tokens: 0,
+        prompt_tokens: None,
         prefill_tokens_per_s: Some(1234.0),
         itl_ms: Some(f64::NAN),
         paths: vec![PathStatus {

@@ -190,6 +190,13 @@ fn blocks_damaged_on_one_path_are_read_again_over_the_other() {
         let status: WorkerStatus = d.get("/v1/state").await.json().await.unwrap();
         assert_eq!(status.paths[0].backend, "tcp");
         until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+        let told: WorkerStatus = p.get("/v1/state").await.json().await.unwrap();
+        assert_eq!(
+            (told.prefilled_tokens, told.prompt_tokens),
+            (120, Some(60.0)),
+            "two prompts were computed"
+        );
+        assert_eq!(told.kv_evictable, told.kv_blocks.shared, "nobody references what is cached");
         p.audit().await;
         d.audit().await;
     });
