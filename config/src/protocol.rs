@@ -373,15 +373,19 @@ pub struct BlockCounts {
 }
 
 impl BlockCounts {
+    /// Blocks held for something other than the prefix cache.
+    pub fn held(&self) -> u32 {
+        self.reserved + self.filling + self.valid + self.quarantined
+    }
+
     /// All blocks.
     pub fn total(&self) -> u32 {
         self.free + self.reserved + self.filling + self.valid + self.shared + self.quarantined
     }
 }
 
-/// The transfer path between this worker and a peer.
+/// The transfer path between this worker and a peer. May gain fields: readers ignore those they don't know.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct PathStatus {
     /// The prefill side.
     pub prefill: WorkerId,
@@ -395,11 +399,36 @@ pub struct PathStatus {
     pub gb_per_s: Option<f64>,
     /// Measured latency of a small read, once something moved.
     pub latency_us: Option<f64>,
+    /// The paths preferred to this one that do not work now, and why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub fell_back: Option<String>,
+}
+
+/// What a draining worker still waits for. It leaves when nothing is left, or when its grace is over.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+pub struct DrainStatus {
+    /// Milliseconds since it was asked to drain.
+    pub since_ms: u64,
+    /// Milliseconds until it leaves whatever is left.
+    pub grace_left_ms: u64,
+    /// Requests that have not ended, in whatever phase.
+    pub requests: u32,
+    /// Of these, the engine is working on.
+    pub requests_running: u32,
+    /// And these wait for room.
+    pub requests_waiting: u32,
+    /// Handoffs that are open, from this worker or to it.
+    pub handoffs: u32,
+    /// Of these, handed out: their blocks are kept until they are read or the lease runs out.
+    pub leases: u32,
+    /// KV blocks held for requests and leases.
+    pub blocks_held: u32,
 }
 
 /// `GET /v1/state` of a worker agent: what routers and operators need to know about it now.
+///
+/// May gain fields: readers ignore those they don't know, so that workers and routers can be upgraded one by one.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct WorkerStatus {
     /// Name.
     pub worker: WorkerId,
@@ -438,6 +467,15 @@ pub struct WorkerStatus {
     pub paths: Vec<PathStatus>,
     /// The last thing that went wrong, for people.
     pub last_error: Option<String>,
+    /// Milliseconds since that went wrong.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub last_error_ago_ms: Option<u64>,
+    /// Milliseconds since this life began, once it has.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub age_ms: Option<u64>,
+    /// What it waits for, while it drains.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drain: Option<DrainStatus>,
 }
 
 /// A change of a worker's prefix cache.

@@ -112,6 +112,9 @@ pub struct PathInfo {
     pub reason: String,
     /// Why not each of the others that this agent uses.
     pub rejected: Vec<(BackendKind, String)>,
+    /// Those preferred to the chosen one that do not work now, and why: a network library of the list that is not there
+    /// on both sides, or a path that broke.
+    pub fallen_from: Vec<(BackendKind, String)>,
     /// Time of a small read when the path was measured.
     pub latency: Option<Duration>,
     /// Of a large read when the path was measured.

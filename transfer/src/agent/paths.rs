@@ -297,9 +297,34 @@ impl Paths {
             backend,
             reason: reason.join("; "),
             rejected,
+            fallen_from: self.fallen_from(chosen, &order, &stages),
             latency: measured.map(|measured| measured.latency),
             bytes_per_second: measured.map(|measured| measured.bytes_per_second),
         }
+    }
+
+    /// What should carry blocks instead of the chosen path, and does not.
+    fn fallen_from(
+        &self,
+        chosen: Option<usize>,
+        order: &[usize],
+        stages: &[(Stage, Option<Measured>)],
+    ) -> Vec<(BackendKind, String)> {
+        let broken =
+            order.iter().take_while(|index| Some(**index) != chosen).filter_map(|index| {
+                match &stages[*index].0 {
+                    Stage::Broken { why, .. } => Some((self.candidates[*index].backend, why.clone())),
+                    Stage::Unopened | Stage::Opening | Stage::Open(_) => None,
+                }
+            });
+        let listed = |of: BackendKind| self.opener.options.backends.iter().position(|one| *one == of);
+        let at = chosen.and_then(|index| listed(self.candidates[index].backend));
+        // Shared memory with a peer on another host is no loss; a network library that both sides should have is.
+        let missing = self.ruled_out.iter().filter(|(backend, _)| {
+            let network = matches!(backend, BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin);
+            network && at.is_none_or(|at| listed(*backend).is_some_and(|out| out < at))
+        });
+        broken.chain(missing.cloned()).collect()
     }
 
     /// Why there is no session: what the peer said, or all that was tried.
