@@ -26,12 +26,14 @@ use axum::extract::DefaultBodyLimit;
 use axum::routing::{get, post};
 use baton_config::{Epoch, PoolName, Role, WorkerId};
 use baton_engine::ModelInfo;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::driver::Handoffs;
 use crate::engine_thread::EngineHandle;
+use crate::in_flight::InFlight;
 use crate::kv_log::KvLog;
 use crate::metrics::Metrics;
 use crate::path::Paths;
@@ -42,7 +44,7 @@ mod handoffs;
 mod kv_events;
 mod lines;
 mod prefill;
-mod state;
+pub(crate) mod state;
 
 /// A step of the engine that takes this long means that requests make no progress.
 pub(crate) const UNREADY_AFTER: Duration = Duration::from_secs(10);
@@ -56,7 +58,46 @@ const LAST_ERROR_MAX_CHARS: usize = 512;
 pub(crate) enum Phase {
     Joining,
     Ready,
-    Draining,
+    /// Says that it leaves, and still takes the requests of those who have not heard.
+    Leaving(Drain),
+    /// Finishes what it has.
+    Draining(Drain),
+}
+
+/// When a drain began and when it ends whatever is left.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Drain {
+    pub(crate) since: Instant,
+    pub(crate) until: Instant,
+}
+
+impl Phase {
+    /// Whether new requests are taken.
+    pub(crate) fn accepts(self) -> bool {
+        matches!(self, Self::Ready | Self::Leaving(_))
+    }
+
+    /// The drain that is under way.
+    pub(crate) fn drain(self) -> Option<Drain> {
+        match self {
+            Self::Leaving(drain) | Self::Draining(drain) => Some(drain),
+            Self::Joining | Self::Ready => None,
+        }
+    }
+}
+
+/// A life of this worker.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Life {
+    pub(crate) epoch: Epoch,
+    pub(crate) since: Instant,
+}
+
+/// Something that went wrong.
+#[derive(Debug, Clone)]
+pub(crate) struct Mishap {
+    pub(crate) what: String,
+    pub(crate) at: Instant,
 }
 
 /// What the handlers share.
@@ -72,26 +113,26 @@ pub(crate) struct Shared {
     pub(crate) paths: Paths,
     pub(crate) tasks: TaskTracker,
     pub(crate) phase: watch::Receiver<Phase>,
-    pub(crate) epoch: watch::Receiver<Option<Epoch>>,
-    /// One permit per request in flight.
-    pub(crate) in_flight: Arc<Semaphore>,
+    pub(crate) life: watch::Receiver<Option<Life>>,
+    pub(crate) in_flight: InFlight,
     /// Asks this worker to drain.
     pub(crate) drain: CancellationToken,
     /// The grace is over: requests end now.
     pub(crate) abort: CancellationToken,
     /// The server stops: endless answers end.
     pub(crate) stop: CancellationToken,
-    pub(crate) last_error: Mutex<Option<String>>,
+    pub(crate) last_error: Mutex<Option<Mishap>>,
 }
 
 impl Shared {
     /// Remembers what went wrong last, for people.
     pub(crate) fn note_error(&self, error: &str) {
         let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);
-        *last = Some(error.chars().take(LAST_ERROR_MAX_CHARS).collect());
+        let what = error.chars().take(LAST_ERROR_MAX_CHARS).collect();
+        *last = Some(Mishap { what, at: Instant::now() });
     }
 
-    pub(crate) fn last_error(&self) -> Option<String> {
+    pub(crate) fn last_error(&self) -> Option<Mishap> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
 }

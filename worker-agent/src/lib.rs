@@ -26,6 +26,7 @@ pub mod driver;
 pub mod engine_thread;
 pub mod handoff;
 mod http;
+mod in_flight;
 pub mod kv_log;
 pub mod meter;
 pub mod metrics;

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use baton_config::WorkerId;
 use baton_config::protocol::PathStatus;
-use baton_transfer::Session;
+use baton_transfer::{BackendKind, Session};
 
 use crate::meter::{Costs, Floor};
 
@@ -86,11 +86,20 @@ impl Paths {
                     reason: info.reason.clone(),
                     gb_per_s: stats.bytes_per_second.map(|speed| speed / 1e9),
                     latency_us: stats.latency.map(|latency| latency.as_secs_f64() * 1e6),
+                    fell_back: fell_back(&info.fallen_from),
                 });
             }
             let reason = path.failure.clone()?;
             let backend = "none".to_owned();
-            Some(PathStatus { prefill, decode, backend, reason, gb_per_s: None, latency_us: None })
+            Some(PathStatus {
+                prefill,
+                decode,
+                backend,
+                reason,
+                gb_per_s: None,
+                latency_us: None,
+                fell_back: None,
+            })
         };
         paths.iter().filter_map(status).collect()
     }
@@ -110,4 +119,10 @@ impl Paths {
     fn paths(&self) -> MutexGuard<'_, BTreeMap<WorkerId, Path>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// The paths that should be used and are not, on one line.
+fn fell_back(from: &[(BackendKind, String)]) -> Option<String> {
+    let each: Vec<String> = from.iter().map(|(backend, why)| format!("{backend}: {why}")).collect();
+    (!each.is_empty()).then(|| each.join("; ").chars().take(REASON_MAX_CHARS).collect())
 }

@@ -9,7 +9,8 @@ use axum::serve::ListenerExt;
 use base64::Engine as _;
 use baton_conductor::client::ClientError;
 use baton_conductor::{
-    Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, WorkerState,
+    Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, View, WorkerRecord,
+    WorkerState,
 };
 use baton_config::Epoch;
 use baton_engine::engine::EngineError;
@@ -20,14 +21,17 @@ use baton_transfer::export::{ExportOptions, Exporter, ExporterError};
 use baton_transfer::import::{ImportOptions, Importer};
 use baton_transfer::{Agent, ArenaMemory, MemoryError, StartError};
 use tokio::net::TcpListener;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::watch;
+use tokio::time::{Instant, Interval};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::arena::{self, ArenaFailure};
-use crate::driver::{Handoffs, Io};
+use crate::driver::{Handoffs, Io, Open};
 use crate::engine_thread::{AuditFailure, EngineHandle};
-use crate::http::{Phase, Shared, UNREADY_AFTER, routes};
+use crate::http::state::drain_status;
+use crate::http::{Drain, Life, Phase, Shared, UNREADY_AFTER, routes};
+use crate::in_flight::InFlight;
 use crate::kv_log::KvLog;
 use crate::metrics::Metrics;
 use crate::options::{EngineChoice, TokenFault, WorkerOptions};
@@ -40,6 +44,9 @@ const KV_LOG_EVENTS: usize = 16 << 10;
 const AUDIT_INTERVAL: Duration = Duration::from_secs(5);
 /// How often the conductor is told how busy this worker is.
 const LOAD_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a worker that leaves still takes the requests of routers that have not heard. Its own view, which hears when
+/// theirs do, mostly ends this in some milliseconds; without a conductor nothing does.
+const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long tasks and connections may take to end once nothing is left to do for them.
 const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
@@ -155,7 +162,7 @@ struct Worker {
     io: Arc<Io>,
     memory: ArenaMemory,
     phase: watch::Sender<Phase>,
-    epoch: watch::Sender<Option<Epoch>>,
+    life: watch::Sender<Option<Life>>,
     engine_thread: std::thread::JoinHandle<()>,
     /// Ends the owner of the handoffs.
     handoffs_stop: CancellationToken,
@@ -181,7 +188,7 @@ impl Worker {
         limits.stage_on_want = io.exporter.why_staged().is_some();
         let handoffs = Handoffs::start(Arc::clone(&io), limits, handoffs_stop.clone());
         let (phase, phase_reader) = watch::channel(Phase::Joining);
-        let (epoch, epoch_reader) = watch::channel(None);
+        let (life, life_reader) = watch::channel(None);
         let shared = Arc::new(Shared {
             worker: options.worker.clone(),
             pool: options.pool.clone(),
@@ -194,15 +201,15 @@ impl Worker {
             paths: io.paths.clone(),
             tasks: io.tasks.clone(),
             phase: phase_reader,
-            epoch: epoch_reader,
-            in_flight: Arc::new(Semaphore::new(options.in_flight_max as usize)),
+            life: life_reader,
+            in_flight: InFlight::new(options.in_flight_max),
             drain: CancellationToken::new(),
             abort: CancellationToken::new(),
             stop: CancellationToken::new(),
             last_error: Mutex::new(None),
         });
         serve_http(&shared, listener, options.body_max.0);
-        Ok(Self { options, stop, address, shared, io, memory, phase, epoch, engine_thread, handoffs_stop })
+        Ok(Self { options, stop, address, shared, io, memory, phase, life, engine_thread, handoffs_stop })
     }
 
     /// Takes a lease on the name; the worker is in view as joining.
@@ -235,45 +242,57 @@ impl Worker {
 
     /// Serves until told to stop, then drains.
     async fn serve(&self, membership: &Membership) -> Result<(), RunError> {
-        let mut epochs = membership.epoch();
-        let first = *epochs.borrow_and_update();
+        let mut upkeep = Upkeep::new(self, membership);
+        let first = *upkeep.epochs.borrow_and_update();
         self.enter(first).await;
         self.phase.send_replace(Phase::Ready);
         membership.set_state(WorkerState::Ready);
         tracing::info!(worker = %self.options.worker, address = %self.address, arena = self.memory.kind(), "ready");
-        let drain = asked(membership.drain_requested());
-        let engine = engine_ended(self.shared.engine.clone());
-        tokio::pin!(drain, engine);
-        let mut audits = tokio::time::interval(AUDIT_INTERVAL);
-        let mut loads = tokio::time::interval(LOAD_INTERVAL);
-        loop {
-            tokio::select! {
-                biased;
-                () = self.stop.now.cancelled() => return Ok(()),
-                () = self.stop.drain.cancelled() => break,
-                () = self.shared.drain.cancelled() => break,
-                () = &mut drain => break,
-                why = &mut engine => return Err(RunError::EngineEnded { why }),
-                Ok(()) = epochs.changed() => {
-                    let epoch = *epochs.borrow_and_update();
-                    self.enter(epoch).await;
-                }
-                _ = audits.tick() => self.audit().await,
-                _ = loads.tick() => membership.set_load(self.load()),
-            }
-        }
-        self.phase.send_replace(Phase::Draining);
+        let Some(asked_by) = upkeep.until(self.drain_asked(membership)).await? else { return Ok(()) };
+        let since = Instant::now();
+        let drain = Drain { since, until: since + self.options.drain_grace };
+        self.phase.send_replace(Phase::Leaving(drain));
         membership.set_state(WorkerState::Draining);
-        tracing::info!(worker = %self.options.worker, "draining");
-        tokio::select! {
-            biased;
-            () = self.stop.now.cancelled() => {}
-            () = self.idle() => {}
-            () = tokio::time::sleep(self.options.drain_grace) => {
-                tracing::warn!("the time to drain is over with requests in flight");
+        tracing::info!(worker = %self.options.worker, asked_by, grace = ?self.options.drain_grace, "draining");
+        let settled = tokio::time::timeout(SETTLE_TIMEOUT, self.seen_leaving());
+        if upkeep.until(settled).await?.is_none() {
+            return Ok(());
+        }
+        self.phase.send_replace(Phase::Draining(drain));
+        match upkeep.until(tokio::time::timeout_at(drain.until, self.idle())).await? {
+            None => {}
+            Some(Ok(())) => tracing::info!(after = ?since.elapsed(), "drained: nothing is left to do"),
+            Some(Err(_)) => {
+                let left = drain_status(&self.shared);
+                tracing::warn!(?left, "the time to drain is over with requests in flight");
             }
         }
         Ok(())
+    }
+
+    /// Done when this worker shall drain; says who asked. All ways lead here: an operator's wish that the conductor
+    /// keeps, a call to this worker, and the signal of whoever stops the process or scales its pool down.
+    async fn drain_asked(&self, membership: &Membership) -> &'static str {
+        tokio::select! {
+            biased;
+            () = self.stop.drain.cancelled() => "a signal",
+            () = self.shared.drain.cancelled() => "a call to this worker",
+            () = asked(membership.drain_requested()) => "the conductor",
+        }
+    }
+
+    /// Done when the view says that this worker leaves: routers hear of it when this worker does.
+    async fn seen_leaving(&self) {
+        let mut views = self.io.fleet.changed();
+        let leaving = |view: &Arc<View>| {
+            let ready = |record: &Arc<WorkerRecord>| record.state == WorkerState::Ready;
+            let name = &self.options.worker;
+            !view.worker(name).is_some_and(ready) || view.drain.contains(name)
+        };
+        if views.wait_for(leaving).await.is_err() {
+            // The client ends with this worker only.
+            std::future::pending::<()>().await;
+        }
     }
 
     /// Enters a life: from here on everything of another one is refused.
@@ -282,13 +301,16 @@ impl Worker {
         self.io.agent.set_epoch(epoch);
         self.shared.kv_log.set_epoch(epoch);
         self.shared.handoffs.set_epoch(epoch).await;
-        self.epoch.send_replace(Some(epoch));
+        self.life.send_replace(Some(Life { epoch, since: Instant::now() }));
     }
 
-    /// Done when no request is in flight: generations have ended, handed-out blocks were fetched or given up.
+    /// Done when no request is in flight: generations have ended, handed-out blocks were read or their lease ran out.
     async fn idle(&self) {
-        // A closed semaphore does not occur: nobody closes it.
-        let _ = self.shared.in_flight.acquire_many(self.options.in_flight_max).await;
+        self.shared.in_flight.none().await;
+        // Reads that were given up may still be fenced.
+        let none = |open: &Open| open.prefills == 0 && open.decodes == 0;
+        // The owner of the handoffs lives as long as this worker.
+        let _ = self.shared.handoffs.open().wait_for(none).await;
     }
 
     async fn audit(&self) {
@@ -324,13 +346,13 @@ impl Worker {
             requests_waiting: view.load.waiting,
             prefill_tokens_pending: view.load.prefill_tokens_pending,
             kv_blocks: view.counts,
-            last_error: self.shared.last_error(),
+            last_error: self.shared.last_error().map(|mishap| mishap.what),
         }
     }
 
     /// Leaves the fleet and ends every part, each within a bound.
     async fn close(self, membership: Option<Membership>) {
-        let Self { options, shared, io, engine_thread, handoffs_stop, .. } = self;
+        let Self { shared, io, engine_thread, handoffs_stop, .. } = self;
         if let Some(membership) = membership {
             membership.leave().await;
         }
@@ -341,9 +363,7 @@ impl Worker {
             }
         };
         // Requests tell their clients that they end here before the connections go.
-        let requests =
-            tokio::time::timeout(CLOSE_TIMEOUT, shared.in_flight.acquire_many(options.in_flight_max));
-        in_time("requests", requests.await.is_ok());
+        in_time("requests", tokio::time::timeout(CLOSE_TIMEOUT, shared.in_flight.none()).await.is_ok());
         shared.stop.cancel();
         handoffs_stop.cancel();
         io.tasks.close();
@@ -359,6 +379,48 @@ impl Worker {
             join.await
         };
         in_time("the engine", tokio::time::timeout(CLOSE_TIMEOUT, ended).await.is_ok());
+    }
+}
+
+/// What goes on for as long as a worker lives, whatever else it waits for: serving or draining.
+struct Upkeep<'a> {
+    worker: &'a Worker,
+    membership: &'a Membership,
+    epochs: watch::Receiver<Option<Epoch>>,
+    audits: Interval,
+    loads: Interval,
+}
+
+impl<'a> Upkeep<'a> {
+    fn new(worker: &'a Worker, membership: &'a Membership) -> Self {
+        let (audits, loads) = (tokio::time::interval(AUDIT_INTERVAL), tokio::time::interval(LOAD_INTERVAL));
+        Self { worker, membership, epochs: membership.epoch(), audits, loads }
+    }
+
+    /// Keeps the worker going until something is done; `None` after the second signal.
+    async fn until<T>(&mut self, done: impl Future<Output = T>) -> Result<Option<T>, RunError> {
+        let worker = self.worker;
+        let engine = engine_ended(worker.shared.engine.clone());
+        tokio::pin!(done, engine);
+        loop {
+            tokio::select! {
+                biased;
+                () = worker.stop.now.cancelled() => return Ok(None),
+                out = &mut done => return Ok(Some(out)),
+                why = &mut engine => return Err(RunError::EngineEnded { why }),
+                Ok(()) = self.epochs.changed() => {
+                    let epoch = *self.epochs.borrow_and_update();
+                    worker.enter(epoch).await;
+                }
+                _ = self.audits.tick() => {
+                    worker.audit().await;
+                    if let Some(waits_for) = drain_status(&worker.shared) {
+                        tracing::info!(?waits_for, "draining");
+                    }
+                }
+                _ = self.loads.tick() => self.membership.set_load(worker.load()),
+            }
+        }
     }
 }
 

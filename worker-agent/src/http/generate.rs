@@ -15,7 +15,7 @@ use tokio::sync::{mpsc, oneshot};
 use tokio::time::Instant;
 
 use super::fault::{Fault, parse};
-use super::{Phase, Shared, lines};
+use super::{Shared, lines};
 use crate::driver::{DecodeNews, OpenFailure};
 use crate::engine_thread::Sequence;
 use crate::handoff::decode::ImportReport;
@@ -51,12 +51,11 @@ async fn begin(
 ) -> Result<mpsc::Receiver<Bytes>, Fault> {
     let request: GenerateRequest = parse(body)?;
     validate::generate(&request, &shared.model)?;
-    if *shared.phase.borrow() != Phase::Ready {
+    if !shared.phase.borrow().accepts() {
         return Err(Fault::unavailable("this worker takes no new requests now"));
     }
-    let permit = Arc::clone(&shared.in_flight).try_acquire_owned();
-    let permit =
-        permit.map_err(|_| Fault::overloaded("as many requests as this worker takes are in flight"))?;
+    let full = || Fault::overloaded("as many requests as this worker takes are in flight");
+    let permit = shared.in_flight.enter().ok_or_else(full)?;
     let (out, lines) = mpsc::channel(LINES_MAX);
     let (started, answer) = oneshot::channel();
     let task_shared = Arc::clone(shared);

@@ -14,8 +14,8 @@ use baton_engine::engine::{Purpose, SequenceSpec, Writers};
 use tokio::sync::oneshot;
 use tokio::time::Instant;
 
+use super::Shared;
 use super::fault::{Fault, parse};
-use super::{Phase, Shared};
 use crate::driver::OpenFailure;
 use crate::engine_thread::Sequence;
 use crate::handoff::{OpenError, Opening, PrefillEvent};
@@ -48,12 +48,11 @@ pub(super) async fn prefill(
 async fn begin(shared: &Arc<Shared>, body: Result<Bytes, BytesRejection>) -> Result<PrefillReply, Fault> {
     let request: PrefillRequest = parse(body)?;
     validate::prefill(&request, &shared.model)?;
-    if *shared.phase.borrow() != Phase::Ready {
+    if !shared.phase.borrow().accepts() {
         return Err(Fault::unavailable("this worker takes no new requests now"));
     }
-    let permit = Arc::clone(&shared.in_flight).try_acquire_owned();
-    let permit =
-        permit.map_err(|_| Fault::overloaded("as many requests as this worker takes are in flight"))?;
+    let full = || Fault::overloaded("as many requests as this worker takes are in flight");
+    let permit = shared.in_flight.enter().ok_or_else(full)?;
     let (reply, answer) = oneshot::channel();
     let (task_shared, task_metrics) = (Arc::clone(shared), shared.metrics.clone());
     shared.tasks.spawn(async move {

@@ -1,12 +1,14 @@
 //! What a worker says about itself.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
-use baton_config::protocol::WorkerStatus;
+use baton_config::protocol::{DrainStatus, WorkerStatus};
 use http::StatusCode;
+use tokio::time::Instant;
 
 use super::{DEAD_AFTER, Phase, Shared, UNREADY_AFTER};
 
@@ -24,7 +26,7 @@ fn unready(shared: &Shared) -> Option<String> {
     }
     match *shared.phase.borrow() {
         Phase::Joining => Some("joining".to_owned()),
-        Phase::Draining => Some("draining".to_owned()),
+        Phase::Leaving(_) | Phase::Draining(_) => Some("draining".to_owned()),
         Phase::Ready => None,
     }
 }
@@ -35,15 +37,17 @@ fn state_name(shared: &Shared) -> &'static str {
         _ if !healthy => "unhealthy",
         Phase::Joining => "joining",
         Phase::Ready => "ready",
-        Phase::Draining => "draining",
+        Phase::Leaving(_) | Phase::Draining(_) => "draining",
     }
 }
 
 pub(super) async fn state(State(shared): State<Arc<Shared>>) -> Json<WorkerStatus> {
     let view = shared.engine.view();
+    let life = *shared.life.borrow();
+    let (last_error, last_error_at) = shared.last_error().map(|mishap| (mishap.what, mishap.at)).unzip();
     Json(WorkerStatus {
         worker: shared.worker.clone(),
-        epoch: *shared.epoch.borrow(),
+        epoch: life.map(|life| life.epoch),
         pool: shared.pool.clone(),
         role: shared.role,
         state: state_name(&shared).to_owned(),
@@ -58,8 +62,33 @@ pub(super) async fn state(State(shared): State<Arc<Shared>>) -> Json<WorkerStatu
         prefill_tokens_per_s: view.prefill_tokens_per_s,
         itl_ms: view.itl_ms,
         paths: shared.paths.status(&shared.worker),
-        last_error: shared.last_error(),
+        last_error,
+        last_error_ago_ms: last_error_at.map(|at| millis(at.elapsed())),
+        age_ms: life.map(|life| millis(life.since.elapsed())),
+        drain: drain_status(&shared),
     })
+}
+
+/// What a drain still waits for, while there is one.
+pub(crate) fn drain_status(shared: &Shared) -> Option<DrainStatus> {
+    let drain = shared.phase.borrow().drain()?;
+    let view = shared.engine.view();
+    let open = *shared.handoffs.open().borrow();
+    let count = |number: usize| u32::try_from(number).unwrap_or(u32::MAX);
+    Some(DrainStatus {
+        since_ms: millis(drain.since.elapsed()),
+        grace_left_ms: millis(drain.until.saturating_duration_since(Instant::now())),
+        requests: shared.in_flight.count(),
+        requests_running: view.load.running,
+        requests_waiting: view.load.waiting,
+        handoffs: count(open.prefills + open.decodes),
+        leases: count(open.prefills),
+        blocks_held: view.counts.held(),
+    })
+}
+
+fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 pub(super) async fn drain(State(shared): State<Arc<Shared>>) -> StatusCode {

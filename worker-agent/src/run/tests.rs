@@ -369,15 +369,87 @@ fn a_drained_worker_finishes_what_it_has_and_leaves() {
         let request = fleet.request(prompt(1, 20, fleet.vocab()), 60);
         let running = fleet.start_generate_alone(&d, &request);
         until("it runs", || d.in_use() > 0).await;
+        assert!(d.status().await.drain.is_none());
         assert_eq!(fleet.post_text(&d, "/v1/drain", "").await.status().as_u16(), 202);
         until("it says so", || d.readyz() == 503).await;
+        until("whoever chooses workers has heard", || d.refuses()).await;
         let refused = fleet.post(&d, "/v1/generate", &request).await.unwrap();
         assert_eq!(refused.status().as_u16(), 503);
+        let status = d.status().await;
+        assert_eq!(status.state, "draining");
+        let waits_for = status.drain.expect("what it waits for");
+        assert_eq!((waits_for.requests, waits_for.requests_running, waits_for.handoffs), (1, 1, 0));
+        assert!(waits_for.blocks_held > 0 && waits_for.grace_left_ms <= 20_000, "{waits_for:?}");
         let done = running.await.unwrap();
         assert_eq!(done.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 60));
         assert_eq!(done.reason, Some(FinishReason::Length));
         d.ended().await;
         fleet.wait_gone("d-0").await;
+    });
+}
+
+#[test]
+fn a_drain_without_a_conductor_ends_all_the_same_and_requests_of_those_who_have_not_heard_are_taken() {
+    let mut fleet = Fleet::start(Setup { decode_us: 10_000.0, ..Setup::sim() });
+    let d = fleet.decode("d-0");
+    fleet.stop_conductor();
+    fleet.block_on(async {
+        let request = fleet.request(prompt(1, 20, fleet.vocab()), 30);
+        let asked = std::time::Instant::now();
+        assert_eq!(fleet.post_text(&d, "/v1/drain", "").await.status().as_u16(), 202);
+        until("it says so", || d.readyz() == 503).await;
+        // Nobody can hear that it leaves: what comes in the first second is still served.
+        match fleet.start_generate_alone(&d, &request).await {
+            Ok(taken) => {
+                let expected = oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 30);
+                assert_eq!(taken.tokens, expected);
+            }
+            Err(status) => {
+                assert_eq!(status, 503);
+                assert!(asked.elapsed() >= Duration::from_secs(1), "refused before the second was over");
+            }
+        }
+        d.ended().await;
+    });
+}
+
+#[test]
+fn a_drain_ends_with_its_grace() {
+    let fleet = Fleet::start(Setup { decode_us: 20_000.0, ..Setup::sim() });
+    let d = fleet.decode_with_grace("d-0", Duration::from_millis(300));
+    fleet.block_on(async {
+        // Two hundred seconds of tokens.
+        let request = fleet.request(prompt(1, 20, fleet.vocab()), 1500);
+        let _running = fleet.start_generate_alone(&d, &request);
+        until("it runs", || d.in_use() > 0).await;
+        assert_eq!(fleet.post_text(&d, "/v1/drain", "").await.status().as_u16(), 202);
+        d.ended().await;
+        fleet.wait_gone("d-0").await;
+    });
+}
+
+#[test]
+fn a_drained_prefill_worker_keeps_what_it_handed_out_until_it_is_read() {
+    let fleet = Fleet::start(Setup::sim());
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let request = fleet.request(prompt(7, 200, fleet.vocab()), 4);
+        let prefill = fleet.start_prefill(&p, &d, &request, 1);
+        let drain = async {
+            // All is computed, and its decode side has not even come.
+            until("blocks are handed out", || p.in_use() > 0 && p.leases() == 1).await;
+            assert_eq!(fleet.post_text(&p, "/v1/drain", "").await.status().as_u16(), 202);
+            until("it takes no more", || p.refuses()).await;
+            let waits_for = p.status().await.drain.expect("what it waits for");
+            assert_eq!((waits_for.requests, waits_for.leases, waits_for.handoffs), (1, 1, 1));
+            let apart = fleet.generate_from(&d, &p, &request, 1).await;
+            assert_eq!((apart.report.fallback, apart.report.imported_tokens), (None, 200));
+            assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 4));
+        };
+        let (reply, ()) = tokio::join!(prefill, drain);
+        assert_eq!(reply.unwrap().outcome, HandoffOutcome::Done);
+        p.ended().await;
+        fleet.wait_gone("p-0").await;
     });
 }
 

@@ -10,7 +10,7 @@ use baton_conductor::server::PoolOptions;
 use baton_conductor::{Client, ClientOptions, ConductorOptions};
 use baton_config::protocol::{
     FinishReason, GenerateEvent, GenerateRequest, HandoffRef, KvEventBatch, PeerRef, PrefillReply,
-    PrefillReport, PrefillRequest, Sampling,
+    PrefillReport, PrefillRequest, Sampling, WorkerStatus,
 };
 use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvLayout, Role, WorkerId};
 use baton_engine::sim::SimConfig;
@@ -218,6 +218,12 @@ impl Fleet {
         self.worker(name, Role::Decode, (16, self.setup.layouts.1), false)
     }
 
+    pub(super) fn decode_with_grace(&self, name: &str, grace: Duration) -> Running {
+        let mut options = self.options(name, Role::Decode, (16, self.setup.layouts.1), false);
+        options.drain_grace = grace;
+        self.run(name, options)
+    }
+
     pub(super) fn alone(&self, name: &str) -> Running {
         self.worker(name, Role::Both, (16, self.setup.layouts.1), false)
     }
@@ -321,7 +327,7 @@ impl Fleet {
             http: self.http.clone(),
         };
         self.block_on(async {
-            until("the worker has an epoch", || running.worker.epoch.borrow().is_some()).await;
+            until("the worker has an epoch", || running.worker.life.borrow().is_some()).await;
             self.wait_ready(name, running.epoch()).await;
         });
         running
@@ -525,7 +531,7 @@ impl Follower {
 
 impl Running {
     pub(super) fn epoch(&self) -> Epoch {
-        self.worker.epoch.borrow().expect("an epoch")
+        self.worker.life.borrow().expect("an epoch").epoch
     }
 
     /// Blocks that belong to requests.
@@ -597,6 +603,20 @@ impl Running {
             crate::http::Phase::Ready => 200,
             _ => 503,
         }
+    }
+
+    /// Whether it takes no new requests any more.
+    pub(super) fn refuses(&self) -> bool {
+        !self.worker.shared.phase.borrow().accepts()
+    }
+
+    /// Handoffs whose blocks it keeps.
+    pub(super) fn leases(&self) -> usize {
+        self.worker.shared.handoffs.open().borrow().prefills
+    }
+
+    pub(super) async fn status(&self) -> WorkerStatus {
+        self.get("/v1/state").await.json().await.unwrap()
     }
 
     pub(super) async fn follow(&self, since: u64) -> Follower {
