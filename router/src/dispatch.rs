@@ -129,8 +129,10 @@ impl Dispatcher {
         let workers = self.fleet.workers();
         let now = Instant::now();
         let ready = |worker: &Arc<Worker>| worker.member.ready;
-        let well =
-            |worker: &Arc<Worker>| !worker.is_down(now) && !worker.is_suspect(now, self.timeouts.frozen);
+        let well = |worker: &Arc<Worker>| {
+            let answers = !worker.is_down(now) && !worker.is_suspect(now, self.timeouts.frozen);
+            answers && !worker.is_unwilling()
+        };
         let avoided = |worker: &Arc<Worker>| {
             avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
         };

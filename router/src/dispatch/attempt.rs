@@ -89,7 +89,7 @@ impl Lost {
 
     /// Whether others should keep away from the worker for a while.
     pub(super) fn unreachable(&self) -> bool {
-        matches!(self, Self::Unreachable(_) | Self::Broken(_) | Self::Silent(_))
+        matches!(self, Self::Unreachable(_) | Self::Broken(_) | Self::Silent(_) | Self::Unavailable(_))
     }
 
     /// The label of the migration that follows.
@@ -398,7 +398,8 @@ impl PrefillJob {
             Err(error) => error,
         };
         self.metrics.prefill_failures.inc();
-        if matches!(error, CallError::Connect(_)) {
+        let leaving = matches!(error, CallError::Refused { code: FailureCode::Unavailable, .. });
+        if leaving || matches!(error, CallError::Connect(_)) {
             self.prefill.mark_down(Instant::now());
         }
         tracing::warn!(worker = %name, error = chain(&error), "prefill failed");

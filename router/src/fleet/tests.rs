@@ -42,8 +42,12 @@ fn status(running: u32, waiting: u32, tokens: u64) -> WorkerStatus {
             reason: String::new(),
             gb_per_s: Some(2.0),
             latency_us: None,
+            fell_back: None,
         }],
         last_error: None,
+        last_error_ago_ms: None,
+        age_ms: None,
+        drain: None,
     }
 }
 

@@ -38,6 +38,8 @@ struct Seen {
     down_until: Option<Instant>,
     /// First of the polls in a row that failed.
     silent_since: Option<Instant>,
+    /// It says itself that it should get no requests: the conductor may not have heard, or be away.
+    unwilling: bool,
 }
 
 /// A worker's own account, and what this router had on it at that moment.
@@ -117,6 +119,11 @@ impl Worker {
     pub(crate) fn is_down(&self, now: Instant) -> bool {
         let seen = self.health.seen();
         seen.down_until.is_some_and(|until| now < until)
+    }
+
+    /// Whether it says that it drains or makes no progress, whatever the view says.
+    pub(crate) fn is_unwilling(&self) -> bool {
+        self.health.seen().unwilling
     }
 
     /// How long its state has not been answered.
@@ -217,8 +224,9 @@ impl Health {
             kv_used: f64::from(live) / f64::from(blocks.total().max(1)),
             paths: status.paths,
         };
+        let unwilling = matches!(status.state.as_str(), "draining" | "unhealthy");
         let mut seen = self.seen();
-        *seen = Seen { report: Some(report), down_until: None, silent_since: None };
+        *seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling };
     }
 
     /// Notes that a poll failed.

@@ -256,6 +256,9 @@ fn state(script: &Script, seen: &Seen) -> WorkerStatus {
         itl_ms: None,
         paths: Vec::new(),
         last_error: None,
+        last_error_ago_ms: None,
+        age_ms: None,
+        drain: None,
     }
 }
 
