@@ -270,3 +270,6 @@ impl Election {
         delay
     }
 }
+
+#[cfg(test)]
+mod tests;

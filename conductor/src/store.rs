@@ -11,7 +11,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
 pub mod embedded;
-mod memory;
+pub(crate) mod memory;
 mod state_file;
 #[cfg(test)]
 pub(crate) mod suite;
