@@ -16,7 +16,7 @@ use crate::api::{Change, PoolTarget, WatchLine};
 use crate::dice::{Backoff, Dice};
 use crate::leader::{CONDUCTORS_PREFIX, ConductorRecord, LEADER_KEY, Leader, leader};
 use crate::record::WorkerRecord;
-use crate::registry::{DRAIN_PREFIX, REPLICAS_PREFIX, StoredWorker, WORKERS_PREFIX};
+use crate::registry::{DRAIN_PREFIX, GOODBYE_KEY, REPLICAS_PREFIX, StoredWorker, WORKERS_PREFIX};
 use crate::server::PoolOptions;
 use crate::store::{Batch, Event, KeyValue, LeaseId, PAGE_MAX_KEYS, Revision, Store, StoreError, WatchError};
 
@@ -55,6 +55,7 @@ struct State {
     lines_bytes: usize,
     /// Watches can begin here.
     oldest: Revision,
+    /// Workers that said goodbye; their removal comes in the same batch.
     leaving: BTreeSet<WorkerId>,
     expired: u64,
     following: bool,
@@ -164,6 +165,12 @@ impl Mirror {
             conductor_change(&mut state.fleet, &key, event);
             return None;
         }
+        if key == GOODBYE_KEY {
+            if let Event::Put(kv) = event {
+                state.leaving.extend(std::str::from_utf8(&kv.value).ok().and_then(|name| name.parse().ok()));
+            }
+            return None;
+        }
         let change = if let Some(name) = key.strip_prefix(WORKERS_PREFIX) {
             worker_change(state, name.parse().ok()?, event)
         } else if let Some(name) = key.strip_prefix(DRAIN_PREFIX) {
@@ -250,17 +257,17 @@ impl Mirror {
         self.lock().following
     }
 
-    /// The next removal of this worker is a goodbye and no expiry.
-    pub(crate) fn expect_leave(&self, worker: &WorkerId) {
-        self.lock().leaving.insert(worker.clone());
-    }
-
     /// Waits until the mirror shows `revision`, or for `patience`: a writer then sees its own write.
     pub(crate) async fn reached(&self, revision: Revision, patience: Duration) {
-        let mut head = self.head.subscribe();
-        if tokio::time::timeout(patience, head.wait_for(|head| *head >= revision)).await.is_err() {
+        if !self.shows(revision, patience).await {
             tracing::warn!(revision, "the mirror of the store lags");
         }
+    }
+
+    /// Whether the mirror shows `revision`, maybe only after some of `patience`.
+    pub(crate) async fn shows(&self, revision: Revision, patience: Duration) -> bool {
+        let mut head = self.head.subscribe();
+        tokio::time::timeout(patience, head.wait_for(|head| *head >= revision)).await.is_ok()
     }
 
     /// Told of each new revision.
@@ -311,6 +318,7 @@ fn worker_change(state: &mut State, worker: WorkerId, event: Event) -> Option<Ch
                     return None;
                 }
             };
+            state.leaving.remove(&worker);
             state.fleet.workers.insert(worker.clone(), record.clone());
             state.stored.insert(worker, kv);
             Some(Change::Put { worker: record })

@@ -27,6 +27,8 @@ pub(crate) const WORKERS_PREFIX: &str = "workers/";
 pub(crate) const DRAIN_PREFIX: &str = "intents/drain/";
 /// Where wanted numbers of workers are kept.
 pub(crate) const REPLICAS_PREFIX: &str = "intents/replicas/";
+/// The worker that left last. Written together with its removal, so that every conductor tells a goodbye from a death.
+pub(crate) const GOODBYE_KEY: &str = "goodbye";
 
 /// Attempts of a compare-and-write that others keep overtaking.
 const ATTEMPTS: usize = 8;
@@ -181,8 +183,13 @@ impl Registry {
         let key = worker_key(worker);
         for _ in 0..ATTEMPTS {
             let kv = self.live(worker, epoch).await?;
-            self.mirror.expect_leave(worker);
-            let ops = [key.clone(), drain_key(worker)].map(|key| Op::Delete { key }).to_vec();
+            let goodbye = Op::Put {
+                key: GOODBYE_KEY.to_owned(),
+                value: worker.as_str().as_bytes().into(),
+                lease: None,
+            };
+            let [worker_gone, drain_gone] = [key.clone(), drain_key(worker)].map(|key| Op::Delete { key });
+            let ops = vec![goodbye, worker_gone, drain_gone];
             let compares = vec![Compare::Modified { key: key.clone(), revision: kv.mod_revision }];
             let reply = self.store.txn(Txn { compares, ops }).await?;
             if reply.succeeded {

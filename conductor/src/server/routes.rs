@@ -35,6 +35,8 @@ use crate::store::{LeaseId, Revision};
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 /// Lines a watch takes from the mirror at once.
 const WATCH_CHUNK: usize = 256;
+/// How long a watch from a revision that is yet to come waits for it.
+const AHEAD_PATIENCE: Duration = Duration::from_millis(300);
 
 /// What the handlers show, kept up to date by other tasks.
 pub(super) struct Shared {
@@ -262,7 +264,12 @@ async fn no_method(request: Request) -> Response {
 }
 
 async fn watch(State(app): AppState, RawQuery(query): RawQuery) -> Response {
-    let done = number(query.as_deref(), "since").and_then(|since| {
+    let since = number(query.as_deref(), "since");
+    // A client that comes from another conductor may have seen more than this one has.
+    if let Ok(since) = since {
+        app.mirror.shows(since, AHEAD_PATIENCE).await;
+    }
+    let done = since.and_then(|since| {
         let (instance, current) = app.mirror.position();
         if since > current {
             let message =

@@ -18,6 +18,7 @@ use crate::{
 mod faults;
 mod intents;
 mod requests;
+mod several;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -54,7 +55,9 @@ impl Server {
     }
 
     async fn fresh(ttl: Duration) -> Self {
-        Self::start("127.0.0.1:0".parse().unwrap(), ttl).await
+        let server = Self::start("127.0.0.1:0".parse().unwrap(), ttl).await;
+        server.leads().await;
+        server
     }
 
     async fn stop(self) -> SocketAddr {

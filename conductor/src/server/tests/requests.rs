@@ -201,7 +201,6 @@ async fn junk_on_the_socket_is_answered_or_cut_and_the_server_lives() {
 async fn a_watch_tells_its_history_and_beats() {
     let server = Server::fresh(Duration::from_secs(10)).await;
     let http = crate::http::client();
-    server.leads().await;
     let since = server.listing().await.revision;
     http.post(format!("{}/v1/workers", server.url())).json(&good()).send().await.unwrap();
     let mut reply = http.get(format!("{}/v1/watch?since={since}", server.url())).send().await.unwrap();
