@@ -2,7 +2,7 @@
 //!
 //! ```text
 //!  worker ── Membership ──POST /v1/workers, keepalive──►┐
-//!                                                       │ registry ──► Store (embedded; later etcd)
+//!                                                       │ registry ──► Store (embedded, or etcd)
 //!  router ◄── Client ◄──GET /v1/watch (NDJSON)──────────┘    ▲            │ watch
 //!                                                            └── mirror ◄─┘
 //! ```
@@ -17,6 +17,10 @@
 pub mod api;
 pub mod client;
 mod dice;
+#[cfg(test)]
+#[expect(unreachable_pub, dead_code, reason = "shared with the end-to-end tests, which use all of it")]
+#[path = "../../integration/src/etcd.rs"]
+mod etcd_servers;
 pub mod http;
 mod leader;
 pub mod membership;
@@ -30,4 +34,4 @@ pub mod store;
 pub use client::{Client, ClientOptions, View};
 pub use membership::{JoinError, Membership, MembershipOptions, Registration};
 pub use record::{Load, WorkerRecord, WorkerState};
-pub use server::{ConductorOptions, PoolOptions, ServeError, serve};
+pub use server::{ConductorOptions, PoolOptions, ServeError, StoreOptions, serve};

@@ -252,6 +252,11 @@ impl Mirror {
         self.lock().expired
     }
 
+    /// Whether the store was ever read: before that there is nothing to show.
+    pub(crate) fn known(&self) -> bool {
+        !self.lock().fleet.instance.is_empty()
+    }
+
     /// Whether the store is being followed.
     pub(crate) fn following(&self) -> bool {
         self.lock().following

@@ -15,7 +15,7 @@ use crate::api::{Drained, Holder, Keepalive, Kept, Register, Registered};
 use crate::mirror::Mirror;
 use crate::record::{Load, WorkerRecord, WorkerState};
 use crate::server::PoolOptions;
-use crate::store::{Compare, KeyValue, LeaseId, Op, Store, StoreError, Txn};
+use crate::store::{Compare, KeyValue, LeaseId, Op, Store, StoreError, StoreHealth, Txn};
 
 mod validate;
 
@@ -117,6 +117,10 @@ impl Registry {
 
     pub(crate) fn pools(&self) -> &BTreeMap<PoolName, PoolOptions> {
         &self.pools
+    }
+
+    pub(crate) fn store_health(&self) -> StoreHealth {
+        self.store.health()
     }
 
     pub(crate) fn lease_ttl(&self) -> Duration {

@@ -16,6 +16,7 @@ use crate::reconcile::{DrainWishes, Runner, UnleasedWorkers};
 use crate::registry::Registry;
 use crate::store::Store;
 use crate::store::embedded::{Embedded, EmbeddedOptions, StateFileError};
+use crate::store::etcd::{Etcd, EtcdError, EtcdOptions};
 
 mod answer;
 mod http;
@@ -27,11 +28,27 @@ use routes::{App, Shared};
 /// How often what concerns nobody any more is looked for.
 const TIDY_INTERVAL: Duration = Duration::from_secs(10);
 
+/// How long a conductor waits for its store before it serves without one.
+const FIRST_LISTING: Duration = Duration::from_millis(500);
+
+/// Where a conductor keeps the fleet's state.
+#[derive(Debug, Clone)]
+pub enum StoreOptions {
+    /// In its own memory.
+    Embedded {
+        /// Where epochs and operators' wishes survive a restart; `None` keeps them in memory and takes epochs from the
+        /// clock.
+        state_file: Option<PathBuf>,
+    },
+    /// In etcd, with other conductors.
+    Etcd(EtcdOptions),
+}
+
 /// What a conductor is told by the fleet document.
 #[derive(Debug, Clone)]
 pub struct ConductorOptions {
-    /// Where epochs and operators' wishes survive a restart; `None` keeps them in memory and takes epochs from the clock.
-    pub state_file: Option<PathBuf>,
+    /// Where the state is kept.
+    pub store: StoreOptions,
     /// A worker not heard for so long is removed.
     pub lease_ttl: Duration,
     /// Pools of the fleet document.
@@ -45,7 +62,8 @@ pub struct ConductorOptions {
 impl ConductorOptions {
     /// Options with a lease of 10 s and nothing kept on disk.
     pub fn new(pools: Vec<PoolOptions>) -> Self {
-        Self { state_file: None, lease_ttl: Duration::from_secs(10), pools, name: None, url: None }
+        let store = StoreOptions::Embedded { state_file: None };
+        Self { store, lease_ttl: Duration::from_secs(10), pools, name: None, url: None }
     }
 }
 
@@ -81,12 +99,12 @@ pub enum ServeError {
     /// The state of an earlier life can't be used.
     #[error(transparent)]
     State(#[from] StateFileError),
-    /// The store can't be read.
-    #[error("the store can't be read")]
-    Store(#[from] crate::store::StoreError),
+    /// etcd could never be reached like this. One that is away is no error: the conductor waits for it.
+    #[error("the etcd store can't be used")]
+    Etcd(#[from] EtcdError),
 }
 
-/// Runs a conductor with the embedded store until `stop`, then lets open requests finish for a moment.
+/// Runs a conductor until `stop`, then lets open requests finish for a moment.
 ///
 /// # Errors
 /// [`ServeError`], before anything is served.
@@ -100,9 +118,13 @@ pub async fn serve(
         return Err(ServeError::OpenListen { address });
     }
     let tasks = TaskTracker::new();
-    let holder = format!("the conductor with pid {} at http://{address}", std::process::id());
-    let embedded = EmbeddedOptions { state_file: options.state_file.clone(), holder };
-    let store: Arc<dyn Store> = Arc::new(Embedded::start(embedded, &tasks).await?);
+    let store: Arc<dyn Store> = match options.store.clone() {
+        StoreOptions::Embedded { state_file } => {
+            let holder = format!("the conductor with pid {} at http://{address}", std::process::id());
+            Arc::new(Embedded::start(EmbeddedOptions { state_file, holder }, &tasks).await?)
+        }
+        StoreOptions::Etcd(etcd) => Arc::new(Etcd::start(etcd, &tasks)?),
+    };
     serve_on(store, options, listener, stop, &tasks).await?;
     tasks.close();
     tasks.wait().await;
@@ -120,7 +142,10 @@ async fn serve_on(
 ) -> Result<(), ServeError> {
     let address = listener.local_addr().map_err(ServeError::Listen)?;
     let mirror = Arc::new(Mirror::new(&options.pools));
-    mirror.list(&*store).await?;
+    // Only so that a store that is there is shown from the first answer on; `follow` waits for any other.
+    if !matches!(tokio::time::timeout(FIRST_LISTING, mirror.list(&*store)).await, Ok(Ok(()))) {
+        tracing::warn!(store = store.kind(), "the store does not answer; the conductor waits for it");
+    }
     let record = conductor_record(&options, address);
     let (candidate, leadership) = Candidate::new(store.clone(), mirror.clone(), record);
     let runner = Runner {

@@ -11,6 +11,7 @@ use futures_util::future::BoxFuture;
 use futures_util::stream::BoxStream;
 
 pub mod embedded;
+pub mod etcd;
 pub(crate) mod memory;
 mod state_file;
 #[cfg(test)]
@@ -189,10 +190,28 @@ pub enum StoreError {
     Unavailable(String),
 }
 
+/// How a store is, as far as this process knows.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct StoreHealth {
+    /// Kind, for people: `embedded`, `etcd`.
+    pub kind: &'static str,
+    /// The member that is asked, where there are several.
+    pub endpoint: Option<String>,
+    /// Whether the last call was answered.
+    pub up: bool,
+    /// Time since it last answered anything; `None` before the first answer.
+    pub last_ok: Option<Duration>,
+    /// What an operator should look at.
+    pub problem: Option<String>,
+}
+
 /// What a store can do. All calls are bounded in time by the store itself.
 pub trait Store: Send + Sync + 'static {
-    /// Kind, for people: `embedded`.
+    /// Kind, for people: `embedded` or `etcd`.
     fn kind(&self) -> &'static str;
+
+    /// How the store is. Costs no call: the last ones tell.
+    fn health(&self) -> StoreHealth;
 
     /// Identity of the data: revisions of different instances can't be compared.
     fn instance(&self) -> BoxFuture<'_, Result<String, StoreError>>;

@@ -6,6 +6,7 @@
 
 pub mod binary;
 pub mod client;
+pub mod etcd;
 pub mod fleet;
 pub mod process;
 pub mod prompts;

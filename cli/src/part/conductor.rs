@@ -1,8 +1,9 @@
 //! `baton conductor`.
 
-use baton_conductor::{ConductorOptions, PoolOptions};
+use baton_conductor::store::etcd::{EtcdAuth, EtcdOptions, EtcdTls};
+use baton_conductor::{ConductorOptions, PoolOptions, StoreOptions};
 use baton_config::environment::Environment;
-use baton_config::fleet::{Fleet, Pool, StoreSpec};
+use baton_config::fleet::{EtcdSpec, Fleet, Pool, StoreSpec};
 
 use super::{listen, run_part};
 use crate::args::ConductorArgs;
@@ -27,10 +28,27 @@ fn options(fleet: &Fleet) -> ConductorOptions {
     let pools = fleet.pools.iter().map(pool).collect();
     let mut options = ConductorOptions::new(pools);
     options.lease_ttl = fleet.conductor.lease_ttl;
-    options.state_file = match &fleet.conductor.store {
-        StoreSpec::Embedded { state_file } => state_file.clone(),
-        _ => None,
-    };
+    match &fleet.conductor.store {
+        StoreSpec::Embedded { state_file } => {
+            options.store = StoreOptions::Embedded { state_file: state_file.clone() };
+        }
+        StoreSpec::Etcd(spec) => options.store = StoreOptions::Etcd(etcd(spec)),
+        // The document's kinds of store grow with this program.
+        _ => {}
+    }
+    options
+}
+
+fn etcd(spec: &EtcdSpec) -> EtcdOptions {
+    let mut options = EtcdOptions::new(spec.endpoints.clone(), &spec.prefix);
+    options.tls = spec.tls.as_ref().map(|tls| EtcdTls {
+        ca_file: tls.ca_file.clone(),
+        identity: tls.cert_file.clone().zip(tls.key_file.clone()),
+    });
+    options.auth = spec
+        .auth
+        .as_ref()
+        .map(|auth| EtcdAuth { user: auth.user.clone(), password_file: auth.password_file.clone() });
     options
 }
 

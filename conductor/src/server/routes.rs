@@ -69,6 +69,19 @@ impl App {
         Self { registry, mirror, leadership, tally, metrics, store_kind, started, stop }
     }
 
+    /// A store that was never read shows no fleet, which is not the same as an empty one.
+    fn known(&self) -> Result<(), Refusal> {
+        if self.mirror.known() { Ok(()) } else { Err(self.away()) }
+    }
+
+    /// The store is not followed: why.
+    fn away(&self) -> Refusal {
+        let problem = self.registry.store_health().problem;
+        let why = problem.map_or_else(String::new, |problem| format!(": {problem}"));
+        let message = format!("the {} store does not answer{why}", self.store_kind);
+        Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", message)
+    }
+
     fn pools(&self, fleet: &Fleet) -> Vec<PoolStatus> {
         let status = |pool: &crate::PoolOptions| {
             let desired = fleet.replicas.get(&pool.name).copied();
@@ -147,7 +160,11 @@ impl<T: IntoResponse> IntoResponse for Answer<T> {
     }
 }
 
-async fn list(State(app): AppState) -> Json<Listing> {
+async fn list(State(app): AppState) -> Response {
+    Answer(app.known().map(|()| Json(listing(&app)))).into_response()
+}
+
+fn listing(app: &App) -> Listing {
     let fleet = app.mirror.fleet();
     let told = app.registry.told();
     let ttl = app.registry.lease_ttl();
@@ -158,7 +175,7 @@ async fn list(State(app): AppState) -> Json<Listing> {
         let load = told.and_then(|told| told.load.clone());
         ListedWorker { load, seen_ms: told.map(|told| millis(told.at.elapsed())), record }
     });
-    Json(Listing {
+    Listing {
         workers: workers.collect(),
         instance: fleet.instance,
         store: app.store_kind.to_owned(),
@@ -169,7 +186,7 @@ async fn list(State(app): AppState) -> Json<Listing> {
         pools,
         leader: app.leadership.leads(),
         conductors,
-    })
+    }
 }
 
 /// The conductors on this store. Names may be given twice by mistake, leases are not.
@@ -218,9 +235,12 @@ async fn drain(State(app): AppState, id: PathText) -> Response {
     Answer(done.await).into_response()
 }
 
-async fn pools(State(app): AppState) -> Json<PoolList> {
-    let fleet = app.mirror.fleet();
-    Json(PoolList { revision: fleet.revision, pools: app.pools(&fleet) })
+async fn pools(State(app): AppState) -> Response {
+    let list = || {
+        let fleet = app.mirror.fleet();
+        Json(PoolList { revision: fleet.revision, pools: app.pools(&fleet) })
+    };
+    Answer(app.known().map(|()| list())).into_response()
 }
 
 async fn set_replicas(State(app): AppState, pool: PathText, request: Request) -> Response {
@@ -239,7 +259,7 @@ async fn ready(State(app): AppState) -> Response {
     let done = if app.stop.is_cancelled() {
         Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "stopping", "the conductor is stopping"))
     } else if !app.mirror.following() {
-        Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "store_unavailable", "the store does not answer"))
+        Err(app.away())
     } else {
         Ok("ok\n")
     };
@@ -270,6 +290,7 @@ async fn watch(State(app): AppState, RawQuery(query): RawQuery) -> Response {
         app.mirror.shows(since, AHEAD_PATIENCE).await;
     }
     let done = since.and_then(|since| {
+        app.known()?;
         let (instance, current) = app.mirror.position();
         if since > current {
             let message =

@@ -20,7 +20,8 @@ use tokio_util::task::TaskTracker;
 use super::memory::Memory;
 use super::state_file::{Durable, StateFile};
 use super::{
-    Batch, KeyValue, Lease, LeaseId, Op, Page, Revision, Store, StoreError, Txn, TxnReply, WatchError,
+    Batch, KeyValue, Lease, LeaseId, Op, Page, Revision, Store, StoreError, StoreHealth, Txn, TxnReply,
+    WatchError,
 };
 use crate::dice::random_id;
 
@@ -104,6 +105,12 @@ impl Embedded {
 impl Store for Embedded {
     fn kind(&self) -> &'static str {
         "embedded"
+    }
+
+    fn health(&self) -> StoreHealth {
+        let up = !self.commands.is_closed();
+        let problem = (!up).then(|| "the store has stopped".to_owned());
+        StoreHealth { kind: self.kind(), endpoint: None, up, last_ok: up.then_some(Duration::ZERO), problem }
     }
 
     fn instance(&self) -> BoxFuture<'_, Result<String, StoreError>> {

@@ -1,6 +1,6 @@
 //! What parses but is not part of this build: the one table to shorten when something gets built.
 
-use super::{BackendKind, ConductorSpec, EngineKind, PolicyKind, Pool, RouterSpec, StoreSpec};
+use super::{BackendKind, EngineKind, PolicyKind, Pool, RouterSpec};
 use crate::choice::Choice;
 use crate::fault::{Fault, Position};
 use crate::geometry::Dtype;
@@ -78,20 +78,12 @@ impl Dtype {
 }
 
 /// Gathers everything of a document that is not part of this build.
-pub(super) fn list(
-    reader: &Reader<'_>,
-    conductor: &ConductorSpec,
-    router: &RouterSpec,
-    pools: &[(String, Pool)],
-) -> Vec<Unsupported> {
+pub(super) fn list(reader: &Reader<'_>, router: &RouterSpec, pools: &[(String, Pool)]) -> Vec<Unsupported> {
     let mut out = Vec::new();
     let mut push = |path: &str, what: String, remedy: &str, required: bool| {
         let at = reader.position(path);
         out.push(Unsupported { path: path.to_owned(), at, what, remedy: remedy.to_owned(), required });
     };
-    if let StoreSpec::Etcd(_) = conductor.store {
-        push("conductor.store", "the etcd store".to_owned(), "write store: embedded", true);
-    }
     let policy = router.policy.kind;
     if !policy.is_available() {
         let what = format!("the policy {policy}");

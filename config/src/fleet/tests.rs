@@ -148,15 +148,13 @@ fn names_what_is_not_in_this_build() {
     let fleet = parse(text).unwrap();
     let missing = fleet.startable().expect_err("vllm is not built yet");
     expect![[r#"
-        fleet.yaml:11:10: conductor.store: the etcd store is not available in this build
-          remedy: write store: embedded
         fleet.yaml:16:22: router.auth.keys_file: authentication is not available in this build
           remedy: remove the section and let only trusted clients reach the router
         fleet.yaml:21:21: pools[0].engine.kind: the engine vllm is not available in this build
           remedy: use kind: reference or kind: sim
         fleet.yaml:30:21: pools[1].engine.kind: the engine vllm is not available in this build
           remedy: use kind: reference or kind: sim
-        4 faults in fleet.yaml"#]]
+        3 faults in fleet.yaml"#]]
     .assert_eq(&missing.to_string());
     assert!(fleet.unsupported().iter().all(|u| u.required), "{:?}", fleet.unsupported());
 }

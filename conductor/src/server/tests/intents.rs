@@ -5,7 +5,10 @@ use super::*;
 async fn serve_on(path: &std::path::Path) -> (String, CancellationToken, JoinHandle<Result<(), ServeError>>) {
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
     let url = format!("http://{}", listener.local_addr().unwrap());
-    let options = ConductorOptions { state_file: Some(path.to_owned()), ..ConductorOptions::new(pools()) };
+    let options = ConductorOptions {
+        store: StoreOptions::Embedded { state_file: Some(path.to_owned()) },
+        ..ConductorOptions::new(pools())
+    };
     let stop = CancellationToken::new();
     let done = TaskTracker::new().spawn(serve(options, listener, stop.clone()));
     (url, stop, done)
