@@ -18,6 +18,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
+use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 
 use crate::agent::DeviceMemory;
@@ -192,6 +193,13 @@ impl From<LinkError> for Fault {
     }
 }
 
+/// A read that was started.
+pub(crate) enum Started<'a> {
+    /// It has ended already.
+    Done(Result<Vec<usize>, Fault>),
+    Later(BoxFuture<'a, Result<Vec<usize>, Fault>>),
+}
+
 /// A session's end of a path.
 pub(crate) enum Link {
     Shm(shm::link::ShmLink),
@@ -200,21 +208,30 @@ pub(crate) enum Link {
 }
 
 impl Link {
-    /// Positions of the blocks that failed their digest; all others are in place.
-    pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
-        match self {
-            Self::Shm(link) => link.read(job).await,
-            Self::Fabric(link) => link.read(job).await,
-            Self::Tcp(link) => link.read(job).await,
+    /// Starts a read: the positions of the blocks that failed their digest; all others are in place.
+    ///
+    /// What waits is boxed: a read that ends at once moves no futures of kilobytes about.
+    pub(crate) fn read<'a>(&'a self, job: &'a ReadJob<'a>) -> Started<'a> {
+        match (self, job.into) {
+            (_, Destination::Device(memory)) => Started::Later(Box::pin(async move {
+                self.reaches(memory).await.map_err(LinkError::Device)?;
+                match self {
+                    Self::Shm(_) | Self::Tcp(_) => Err(Fault::Refused(Refusal::Unreachable)),
+                    Self::Fabric(link) => link.read(job).await,
+                }
+            })),
+            (Self::Shm(link), _) => link.read(job),
+            (Self::Fabric(link), _) => Started::Later(Box::pin(link.read(job))),
+            (Self::Tcp(link), _) => Started::Later(Box::pin(link.read(job))),
         }
     }
 
     /// Writes blocks; done when they are in place and verified by the peer.
-    pub(crate) async fn write(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
+    pub(crate) fn write<'a>(&'a self, job: &'a WriteJob<'a>) -> BoxFuture<'a, Result<(), Fault>> {
         match self {
-            Self::Tcp(link) => link.write(job).await,
-            Self::Fabric(link) => link.write(job).await,
-            Self::Shm(_) => Err(Fault::Refused(Refusal::Unreachable)),
+            Self::Tcp(link) => Box::pin(link.write(job)),
+            Self::Fabric(link) => Box::pin(link.write(job)),
+            Self::Shm(_) => Box::pin(async { Err(Fault::Refused(Refusal::Unreachable)) }),
         }
     }
 

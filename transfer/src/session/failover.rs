@@ -1,6 +1,5 @@
 //! A read over the best path of a pair and, when that breaks or stands still, the rest of it over the next one.
 
-use std::pin::pin;
 use std::task::Poll;
 use std::time::Duration;
 
@@ -9,8 +8,8 @@ use tokio::time::{Instant, sleep_until};
 
 use super::{BlockRead, BlockSink, Destination, Inner};
 use crate::agent::BackendKind;
-use crate::agent::paths::{Path, Tried};
-use crate::backend::{Fault, Progress, ReadJob};
+use crate::agent::paths::Tried;
+use crate::backend::{Fault, Progress, ReadJob, Started};
 use crate::error::{LinkError, Refusal};
 
 /// Why a read ended early.
@@ -74,9 +73,10 @@ async fn attempt(
     let (paths, avoid) = (&inner.paths, inner.avoid);
     let next = match paths.ready(avoid, *tried) {
         Some(path) => Some(path),
+        // Boxed, as it opens connections: most reads need none, and would move its kilobytes all the same.
         None => tokio::select! {
             biased;
-            next = paths.next(avoid, *tried) => next.map_err(Stop::Fault)?,
+            next = Box::pin(paths.next(avoid, *tried)) => next.map_err(Stop::Fault)?,
             () = sleep_until(deadline) => return Err(Stop::Deadline),
         },
     };
@@ -88,18 +88,20 @@ async fn attempt(
         inner.counters.path_failover();
         tracing::info!(peer = %paths.pair.to, over = %path.backend, %why, "a read goes on over another path");
     }
-    let mut over = pin!(over(&path, job));
-    // Mapped memory is mostly copied by then: nothing to watch.
-    let outcome = match poll!(over.as_mut()) {
-        Poll::Ready(outcome) => Ok(outcome),
-        Poll::Pending => {
-            let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
-            tokio::select! {
-                biased;
-                outcome = over => Ok(outcome),
-                stopped = watch(job.progress, deadline, stall) => Err(stopped),
+    let outcome = match path.link.read(job) {
+        // Mapped memory is mostly copied by then: nothing to watch.
+        Started::Done(outcome) => Ok(outcome),
+        Started::Later(mut over) => match poll!(over.as_mut()) {
+            Poll::Ready(outcome) => Ok(outcome),
+            Poll::Pending => {
+                let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
+                tokio::select! {
+                    biased;
+                    outcome = over => Ok(outcome),
+                    stopped = watch(job.progress, deadline, stall) => Err(stopped),
+                }
             }
-        }
+        },
     };
     // The read has ended or was dropped: either way it is fenced.
     inner.counters.read(path.backend, job.progress.moved());
@@ -121,13 +123,6 @@ async fn attempt(
         true => Ok(Attempt::Left(fault)),
         false => Err(Stop::Fault(fault)),
     }
-}
-
-async fn over(path: &Path, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
-    if let Destination::Device(memory) = job.into {
-        path.link.reaches(memory).await.map_err(LinkError::Device)?;
-    }
-    path.link.read(job).await
 }
 
 /// Whether what ended a read is a matter of the path, so that another may do.

@@ -19,7 +19,7 @@ use super::cma::{self, Batch};
 use super::control::{INCARNATION_AT, PeerControl, Shown};
 use super::pass::{self, Passed};
 use crate::agent::RegionId;
-use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
+use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob, Started};
 use crate::error::{LinkError, Refusal};
 use crate::memory::{MemoryError, PeerMemory, Process, RemoteRange, copy_from_process};
 use crate::session::Destination;
@@ -81,6 +81,27 @@ struct Reading<'a> {
     staging: Vec<u8>,
     /// Blocks the kernel is still to copy.
     batch: Batch,
+    /// The block to be copied next.
+    next: usize,
+    /// When this turn began.
+    turn: Instant,
+    /// Bytes that were moved when the clock was looked at last.
+    looked: u64,
+}
+
+impl<'a> Reading<'a> {
+    fn new(job: &'a ReadJob<'a>, shown: Shown, turn: Instant) -> Self {
+        let (corrupt, staging, batch) = (Vec::new(), Vec::new(), Batch::default());
+        Self { job, shown, corrupt, staging, batch, next: 0, turn, looked: 0 }
+    }
+}
+
+/// Why a read stops for a while.
+enum Pause {
+    /// This region is not known yet.
+    Ask(RegionId),
+    /// Other tasks should get a turn.
+    Turn,
 }
 
 struct Requests {
@@ -150,19 +171,50 @@ impl ShmLink {
         }
     }
 
-    pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
+    /// Copies until it is done, has to ask for something or others should get a turn: only then it waits.
+    pub(crate) fn read<'a>(&'a self, job: &'a ReadJob<'a>) -> Started<'a> {
         let started = job.progress.started();
-        self.check_life(started)?;
-        let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
-        let mut reading =
-            Reading { job, shown, corrupt: Vec::new(), staging: Vec::new(), batch: Batch::default() };
+        let begun = self.check_life(started).and_then(|()| {
+            let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
+            let mut reading = Reading::new(job, shown, started);
+            self.advance(&mut reading).map(|pause| (reading, pause))
+        });
+        match begun {
+            Err(fault) => Started::Done(Err(fault)),
+            Ok((reading, None)) => Started::Done(Ok(reading.corrupt)),
+            Ok((reading, Some(pause))) => Started::Later(Box::pin(self.go_on(reading, pause))),
+        }
+    }
+
+    async fn go_on(&self, mut reading: Reading<'_>, mut pause: Pause) -> Result<Vec<usize>, Fault> {
+        loop {
+            match pause {
+                Pause::Ask(region) => drop(self.region(region).await?),
+                Pause::Turn => {
+                    tokio::task::yield_now().await;
+                    reading.turn = Instant::now();
+                    self.check_life(reading.turn)?;
+                }
+            }
+            match self.advance(&mut reading)? {
+                Some(next) => pause = next,
+                None => return Ok(reading.corrupt),
+            }
+        }
+    }
+
+    /// Copies blocks; why it stops before the last one.
+    fn advance(&self, reading: &mut Reading<'_>) -> Result<Option<Pause>, Fault> {
+        let job = reading.job;
         let mut region: Option<(RegionId, PeerRegion)> = None;
-        let (mut turn, mut looked) = (started, 0);
-        for (index, block) in job.blocks.iter().enumerate() {
+        while let Some(block) = job.blocks.get(reading.next) {
+            let index = reading.next;
             let memory = match &region {
                 Some((id, memory)) if *id == block.source.region => memory,
                 _ => {
-                    let memory = self.region(block.source.region).await?;
+                    let Some(memory) = self.known_region(block.source.region) else {
+                        return Ok(Some(Pause::Ask(block.source.region)));
+                    };
                     &region.insert((block.source.region, memory)).1
                 }
             };
@@ -170,27 +222,26 @@ impl ShmLink {
             let from = usize::try_from(block.source.offset).ok().filter(|from| memory.fits(*from, len));
             let from = from.ok_or(Fault::Refused(Refusal::OutsideRegion))?;
             match memory {
-                PeerRegion::Mapped(memory) => self.copy(&mut reading, index, memory, from)?,
+                PeerRegion::Mapped(memory) => self.copy(reading, index, memory, from)?,
                 PeerRegion::Located(place) => {
                     if !reading.batch.has_room(job, len) {
-                        self.flush(&mut reading)?;
+                        self.flush(reading)?;
                     }
                     reading.batch.push(job, index, place.address + from);
                 }
             }
+            reading.next += 1;
             let moved = job.progress.moved();
-            if moved - looked < LOOK_BYTES {
+            if moved - reading.looked < LOOK_BYTES || reading.next == job.blocks.len() {
                 continue;
             }
-            looked = moved;
-            if index + 1 < job.blocks.len() && turn.elapsed() >= TURN {
-                tokio::task::yield_now().await;
-                turn = Instant::now();
-                self.check_life(turn)?;
+            reading.looked = moved;
+            if reading.turn.elapsed() >= TURN {
+                return Ok(Some(Pause::Turn));
             }
         }
-        self.flush(&mut reading)?;
-        Ok(reading.corrupt)
+        self.flush(reading)?;
+        Ok(None)
     }
 
     /// Copies a block that is mapped here.
@@ -218,7 +269,7 @@ impl ShmLink {
 
     /// Has the kernel copy the blocks that wait for it.
     fn flush(&self, reading: &mut Reading<'_>) -> Result<(), Fault> {
-        let Reading { job, shown, corrupt, staging, batch } = reading;
+        let Reading { job, shown, corrupt, staging, batch, .. } = reading;
         let Some(process) = self.process.get().filter(|_| !batch.blocks.is_empty()) else { return Ok(()) };
         batch.copy(job, process, staging)?;
         self.check_words(shown)?;
@@ -264,14 +315,14 @@ impl ShmLink {
         if self.control.is_shown(shown) { Ok(()) } else { Err(Fault::Refused(Refusal::NotGranted)) }
     }
 
+    fn known_region(&self, id: RegionId) -> Option<PeerRegion> {
+        self.regions.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
+    }
+
     /// A region of the peer, mapped or found at its first use.
     async fn region(&self, id: RegionId) -> Result<PeerRegion, Fault> {
-        let known = || self.regions.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned();
-        if let Some(region) = known() {
-            return Ok(region);
-        }
         let mut requests = self.requests.lock().await;
-        if let Some(region) = known() {
+        if let Some(region) = self.known_region(id) {
             return Ok(region);
         }
         let asked = self.ask_region(&mut requests, id).await;
