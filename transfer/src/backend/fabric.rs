@@ -19,7 +19,7 @@ pub(crate) mod testing;
 pub(crate) mod thread;
 mod window;
 
-use self::driver::DriverInfo;
+use self::driver::Driver;
 use self::window::Bounds;
 use crate::agent::AgentOptions;
 
@@ -27,6 +27,8 @@ use crate::agent::AgentOptions;
 const STRIPE_BYTES: usize = 256 << 10;
 /// Bytes of one operation over a single rail.
 const OP_BYTES: usize = 1 << 20;
+/// Most blocks of one operation.
+const PIECES_MAX: usize = 8;
 
 /// Bounds of one fabric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -58,12 +60,14 @@ impl FabricLimits {
         }
     }
 
-    fn bounds(&self, info: &DriverInfo) -> Bounds {
+    fn bounds(&self, driver: &dyn Driver) -> Bounds {
+        let info = driver.info();
         let op_bytes = if info.rails > 1 { STRIPE_BYTES } else { OP_BYTES };
         Bounds {
             ops: self.ops_per_peer.max(1),
             bytes: self.bytes_per_peer.max(1),
             op_bytes: op_bytes.min(info.op_max).max(1),
+            pieces: driver.pieces_max().clamp(1, PIECES_MAX),
         }
     }
 }

@@ -17,7 +17,7 @@ const ABORT_GRACE: Duration = Duration::from_millis(2);
 /// How often a fence that takes too long is told of.
 const FENCE_REPORT: Duration = Duration::from_secs(5);
 /// Bytes in place that are worth waking a task for before the batch is whole: they are still in a cache then.
-const WAKE_BYTES: usize = 256 << 10;
+const WAKE_BYTES: usize = 1 << 20;
 
 /// One transfer of a batch.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -55,6 +55,8 @@ struct State {
     /// Transfers that are complete and not yet handed to the task.
     done: Vec<u32>,
     done_bytes: usize,
+    /// Only the end is of interest.
+    end_only: bool,
     failed: Option<Arc<str>>,
     /// The driver awaits its messages.
     posted: bool,
@@ -192,7 +194,7 @@ impl State {
     }
 
     fn is_news(&self) -> bool {
-        self.settled || self.done_bytes >= WAKE_BYTES
+        self.settled || self.done_bytes >= WAKE_BYTES && !self.end_only
     }
 }
 
@@ -227,6 +229,11 @@ impl Work for Posting {
             self.batch.transfers.first(),
             Some(Transfer { verb: Verb::Read { .. } | Verb::Write { .. }, .. })
         )
+    }
+
+    fn joins(&self, transfer: usize) -> bool {
+        let local = |at: usize| self.batch.transfers.get(at).map(|transfer| transfer.local.id);
+        transfer > 0 && local(transfer) == local(transfer - 1)
     }
 }
 
@@ -286,12 +293,18 @@ impl Running {
         .await;
     }
 
+    /// Says that nothing is to be done with what is complete before all of it is.
+    pub(crate) fn only_the_end(&self) {
+        self.batch.state().end_only = true;
+    }
+
     /// Waits for the end of the whole batch.
     ///
     /// # Errors
     /// As [`Running::next`].
     pub(crate) async fn end(&mut self) -> Result<(), Arc<str>> {
         let mut done = Vec::new();
+        self.only_the_end();
         while self.next(&mut done).await? {
             done.clear();
         }

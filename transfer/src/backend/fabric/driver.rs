@@ -80,6 +80,14 @@ pub(crate) struct LocalRange {
     pub(crate) len: usize,
 }
 
+/// A range of a peer's registration, and the local range that is filled from it or written to it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Piece {
+    pub(crate) remote: RemoteId,
+    pub(crate) offset: u64,
+    pub(crate) local: LocalRange,
+}
+
 /// Why a library cannot be used, or a call of it failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}")]
@@ -164,6 +172,27 @@ pub(crate) trait Driver {
         from: LocalRange,
         op: u64,
     ) -> Result<(), PostError>;
+
+    /// Most pieces of one operation, at least 1: each saves what an operation of its own would cost.
+    fn pieces_max(&self) -> usize {
+        1
+    }
+
+    /// As `read`, of 1 to `pieces_max` pieces with one local registration, reported as one operation of all their bytes.
+    fn read_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
+        match pieces {
+            [only] => self.read(peer, only.remote, only.offset, only.local, op),
+            _ => Err(PostError::Range),
+        }
+    }
+
+    /// As `write`, of pieces as `read_pieces` takes them.
+    fn write_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
+        match pieces {
+            [only] => self.write(peer, only.remote, only.offset, only.local, op),
+            _ => Err(PostError::Range),
+        }
+    }
 
     /// Posts a message, which lands where the peer awaits `tag`; at most `message_max` bytes.
     fn send(&mut self, peer: PeerId, tag: u64, from: LocalRange, op: u64) -> Result<(), PostError>;

@@ -224,6 +224,9 @@ impl FabricLink {
         // From here to its end the driver may write the destination: the drop waits until it cannot.
         let mut running = self.fabric.submit(batch).await.map_err(broken)?.fenced();
         let (mut done, mut corrupt, mut unyielded) = (Vec::new(), Vec::new(), 0);
+        if blocks.iter().all(|index| job.expected(*index).is_none()) {
+            running.only_the_end();
+        }
         loop {
             let more = running.next(&mut done).await.map_err(broken)?;
             for index in done.drain(..).map(|at| blocks[at as usize]) {

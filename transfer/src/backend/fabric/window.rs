@@ -10,6 +10,8 @@ pub(super) trait Work {
     fn bytes(&self, transfer: usize) -> usize;
     /// Whether one may become several operations. A message may not.
     fn splits(&self) -> bool;
+    /// Whether one may share an operation with the one before it.
+    fn joins(&self, transfer: usize) -> bool;
 }
 
 /// Bounds of what one peer has posted.
@@ -21,13 +23,18 @@ pub(super) struct Bounds {
     pub(super) bytes: usize,
     /// Bytes of one operation, where it can be split.
     pub(super) op_bytes: usize,
+    /// Transfers that one operation may be of, at least 1.
+    pub(super) pieces: usize,
 }
 
-/// One operation to post: a part of a transfer.
+/// One operation to post: a part of a transfer, or several whole ones.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(super) struct Part {
     pub(super) transfer: usize,
+    /// Transfers, from `transfer` on; whole ones, if more than one.
+    pub(super) count: usize,
     pub(super) offset: usize,
+    /// Bytes of all of them.
     pub(super) len: usize,
 }
 
@@ -52,7 +59,7 @@ struct Waiting<W> {
 impl<W: Work> Window<W> {
     pub(super) fn new(bounds: Bounds) -> Self {
         debug_assert!(
-            bounds.ops > 0 && bounds.bytes > 0 && bounds.op_bytes > 0,
+            bounds.ops > 0 && bounds.bytes > 0 && bounds.op_bytes > 0 && bounds.pieces > 0,
             "{bounds:?} let nothing through"
         );
         Self { bounds, ops: 0, bytes: 0, waiting: VecDeque::new() }
@@ -71,7 +78,19 @@ impl<W: Work> Window<W> {
         let left = work.bytes(*transfer) - offset;
         let len = if work.splits() { left.min(self.bounds.op_bytes).min(self.bounds.bytes) } else { left };
         let fits = self.ops == 0 || (self.ops < self.bounds.ops && self.bytes + len <= self.bounds.bytes);
-        fits.then_some((work, Part { transfer: *transfer, offset: *offset, len }))
+        let mut part = Part { transfer: *transfer, count: 1, offset: *offset, len };
+        if work.splits() && *offset == 0 && len == left {
+            let room = self.bounds.op_bytes.min(self.bounds.bytes.saturating_sub(self.bytes));
+            while part.count < self.bounds.pieces {
+                let next = transfer + part.count;
+                if next == work.transfers() || !work.joins(next) || part.len + work.bytes(next) > room {
+                    break;
+                }
+                part.len += work.bytes(next);
+                part.count += 1;
+            }
+        }
+        fits.then_some((work, part))
     }
 
     /// Notes that what [`Window::next`] said was posted: the next turn is another's.
@@ -80,10 +99,14 @@ impl<W: Work> Window<W> {
         let Some(mut front) = self.waiting.pop_front() else { return };
         self.ops += 1;
         self.bytes += part.len;
-        front.offset += part.len;
-        if front.offset == front.work.bytes(front.transfer) {
-            front.transfer += 1;
-            front.offset = 0;
+        if part.count > 1 {
+            front.transfer += part.count;
+        } else {
+            front.offset += part.len;
+            if front.offset == front.work.bytes(front.transfer) {
+                front.transfer += 1;
+                front.offset = 0;
+            }
         }
         if front.transfer < front.work.transfers() {
             self.waiting.push_back(front);

@@ -68,6 +68,13 @@ impl Info {
         unsafe { ((*self.get().tx_attr).size, (*self.get().rx_attr).size) }
     }
 
+    /// Pieces of memory that one operation may be of, on either side.
+    pub(super) fn pieces_max(&self) -> usize {
+        // SAFETY: as above.
+        let (local, remote) = unsafe { ((*self.get().tx_attr).iov_limit, (*self.get().tx_attr).rma_iov_limit) };
+        local.min(remote).clamp(1, PIECES_MAX)
+    }
+
     pub(super) fn provider(&self) -> String {
         // SAFETY: a string of the entry.
         unsafe { text(self.fabric_attr().prov_name) }
@@ -324,21 +331,52 @@ pub(super) enum Verb {
     Receive,
 }
 
-/// An operation as the library takes it.
+/// Most pieces of one operation.
+pub(super) const PIECES_MAX: usize = 4;
+
+/// A piece of local memory and, of a one-sided operation, the piece of the peer's that it belongs to.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Call {
-    pub(super) verb: Verb,
+pub(super) struct CallPiece {
     /// Where in our memory, checked against its registration.
     pub(super) local: usize,
     pub(super) len: usize,
     /// Of the registration, or null where the provider needs none.
     pub(super) descriptor: *mut c_void,
-    /// The peer, as its address vector names it.
-    pub(super) to: u64,
     /// Where in the peer's memory.
     pub(super) remote: u64,
     /// The peer's key, or the tag of a message.
     pub(super) key: u64,
+}
+
+/// An operation as the library takes it.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Call {
+    pub(super) verb: Verb,
+    /// The peer, as its address vector names it.
+    pub(super) to: u64,
+    pieces: [CallPiece; PIECES_MAX],
+    count: usize,
+}
+
+impl Call {
+    pub(super) fn new(verb: Verb, to: u64, piece: CallPiece) -> Self {
+        Self { verb, to, pieces: [piece; PIECES_MAX], count: 1 }
+    }
+
+    /// Adds a piece of a one-sided operation; false: it has `most`.
+    pub(super) fn push(&mut self, piece: CallPiece, most: usize) -> bool {
+        let fits = self.count < most.min(PIECES_MAX);
+        if fits {
+            self.pieces[self.count] = piece;
+            self.count += 1;
+        }
+        fits
+    }
+
+    /// Bytes of all pieces.
+    pub(super) fn len(&self) -> usize {
+        self.pieces[..self.count].iter().map(|piece| piece.len).sum()
+    }
 }
 
 /// An enabled endpoint with its own queue and addresses, closed in this order: as long as the endpoint is open, the
@@ -421,25 +459,29 @@ impl Endpoint {
 
     /// Posts what `call` says, from this endpoint.
     pub(super) fn post(&self, call: &Call, context: *mut c_void) -> Result<(), Errno> {
-        let mut descriptor = call.descriptor;
-        let local = iovec { iov_base: std::ptr::without_provenance_mut(call.local), iov_len: call.len };
-        let remote = fi_rma_iov { addr: call.remote, len: call.len, key: call.key };
+        let mut descriptors = call.pieces.map(|piece| piece.descriptor);
+        let local = call.pieces.map(|piece| iovec {
+            iov_base: std::ptr::without_provenance_mut(piece.local),
+            iov_len: piece.len,
+        });
+        let remote =
+            call.pieces.map(|piece| fi_rma_iov { addr: piece.remote, len: piece.len, key: piece.key });
         let one_sided = fi_msg_rma {
-            msg_iov: &raw const local,
-            desc: &raw mut descriptor,
-            iov_count: 1,
+            msg_iov: local.as_ptr(),
+            desc: descriptors.as_mut_ptr(),
+            iov_count: call.count,
             addr: call.to,
-            rma_iov: &raw const remote,
-            rma_iov_count: 1,
+            rma_iov: remote.as_ptr(),
+            rma_iov_count: call.count,
             context,
             data: 0,
         };
         let tagged = fi_msg_tagged {
-            msg_iov: &raw const local,
-            desc: &raw mut descriptor,
+            msg_iov: local.as_ptr(),
+            desc: descriptors.as_mut_ptr(),
             iov_count: 1,
             addr: call.to,
-            tag: call.key,
+            tag: call.pieces[0].key,
             ignore: 0,
             context,
             data: 0,

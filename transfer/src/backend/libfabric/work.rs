@@ -22,7 +22,7 @@ use super::select;
 use super::sinks::Sinks;
 use super::slots::Slots;
 use crate::backend::fabric::driver::{
-    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, PostError, RemoteId,
+    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PostError, RemoteId,
 };
 use crate::memory::MemorySpan;
 
@@ -121,8 +121,12 @@ pub(super) struct LibfabricDriver {
     pub(super) loopback: bool,
     /// Bytes registered in one piece.
     pub(super) segment: u64,
+    /// Pieces of one operation.
+    pieces_max: usize,
     /// Whether every peer needs a domain of its own.
     own_domains: bool,
+    /// Polls since the passive queues were read.
+    unread: u32,
     peers: HashMap<u32, Peer>,
     /// What the library would not close of peers that are disconnected.
     lingering: HashMap<u32, Vec<PeerRail>>,
@@ -150,8 +154,11 @@ impl LibfabricDriver {
                 && select::frees_reads_twice(info.library())
                 && !info.has_mr_mode(FI_MR_LOCAL)
         });
+        let pieces_max = rails.iter().map(|rail| rail.info.pieces_max()).min().unwrap_or(1);
         let mut driver = Self {
+            pieces_max,
             own_domains,
+            unread: 0,
             info,
             loopback,
             segment,
@@ -428,7 +435,7 @@ impl Driver for LibfabricDriver {
         to: LocalRange,
         op: u64,
     ) -> Result<(), PostError> {
-        self.one_sided((peer, remote), from_offset, to, (Verb::Read, op))
+        self.read_pieces(peer, &[Piece { remote, offset: from_offset, local: to }], op)
     }
 
     fn write(
@@ -439,13 +446,25 @@ impl Driver for LibfabricDriver {
         from: LocalRange,
         op: u64,
     ) -> Result<(), PostError> {
-        self.one_sided((peer, remote), to_offset, from, (Verb::Write, op))
+        self.write_pieces(peer, &[Piece { remote, offset: to_offset, local: from }], op)
+    }
+
+    fn pieces_max(&self) -> usize {
+        self.pieces_max
+    }
+
+    fn read_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
+        self.one_sided(peer, pieces, (Verb::Read, op))
+    }
+
+    fn write_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
+        self.one_sided(peer, pieces, (Verb::Write, op))
     }
 
     fn send(&mut self, peer: PeerId, tag: u64, from: LocalRange, op: u64) -> Result<(), PostError> {
         let to = self.peer(peer)?.rails.first().map_or(FI_ADDR_UNSPEC, |rail| rail.to);
         let call = self.message(Verb::Send, tag, from, to)?;
-        self.post(peer, from, op, &[(0, call)])
+        self.post(peer, from.id, op, &[(0, call)])
     }
 
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {

@@ -6,8 +6,8 @@ use std::time::{Duration, Instant};
 
 use super::{Command, Peer, PeerInner, Queue};
 use crate::backend::fabric::FabricLimits;
-use crate::backend::fabric::batch::{Batch, End, Posting, Verb};
-use crate::backend::fabric::driver::{Done, Driver, DriverError, LocalRange, PeerId, PostError};
+use crate::backend::fabric::batch::{Batch, End, Posting, Transfer, Verb};
+use crate::backend::fabric::driver::{Done, Driver, DriverError, LocalRange, PeerId, Piece, PostError};
 use crate::backend::fabric::table::Table;
 use crate::backend::fabric::window::{Bounds, Part, Window};
 
@@ -46,6 +46,8 @@ pub(super) struct Progress {
     /// Jobs with something to tell.
     touched: Vec<u64>,
     dones: Vec<Done>,
+    /// Of the operation that is being posted.
+    pieces: Vec<Piece>,
     /// The driver took nothing more the last time.
     full: bool,
     /// The driver's descriptor is broken, or there is none.
@@ -105,12 +107,14 @@ struct Op {
     /// Whose window holds it; none for a receive.
     peer: Option<u64>,
     transfer: usize,
+    /// Transfers it is of, from `transfer` on; whole ones, if more than one.
+    count: usize,
     len: usize,
 }
 
 impl Progress {
     pub(super) fn new(driver: Box<dyn Driver>, queue: Arc<Queue>, limits: FabricLimits) -> Self {
-        let bounds = limits.bounds(driver.info());
+        let bounds = limits.bounds(&*driver);
         Self {
             driver: Some(driver),
             queue,
@@ -122,6 +126,7 @@ impl Progress {
             receives: VecDeque::new(),
             touched: Vec::new(),
             dones: Vec::new(),
+            pieces: Vec::new(),
             full: false,
             blind: false,
             last: Instant::now(),
@@ -368,7 +373,7 @@ impl Progress {
             };
             let to = job.batch.transfer(transfer);
             let Verb::Receive { tag } = to.verb else { unreachable!("a batch is of one verb") };
-            let op = self.ops.insert(Op { job: key, peer: None, transfer, len: to.local.len });
+            let op = self.ops.insert(Op { job: key, peer: None, transfer, count: 1, len: to.local.len });
             match self.driver().receive(tag, to.local, op) {
                 Ok(()) => {
                     self.receives.pop_front();
@@ -394,9 +399,10 @@ impl Progress {
             let Some(peer) = self.peers.get_mut(key) else { return posted > 0 };
             let id = peer.id;
             let Some((posting, part)) = peer.window.next() else { return posted > 0 };
-            let (job, transfer) = (posting.job, posting.batch.transfer(part.transfer));
-            let op = self.ops.insert(Op { job, peer: Some(key), transfer: part.transfer, len: part.len });
-            match self.post_one(id, transfer.verb, transfer.local, part, op) {
+            let (job, batch) = (posting.job, Arc::clone(&posting.batch));
+            let Part { transfer, count, len, .. } = part;
+            let op = self.ops.insert(Op { job, peer: Some(key), transfer, count, len });
+            match self.post_one(id, &batch, part, op) {
                 Ok(()) => {
                     if let Some(peer) = self.peers.get_mut(key) {
                         peer.window.posted();
@@ -417,23 +423,27 @@ impl Progress {
         true
     }
 
-    fn post_one(
-        &mut self,
-        peer: PeerId,
-        verb: Verb,
-        local: LocalRange,
-        part: Part,
-        op: u64,
-    ) -> Result<(), PostError> {
-        let driver = self.driver();
-        let at = part.offset as u64;
-        let local = LocalRange { offset: local.offset + part.offset, len: part.len, ..local };
-        match verb {
-            Verb::Read { remote, offset } => driver.read(peer, remote, offset + at, local, op),
-            Verb::Write { remote, offset } => driver.write(peer, remote, offset + at, local, op),
-            Verb::Send { tag } => driver.send(peer, tag, local, op),
-            Verb::Receive { .. } => Err(PostError::Range),
+    fn post_one(&mut self, peer: PeerId, batch: &Batch, part: Part, op: u64) -> Result<(), PostError> {
+        let first = batch.transfer(part.transfer);
+        if let Verb::Send { tag } = first.verb {
+            return self.driver().send(peer, tag, first.local, op);
         }
+        let mut pieces = std::mem::take(&mut self.pieces);
+        pieces.clear();
+        for at in part.transfer..part.transfer + part.count {
+            let Transfer { verb, local } = batch.transfer(at);
+            let (Verb::Read { remote, offset } | Verb::Write { remote, offset }) = verb else { break };
+            let len = if part.count > 1 { local.len } else { part.len };
+            let local = LocalRange { offset: local.offset + part.offset, len, ..local };
+            pieces.push(Piece { remote, offset: offset + part.offset as u64, local });
+        }
+        let posted = match first.verb {
+            Verb::Read { .. } => self.driver().read_pieces(peer, &pieces, op),
+            Verb::Write { .. } => self.driver().write_pieces(peer, &pieces, op),
+            Verb::Send { .. } | Verb::Receive { .. } => Err(PostError::Range),
+        };
+        self.pieces = pieces;
+        posted
     }
 
     fn count_posted(&mut self, job: u64) {
@@ -475,11 +485,13 @@ impl Progress {
         job.posted -= 1;
         let why = match done.result {
             Ok(len) if len == op.len => {
-                let missing = &mut job.missing[op.transfer];
-                *missing -= op.len;
-                if *missing == 0 && job.failed.is_none() {
-                    job.open -= 1;
-                    job.done.push(op.transfer as u32);
+                for transfer in op.transfer..op.transfer + op.count {
+                    let missing = &mut job.missing[transfer];
+                    *missing -= if op.count > 1 { *missing } else { op.len };
+                    if *missing == 0 && job.failed.is_none() {
+                        job.open -= 1;
+                        job.done.push(transfer as u32);
+                    }
                 }
                 return;
             }

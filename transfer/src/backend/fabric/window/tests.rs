@@ -22,6 +22,10 @@ impl Work for List {
     fn splits(&self) -> bool {
         self.splits
     }
+
+    fn joins(&self, transfer: usize) -> bool {
+        transfer > 0 && !transfer.is_multiple_of(7)
+    }
 }
 
 /// What the window must do, in the plainest words: every byte of every list once, unless it was withdrawn.
@@ -41,12 +45,18 @@ impl Model {
     fn post(&mut self, bounds: Bounds, id: usize, part: Part, now: u64, rng: &mut Rng) {
         let list = &self.lists[&id];
         assert!(!self.withdrawn.contains(&id), "list {id} was withdrawn");
-        let posted = &mut self.posted.get_mut(&id).unwrap()[part.transfer];
-        assert_eq!(part.offset, *posted, "parts come in order, each once");
         assert!(part.len > 0 && (part.len <= bounds.op_bytes || !list.splits));
         assert!(list.splits || part.len == list.lens[part.transfer], "a message is never split");
-        *posted += part.len;
-        assert!(*posted <= list.lens[part.transfer]);
+        let all = part.transfer..part.transfer + part.count;
+        assert!(part.count >= 1 && part.count <= bounds.pieces, "{} pieces", part.count);
+        assert!(part.count == 1 || part.len == list.lens[all.clone()].iter().sum::<usize>());
+        for transfer in all {
+            assert!(transfer == part.transfer || list.joins(transfer));
+            let posted = &mut self.posted.get_mut(&id).unwrap()[transfer];
+            assert_eq!(part.offset, *posted, "parts come in order, each once");
+            *posted += if part.count > 1 { list.lens[transfer] } else { part.len };
+            assert!(*posted <= list.lens[transfer]);
+        }
         self.under_way.push((now + rng.below(20), part.len));
         let bytes: usize = self.under_way.iter().map(|(_, len)| len).sum();
         assert!(self.under_way.len() <= bounds.ops, "{} operations", self.under_way.len());
@@ -80,6 +90,7 @@ fn play(seed: u64) {
         ops: 1 + rng.below(8) as usize,
         bytes: 64 + rng.below(1000) as usize,
         op_bytes: 1 + rng.below(200) as usize,
+        pieces: 1 + rng.below(4) as usize,
     };
     let mut window = Window::new(bounds);
     let mut model = Model::default();
@@ -130,7 +141,7 @@ fn every_byte_is_posted_once_within_the_bounds_and_nobody_starves() {
 
 #[test]
 fn lists_take_turns() {
-    let mut window = Window::new(Bounds { ops: 100, bytes: 1 << 20, op_bytes: 10 });
+    let mut window = Window::new(Bounds { ops: 100, bytes: 1 << 20, op_bytes: 10, pieces: 1 });
     window.submit(List { id: 1, lens: vec![25], splits: true });
     window.submit(List { id: 2, lens: vec![5, 5], splits: true });
     let mut order = Vec::new();

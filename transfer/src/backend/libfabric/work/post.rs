@@ -4,10 +4,10 @@ use baton_libfabric_sys::Errno;
 use baton_libfabric_sys::abi::FI_ADDR_UNSPEC;
 
 use super::super::blob::Key;
-use super::super::object::{Call, Verb};
+use super::super::object::{Call, CallPiece, Verb};
 use super::super::register::Registration;
 use super::{Kind, LibfabricDriver, Owner, Part, Peer, Waiting};
-use crate::backend::fabric::driver::{LocalRange, PeerId, PostError, RemoteId};
+use crate::backend::fabric::driver::{LocalId, LocalRange, PeerId, Piece, PostError};
 
 /// Most operations that wait for the connection to a new peer.
 const UNCONNECTED_MAX: usize = 64;
@@ -22,12 +22,12 @@ struct Span<'a> {
 }
 
 impl Span<'_> {
-    fn parts(&self, peer: &Peer) -> Result<Vec<(usize, Call)>, PostError> {
+    /// Adds its parts to `parts`, of which each may have `most` pieces.
+    fn add(&self, peer: &Peer, parts: &mut Vec<(usize, Call)>, most: usize) -> Result<(), PostError> {
         let end = self.offset.checked_add(self.range.len as u64).ok_or(PostError::Range)?;
         if end > self.key.len {
             return Err(PostError::Range);
         }
-        let mut parts = Vec::with_capacity(1);
         let mut done = 0;
         while done < self.range.len {
             let (here, there) = (self.range.offset + done, self.offset + done as u64);
@@ -38,38 +38,46 @@ impl Span<'_> {
             // Whole operations go to the rail with the least to do; the parts of one share it.
             let rail = peer.least_loaded();
             let via = &peer.rails[rail];
-            let call = Call {
-                verb: self.verb,
+            let piece = CallPiece {
                 local: self.registration.span.address() + here,
                 len,
                 descriptor: self.registration.descriptor(rail, here),
-                to: via.to,
                 remote: self.key.address(there),
                 key: self.key.of(via.leads_to, there),
             };
-            parts.push((rail, call));
+            if !parts.last_mut().is_some_and(|(_, call)| call.push(piece, most)) {
+                parts.push((rail, Call::new(self.verb, via.to, piece)));
+            }
             done += len;
         }
-        Ok(parts)
+        Ok(())
     }
 }
 
 impl LibfabricDriver {
     pub(super) fn one_sided(
         &mut self,
-        (peer, remote): (PeerId, RemoteId),
-        offset: u64,
-        range: LocalRange,
+        peer: PeerId,
+        pieces: &[Piece],
         (verb, op): (Verb, u64),
     ) -> Result<(), PostError> {
         let state = self.peer(peer)?;
         if verb == Verb::Write && !self.info.write {
             return Err(PostError::Failed("this provider is not used for writes".to_owned()));
         }
-        let registration = self.local(range, self.info.op_max)?;
-        let key = state.remotes.get(&remote.0).ok_or(PostError::Range)?;
-        let parts = Span { registration, range, key, offset, verb }.parts(state)?;
-        self.post(peer, range, op, &parts)
+        let first = pieces.first().ok_or(PostError::Range)?.local.id;
+        let total = pieces.iter().try_fold(0usize, |sum, piece| sum.checked_add(piece.local.len));
+        if total.is_none_or(|total| total > self.info.op_max) {
+            return Err(PostError::Range);
+        }
+        let mut parts = Vec::with_capacity(1);
+        for Piece { remote, offset, local } in pieces {
+            let registration = self.local(*local, self.info.op_max)?;
+            let key = state.remotes.get(&remote.0).filter(|_| local.id == first).ok_or(PostError::Range)?;
+            let span = Span { registration, range: *local, key, offset: *offset, verb };
+            span.add(state, &mut parts, self.pieces_max)?;
+        }
+        self.post(peer, first, op, &parts)
     }
 
     /// Awaits a message at the first rail, where all of them arrive.
@@ -128,15 +136,14 @@ impl LibfabricDriver {
         if range.len > registration.left_in_segment(range.offset) {
             return Err(PostError::Range);
         }
-        Ok(Call {
-            verb,
+        let piece = CallPiece {
             local: registration.span.address() + range.offset,
             len: range.len,
             descriptor: registration.descriptor(0, range.offset),
-            to,
             remote: 0,
             key: tag,
-        })
+        };
+        Ok(Call::new(verb, to, piece))
     }
 }
 
@@ -145,7 +152,7 @@ impl LibfabricDriver {
     pub(super) fn post(
         &mut self,
         peer: PeerId,
-        range: LocalRange,
+        local: LocalId,
         op: u64,
         parts: &[(usize, Call)],
     ) -> Result<(), PostError> {
@@ -158,9 +165,9 @@ impl LibfabricDriver {
         if !state.waiting.is_empty() && (state.established || state.waiting.len() >= UNCONNECTED_MAX) {
             return Err(PostError::Again);
         }
-        let at = self.begin(op, parts.len(), range.id, Kind::ToPeer);
+        let at = self.begin(op, parts.len(), local, Kind::ToPeer);
         for (number, (rail, call)) in parts.iter().enumerate() {
-            let part = Part { op: at, owner: Owner::Peer(peer.0), rail: *rail, len: call.len };
+            let part = Part { op: at, owner: Owner::Peer(peer.0), rail: *rail, len: call.len() };
             let slot = self.slots.take(part);
             let (Some(slot), Some(state)) = (slot, self.peers.get_mut(&peer.0)) else { continue };
             let posted = match state.waiting.is_empty() {
@@ -170,7 +177,7 @@ impl LibfabricDriver {
             let waits = posted == Err(Errno::AGAIN) && (number > 0 || !state.established);
             if posted.is_ok() || waits {
                 state.outstanding += 1;
-                state.rails[*rail].outstanding_bytes += call.len;
+                state.rails[*rail].outstanding_bytes += call.len();
                 if waits {
                     state.waiting.push_back(Waiting { slot, rail: *rail, call: *call });
                 }
