@@ -117,9 +117,9 @@ pub enum Kind {
     Confirm = 16,
     /// It does.
     Confirmed = 17,
-    /// Asks for a window to write through: [`control::Window`].
+    /// Asks for windows to write through: [`control::Window`].
     Window = 18,
-    /// The window: [`control::WindowIs`].
+    /// The windows: [`control::WindowIs`].
     WindowIs = 19,
     /// From the owner of windows: nothing may be written through those of a handoff any more: its id. From who writes:
     /// nothing will be written through a window any more: its number in the place of the id.
@@ -199,7 +199,7 @@ impl Kind {
             Self::Key => control::KEY_REQUEST_BYTES,
             Self::KeyIs => control::KEY_IS_MAX_BYTES,
             Self::Pack => control::PACK_MAX_BYTES,
-            Self::Window => control::WINDOW_BYTES,
+            Self::Window => control::WINDOW_MAX_BYTES,
             Self::WindowIs => control::WINDOW_IS_MAX_BYTES,
             Self::Fence => HANDOFF_BYTES,
             Self::Notify => control::NOTIFY_MAX_BYTES,

@@ -1,6 +1,7 @@
 //! Which bytes may be read under which handoff, and who is being served from them now.
 
 use std::collections::{BTreeMap, HashMap};
+use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_config::HandoffId;
@@ -96,12 +97,80 @@ impl Grants {
         Ok(Permit { revoked: grant.revoked.clone(), _serving: grant.serving.token() })
     }
 
+    /// What a grant has around the first of `blocks`: at most `most` ranges, no longer than those blocks need, and how
+    /// many blocks lie in them. Ranges that were granted side by side count as one.
+    pub(crate) fn around(
+        &self,
+        handoff: HandoffId,
+        blocks: &[Descriptor],
+        most: usize,
+    ) -> Option<(Vec<Descriptor>, usize)> {
+        let table = self.lock();
+        let grant = table.get(&handoff)?;
+        let mut found: Vec<Around> = Vec::new();
+        let mut count = 0;
+        for block in blocks {
+            let granted = grant.range_of(block)?;
+            if !found.iter_mut().rev().any(|around| around.take(block, &granted)) {
+                if found.len() == most {
+                    break;
+                }
+                found.push(Around::new(block, granted));
+            }
+            count += 1;
+        }
+        Some((found.into_iter().map(|around| around.needed()).collect(), count))
+    }
+
     fn lock(&self) -> MutexGuard<'_, HashMap<HandoffId, Grant>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 
+/// A granted range and the part of it that some blocks need.
+struct Around {
+    region: RegionId,
+    granted: Range<u64>,
+    needed: Range<u64>,
+}
+
+impl Around {
+    fn new(block: &Descriptor, granted: Range<u64>) -> Self {
+        let needed = block.offset..block.offset + u64::from(block.len);
+        Self { region: block.region, granted, needed }
+    }
+
+    /// Takes a block of this range, or of one right beside it.
+    fn take(&mut self, block: &Descriptor, granted: &Range<u64>) -> bool {
+        let inside = self.granted.start <= granted.start && granted.end <= self.granted.end;
+        let beside = granted.start == self.granted.end || granted.end == self.granted.start;
+        let needed = self.needed.start.min(block.offset)
+            ..self.needed.end.max(block.offset + u64::from(block.len));
+        let fits = needed.end - needed.start <= u64::from(u32::MAX);
+        if self.region != block.region || !(inside || beside) || !fits {
+            return false;
+        }
+        self.granted = self.granted.start.min(granted.start)..self.granted.end.max(granted.end);
+        self.needed = needed;
+        true
+    }
+
+    fn needed(self) -> Descriptor {
+        let Range { start, end } = self.needed;
+        Descriptor { region: self.region, offset: start, len: (end - start) as u32 }
+    }
+}
+
 impl Grant {
+    /// The granted range that a block lies in.
+    fn range_of(&self, block: &Descriptor) -> Option<Range<u64>> {
+        let end = block.offset.checked_add(u64::from(block.len))?;
+        let before = self.ranges.range(..=(block.region, block.offset)).next_back();
+        let ((region, from), len) = before?;
+        let range = *from..from + u64::from(*len);
+        (*region == block.region && end <= range.end).then_some(range)
+    }
+
     /// Whether each block lies inside a range. Neighbours often share one: the last found is tried first.
     fn cover(&self, blocks: &[Descriptor]) -> bool {
         let mut found: Option<(RegionId, std::ops::Range<u64>)> = None;
@@ -161,6 +230,19 @@ mod tests {
         grants.narrow(HandoffId(2), &[at(1, 0, 10)]);
         assert!(grants.permit(ID, &[at(1, 0, 10), at(1, 20, 10)]).is_ok());
         assert_eq!(grants.permit(ID, &[at(1, 10, 10)]).unwrap_err(), Refusal::OutsideGrant);
+    }
+
+    #[test]
+    fn ranges_around_blocks_join_where_they_touch_and_reach_no_further() {
+        let grants = Grants::default();
+        grants.add(ID, &[at(1, 0, 100), at(1, 100, 50), at(1, 160, 40), at(2, 0, 100)]);
+        let blocks = [at(1, 90, 10), at(2, 5, 5), at(1, 110, 10), at(1, 20, 5), at(1, 170, 5), at(2, 50, 1)];
+        let (found, count) = grants.around(ID, &blocks, 8).unwrap();
+        assert_eq!(found, [at(1, 20, 100), at(2, 5, 46), at(1, 170, 5)], "no byte between two grants");
+        assert_eq!(count, blocks.len());
+        assert_eq!(grants.around(ID, &blocks, 2).unwrap(), (vec![at(1, 20, 100), at(2, 5, 5)], 4));
+        assert!(grants.around(ID, &[at(1, 140, 20)], 8).is_none(), "one block, two grants");
+        assert!(grants.around(HandoffId(2), &blocks, 8).is_none());
     }
 
     #[tokio::test]

@@ -235,6 +235,16 @@ impl Server {
     ) -> Result<Permit, Denial> {
         permit(&self.write_grants, regions, handoff, blocks)
     }
+
+    /// Where windows for the first of `blocks` are to be, see [`Grants::around`].
+    pub(crate) fn write_ranges(
+        &self,
+        handoff: HandoffId,
+        blocks: &[Descriptor],
+        most: usize,
+    ) -> Option<(Vec<Descriptor>, usize)> {
+        self.write_grants.around(handoff, blocks, most)
+    }
 }
 
 fn permit(

@@ -17,12 +17,14 @@ pub(super) const ATTACH_MAX_BYTES: usize = 1 + 1 + MAX_WIRE_TEXT_BYTES + ADDRESS
 pub(super) const KEY_REQUEST_BYTES: usize = 1 + 4;
 pub(super) const KEY_IS_MAX_BYTES: usize = 8 + 8 + KEY_MAX_BYTES;
 pub(super) const PACK_MAX_BYTES: usize = 1 + 8 + READ_MAX_BYTES;
-pub(super) const WINDOW_BYTES: usize = 1 + HANDOFF_BYTES + DESCRIPTOR_BYTES;
-pub(super) const WINDOW_IS_MAX_BYTES: usize = 8 + 8 + KEY_MAX_BYTES;
+/// Most windows of one answer.
+pub const MAX_WINDOWS: usize = 16;
+pub(super) const WINDOW_MAX_BYTES: usize = 1 + READ_MAX_BYTES;
+pub(super) const WINDOW_IS_MAX_BYTES: usize = 4 + MAX_WINDOWS * (8 + DESCRIPTOR_BYTES + 8 + 4 + KEY_MAX_BYTES);
 pub(super) const NOTIFY_MAX_BYTES: usize = HANDOFF_BYTES + MAX_NOTIFICATION_BYTES;
 const DIGEST_BYTES: usize = 8;
 pub(super) const WRITE_MAX_BYTES: usize =
-    HANDOFF_BYTES + 4 + 1 + MAX_READ_BLOCKS * (DESCRIPTOR_BYTES + DIGEST_BYTES);
+    HANDOFF_BYTES + 4 + 2 + MAX_WINDOWS * 8 + MAX_READ_BLOCKS * (DESCRIPTOR_BYTES + DIGEST_BYTES);
 
 /// Makes the endpoint of a fabric known to the peer, which answers with its own.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -154,65 +156,101 @@ impl Pack {
     }
 }
 
-/// Asks for a window through which blocks are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+/// Asks for windows through which blocks are written.
+#[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Window {
     /// Over which fabric.
     pub backend: BackendKind,
-    /// Under which grant.
-    pub handoff: HandoffId,
-    /// The bytes to be written.
-    pub range: Descriptor,
+    /// Under which grant, and the bytes to be written.
+    pub write: Read,
 }
 
 impl Window {
     /// The payload in bytes.
-    pub fn encode(&self) -> Vec<u8> {
-        let mut bytes = vec![backend_code(self.backend)];
-        bytes.extend_from_slice(&self.handoff.0.to_le_bytes());
-        put_descriptor(&mut bytes, self.range);
+    pub fn encode(
+        backend: BackendKind,
+        handoff: HandoffId,
+        blocks: impl ExactSizeIterator<Item = Descriptor>,
+    ) -> Vec<u8> {
+        let mut bytes = vec![backend_code(backend)];
+        bytes.extend(encode_read(handoff, blocks));
         bytes
     }
 
     /// Reads a payload.
     ///
     /// # Errors
-    /// When it is cut, too long, names no backend, or its range makes no sense.
+    /// When it is cut, too long, names no backend, or its blocks make no sense.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
         let mut fields = Fields(bytes);
-        let window = Self {
-            backend: backend(&mut fields)?,
-            handoff: HandoffId(fields.u128()?),
-            range: take_descriptor(&mut fields)?,
-        };
-        fields.end(window)
+        let backend = backend(&mut fields)?;
+        Ok(Self { backend, write: Read::decode(fields.rest())? })
     }
 }
 
 /// A window.
 #[derive(Debug, Clone, PartialEq, Eq)]
-pub struct WindowIs {
+pub struct OpenWindow {
     /// Its number, new for each.
     pub window: u64,
+    /// What can be written through it.
+    pub range: Descriptor,
     /// Where the range starts in the registration.
     pub base: u64,
     /// The key of the registration, opaque.
     pub key: Vec<u8>,
 }
 
+/// Windows for the first blocks of a [`Window`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct WindowIs {
+    /// How many blocks, from the first on, lie in the windows.
+    pub blocks: u32,
+    /// At most [`MAX_WINDOWS`].
+    pub windows: Vec<OpenWindow>,
+}
+
 impl WindowIs {
     /// The payload in bytes.
     pub fn encode(&self) -> Vec<u8> {
-        opaque(self.window, self.base, &self.key)
+        debug_assert!(self.windows.len() <= MAX_WINDOWS, "answers are bounded");
+        let mut bytes = self.blocks.to_le_bytes().to_vec();
+        for OpenWindow { window, range, base, key } in &self.windows {
+            debug_assert!(key.len() <= KEY_MAX_BYTES, "keys are bounded");
+            bytes.extend_from_slice(&window.to_le_bytes());
+            put_descriptor(&mut bytes, *range);
+            bytes.extend_from_slice(&base.to_le_bytes());
+            bytes.extend_from_slice(&(key.len() as u32).to_le_bytes());
+            bytes.extend_from_slice(key);
+        }
+        bytes
     }
 
     /// Reads a payload.
     ///
     /// # Errors
-    /// When it is cut or too long.
+    /// When it is cut or too long, has no window, or too many.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        let (window, base, key) = take_opaque(bytes)?;
-        Ok(Self { window, base, key })
+        let mut fields = Fields(bytes);
+        let blocks = fields.u32()?;
+        let mut windows = Vec::new();
+        while !fields.is_empty() {
+            if windows.len() == MAX_WINDOWS {
+                return Err(WireError::Long);
+            }
+            let (window, range, base) = (fields.u64()?, take_descriptor(&mut fields)?, fields.u64()?);
+            let len = fields.u32()? as usize;
+            if len > KEY_MAX_BYTES {
+                return Err(WireError::Long);
+            }
+            let key = fields.bytes(len)?.to_vec();
+            base.checked_add(u64::from(range.len)).ok_or(WireError::Field)?;
+            windows.push(OpenWindow { window, range, base, key });
+        }
+        if blocks == 0 || windows.is_empty() {
+            return Err(WireError::Field);
+        }
+        Ok(Self { blocks, windows })
     }
 }
 
@@ -274,6 +312,8 @@ pub struct Write {
     pub blocks: Vec<Descriptor>,
     /// The digest of each block, where they are to be verified; else empty.
     pub digests: Vec<u64>,
+    /// The windows they were written through, which are closed now; at most [`MAX_WINDOWS`], none for a stream.
+    pub windows: Vec<u64>,
 }
 
 impl Write {
@@ -281,10 +321,13 @@ impl Write {
     pub fn encode(&self) -> Vec<u8> {
         debug_assert!(self.blocks.len() <= MAX_READ_BLOCKS, "requests are bounded");
         debug_assert!(self.digests.is_empty() || self.digests.len() == self.blocks.len());
+        debug_assert!(self.windows.len() <= MAX_WINDOWS, "windows are bounded");
         let mut bytes = Vec::with_capacity(WRITE_MAX_BYTES.min(32 + self.blocks.len() * 24));
         bytes.extend_from_slice(&self.handoff.0.to_le_bytes());
         bytes.extend_from_slice(&self.first.to_le_bytes());
         bytes.push(u8::from(!self.digests.is_empty()));
+        bytes.push(self.windows.len() as u8);
+        bytes.extend(self.windows.iter().flat_map(|window| window.to_le_bytes()));
         for block in &self.blocks {
             put_descriptor(&mut bytes, *block);
         }
@@ -308,6 +351,11 @@ impl Write {
             [1] => (true, DESCRIPTOR_BYTES + DIGEST_BYTES),
             _ => return Err(WireError::Field),
         };
+        let [windows] = fields.take()?;
+        if usize::from(windows) > MAX_WINDOWS {
+            return Err(WireError::Long);
+        }
+        let windows = (0..windows).map(|_| fields.u64()).collect::<Result<_, _>>()?;
         if fields.is_empty() || !fields.rest_len().is_multiple_of(each) {
             return Err(WireError::Short);
         }
@@ -318,7 +366,7 @@ impl Write {
         first.checked_add(count as u32).ok_or(WireError::Field)?;
         let blocks = take_blocks(&mut fields, count)?;
         let digests = (0..if verify { count } else { 0 }).map(|_| fields.u64()).collect::<Result<_, _>>()?;
-        fields.end(Self { handoff, first, blocks, digests })
+        fields.end(Self { handoff, first, blocks, digests, windows })
     }
 }
 

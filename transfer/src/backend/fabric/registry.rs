@@ -4,6 +4,9 @@ use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
+use futures_util::TryStreamExt;
+use futures_util::stream::FuturesOrdered;
+
 use super::driver::{Access, DriverError, LocalId};
 use super::thread::{Fabric, Queue};
 use crate::memory::{MemorySpan, Place};
@@ -17,8 +20,8 @@ pub(crate) struct Registration {
     queue: Arc<Queue>,
     /// The registry's count of uses when it was used last.
     used: AtomicU64,
-    /// Where it is counted if it is not kept.
-    apart: Option<Arc<Apart>>,
+    /// Counts it if it is not kept.
+    apart: Option<Counted>,
 }
 
 /// Registrations that are not kept for another use.
@@ -26,6 +29,19 @@ pub(crate) struct Registration {
 struct Apart {
     count: AtomicUsize,
     bytes: AtomicU64,
+}
+
+/// What is counted of a registration that is not kept, as long as this lives.
+struct Counted {
+    apart: Arc<Apart>,
+    bytes: u64,
+}
+
+impl Drop for Counted {
+    fn drop(&mut self) {
+        self.apart.count.fetch_sub(1, Ordering::Relaxed);
+        self.apart.bytes.fetch_sub(self.bytes, Ordering::Relaxed);
+    }
 }
 
 impl Registration {
@@ -38,10 +54,6 @@ impl Registration {
 impl Drop for Registration {
     fn drop(&mut self) {
         self.queue.deregister(self.id);
-        if let Some(apart) = &self.apart {
-            apart.count.fetch_sub(1, Ordering::Relaxed);
-            apart.bytes.fetch_sub(self.len() as u64, Ordering::Relaxed);
-        }
     }
 }
 
@@ -122,23 +134,30 @@ impl Fabric {
         Ok(made)
     }
 
-    /// A registration of `span` for one use, with a key of its own.
+    /// Registrations of `spans` for one use, each with a key of its own.
     ///
     /// # Errors
     /// As [`Fabric::registered`].
     pub(crate) async fn registered_once(
         &self,
-        span: &MemorySpan,
+        spans: &[MemorySpan],
         access: Access,
-    ) -> Result<Registration, DriverError> {
+    ) -> Result<Vec<Registration>, DriverError> {
         let _registering = self.registry().registering.lock().await;
-        self.make_room(span.len())?;
-        let mut made = self.register_now(span, access).await?;
         let apart = &self.registry().apart;
-        apart.count.fetch_add(1, Ordering::Relaxed);
-        apart.bytes.fetch_add(made.len() as u64, Ordering::Relaxed);
-        made.apart = Some(Arc::clone(apart));
-        Ok(made)
+        let mut all = FuturesOrdered::new();
+        for span in spans {
+            self.make_room(span.len())?;
+            apart.count.fetch_add(1, Ordering::Relaxed);
+            apart.bytes.fetch_add(span.len() as u64, Ordering::Relaxed);
+            let counted = Counted { apart: Arc::clone(apart), bytes: span.len() as u64 };
+            all.push_back(async move {
+                let mut made = self.register_now(span, access).await?;
+                made.apart = Some(counted);
+                Ok(made)
+            });
+        }
+        all.try_collect().await
     }
 
     async fn register_now(&self, span: &MemorySpan, access: Access) -> Result<Registration, DriverError> {

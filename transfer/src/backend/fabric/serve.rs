@@ -4,7 +4,7 @@
 //! grant, is what this side sends itself ([`Kind::Pack`]), what it confirms ([`Kind::Confirm`]) and where it lets a peer
 //! write ([`Kind::Window`]).
 
-mod windows;
+pub(super) mod windows;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};

@@ -12,7 +12,7 @@ use baton_config::HandoffId;
 use super::*;
 use crate::backend::frames::{FrameReader, FrameWriter};
 use crate::wire::control::{
-    Attach, Key, KeyIs, Notify, Pack, Window, WindowIs, Write, decode_fence, encode_fence,
+    Attach, Key, KeyIs, Notify, OpenWindow, Pack, Window, WindowIs, Write, decode_fence, encode_fence,
 };
 
 const SEED: u64 = 0x6261_746f_6e5f_6b76;
@@ -116,7 +116,7 @@ fn at(region: u32, offset: u64, len: u32) -> Descriptor {
 
 fn write() -> Write {
     let blocks = vec![at(1, 4096, 512), at(1, 0, 77)];
-    Write { handoff: HandoffId(9), first: 3, blocks, digests: vec![1, u64::MAX] }
+    Write { handoff: HandoffId(9), first: 3, blocks, digests: vec![1, u64::MAX], windows: vec![7, 8] }
 }
 
 #[test]
@@ -142,7 +142,7 @@ fn lists_of_blocks() {
         encode_read(HandoffId(1), vec![at(1, 0, 1); MAX_READ_BLOCKS].into_iter()),
     ];
     fuzz("read", &good, Read::decode, |read| encode_read(read.handoff, read.blocks.iter().copied()));
-    let unverified = Write { digests: Vec::new(), ..write() };
+    let unverified = Write { digests: Vec::new(), windows: Vec::new(), ..write() };
     fuzz("write", &[write().encode(), unverified.encode()], Write::decode, Write::encode);
 }
 
@@ -158,9 +158,13 @@ fn requests_of_fabrics() {
     fuzz("pack", &[pack], Pack::decode, |pack| {
         Pack::encode(pack.backend, pack.tag, pack.read.handoff, pack.read.blocks.iter().copied())
     });
-    let window = Window { backend, handoff: HandoffId(4), range: at(1, 16, 16) };
-    fuzz("window", &[window.encode()], Window::decode, Window::encode);
-    let window = WindowIs { window: 4, base: 0, key: vec![3; 16] };
+    let again = |window: &Window| {
+        Window::encode(window.backend, window.write.handoff, window.write.blocks.iter().copied())
+    };
+    let window = Window::encode(backend, HandoffId(4), [at(1, 16, 16), at(2, 0, 5)].into_iter());
+    fuzz("window", &[window], Window::decode, again);
+    let window = |window| OpenWindow { window, range: at(1, 16, 16), base: 0, key: vec![3; 16] };
+    let window = WindowIs { blocks: 2, windows: vec![window(4), window(5)] };
     fuzz("window is", &[window.encode()], WindowIs::decode, WindowIs::encode);
 }
 

@@ -1,4 +1,4 @@
-//! Writing through windows: the peer opens one for each block, verifies what was written, and closes it.
+//! Writing through windows: the peer opens one for each granted range, verifies what was written, and closes it.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -18,16 +18,17 @@ use crate::backend::control::Answer;
 use crate::backend::fabric::batch::{Batch, Transfer, Verb};
 use crate::backend::fabric::driver::{Access, LocalRange, RemoteId};
 use crate::backend::fabric::registry::Registration;
+use crate::backend::fabric::serve::windows::lies_in;
 use crate::backend::fabric::thread::Fabric;
 use crate::backend::{Fault, WriteJob};
 use crate::digest::DigestSeed;
 use crate::error::{LinkError, Refusal};
 use crate::session::{BlockWrite, Descriptor};
-use crate::wire::Kind;
-use crate::wire::control::{Window, WindowIs, Write, encode_fence};
+use crate::wire::control::{OpenWindow, Window, WindowIs, Write, encode_fence};
+use crate::wire::{Kind, WireError};
 
 /// Blocks written and verified together.
-const GROUP_BLOCKS: usize = 16;
+const GROUP_BLOCKS: usize = 512;
 /// Bytes of them, unless a single block has more.
 const GROUP_BYTES: u64 = 8 << 20;
 /// Groups under way at once: one is verified while the next is written.
@@ -98,8 +99,17 @@ impl Writes {
 /// A window of the peer.
 struct Opened {
     window: u64,
+    range: Descriptor,
     base: u64,
     remote: RemoteId,
+}
+
+impl Opened {
+    /// Where a block is, if it is in this window.
+    fn find(&self, block: &Descriptor) -> Option<(RemoteId, u64)> {
+        let inside = lies_in(block, &self.range);
+        inside.then(|| (self.remote, self.base + (block.offset - self.range.offset)))
+    }
 }
 
 /// Windows until the peer has closed them.
@@ -140,31 +150,38 @@ impl FabricLink {
         Ok(())
     }
 
+    /// Writes a group, in as many parts as its windows come in: few, unless every block has a grant of its own.
     async fn write_group(
         &self,
         job: &WriteJob<'_>,
         local: &Arc<Registration>,
         gate: &Gate,
-        group: Range<usize>,
+        mut group: Range<usize>,
     ) -> Result<(), Fault> {
+        while !group.is_empty() {
+            group.start = self.write_part(job, local, gate, group.clone()).await?;
+        }
+        Ok(())
+    }
+
+    /// Writes as many of `blocks` as one answer has windows for, and says where the rest begins.
+    async fn write_part(
+        &self,
+        job: &WriteJob<'_>,
+        local: &Arc<Registration>,
+        gate: &Gate,
+        group: Range<usize>,
+    ) -> Result<usize, Fault> {
+        let (mut open, count) = self.open_windows(job.handoff, &job.blocks[group.clone()]).await?;
+        let group = group.start..group.start + count;
         let blocks = &job.blocks[group.clone()];
-        let asked = join_all(blocks.iter().map(|block| self.window(job.handoff, block.to))).await;
-        let mut open = OpenWindows { link: self, windows: Vec::with_capacity(blocks.len()), batch: None };
-        let mut fault = None;
-        for window in asked {
-            match window {
-                Ok(window) => open.windows.push(window),
-                Err(refused) => fault = fault.or(Some(refused)),
-            }
+        let mut transfers = Vec::with_capacity(blocks.len());
+        for block in blocks {
+            let place = open.windows.iter().find_map(|window| window.find(&block.to));
+            let (remote, offset) = place.ok_or_else(|| Fault::protocol(WireError::Field))?;
+            let local = LocalRange { id: local.id, offset: block.from, len: block.to.len as usize };
+            transfers.push(Transfer { verb: Verb::Write { remote, offset }, local });
         }
-        if let Some(fault) = fault {
-            return Err(fault);
-        }
-        let transfer = |(window, block): (&Opened, &BlockWrite)| Transfer {
-            verb: Verb::Write { remote: window.remote, offset: window.base },
-            local: LocalRange { id: local.id, offset: block.from, len: block.to.len as usize },
-        };
-        let transfers = open.windows.iter().zip(blocks).map(transfer).collect();
         let batch = Batch::new(self.peer.clone(), transfers, Box::new(Arc::clone(local)));
         if !gate.admit(&batch) {
             return Err(Fault::Refused(Refusal::NotGranted));
@@ -180,13 +197,14 @@ impl FabricLink {
             () = gate.closed.cancelled() => return Err(Fault::Refused(Refusal::NotGranted)),
         }
         let to = blocks.iter().map(|block| block.to).collect();
-        let done = Write { handoff: job.handoff, first: group.start as u32, blocks: to, digests };
+        let windows = open.windows.iter().map(|window| window.window).collect();
+        let done = Write { handoff: job.handoff, first: group.start as u32, blocks: to, digests, windows };
         let answer = self.control.ask(Kind::Write, &done.encode()).await;
         // However it was answered, the peer has closed the windows.
         open.forget();
         answer.map_err(closed)?;
-        group.for_each(|index| job.progress.finish(index));
-        Ok(())
+        group.clone().for_each(|index| job.progress.finish(index));
+        Ok(group.end)
     }
 
     /// The digests of a group, found while it is on its way.
@@ -206,12 +224,32 @@ impl FabricLink {
         digests
     }
 
-    async fn window(&self, handoff: HandoffId, range: Descriptor) -> Result<Opened, Fault> {
-        let asked = Window { backend: self.fabric.kind(), handoff, range };
-        let (_, payload) = self.control.ask(Kind::Window, &asked.encode()).await.map_err(closed)?;
-        let WindowIs { window, base, key } = WindowIs::decode(&payload).map_err(Fault::protocol)?;
-        let remote = self.fabric.import(&self.peer, key).await.map_err(unable)?;
-        Ok(Opened { window, base, remote })
+    /// Opens windows for the first of `blocks`; for how many.
+    async fn open_windows(
+        &self,
+        handoff: HandoffId,
+        blocks: &[BlockWrite],
+    ) -> Result<(OpenWindows<'_>, usize), Fault> {
+        let asked = Window::encode(self.fabric.kind(), handoff, blocks.iter().map(|block| block.to));
+        let (_, payload) = self.control.ask(Kind::Window, &asked).await.map_err(closed)?;
+        let WindowIs { blocks: count, windows } = WindowIs::decode(&payload).map_err(Fault::protocol)?;
+        let mut open = OpenWindows { link: self, windows: Vec::with_capacity(windows.len()), batch: None };
+        let import = |OpenWindow { window, range, base, key }| async move {
+            let remote = self.fabric.import(&self.peer, key).await.map_err(unable)?;
+            Ok(Opened { window, range, base, remote })
+        };
+        let mut fault = None;
+        for imported in join_all(windows.into_iter().map(import)).await {
+            match imported {
+                Ok(window) => open.windows.push(window),
+                Err(error) => fault = Some(error),
+            }
+        }
+        match (fault, count as usize) {
+            (Some(fault), _) => Err(fault),
+            (None, count) if count > blocks.len() => Err(Fault::protocol(WireError::Field)),
+            (None, count) => Ok((open, count)),
+        }
     }
 }
 

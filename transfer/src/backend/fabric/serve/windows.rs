@@ -2,10 +2,13 @@
 //!
 //! ```text
 //! writer                                       owner
-//! Window(handoff, range) ──────────────────►   write grant covers it: registered, key
+//! Window(handoff, blocks) ─────────────────►   write grant covers them: a window for each granted range, keys
 //! writes ══════════════════════════════════►   memory
-//! Write(handoff, blocks, digests) ─────────►   deregistered, then verified: nobody can change what was verified
+//! Write(handoff, windows, digests) ────────►   deregistered, then verified: nothing of this write can land any more
 //! ```
+//!
+//! A window reaches over all blocks asked for that lie in one granted range, or in ranges that touch: the bytes
+//! between them are granted, too. Blocks of one range cost one registration, however many they are.
 //!
 //! A window that is still open when its grant ends is closed by force: deregistered, and the writer is asked to stop
 //! ([`Kind::Fence`]). Only its word that everything it had posted has ended is taken for the end; without it the driver
@@ -31,8 +34,8 @@ use crate::backend::fabric::thread::Fabric;
 use crate::digest::DigestSeed;
 use crate::error::Refusal;
 use crate::session::Descriptor;
-use crate::wire::Kind;
-use crate::wire::control::{Window, WindowIs, Write, encode_fence};
+use crate::wire::control::{MAX_WINDOWS, OpenWindow, Window, WindowIs, Write, encode_fence};
+use crate::wire::{Kind, Read};
 
 /// Most windows one peer has open at once.
 const WINDOWS_MAX: usize = 256;
@@ -58,7 +61,14 @@ struct Open {
     handoff: HandoffId,
     range: Descriptor,
     registration: Registration,
-    permit: Permit,
+    permit: Arc<Permit>,
+}
+
+/// A window that was closed, with what its grant waits for.
+struct Closed {
+    fabric: Fabric,
+    range: Descriptor,
+    permit: Arc<Permit>,
 }
 
 impl Windows {
@@ -69,7 +79,7 @@ impl Windows {
 
 impl Table {
     /// Closes the windows that `which` picks; what their grants wait for ends with the result.
-    fn take(&mut self, which: impl Fn(u64, &Open) -> bool) -> Vec<(Fabric, Permit)> {
+    fn take(&mut self, which: impl Fn(u64, &Open) -> bool) -> Vec<Closed> {
         let taken: Vec<Open> =
             self.open.extract_if(|id, open| which(*id, open)).map(|(_, open)| open).collect();
         let left = |handoff: &HandoffId| self.open.values().any(|open| open.handoff == *handoff);
@@ -82,48 +92,58 @@ impl Table {
         });
         taken
             .into_iter()
-            .map(|Open { fabric, registration, permit, .. }| {
+            .map(|Open { fabric, range, registration, permit, .. }| {
                 drop(registration);
-                (fabric, permit)
+                Closed { fabric, range, permit }
             })
             .collect()
     }
 }
 
-/// Opens a window.
+/// Opens windows.
 pub(super) async fn open(server: &Arc<Server>, peer: &Arc<Peer>, asked: Window) -> Result<Answer, Denial> {
-    let fabric = server.fabrics.get(asked.backend).ok_or(Denial::Refused(Refusal::Unavailable))?;
-    if !peer.fabric.lock().contains_key(&asked.backend) {
+    let Window { backend, write: Read { handoff, blocks } } = asked;
+    let fabric = server.fabrics.get(backend).ok_or(Denial::Refused(Refusal::Unavailable))?;
+    if !peer.fabric.lock().contains_key(&backend) {
         return Err(Denial::Refused(Refusal::Unavailable));
     }
     if !fabric.info().write {
         return Err(Denial::Refused(Refusal::Unreachable));
     }
     let regions = server.regions();
-    let permit = server.permit_write(&regions, asked.handoff, &[asked.range])?;
-    let region = region(&regions, asked.range.region).ok_or(Denial::Refused(Refusal::OutsideRegion))?;
-    if region.host().is_none() {
-        // Nobody here could verify what is written there.
-        return Err(Denial::Refused(Refusal::Unreachable));
+    let permit = Arc::new(server.permit_write(&regions, handoff, &blocks)?);
+    let ranges = server.write_ranges(handoff, &blocks, MAX_WINDOWS);
+    let (ranges, count) = ranges.ok_or(Denial::Refused(Refusal::NotGranted))?;
+    let mut spans = Vec::with_capacity(ranges.len());
+    for range in &ranges {
+        let region = region(&regions, range.region).ok_or(Denial::Refused(Refusal::OutsideRegion))?;
+        if region.host().is_none() {
+            // Nobody here could verify what is written there.
+            return Err(Denial::Refused(Refusal::Unreachable));
+        }
+        spans.push(region.span().part(range.offset as usize, range.len as usize));
     }
-    if peer.fabric.windows.lock().open.len() >= WINDOWS_MAX {
+    if peer.fabric.windows.lock().open.len() + ranges.len() > WINDOWS_MAX {
         return Err(Denial::Refused(Refusal::Overloaded));
     }
-    let span = region.span().part(asked.range.offset as usize, asked.range.len as usize);
-    let made = fabric.registered_once(&span, Access::RemoteWrite).await;
-    let registration = made.map_err(|error| unable(peer, &error))?;
+    let made = fabric.registered_once(&spans, Access::RemoteWrite).await;
+    let registrations = made.map_err(|error| unable(peer, &error))?;
     // Registering took a while: what ended meanwhile finds no window to close.
     if permit.revoked.is_cancelled() || peer.life.ended.is_cancelled() || !peer.control.is_alive() {
         return Err(Denial::Refused(Refusal::NotGranted));
     }
-    let key = registration.key.clone();
     let mut table = peer.fabric.windows.lock();
-    table.last += 1;
-    let window = table.last;
-    watch(server, peer, &mut table, (asked.backend, asked.handoff), &permit);
-    let open = Open { fabric, handoff: asked.handoff, range: asked.range, registration, permit };
-    table.open.insert(window, open);
-    Ok(Answer { kind: Kind::WindowIs, payload: WindowIs { window, base: 0, key }.encode() })
+    watch(server, peer, &mut table, (backend, handoff), &permit);
+    let mut windows = Vec::with_capacity(ranges.len());
+    for (range, registration) in ranges.into_iter().zip(registrations) {
+        table.last += 1;
+        let window = table.last;
+        windows.push(OpenWindow { window, range, base: 0, key: registration.key.clone() });
+        let (fabric, permit) = (fabric.clone(), Arc::clone(&permit));
+        table.open.insert(window, Open { fabric, handoff, range, registration, permit });
+    }
+    let answer = WindowIs { blocks: count as u32, windows };
+    Ok(Answer { kind: Kind::WindowIs, payload: answer.encode() })
 }
 
 /// Makes sure that somebody closes the windows of a handoff when its grant ends.
@@ -162,8 +182,8 @@ async fn fence(server: &Arc<Server>, peer: &Peer, handoff: HandoffId, backend: B
     let asked = timeout(FENCE_TIMEOUT, peer.control.ask(Kind::Fence, &encode_fence(handoff))).await;
     if !matches!(asked, Ok(Ok(_))) {
         tracing::warn!(peer = %peer.hello.from, %backend, "a writer did not stop: its fabric is closed and opened again");
-        for (fabric, _) in &closed {
-            server.fabrics.restart(fabric, &server.tasks, &server.stop).await;
+        for window in &closed {
+            server.fabrics.restart(&window.fabric, &server.tasks, &server.stop).await;
         }
     }
     // Here nothing can write the ranges any more, and the grant is settled.
@@ -173,9 +193,10 @@ async fn fence(server: &Arc<Server>, peer: &Peer, handoff: HandoffId, backend: B
 /// Closes the windows through which blocks were written, and verifies them.
 pub(super) async fn written(server: &Server, peer: &Peer, write: Write) -> Result<Answer, Denial> {
     let ranges = &write.blocks;
-    let through = |open: &Open| open.handoff == write.handoff && ranges.contains(&open.range);
-    let closed = peer.fabric.windows.lock().take(|_, open| through(open));
-    if closed.len() != ranges.len() {
+    let through = |id, open: &Open| open.handoff == write.handoff && write.windows.contains(&id);
+    let closed = peer.fabric.windows.lock().take(through);
+    let inside = |block: &Descriptor| closed.iter().any(|window| lies_in(block, &window.range));
+    if !ranges.iter().all(inside) {
         return Err(Denial::Refused(Refusal::NotGranted));
     }
     let regions = server.regions();
@@ -195,7 +216,7 @@ pub(super) async fn written(server: &Server, peer: &Peer, write: Write) -> Resul
             unyielded = 0;
             tokio::task::yield_now().await;
         }
-        if closed.iter().any(|(_, permit)| permit.revoked.is_cancelled()) {
+        if closed.iter().any(|window| window.permit.revoked.is_cancelled()) {
             return Err(Denial::Refused(Refusal::NotGranted));
         }
     }
@@ -205,6 +226,12 @@ pub(super) async fn written(server: &Server, peer: &Peer, write: Write) -> Resul
     }
     server.counters.taken(total);
     Ok(Answer::done(Kind::Written))
+}
+
+/// Whether all bytes of a block are in a range.
+pub(in super::super) fn lies_in(block: &Descriptor, range: &Descriptor) -> bool {
+    let end = |of: &Descriptor| of.offset.saturating_add(u64::from(of.len));
+    block.region == range.region && range.offset <= block.offset && end(block) <= end(range)
 }
 
 /// Closes a window that its writer is done with for good.

@@ -75,6 +75,7 @@ impl Stream {
             first: blocks.start as u32,
             blocks: job.blocks[blocks.clone()].iter().map(|block| block.to).collect(),
             digests: if job.verify { blocks.clone().map(digest).collect() } else { Vec::new() },
+            windows: Vec::new(),
         };
         let seq = self.next_seq;
         self.next_seq += 1;
