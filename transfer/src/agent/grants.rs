@@ -144,8 +144,8 @@ impl Around {
     fn take(&mut self, block: &Descriptor, granted: &Range<u64>) -> bool {
         let inside = self.granted.start <= granted.start && granted.end <= self.granted.end;
         let beside = granted.start == self.granted.end || granted.end == self.granted.start;
-        let needed = self.needed.start.min(block.offset)
-            ..self.needed.end.max(block.offset + u64::from(block.len));
+        let needed =
+            self.needed.start.min(block.offset)..self.needed.end.max(block.offset + u64::from(block.len));
         let fits = needed.end - needed.start <= u64::from(u32::MAX);
         if self.region != block.region || !(inside || beside) || !fits {
             return false;

@@ -20,7 +20,8 @@ pub(super) const PACK_MAX_BYTES: usize = 1 + 8 + READ_MAX_BYTES;
 /// Most windows of one answer.
 pub const MAX_WINDOWS: usize = 16;
 pub(super) const WINDOW_MAX_BYTES: usize = 1 + READ_MAX_BYTES;
-pub(super) const WINDOW_IS_MAX_BYTES: usize = 4 + MAX_WINDOWS * (8 + DESCRIPTOR_BYTES + 8 + 4 + KEY_MAX_BYTES);
+pub(super) const WINDOW_IS_MAX_BYTES: usize =
+    4 + MAX_WINDOWS * (8 + DESCRIPTOR_BYTES + 8 + 4 + KEY_MAX_BYTES);
 pub(super) const NOTIFY_MAX_BYTES: usize = HANDOFF_BYTES + MAX_NOTIFICATION_BYTES;
 const DIGEST_BYTES: usize = 8;
 pub(super) const WRITE_MAX_BYTES: usize =

@@ -138,7 +138,13 @@ async fn writes_that_lie_leave_nothing_outside_their_grant() {
     let region = owner.agent.register(target.clone()).unwrap();
     let granted = at(region, 8192, 4096);
     owner.agent.grant_write(HANDOFF, &[granted]);
-    let announce = |blocks: Vec<Descriptor>| Write { handoff: HANDOFF, first: 0, blocks, digests: vec![], windows: vec![] };
+    let announce = |blocks: Vec<Descriptor>| Write {
+        handoff: HANDOFF,
+        first: 0,
+        blocks,
+        digests: vec![],
+        windows: vec![],
+    };
     let data = |len: u32, seq: u64| {
         let header = Header { kind: Kind::Data, code: 0, len, epoch: EPOCH, seq };
         [&header.encode(&[])[..], &vec![0xaa; len as usize]].concat()

@@ -71,7 +71,8 @@ impl Info {
     /// Pieces of memory that one operation may be of, on either side.
     pub(super) fn pieces_max(&self) -> usize {
         // SAFETY: as above.
-        let (local, remote) = unsafe { ((*self.get().tx_attr).iov_limit, (*self.get().tx_attr).rma_iov_limit) };
+        let (local, remote) =
+            unsafe { ((*self.get().tx_attr).iov_limit, (*self.get().tx_attr).rma_iov_limit) };
         local.min(remote).clamp(1, PIECES_MAX)
     }
 
