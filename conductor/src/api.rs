@@ -152,6 +152,27 @@ pub struct Listing {
     /// All conductors on this store, by name.
     #[serde(default)]
     pub conductors: Vec<ConductorStatus>,
+    /// How the store is, as far as the conductor that answers knows.
+    #[serde(default)]
+    pub store_health: Option<StoreStatus>,
+    /// How long that conductor has not been sure to show what is stored: 0 while it follows the store.
+    #[serde(default)]
+    pub view_age_ms: u64,
+}
+
+/// How the store is.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct StoreStatus {
+    /// Kind: `embedded`, `etcd`.
+    pub kind: String,
+    /// The member that is asked, where there are several.
+    pub endpoint: Option<String>,
+    /// Whether the last call was answered.
+    pub up: bool,
+    /// Milliseconds since it last answered anything.
+    pub last_ok_ms: Option<u64>,
+    /// What an operator should look at.
+    pub problem: Option<String>,
 }
 
 /// One of the conductors on a store.

@@ -11,6 +11,7 @@ use baton_config::{Epoch, PoolName, WorkerId};
 use bytes::Bytes;
 use futures_util::StreamExt;
 use tokio::sync::watch;
+use tokio::time::Instant;
 
 use crate::api::{Change, PoolTarget, WatchLine};
 use crate::dice::{Backoff, Dice};
@@ -59,6 +60,8 @@ struct State {
     leaving: BTreeSet<WorkerId>,
     expired: u64,
     following: bool,
+    /// Since when it is not followed.
+    unsure: Option<Instant>,
 }
 
 /// The shared copy.
@@ -82,7 +85,7 @@ impl Mirror {
         loop {
             if let Err(error) = self.list(&*store).await {
                 tracing::warn!(error = &error as &dyn std::error::Error, "the store can't be listed");
-                self.lock().following = false;
+                self.set_following(false);
                 tokio::time::sleep(Backoff::CONDUCTOR.delay(failures, &mut dice)).await;
                 failures = failures.saturating_add(1);
                 continue;
@@ -91,7 +94,7 @@ impl Mirror {
             loop {
                 let since = self.lock().fleet.revision;
                 // A watch without changes says nothing about the store; a read does.
-                self.lock().following = store.list(WORKERS_PREFIX, None, 1).await.is_ok();
+                self.set_following(store.list(WORKERS_PREFIX, None, 1).await.is_ok());
                 let mut watch = store.watch("", since);
                 let mut ended = WatchError::Lost;
                 while let Some(item) = watch.next().await {
@@ -101,7 +104,7 @@ impl Mirror {
                     }
                 }
                 tracing::warn!(error = &ended as &dyn std::error::Error, "the watch of the store ended");
-                self.lock().following = false;
+                self.set_following(false);
                 tokio::time::sleep(Backoff::CONDUCTOR.delay(failures, &mut dice)).await;
                 failures = failures.saturating_add(1);
                 if ended != WatchError::Lost {
@@ -255,6 +258,17 @@ impl Mirror {
     /// Whether the store was ever read: before that there is nothing to show.
     pub(crate) fn known(&self) -> bool {
         !self.lock().fleet.instance.is_empty()
+    }
+
+    /// How long the store has not been followed; 0 while it is.
+    pub(crate) fn age(&self) -> Duration {
+        self.lock().unsure.map_or(Duration::ZERO, |since| since.elapsed())
+    }
+
+    fn set_following(&self, following: bool) {
+        let mut state = self.lock();
+        state.following = following;
+        state.unsure = if following { None } else { state.unsure.or_else(|| Some(Instant::now())) };
     }
 
     /// Whether the store is being followed.

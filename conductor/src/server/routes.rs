@@ -22,14 +22,14 @@ use super::answer::Refusal;
 use super::metrics::Metrics;
 use crate::api::{
     BODY_MAX_BYTES, ConductorStatus, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker, Listing, PoolList,
-    PoolStatus, Register, Replicas, WatchLine,
+    PoolStatus, Register, Replicas, StoreStatus, WatchLine,
 };
 use crate::leader::{ConductorRecord, Leadership};
 use crate::mirror::{Fleet, Mirror, encode_line};
 use crate::reconcile::Tally;
 use crate::record::WorkerState;
 use crate::registry::Registry;
-use crate::store::{LeaseId, Revision};
+use crate::store::{LeaseId, Revision, StoreHealth};
 
 /// Time for the body of a request.
 const BODY_TIMEOUT: Duration = Duration::from_secs(10);
@@ -186,7 +186,14 @@ fn listing(app: &App) -> Listing {
         pools,
         leader: app.leadership.leads(),
         conductors,
+        store_health: Some(store_status(app.registry.store_health())),
+        view_age_ms: millis(app.mirror.age()),
     }
+}
+
+fn store_status(health: StoreHealth) -> StoreStatus {
+    let StoreHealth { kind, endpoint, up, last_ok, problem } = health;
+    StoreStatus { kind: kind.to_owned(), endpoint, up, last_ok_ms: last_ok.map(millis), problem }
 }
 
 /// The conductors on this store. Names may be given twice by mistake, leases are not.

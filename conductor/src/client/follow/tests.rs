@@ -57,6 +57,8 @@ impl Server {
             pools: vec![],
             leader: true,
             conductors: vec![],
+            store_health: None,
+            view_age_ms: 0,
         }
     }
 

@@ -6,6 +6,7 @@ use tokio::runtime::Runtime;
 
 use super::*;
 use crate::api::Drained;
+use crate::etcd_servers::Etcd as Servers;
 use crate::leader::LEASE_TTL;
 
 /// A loaded machine answers late.
@@ -20,7 +21,7 @@ struct Conductor {
 }
 
 impl Conductor {
-    fn start(store: &Arc<dyn Store>, name: &'static str, ttl: Duration) -> Self {
+    fn start(shared: &Shared, name: &'static str, ttl: Duration) -> Self {
         let listener = std::net::TcpListener::bind("127.0.0.1:0").unwrap();
         listener.set_nonblocking(true).unwrap();
         let url = format!("http://{}", listener.local_addr().unwrap());
@@ -32,11 +33,12 @@ impl Conductor {
             name: Some(name.to_owned()),
             ..ConductorOptions::new(pools())
         };
-        let (store, end) = (store.clone(), stop.clone());
+        let (shared, end) = (shared.clone(), stop.clone());
         TaskTracker::new().spawn_on(
             async move {
                 let listener = TcpListener::from_std(listener).unwrap();
                 let tasks = TaskTracker::new();
+                let store = shared.open(&tasks);
                 serve_on(store, options, listener, end, &tasks).await.unwrap();
             },
             runtime.handle(),
@@ -75,10 +77,59 @@ impl Conductor {
     }
 }
 
-/// A store that outlives every conductor on it, as etcd does.
-async fn store() -> Arc<dyn Store> {
-    Arc::new(Embedded::start(EmbeddedOptions::default(), &TaskTracker::new()).await.unwrap())
+/// A store that outlives every conductor on it.
+#[derive(Clone)]
+enum Shared {
+    /// One in memory stands for it.
+    Memory(Arc<dyn Store>),
+    /// A real one; each conductor has its own connection.
+    Etcd(Arc<Servers>),
 }
+
+impl Shared {
+    async fn memory() -> Self {
+        Self::Memory(Arc::new(
+            Embedded::start(EmbeddedOptions::default(), &TaskTracker::new()).await.unwrap(),
+        ))
+    }
+
+    async fn etcd(members: usize) -> Self {
+        Self::Etcd(Arc::new(Servers::start(members).await))
+    }
+
+    fn open(&self, tasks: &TaskTracker) -> Arc<dyn Store> {
+        match self {
+            Self::Memory(store) => store.clone(),
+            Self::Etcd(servers) => {
+                let options = EtcdOptions::new(servers.endpoints(), "/baton");
+                Arc::new(Etcd::start(options, tasks).unwrap())
+            }
+        }
+    }
+}
+
+/// Each test on a store in memory and on a real etcd.
+macro_rules! on_both {
+    ($($name:ident),* $(,)?) => {
+        mod in_memory {
+            use super::*;
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name(Shared::memory().await).await; })*
+        }
+        mod on_etcd {
+            use super::*;
+            $(#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+            async fn $name() { super::$name(Shared::etcd(1).await).await; })*
+        }
+    };
+}
+
+on_both!(
+    the_leader_is_killed_and_nobody_loses_anything,
+    a_leader_that_is_stopped_hands_over_at_once,
+    it_does_not_matter_which_conductor_is_asked,
+    a_conductor_that_is_behind_waits_for_what_a_client_has_seen,
+);
 
 fn leading(listing: &Listing) -> Option<&str> {
     let mut leaders = listing.conductors.iter().filter(|conductor| conductor.leader);
@@ -88,7 +139,7 @@ fn leading(listing: &Listing) -> Option<&str> {
 }
 
 /// Two conductors, the leading one first.
-async fn pair(store: &Arc<dyn Store>, ttl: Duration) -> (Conductor, Conductor) {
+async fn pair(store: &Shared, ttl: Duration) -> (Conductor, Conductor) {
     let (one, two) = (Conductor::start(store, "one", ttl), Conductor::start(store, "two", ttl));
     let listing = one.listed("both", |l| l.conductors.len() == 2 && leading(l).is_some()).await;
     two.listed("the same", |l| l.conductors == listing.conductors).await;
@@ -99,9 +150,7 @@ fn client(conductors: &[&Conductor]) -> Client {
     Client::start(ClientOptions::new(conductors.iter().map(|c| c.url.clone()).collect())).unwrap()
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn the_leader_is_killed_and_nobody_loses_anything() {
-    let store = store().await;
+async fn the_leader_is_killed_and_nobody_loses_anything(store: Shared) {
     let (leader, other) = pair(&store, Duration::from_secs(5)).await;
     assert!(leader.metrics().await.contains("baton_conductor_leader 1"));
     assert!(other.metrics().await.contains("baton_conductor_leader 0"));
@@ -147,9 +196,7 @@ async fn the_leader_is_killed_and_nobody_loses_anything() {
     other.kill();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_leader_that_is_stopped_hands_over_at_once() {
-    let store = store().await;
+async fn a_leader_that_is_stopped_hands_over_at_once(store: Shared) {
     let (leader, other) = pair(&store, Duration::from_secs(10)).await;
     let asked = Instant::now();
     leader.stop.cancel();
@@ -162,9 +209,7 @@ async fn a_leader_that_is_stopped_hands_over_at_once() {
     other.kill();
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn it_does_not_matter_which_conductor_is_asked() {
-    let store = store().await;
+async fn it_does_not_matter_which_conductor_is_asked(store: Shared) {
     let (one, two) = pair(&store, Duration::from_secs(10)).await;
     let (first, second) = (client(&[&one]), client(&[&two]));
     let hosts = [Host::new(), Host::new()];
@@ -207,9 +252,7 @@ async fn it_does_not_matter_which_conductor_is_asked() {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_conductor_that_is_behind_waits_for_what_a_client_has_seen() {
-    let store = store().await;
+async fn a_conductor_that_is_behind_waits_for_what_a_client_has_seen(store: Shared) {
     let one = Conductor::start(&store, "one", Duration::from_secs(10));
     let listing = one.listed("itself", |l| l.leader).await;
     let since = listing.revision + 1;
@@ -219,7 +262,11 @@ async fn a_conductor_that_is_behind_waits_for_what_a_client_has_seen() {
     let change = async {
         tokio::time::sleep(Duration::from_millis(50)).await;
         let op = crate::store::Op::Put { key: "x".to_owned(), value: b"1".as_slice().into(), lease: None };
-        store.txn(crate::store::Txn { compares: vec![], ops: vec![op] }).await.unwrap()
+        store
+            .open(&TaskTracker::new())
+            .txn(crate::store::Txn { compares: vec![], ops: vec![op] })
+            .await
+            .unwrap()
     };
     let (reply, change) = tokio::join!(asked, change);
     assert_eq!(change.revision, since);
