@@ -176,9 +176,24 @@ pub(crate) struct CheckArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ConductorUrl {
-    /// URL of the conductor [default: http://127.0.0.1:7400].
+    /// URL of the conductor [default: those of the fleet file, else http://127.0.0.1:7400].
     #[arg(long, value_name = "URL")]
     pub(crate) conductor: Option<String>,
+    /// The fleet file: names the conductors, and the token and certificates to show them.
+    #[arg(long, value_name = "FLEET")]
+    pub(crate) config: Option<PathBuf>,
+    /// File of the token to show, whatever the fleet file says.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) token_file: Option<PathBuf>,
+    /// Authority of the conductors' certificates, whatever the fleet file says.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) ca_file: Option<PathBuf>,
+    /// Certificate to show, whatever the fleet file says.
+    #[arg(long, value_name = "PATH", requires = "client_key_file")]
+    pub(crate) client_cert_file: Option<PathBuf>,
+    /// Key of the certificate to show.
+    #[arg(long, value_name = "PATH", requires = "client_cert_file")]
+    pub(crate) client_key_file: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]

@@ -3,37 +3,39 @@
 use std::time::Duration;
 
 use baton_conductor::api::ErrorBody;
+use baton_conductor::http::{Caller, TlsFault};
 use baton_config::environment::Environment;
+use baton_config::fleet::{ConductorAccess, Identity};
 use reqwest::{Client, Method, RequestBuilder, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::runtime::Builder;
 
 use crate::args::ConductorUrl;
+use crate::check;
 use crate::failure::Failure;
 
 /// A part of a fleet on this network answers well within this.
 const CALL_TIMEOUT: Duration = Duration::from_secs(5);
+/// And takes a connection within this.
+const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// Longest answer read.
 const ANSWER_MAX_BYTES: usize = 64 << 20;
 
 /// Where `baton conductor` listens unless told otherwise.
 const DEFAULT_CONDUCTOR: &str = "http://127.0.0.1:7400";
 
-/// The conductor of a flag, else of the environment, else the default one.
-pub(crate) fn conductor_url(flag: &ConductorUrl, environment: &Environment) -> Result<String, Failure> {
-    let url = flag.conductor.clone().or_else(|| environment.conductor.clone());
-    conductor_endpoint(url.as_deref().unwrap_or(DEFAULT_CONDUCTOR))
-}
-
 /// Checks that a text is the URL of a conductor; `HOST:PORT` is taken as one.
 pub(crate) fn conductor_endpoint(text: &str) -> Result<String, Failure> {
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
-    let good = reqwest::Url::parse(&full)
-        .is_ok_and(|url| url.scheme() == "http" && url.has_host() && url.username().is_empty());
+    let good = reqwest::Url::parse(&full).is_ok_and(|url| {
+        matches!(url.scheme(), "http" | "https") && url.has_host() && url.username().is_empty()
+    });
     if good {
         Ok(full.trim_end_matches('/').to_owned())
     } else {
-        Err(Failure::Usage(format!("conductor {text:?} is not a URL: write http://HOST:PORT")))
+        Err(Failure::Usage(format!(
+            "conductor {text:?} is not a URL: write http://HOST:PORT or https://HOST:PORT"
+        )))
     }
 }
 
@@ -46,32 +48,63 @@ pub(crate) fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Res
     runtime.block_on(work)
 }
 
-/// A client that talks to nobody but the fleet.
+/// A client for routers and workers. Conductors are called otherwise: only they are shown a token.
 pub(crate) fn client() -> Result<Client, Failure> {
     baton_conductor::http::builder()
-        .connect_timeout(Duration::from_secs(1))
+        .connect_timeout(CONNECT_TIMEOUT)
         .timeout(CALL_TIMEOUT)
         .build()
         .map_err(|error| Failure::because("cannot make an HTTP client", &error))
 }
 
+/// How conductors with these URLs are called.
+pub(crate) fn caller<'a>(
+    access: ConductorAccess,
+    urls: impl IntoIterator<Item = &'a str>,
+) -> Result<Caller, Failure> {
+    Caller::new(access, urls, CONNECT_TIMEOUT)
+        .map_err(|error| Failure::because("cannot call conductors", &error))
+}
+
 /// A conductor that is asked things.
 pub(crate) struct Conductor {
     http: Client,
+    caller: Caller,
     pub(crate) url: String,
 }
 
 impl Conductor {
-    pub(crate) fn new(url: String) -> Result<Self, Failure> {
-        Ok(Self { http: client()?, url })
+    /// The conductor of a flag, else of the environment, else the first of the fleet file that answers, else the
+    /// default one.
+    pub(crate) fn find(flags: &ConductorUrl, environment: &Environment) -> Result<Self, Failure> {
+        let fleet = match check::fleet_path(flags.config.as_deref(), environment) {
+            Some(path) => Some(check::load(Some(&path), environment)?),
+            None => None,
+        };
+        let given = flags.conductor.as_deref().or(environment.conductor.as_deref());
+        let urls = match (given, &fleet) {
+            (Some(url), _) => vec![conductor_endpoint(url)?],
+            (None, Some(fleet)) => fleet.conductor.endpoints.clone(),
+            (None, None) => vec![DEFAULT_CONDUCTOR.to_owned()],
+        };
+        let mut access = fleet.map(|fleet| fleet.conductor.access).unwrap_or_default();
+        access.token_file = flags.token_file.clone().or(access.token_file);
+        access.ca_file = flags.ca_file.clone().or(access.ca_file);
+        if let (Some(cert), Some(key)) = (&flags.client_cert_file, &flags.client_key_file) {
+            access.identity = Some(Identity { cert_file: cert.clone(), key_file: key.clone() });
+        }
+        let caller = caller(access, urls.iter().map(String::as_str))?;
+        let url = first_alive(&caller, urls)?;
+        Ok(Self { http: client()?, caller, url })
     }
 
+    /// For calls to others than conductors.
     pub(crate) fn http(&self) -> &Client {
         &self.http
     }
 
     pub(crate) fn request(&self, method: Method, path: &str) -> RequestBuilder {
-        self.http.request(method, format!("{}{path}", self.url))
+        self.caller.request(method, &format!("{}{path}", self.url)).timeout(CALL_TIMEOUT)
     }
 
     /// Sends a request and reads a JSON answer; refusals are told in the conductor's words.
@@ -89,6 +122,9 @@ impl Conductor {
     }
 
     fn silent(&self, error: &reqwest::Error) -> Failure {
+        if let Some(fault) = TlsFault::of(error) {
+            return Failure::failed(format!("conductor {} {fault}", self.url));
+        }
         Failure::failed(format!(
             "no conductor answers at {} ({}); `baton up` prints its URL: give it with --conductor or BATON_CONDUCTOR",
             self.url,
@@ -99,6 +135,20 @@ impl Conductor {
     fn stranger(&self, status: StatusCode) -> Failure {
         Failure::failed(format!("{} is not a conductor: it answered {status} with something else", self.url))
     }
+}
+
+/// The first of several conductors that answers; the first of all if none does, so that the failure names one.
+fn first_alive(caller: &Caller, mut urls: Vec<String>) -> Result<String, Failure> {
+    let alive = block_on(async {
+        for (i, url) in urls.iter().enumerate().filter(|_| urls.len() > 1) {
+            let probe = caller.request(Method::GET, &format!("{url}/livez")).timeout(CONNECT_TIMEOUT).send();
+            if probe.await.is_ok() {
+                return Ok(i);
+            }
+        }
+        Ok(0)
+    })?;
+    Ok(urls.swap_remove(alive))
 }
 
 /// The whole body, if it is not too long.

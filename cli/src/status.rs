@@ -15,7 +15,7 @@ use serde::Serialize;
 use crate::args::StatusArgs;
 use crate::failure::Failure;
 use crate::output;
-use crate::remote::{Conductor, block_on, conductor_url, last_cause};
+use crate::remote::{Conductor, block_on, last_cause};
 use crate::table::columns;
 
 /// A worker that does not answer in this time is shown as the conductor knows it.
@@ -65,7 +65,7 @@ struct WorkerRow {
 }
 
 pub(crate) fn run(args: &StatusArgs, environment: &Environment) -> Result<(), Failure> {
-    let conductor = Conductor::new(conductor_url(&args.conductor, environment)?)?;
+    let conductor = Conductor::find(&args.conductor, environment)?;
     let status = block_on(fetch(&conductor))?;
     if args.json {
         let json = serde_json::to_string(&status)
@@ -76,7 +76,7 @@ pub(crate) fn run(args: &StatusArgs, environment: &Environment) -> Result<(), Fa
 }
 
 async fn fetch(conductor: &Conductor) -> Result<FleetStatus, Failure> {
-    let listing: Listing = conductor.ask(conductor.request(Method::GET, "/v1/workers")).await?;
+    let listing: Listing = conductor.ask(conductor.request(Method::GET, "/v1/workers?metadata=no")).await?;
     let pools: PoolList = conductor.ask(conductor.request(Method::GET, "/v1/pools")).await?;
     let answers = join_all(listing.workers.iter().map(|w| fetch_worker(conductor.http(), &w.record))).await;
     let mut paths = BTreeMap::new();

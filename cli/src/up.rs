@@ -9,12 +9,13 @@ mod ports;
 mod roster;
 
 use std::collections::{BTreeMap, BTreeSet};
-use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_conductor::http::{Caller, TlsFault};
 use baton_conductor::{Client, ClientOptions, View, WorkerState};
 use baton_config::environment::Environment;
+use reqwest::{Method, RequestBuilder};
 use rustix::process::Signal;
 use tokio::sync::{mpsc, watch};
 use tokio_util::task::TaskTracker;
@@ -27,7 +28,7 @@ use crate::output::{print, tell};
 use crate::remote;
 use crate::signals::Signals;
 use child::{Child, Exit, Nursery};
-use plan::{Plan, reachable};
+use plan::Plan;
 use roster::{Action, Ended, PartId, Roster};
 
 /// How often a part that is starting is asked whether it is ready.
@@ -81,6 +82,7 @@ struct Launcher {
     roster: Roster,
     children: BTreeMap<PartId, Child>,
     http: reqwest::Client,
+    caller: Caller,
     stage: Stage,
     next_probe: Instant,
     next_report: Instant,
@@ -97,12 +99,15 @@ impl Launcher {
         for worker in roster.workers() {
             plan.address(worker, true)?;
         }
+        let conductor = plan.conductor_url();
+        let caller = remote::caller(plan.conductor_access(), [conductor.as_str()])?;
         Ok(Self {
             plan,
             nursery: Nursery { executable, format, exits, tasks: TaskTracker::new() },
             roster,
             children: BTreeMap::new(),
             http: remote::client()?,
+            caller,
             stage: Stage::Conductor { held: Vec::new() },
             next_probe: now,
             next_report: now + PATIENCE,
@@ -254,7 +259,8 @@ impl Launcher {
         let view = client.view();
         let Some(record) = view.worker(&name).filter(|record| record.pid == pid) else { return };
         let url = format!("{}/v1/workers/{name}?epoch={}", self.plan.conductor_url(), record.epoch);
-        if let Err(error) = self.http.delete(url).timeout(PROBE_TIMEOUT).send().await {
+        let request = self.caller.request(Method::DELETE, &url).timeout(PROBE_TIMEOUT);
+        if let Err(error) = request.send().await {
             tracing::debug!(error = &error as &dyn std::error::Error, worker = %name, "not deregistered");
         }
     }
@@ -276,10 +282,13 @@ impl Launcher {
         }
         match &self.stage {
             Stage::Conductor { .. } => {
-                if !self.is_up(self.plan.conductor).await {
+                let url = self.plan.conductor_url();
+                let probe = self.caller.request(Method::GET, &format!("{url}/readyz"));
+                if !self.is_up(probe).await? {
                     return Ok(());
                 }
-                let options = ClientOptions::new(vec![self.plan.conductor_url()]);
+                let access = self.plan.conductor_access();
+                let options = ClientOptions { access, metadata: false, ..ClientOptions::new(vec![url]) };
                 let client = Client::start(options)
                     .map_err(|error| Failure::because("cannot follow the conductor", &error))?;
                 self.client = Some(client);
@@ -293,7 +302,8 @@ impl Launcher {
             }
             Stage::Workers { .. } => self.count_ready(),
             Stage::Router => {
-                if self.is_up(self.plan.router).await {
+                let probe = self.http.get(format!("{}/readyz", self.plan.router_url()));
+                if self.is_up(probe).await? {
                     self.stage = Stage::Serving;
                     self.announce_ready()?;
                 }
@@ -304,15 +314,22 @@ impl Launcher {
         Ok(())
     }
 
-    /// Whether a part says that it is ready; asked again after a while.
-    async fn is_up(&mut self, address: SocketAddr) -> bool {
+    /// Whether a part says that it is ready; asked again after a while, unless asking can't ever succeed.
+    async fn is_up(&mut self, probe: RequestBuilder) -> Result<bool, Failure> {
         if Instant::now() < self.next_probe {
-            return false;
+            return Ok(false);
         }
-        let url = format!("http://{}/readyz", reachable(address));
-        let answer = self.http.get(url).timeout(PROBE_TIMEOUT).send().await;
+        let answer = probe.timeout(PROBE_TIMEOUT).send().await;
         self.next_probe = Instant::now() + PROBE_INTERVAL;
-        answer.is_ok_and(|answer| answer.status().is_success())
+        match answer {
+            Ok(answer) => Ok(answer.status().is_success()),
+            Err(error) => match TlsFault::of(&error) {
+                Some(fault) => {
+                    Err(Failure::failed(format!("conductor {} {fault}", self.plan.conductor_url())))
+                }
+                None => Ok(false),
+            },
+        }
     }
 
     fn count_ready(&mut self) {

@@ -2,16 +2,17 @@
 //!
 //! | method and path | request | answer |
 //! |---|---|---|
-//! | `GET /v1/workers` | - | [`Listing`] |
-//! | `GET /v1/watch?since=REV` | - | one [`WatchLine`] a line, without end |
+//! | `GET /v1/workers` | - | [`Listing`]; with `?metadata=no` every `transfer` is empty |
+//! | `GET /v1/watch?since=REV` | - | one [`WatchLine`] a line, without end; with `&metadata=no` every `transfer` is empty |
 //! | `POST /v1/workers` | [`Register`] | 201 [`Registered`]; 409 `name_taken` with [`Holder`] |
-//! | `POST /v1/workers/{id}/keepalive` | [`Keepalive`] | [`Kept`]; 410 `lease_gone`, 409 `stale_epoch` |
+//! | `POST /v1/workers/{id}/keepalive` | [`Keepalive`] | [`Kept`]; 410 `lease_gone`, 409 `stale_epoch`, `replayed` |
 //! | `DELETE /v1/workers/{id}?epoch=N` | - | 204 |
 //! | `POST /v1/workers/{id}/drain` | - | [`Drained`] |
 //! | `GET /v1/pools` | - | [`PoolList`] |
 //! | `PUT /v1/pools/{name}/replicas` | [`Replicas`] | [`PoolStatus`] |
 //!
-//! Every error is an [`ErrorBody`]. Requests refuse unknown fields; answers may gain fields, so readers ignore those
+//! Where the conductor asks for a token, it is `authorization: Bearer TOKEN`; without it the answer is 401. Bodies are
+//! `content-type: application/json`. Every error is an [`ErrorBody`]. Requests refuse unknown fields; answers may gain fields, so readers ignore those
 //! that they don't know.
 
 use std::sync::Arc;
@@ -80,6 +81,8 @@ pub struct Registered {
 pub struct Keepalive {
     /// The life that is kept alive.
     pub epoch: Epoch,
+    /// Grows with every keepalive of a life: an equal or older one is refused, as it is a copy or has been overtaken.
+    pub seq: u64,
     /// State now; written to the store only when it changed.
     pub state: WorkerState,
     /// How busy it is.
@@ -258,10 +261,19 @@ pub enum WatchLine {
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "change", rename_all = "snake_case")]
 pub enum Change {
-    /// A worker registered or changed its state.
+    /// A worker registered.
     Put {
         /// The whole new record.
         worker: Arc<WorkerRecord>,
+    },
+    /// A worker changed its state, and nothing else: that is all that can change within a life.
+    State {
+        /// Its name.
+        worker: WorkerId,
+        /// Its life.
+        epoch: Epoch,
+        /// Its state now.
+        state: WorkerState,
     },
     /// A worker left or lost its lease.
     Delete {
@@ -282,6 +294,21 @@ pub enum Change {
     },
 }
 
+impl Change {
+    /// Whether it carries transfer metadata.
+    pub(crate) fn has_metadata(&self) -> bool {
+        matches!(self, Self::Put { worker } if !worker.transfer.is_empty())
+    }
+
+    /// The same for those who have no use for transfer metadata.
+    pub(crate) fn without_metadata(&self) -> Self {
+        match self {
+            Self::Put { worker } => Self::Put { worker: worker.without_metadata() },
+            other => other.clone(),
+        }
+    }
+}
+
 /// The body of every error answer.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
 pub struct ErrorBody {
@@ -294,7 +321,7 @@ pub struct ErrorBody {
 pub struct ErrorDetail {
     /// For people.
     pub message: String,
-    /// `invalid_request_error`, `conflict_error`, `not_found_error` or `unavailable_error`.
+    /// `invalid_request_error`, `authentication_error`, `conflict_error`, `not_found_error` or `unavailable_error`.
     #[serde(rename = "type")]
     pub kind: String,
     /// For machines.

@@ -3,13 +3,16 @@
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_config::fleet::ConductorAccess;
 use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::dice::{Backoff, Dice};
+use crate::http::CallerError;
 
+pub(crate) mod complaint;
 mod follow;
 pub(crate) mod transport;
 mod view;
@@ -17,6 +20,7 @@ mod view;
 pub use transport::CallError;
 pub use view::View;
 
+use complaint::Complaints;
 use follow::{Failure, Follower, Step, Timing};
 use transport::{CallTiming, Lines, Transport};
 use view::Contact;
@@ -24,8 +28,12 @@ use view::Contact;
 /// How a client reaches the conductors.
 #[derive(Debug, Clone)]
 pub struct ClientOptions {
-    /// `http://host:port` of each conductor, tried in order.
+    /// `http://host:port` or `https://host:port` of each conductor, tried in order.
     pub endpoints: Vec<String>,
+    /// What is shown to them, and whom to believe; nothing by default.
+    pub access: ConductorAccess,
+    /// Whether the workers' transfer metadata is wanted; only those who move KV blocks have a use for it.
+    pub metadata: bool,
     /// A conductor that sends nothing for so long is taken for dead (it sends a line each second).
     pub progress_timeout: Duration,
     /// Limit of a connection attempt.
@@ -39,6 +47,8 @@ impl ClientOptions {
     pub fn new(endpoints: Vec<String>) -> Self {
         Self {
             endpoints,
+            access: ConductorAccess::default(),
+            metadata: true,
             progress_timeout: Duration::from_secs(3),
             connect_timeout: Duration::from_millis(500),
             call_timeout: Duration::from_millis(1500),
@@ -53,14 +63,14 @@ pub enum ClientError {
     #[error("no conductor endpoint is given")]
     NoEndpoint,
     /// Not a URL of a conductor.
-    #[error("conductor endpoint {endpoint:?} is not http://HOST:PORT")]
+    #[error("conductor endpoint {endpoint:?} is not http://HOST:PORT or https://HOST:PORT")]
     Endpoint {
         /// The refused text.
         endpoint: String,
     },
-    /// The HTTP client could not be made.
-    #[error("the HTTP client could not be made")]
-    Http(#[source] reqwest::Error),
+    /// What is to be shown to conductors can't be used.
+    #[error("conductors cannot be called")]
+    Access(#[from] CallerError),
 }
 
 /// A handle to the cached fleet; clones share one watch, which ends with the last of them.
@@ -82,7 +92,8 @@ impl Client {
     /// Starts to follow the fleet in the background; the first view is empty and stale.
     ///
     /// # Errors
-    /// If an endpoint is not a URL, or there is none. An unreachable conductor is no error.
+    /// If an endpoint is not a URL, there is none, or a file of `access` can't be used. An unreachable conductor is no
+    /// error.
     pub fn start(options: ClientOptions) -> Result<Self, ClientError> {
         let endpoints = options.endpoints.iter().map(|e| parse_endpoint(e)).collect::<Result<Vec<_>, _>>()?;
         if endpoints.is_empty() {
@@ -90,7 +101,8 @@ impl Client {
         }
         let timing = CallTiming { connect: options.connect_timeout, call: options.call_timeout };
         let count = endpoints.len();
-        let transport = Transport::new(endpoints, timing).map_err(ClientError::Http)?;
+        let transport = Transport::new(endpoints, options.access, timing)?;
+        let transport = if options.metadata { transport } else { transport.without_metadata() };
         let contact = Arc::new(Contact::new(Instant::now()));
         let (publish, views) = watch::channel(Arc::new(View::empty(contact.clone())));
         let timing = Timing { progress_timeout: options.progress_timeout, backoff: Backoff::CONDUCTOR };
@@ -146,13 +158,18 @@ fn parse_endpoint(text: &str) -> Result<String, ClientError> {
     let trimmed = text.trim_end_matches('/');
     let full = if trimmed.contains("://") { trimmed.to_owned() } else { format!("http://{trimmed}") };
     let url = reqwest::Url::parse(&full).map_err(|_| refused())?;
-    let plain = url.scheme() == "http" && url.has_host() && url.path() == "/" && url.query().is_none();
-    if plain { Ok(full) } else { Err(refused()) }
+    let good = matches!(url.scheme(), "http" | "https")
+        && url.has_host()
+        && url.path() == "/"
+        && url.query().is_none()
+        && url.username().is_empty();
+    if good { Ok(full) } else { Err(refused()) }
 }
 
 /// Drives the follower: does what it says, reports back, publishes.
 async fn follow(mut follower: Follower, transport: Transport, publish: watch::Sender<Arc<View>>) {
     let mut open: Option<Lines> = None;
+    let mut complaints = Complaints::default();
     loop {
         let step = follower.step(Instant::now());
         if !matches!(step, Step::Read { .. }) {
@@ -161,16 +178,16 @@ async fn follow(mut follower: Follower, transport: Transport, publish: watch::Se
         match step {
             Step::List { endpoint } => match transport.list(endpoint).await {
                 Ok(listing) => follower.listed(Instant::now(), listing),
-                Err(error) => report(&mut follower, &error),
+                Err(error) => report(&mut follower, &mut complaints, &error),
             },
             Step::Watch { endpoint, since } => match transport.watch(endpoint, since).await {
                 Ok(lines) => {
                     open = Some(lines);
                     follower.opened(Instant::now());
                 }
-                Err(error) => report(&mut follower, &error),
+                Err(error) => report(&mut follower, &mut complaints, &error),
             },
-            Step::Read { until } => read(&mut follower, open.as_mut(), until).await,
+            Step::Read { until } => read(&mut follower, &mut complaints, open.as_mut(), until).await,
             Step::Wait { until } => tokio::time::sleep_until(until).await,
         }
         if let Some(view) = follower.take_view() {
@@ -179,31 +196,44 @@ async fn follow(mut follower: Follower, transport: Transport, publish: watch::Se
     }
 }
 
-async fn read(follower: &mut Follower, open: Option<&mut Lines>, until: Instant) {
+async fn read(
+    follower: &mut Follower,
+    complaints: &mut Complaints,
+    open: Option<&mut Lines>,
+    until: Instant,
+) {
     let Some(lines) = open else {
         follower.failed(Instant::now(), Failure::Away);
         return;
     };
     match tokio::time::timeout_at(until, lines.next()).await {
-        Ok(Ok(Some(line))) => follower.line(Instant::now(), line),
+        Ok(Ok(Some(line))) => {
+            if complaints.settle() {
+                tracing::info!(endpoint = lines.endpoint(), "the view of the fleet is being updated again");
+            }
+            follower.line(Instant::now(), line);
+        }
         Ok(Ok(None)) => {
-            tracing::warn!(endpoint = lines.endpoint(), "the conductor ended the watch");
+            if complaints.is_news("the watch ended") {
+                tracing::warn!(endpoint = lines.endpoint(), "the conductor ended the watch");
+            }
             follower.failed(Instant::now(), Failure::Away);
         }
-        Ok(Err(error)) => report(follower, &error),
+        Ok(Err(error)) => report(follower, complaints, &error),
         Err(_) => follower.tick(Instant::now()),
     }
 }
 
-fn report(follower: &mut Follower, error: &CallError) {
+fn report(follower: &mut Follower, complaints: &mut Complaints, error: &CallError) {
     let failure = match error {
         CallError::Refused { detail, .. } if detail.code == "future_revision" => Failure::Revision,
         _ => Failure::Away,
     };
-    if follower.first_failure() {
-        tracing::warn!(error = error as &dyn std::error::Error, "the view of the fleet is not being updated");
+    let cause: &dyn std::error::Error = error;
+    if complaints.is_news(&error.to_string()) {
+        tracing::warn!(error = cause, "the view of the fleet is not being updated");
     } else {
-        tracing::debug!(error = error as &dyn std::error::Error, "still no conductor");
+        tracing::debug!(error = cause, "still no conductor");
     }
     follower.failed(Instant::now(), failure);
 }

@@ -30,8 +30,10 @@ pub mod record;
 mod registry;
 pub mod server;
 pub mod store;
+mod tls;
 
 pub use client::{Client, ClientOptions, View};
 pub use membership::{JoinError, Membership, MembershipOptions, Registration};
 pub use record::{Load, WorkerRecord, WorkerState};
 pub use server::{ConductorOptions, PoolOptions, ServeError, StoreOptions, serve};
+pub use tls::TlsError;

@@ -4,6 +4,7 @@
 //! their cached views, so that nobody notices. Its name may meanwhile be given to another; peers then learn of a
 //! newer epoch and refuse the old one. That is why the epoch, not the lease, is what protects data.
 
+use std::collections::BTreeSet;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -14,6 +15,7 @@ use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use crate::api::{Holder, Keepalive, Kept, Register, Registered};
+use crate::client::complaint::Complaints;
 use crate::client::transport::Transport;
 use crate::client::{CallError, Client};
 use crate::dice::{Dice, random_id};
@@ -74,7 +76,7 @@ pub enum JoinError {
         /// Who has it.
         holder: Box<Holder>,
     },
-    /// The conductor found fault with the registration.
+    /// The conductor found fault with the registration, or one side does not trust the other.
     #[error("the registration was refused")]
     Refused(#[source] CallError),
     /// No conductor answered in time.
@@ -150,6 +152,8 @@ impl Membership {
             standing: watch::channel(Standing::Left).0,
             drain: watch::channel(false).0,
             leave_timeout: options.leave_timeout,
+            seq: 0,
+            complaints: Complaints::default(),
         };
         keeper.first_join(options.join_timeout).await?;
         let (leave, leave_requests) = mpsc::channel(1);
@@ -236,12 +240,16 @@ struct Keeper {
     standing: watch::Sender<Standing>,
     drain: watch::Sender<bool>,
     leave_timeout: Duration,
+    /// Keepalives sent.
+    seq: u64,
+    complaints: Complaints,
 }
 
 impl Keeper {
     async fn first_join(&mut self, timeout: Duration) -> Result<(), JoinError> {
         let deadline = Instant::now() + timeout;
         let mut last = None;
+        let mut distrusted = BTreeSet::new();
         while Instant::now() < deadline {
             match self.lease.step(Instant::now(), &mut None) {
                 Step::Wait { until } => tokio::time::sleep_until(until.min(deadline)).await,
@@ -253,6 +261,15 @@ impl Keeper {
                             Some(holder) => JoinError::NameTaken { holder: Box::new(holder) },
                             None => JoinError::Refused(CallError::Refused { status, detail, endpoint }),
                         });
+                    }
+                    // Certificates do not change by waiting: once every conductor was tried, that is it.
+                    Err(error @ CallError::Tls { .. })
+                        if {
+                            distrusted.insert(endpoint);
+                            distrusted.len() == self.transport.endpoints().len()
+                        } =>
+                    {
+                        return Err(JoinError::Refused(error));
                     }
                     Err(error) => last = Some(error),
                 },
@@ -291,8 +308,12 @@ impl Keeper {
         match step {
             Step::Register { endpoint } => {
                 if let Err(error) = self.register_at(endpoint).await {
-                    let error: &dyn std::error::Error = &error;
-                    tracing::warn!(worker = %self.register.worker, error, "not registered; trying again");
+                    let (worker, cause): (_, &dyn std::error::Error) = (&self.register.worker, &error);
+                    if self.complaints.is_news(&error.to_string()) {
+                        tracing::warn!(%worker, error = cause, "not registered; trying again");
+                    } else {
+                        tracing::debug!(%worker, error = cause, "still not registered");
+                    }
                 }
             }
             Step::Keepalive { endpoint, epoch } => self.keep_alive_at(endpoint, epoch).await,
@@ -309,6 +330,7 @@ impl Keeper {
                 let turn = self.lease.registered(sent, epoch, ttl, every);
                 self.announce(Some(turn));
                 self.note_drain(drain);
+                self.complaints.settle();
                 Ok(())
             }
             Err(error) => {
@@ -322,16 +344,25 @@ impl Keeper {
     async fn keep_alive_at(&mut self, endpoint: usize, epoch: Epoch) {
         let Said { state, load } = self.said.borrow_and_update().clone();
         let sent = Instant::now();
-        let body = Keepalive { epoch, state, load };
+        self.seq += 1;
+        let body = Keepalive { epoch, seq: self.seq, state, load };
         let answer = match self.transport.keepalive(endpoint, &self.register.worker, &body).await {
             Ok(Kept { ttl_ms, drain }) => {
                 self.note_drain(drain);
+                if self.complaints.settle() {
+                    tracing::info!(worker = %self.register.worker, "the lease is kept alive again");
+                }
                 KeepAnswer::Kept { ttl: Duration::from_millis(ttl_ms) }
             }
             Err(error) => {
                 let answer = lease_answer(&error);
-                let error: &dyn std::error::Error = &error;
-                tracing::debug!(worker = %self.register.worker, error, "keepalive failed");
+                let (worker, cause): (_, &dyn std::error::Error) = (&self.register.worker, &error);
+                // A lease that is gone is told of when it turns out to be lost.
+                if answer == KeepAnswer::None && self.complaints.is_news(&error.to_string()) {
+                    tracing::warn!(%worker, error = cause, "the lease is not being kept alive");
+                } else {
+                    tracing::debug!(%worker, error = cause, "keepalive failed");
+                }
                 answer
             }
         };

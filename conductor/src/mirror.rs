@@ -47,12 +47,28 @@ pub(crate) struct Forgotten {
     pub(crate) revision: Revision,
 }
 
+/// Everything that changed at one revision, as it is sent.
+#[derive(Debug)]
+struct Line {
+    revision: Revision,
+    full: Bytes,
+    /// The same without transfer metadata; shares `full` where there is none in it.
+    slim: Bytes,
+}
+
+impl Line {
+    fn len(&self) -> usize {
+        let shared = self.full.as_ptr() == self.slim.as_ptr();
+        self.full.len() + if shared { 0 } else { self.slim.len() }
+    }
+}
+
 #[derive(Debug, Default)]
 struct State {
     fleet: Fleet,
     /// The stored form of each worker, for comparing and writing.
     stored: BTreeMap<WorkerId, KeyValue>,
-    lines: VecDeque<(Revision, Bytes)>,
+    lines: VecDeque<Line>,
     lines_bytes: usize,
     /// Watches can begin here.
     oldest: Revision,
@@ -153,7 +169,7 @@ impl Mirror {
             batch.events.into_iter().filter_map(|event| self.change(&mut state, event)).collect();
         state.fleet.revision = batch.revision;
         if !changes.is_empty() {
-            state.push(&WatchLine::Changes { revision: batch.revision, changes });
+            state.push(changes);
         }
         drop(state);
         self.head.send_replace(batch.revision);
@@ -295,18 +311,24 @@ impl Mirror {
     }
 
     /// At most `max` lines after `since`, and the revision they lead to.
-    pub(crate) fn lines(&self, since: Revision, max: usize) -> Result<(Vec<Bytes>, Revision), Forgotten> {
+    pub(crate) fn lines(
+        &self,
+        since: Revision,
+        max: usize,
+        metadata: bool,
+    ) -> Result<(Vec<Bytes>, Revision), Forgotten> {
         let state = self.lock();
         if since < state.oldest {
             return Err(Forgotten { revision: state.fleet.revision });
         }
-        let start = state.lines.partition_point(|(revision, _)| *revision <= since);
-        let chosen: Vec<&(Revision, Bytes)> = state.lines.range(start..).take(max).collect();
+        let start = state.lines.partition_point(|line| line.revision <= since);
+        let chosen: Vec<&Line> = state.lines.range(start..).take(max).collect();
         let upto = match chosen.last() {
-            Some((revision, _)) if chosen.len() == max => *revision,
+            Some(line) if chosen.len() == max => line.revision,
             _ => state.fleet.revision,
         };
-        Ok((chosen.into_iter().map(|(_, line)| line.clone()).collect(), upto.max(since)))
+        let bytes = |line: &Line| if metadata { line.full.clone() } else { line.slim.clone() };
+        Ok((chosen.into_iter().map(bytes).collect(), upto.max(since)))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -315,14 +337,24 @@ impl Mirror {
 }
 
 impl State {
-    fn push(&mut self, line: &WatchLine) {
-        let bytes = encode_line(line);
-        self.lines_bytes += bytes.len();
-        self.lines.push_back((self.fleet.revision, bytes));
+    fn push(&mut self, changes: Vec<Change>) {
+        let revision = self.fleet.revision;
+        let slim: Option<Vec<Change>> = changes
+            .iter()
+            .any(Change::has_metadata)
+            .then(|| changes.iter().map(Change::without_metadata).collect());
+        let full = encode_line(&WatchLine::Changes { revision, changes });
+        let slim = match slim {
+            Some(changes) => encode_line(&WatchLine::Changes { revision, changes }),
+            None => full.clone(),
+        };
+        let line = Line { revision, full, slim };
+        self.lines_bytes += line.len();
+        self.lines.push_back(line);
         while self.lines.len() > LINES_MAX || self.lines_bytes > LINES_MAX_BYTES {
-            let Some((revision, bytes)) = self.lines.pop_front() else { break };
-            self.lines_bytes -= bytes.len();
-            self.oldest = revision;
+            let Some(line) = self.lines.pop_front() else { break };
+            self.lines_bytes -= line.len();
+            self.oldest = line.revision;
         }
     }
 }
@@ -330,17 +362,24 @@ impl State {
 fn worker_change(state: &mut State, worker: WorkerId, event: Event) -> Option<Change> {
     match event {
         Event::Put(kv) => {
-            let record = match StoredWorker::decode(&kv) {
-                Ok(stored) if stored.record.worker == worker => Arc::new(stored.record),
+            let mut record = match StoredWorker::decode(&kv) {
+                Ok(stored) if stored.record.worker == worker => stored.record,
                 _ => {
                     tracing::error!(key = kv.key, "a stored worker is not understood and left out");
                     return None;
                 }
             };
             state.leaving.remove(&worker);
+            // Within a life nothing but the state changes.
+            let before = state.fleet.workers.get(&worker).filter(|before| before.epoch == record.epoch);
+            let change = before.map(|before| {
+                record.transfer = before.transfer.clone();
+                Change::State { worker: worker.clone(), epoch: record.epoch, state: record.state }
+            });
+            let record = Arc::new(record);
             state.fleet.workers.insert(worker.clone(), record.clone());
             state.stored.insert(worker, kv);
-            Some(Change::Put { worker: record })
+            Some(change.unwrap_or(Change::Put { worker: record }))
         }
         Event::Delete { .. } => {
             let record = state.fleet.workers.remove(&worker)?;

@@ -1,6 +1,7 @@
 //! What the fleet knows about a worker.
 
 use std::fmt;
+use std::sync::Arc;
 
 use baton_config::protocol::BlockCounts;
 use baton_config::{Epoch, KvGeometry, PoolName, Role, WorkerId};
@@ -57,12 +58,23 @@ pub struct WorkerRecord {
     pub kv: Option<KvGeometry>,
     /// `host:port` of its HTTP API.
     pub address: String,
-    /// Metadata of its transfer agent, base64; opaque here, without remote keys.
-    pub transfer: String,
+    /// Metadata of its transfer agent, base64; opaque here, without remote keys. Shared by all records of one life;
+    /// empty where it was not asked for.
+    pub transfer: Arc<str>,
     /// Where it is in its life.
     pub state: WorkerState,
     /// Operating-system process id, for people.
     pub pid: u32,
+}
+
+impl WorkerRecord {
+    /// The same for those who have no use for transfer metadata.
+    pub(crate) fn without_metadata(self: &Arc<Self>) -> Arc<Self> {
+        if self.transfer.is_empty() {
+            return Arc::clone(self);
+        }
+        Arc::new(Self { transfer: Arc::default(), ..Self::clone(self) })
+    }
 }
 
 /// How busy a worker is, told with its keepalives. Kept in the conductor's memory only, never in the store.

@@ -6,9 +6,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::Duration;
 
-use baton_config::{Epoch, PoolName, WorkerId};
+use baton_config::{Cidr, Epoch, PoolName, WorkerId};
 use serde::{Deserialize, Serialize};
-use tokio::net::TcpStream;
 use tokio::time::Instant;
 
 use crate::api::{Drained, Holder, Keepalive, Kept, Register, Registered};
@@ -17,9 +16,10 @@ use crate::record::{Load, WorkerRecord, WorkerState};
 use crate::server::PoolOptions;
 use crate::store::{Compare, KeyValue, LeaseId, Op, Store, StoreError, StoreHealth, Txn};
 
+mod takeover;
 mod validate;
 
-pub(crate) use validate::Fault;
+pub(crate) use validate::{Fault, NotAllowed};
 
 /// Where workers are kept.
 pub(crate) const WORKERS_PREFIX: &str = "workers/";
@@ -32,8 +32,6 @@ pub(crate) const GOODBYE_KEY: &str = "goodbye";
 
 /// Attempts of a compare-and-write that others keep overtaking.
 const ATTEMPTS: usize = 8;
-/// How long the holder of a contested name has to accept a connection.
-const PROBE_TIMEOUT: Duration = Duration::from_millis(300);
 /// How long a writer waits to see its own write in the mirror.
 const MIRROR_TIMEOUT: Duration = Duration::from_secs(1);
 
@@ -65,12 +63,16 @@ pub(crate) struct StoredDrain {
 pub(crate) enum RegistryError {
     #[error(transparent)]
     Fault(#[from] Fault),
+    #[error(transparent)]
+    NotAllowed(#[from] NotAllowed),
     #[error("the name {} is taken by the live worker at {} (epoch {})", .0.worker, .0.address, .0.epoch)]
     NameTaken(Box<Holder>),
     #[error("worker {worker} is not registered: its lease has ended; register anew")]
     LeaseGone { worker: WorkerId },
     #[error("epoch {given} of worker {worker} is not the live one, {live}")]
     StaleEpoch { worker: WorkerId, given: Epoch, live: Epoch },
+    #[error("keepalive {seq} of worker {worker} is not newer than {last}, the last one taken")]
+    Replayed { worker: WorkerId, seq: u64, last: u64 },
     #[error("worker {worker} is draining, which is final: register anew to be {wanted}")]
     DrainingIsFinal { worker: WorkerId, wanted: WorkerState },
     #[error("there is no worker {worker}")]
@@ -91,8 +93,19 @@ pub(crate) enum RegistryError {
 #[derive(Debug, Clone)]
 pub(crate) struct Told {
     pub(crate) epoch: Epoch,
+    /// The last keepalive taken.
+    pub(crate) seq: u64,
     pub(crate) load: Option<Load>,
     pub(crate) at: Instant,
+}
+
+/// What registrations must keep to.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Rules {
+    /// Where workers may say they are; anywhere when empty.
+    pub(crate) allowed_addresses: Vec<Cidr>,
+    /// Whether registrants have proved who they are.
+    pub(crate) authenticated: bool,
 }
 
 /// The operations of the HTTP API.
@@ -100,6 +113,7 @@ pub(crate) struct Registry {
     store: Arc<dyn Store>,
     mirror: Arc<Mirror>,
     pools: BTreeMap<PoolName, PoolOptions>,
+    rules: Rules,
     lease_ttl: Duration,
     told: Mutex<BTreeMap<WorkerId, Told>>,
 }
@@ -109,10 +123,11 @@ impl Registry {
         store: Arc<dyn Store>,
         mirror: Arc<Mirror>,
         pools: Vec<PoolOptions>,
+        rules: Rules,
         lease_ttl: Duration,
     ) -> Self {
         let pools = pools.into_iter().map(|pool| (pool.name.clone(), pool)).collect();
-        Self { store, mirror, pools, lease_ttl, told: Mutex::default() }
+        Self { store, mirror, pools, rules, lease_ttl, told: Mutex::default() }
     }
 
     pub(crate) fn pools(&self) -> &BTreeMap<PoolName, PoolOptions> {
@@ -134,6 +149,7 @@ impl Registry {
 
     pub(crate) async fn register(&self, request: Register) -> Result<Registered, RegistryError> {
         validate::registration(&request, &self.pools)?;
+        validate::allowed(&request.address, &self.rules.allowed_addresses)?;
         let key = worker_key(&request.worker);
         for _ in 0..ATTEMPTS {
             let held = self.store.get(&key).await?;
@@ -176,6 +192,7 @@ impl Registry {
             validate::load(load)?;
         }
         let kv = self.live(worker, request.epoch).await?;
+        self.take_seq(worker, &request)?;
         let gone = || RegistryError::LeaseGone { worker: worker.clone() };
         let ttl = self.store.keep_alive(kv.lease.ok_or_else(gone)?).await?.ok_or_else(gone)?;
         self.change_state(worker, kv, &request).await?;
@@ -266,7 +283,7 @@ impl Registry {
             engine: request.engine.clone(),
             kv: request.kv,
             address: request.address.clone(),
-            transfer: request.transfer.clone(),
+            transfer: request.transfer.as_str().into(),
             state: request.state,
             pid: request.pid,
         };
@@ -289,15 +306,22 @@ impl Registry {
         Ok((Txn { compares, ops }, drain))
     }
 
-    /// A name is taken over at once by the same process, by whoever listens at the holder's address now (its
-    /// predecessor can't be listening there any more), or when nothing listens there.
+    /// A name is taken over before its lease ends by the same process; by one at the holder's address, unless the
+    /// holder itself answers there (its successor can only listen there once it is dead); and by one elsewhere when
+    /// nothing listens at the holder's address, which only those may claim who proved who they are or share its host.
     async fn check_takeover(&self, kv: &KeyValue, request: &Register) -> Result<(), RegistryError> {
         let StoredWorker { record, incarnation } = decode(kv)?;
-        if incarnation == request.incarnation || record.address == request.address {
+        if incarnation == request.incarnation {
             return Ok(());
         }
-        if refuses_connections(&record.address).await {
-            tracing::info!(worker = %record.worker, epoch = %record.epoch, "nothing listens at the holder's address");
+        let free = if record.address == request.address {
+            !takeover::holder_answers(&record).await
+        } else {
+            let trusted = self.rules.authenticated || takeover::same_host(&record.address, &request.address);
+            trusted && takeover::refuses_connections(&record.address).await
+        };
+        if free {
+            tracing::info!(worker = %record.worker, epoch = %record.epoch, address = record.address, "the holder of the name is gone");
             return Ok(());
         }
         let WorkerRecord { worker, epoch, address, pid, .. } = record;
@@ -359,18 +383,32 @@ impl Registry {
         Err(RegistryError::Contended { key })
     }
 
+    /// Takes a keepalive if it is newer than the last one of that life. A conductor that knows of none takes any.
+    fn take_seq(&self, worker: &WorkerId, request: &Keepalive) -> Result<(), RegistryError> {
+        let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
+        let Keepalive { epoch, seq, .. } = *request;
+        match told.get_mut(worker).filter(|told| told.epoch == epoch) {
+            Some(Told { seq: last, .. }) if *last >= seq => {
+                Err(RegistryError::Replayed { worker: worker.clone(), seq, last: *last })
+            }
+            Some(told) => {
+                told.seq = seq;
+                Ok(())
+            }
+            None => {
+                told.insert(worker.clone(), Told { epoch, seq, load: None, at: Instant::now() });
+                Ok(())
+            }
+        }
+    }
+
+    /// Notes that a worker was heard, and what it said.
     fn hear(&self, worker: &WorkerId, epoch: Epoch, load: Option<Load>) {
         let mut told = self.told.lock().unwrap_or_else(PoisonError::into_inner);
-        let before =
-            told.remove(worker).filter(|before| before.epoch == epoch).and_then(|before| before.load);
-        told.insert(worker.clone(), Told { epoch, load: load.or(before), at: Instant::now() });
+        let before = told.remove(worker).filter(|before| before.epoch == epoch);
+        let (seq, known) = before.map_or((0, None), |before| (before.seq, before.load));
+        told.insert(worker.clone(), Told { epoch, seq, load: load.or(known), at: Instant::now() });
     }
-}
-
-/// Whether the other host says that nothing listens there. Silence is no proof.
-async fn refuses_connections(address: &str) -> bool {
-    let attempt = tokio::time::timeout(PROBE_TIMEOUT, TcpStream::connect(address)).await;
-    matches!(attempt, Ok(Err(error)) if error.kind() == std::io::ErrorKind::ConnectionRefused)
 }
 
 pub(crate) fn worker_key(worker: &WorkerId) -> String {

@@ -5,6 +5,8 @@ use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_config::fleet::ConductorGuard;
+use baton_config::secret::SecretFault;
 use baton_config::{PoolName, Role};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
@@ -13,17 +15,23 @@ use tokio_util::task::TaskTracker;
 use crate::leader::{Candidate, ConductorRecord};
 use crate::mirror::Mirror;
 use crate::reconcile::{DrainWishes, Runner, UnleasedWorkers};
-use crate::registry::Registry;
+use crate::registry::{Registry, Rules};
 use crate::store::Store;
 use crate::store::embedded::{Embedded, EmbeddedOptions, StateFileError};
 use crate::store::etcd::{Etcd, EtcdError, EtcdOptions};
+use crate::tls::TlsError;
 
 mod answer;
+mod auth;
 mod http;
 mod metrics;
 mod routes;
+mod tls;
 
-use routes::{App, Shared};
+use auth::Guard;
+use http::Door;
+use routes::{App, Entrance, Shared};
+use tls::Certificates;
 
 /// How often what concerns nobody any more is looked for.
 const TIDY_INTERVAL: Duration = Duration::from_secs(10);
@@ -57,13 +65,49 @@ pub struct ConductorOptions {
     pub name: Option<String>,
     /// Where operators and workers reach this one; `None`: where it listens.
     pub url: Option<String>,
+    /// Whom it lets in: everybody by default, which only a loopback address allows.
+    pub guard: ConductorGuard,
+    /// Bounds of connections and requests.
+    pub limits: HttpLimits,
 }
 
 impl ConductorOptions {
     /// Options with a lease of 10 s and nothing kept on disk.
     pub fn new(pools: Vec<PoolOptions>) -> Self {
         let store = StoreOptions::Embedded { state_file: None };
-        Self { store, lease_ttl: Duration::from_secs(10), pools, name: None, url: None }
+        Self {
+            store,
+            lease_ttl: Duration::from_secs(10),
+            pools,
+            name: None,
+            url: None,
+            guard: ConductorGuard::default(),
+            limits: HttpLimits::default(),
+        }
+    }
+}
+
+/// How long clients may take, and how soon changed files are noticed.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct HttpLimits {
+    /// For a TLS handshake.
+    pub handshake_timeout: Duration,
+    /// For the head of a request, and for the next one on the same connection.
+    pub header_timeout: Duration,
+    /// For the body of a request.
+    pub body_timeout: Duration,
+    /// How often the files of tokens and certificates are compared with what is in use.
+    pub rotate_interval: Duration,
+}
+
+impl Default for HttpLimits {
+    fn default() -> Self {
+        Self {
+            handshake_timeout: Duration::from_secs(5),
+            header_timeout: Duration::from_secs(10),
+            body_timeout: Duration::from_secs(10),
+            rotate_interval: Duration::from_secs(10),
+        }
     }
 }
 
@@ -87,12 +131,18 @@ pub struct PoolOptions {
 pub enum ServeError {
     /// Anybody who reaches the port could register workers.
     #[error(
-        "the conductor would listen on {address}, which is not loopback: registrations are not authenticated yet, so only loopback is served"
+        "the conductor would listen on {address}, where other hosts can connect, and nobody proves who they are: set conductor.auth.token_file or conductor.tls.client_ca_file, or listen on 127.0.0.1"
     )]
     OpenListen {
         /// Where it was to listen.
         address: SocketAddr,
     },
+    /// The tokens that are to be accepted can't be used.
+    #[error("callers cannot be authenticated")]
+    Token(#[from] SecretFault),
+    /// The certificates that are to be shown can't be used.
+    #[error("TLS cannot be served")]
+    Tls(#[from] TlsError),
     /// The socket is unusable.
     #[error("the listening socket failed")]
     Listen(#[source] std::io::Error),
@@ -114,9 +164,6 @@ pub async fn serve(
     stop: CancellationToken,
 ) -> Result<(), ServeError> {
     let address = listener.local_addr().map_err(ServeError::Listen)?;
-    if !address.ip().is_loopback() {
-        return Err(ServeError::OpenListen { address });
-    }
     let tasks = TaskTracker::new();
     let store: Arc<dyn Store> = match options.store.clone() {
         StoreOptions::Embedded { state_file } => {
@@ -141,6 +188,7 @@ async fn serve_on(
     tasks: &TaskTracker,
 ) -> Result<(), ServeError> {
     let address = listener.local_addr().map_err(ServeError::Listen)?;
+    let (guard, certificates) = entrance(&options.guard, address)?;
     let mirror = Arc::new(Mirror::new(&options.pools));
     // Only so that a store that is there is shown from the first answer on; `follow` waits for any other.
     if !matches!(tokio::time::timeout(FIRST_LISTING, mirror.list(&*store)).await, Ok(Ok(()))) {
@@ -155,17 +203,48 @@ async fn serve_on(
         tally: Arc::default(),
         stop: stop.clone(),
     };
-    let registry = Registry::new(store.clone(), mirror.clone(), options.pools, options.lease_ttl);
+    let rules = Rules {
+        allowed_addresses: options.guard.allowed_addresses.clone(),
+        authenticated: options.guard.authenticates(),
+    };
+    let registry = Registry::new(store.clone(), mirror.clone(), options.pools, rules, options.lease_ttl);
     let shared = Shared { mirror: mirror.clone(), leadership, tally: runner.tally.clone() };
-    let app = Arc::new(App::new(registry, shared, store.kind(), stop.clone()));
+    let entrance = Entrance { guard: guard.clone(), limits: options.limits };
+    let app = Arc::new(App::new(registry, shared, entrance, store.kind(), stop.clone()));
 
     tasks.spawn(stop.clone().run_until_cancelled_owned(mirror.clone().follow(store)));
     tasks.spawn(stop.clone().run_until_cancelled_owned(tidy(app.clone())));
     tasks.spawn(candidate.run(stop.clone()));
     start_reconcilers(&runner, tasks);
-    tracing::info!(%address, "conductor serves");
-    http::serve(listener, routes::router(app), stop).await;
+    let rotation = auth::rotate(guard, certificates.clone(), options.limits.rotate_interval);
+    tasks.spawn(stop.clone().run_until_cancelled_owned(rotation));
+    tracing::info!(%address, tls = certificates.is_some(), "conductor serves");
+    let door = Door {
+        router: routes::router(app.clone()),
+        plain: routes::plain_router(app.clone()),
+        certificates,
+        limits: options.limits,
+        metrics: app.metrics().clone(),
+    };
+    http::serve(listener, door, stop).await;
     Ok(())
+}
+
+/// Whom the conductor lets in and what it shows; a port that everybody reaches is not opened to everybody.
+fn entrance(
+    options: &ConductorGuard,
+    address: SocketAddr,
+) -> Result<(Arc<Guard>, Option<Certificates>), ServeError> {
+    if !address.ip().is_loopback() {
+        if !options.authenticates() {
+            return Err(ServeError::OpenListen { address });
+        }
+        if options.tls.is_none() {
+            tracing::warn!(%address, "tokens travel in clear text: whoever listens to this network can use them; see conductor.tls");
+        }
+    }
+    let certificates = options.tls.as_ref().map(Certificates::load).transpose()?;
+    Ok((Arc::new(Guard::load(options.clone())?), certificates))
 }
 
 /// Everything that only the leading conductor does.
@@ -177,9 +256,10 @@ fn start_reconcilers(runner: &Runner, tasks: &TaskTracker) {
 /// What the other conductors and operators are told about this one.
 fn conductor_record(options: &ConductorOptions, address: SocketAddr) -> ConductorRecord {
     let pid = std::process::id();
+    let scheme = if options.guard.tls.is_some() { "https" } else { "http" };
     ConductorRecord {
         name: options.name.clone().unwrap_or_else(|| format!("{address}-{pid}")),
-        url: options.url.clone().unwrap_or_else(|| format!("http://{address}")),
+        url: options.url.clone().unwrap_or_else(|| format!("{scheme}://{address}")),
         pid,
         version: env!("CARGO_PKG_VERSION").to_owned(),
     }

@@ -4,7 +4,7 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_config::Bytes;
-use baton_config::fleet::{Disaggregation, Fleet, PolicyKind, defaults};
+use baton_config::fleet::{ConductorAccess, Disaggregation, Fleet, PolicyKind, defaults};
 
 /// Everything a router needs to know; the command line fills it from the fleet document.
 #[derive(Debug, Clone)]
@@ -13,6 +13,8 @@ pub struct RouterOptions {
     pub model: ModelOptions,
     /// Base URLs of the conductors, tried in order.
     pub conductors: Vec<String>,
+    /// What is shown to the conductors, and whom to believe.
+    pub conductor_access: ConductorAccess,
     /// How a request finds its workers.
     pub policy: PolicyKind,
     /// Whether prompts are prefilled on another worker than the one that decodes.
@@ -31,6 +33,7 @@ impl RouterOptions {
         Self {
             model,
             conductors: vec![conductor],
+            conductor_access: ConductorAccess::default(),
             policy: defaults::POLICY,
             disaggregation: defaults::DISAGGREGATION,
             limits: Limits::default(),
@@ -51,6 +54,7 @@ impl RouterOptions {
         Self {
             model,
             conductors: fleet.conductor.endpoints.clone(),
+            conductor_access: fleet.conductor.access.clone(),
             policy: router.policy.kind,
             disaggregation: router.disaggregation,
             limits: Limits {

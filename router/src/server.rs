@@ -57,7 +57,12 @@ pub struct Stop {
 /// When the model directory is not usable or a conductor's URL is none; a router that has begun to serve ends without
 /// an error.
 pub async fn serve(options: RouterOptions, listener: TcpListener, stop: Stop) -> Result<(), ServeError> {
-    let client = Client::start(ClientOptions::new(options.conductors.clone()))?;
+    let access = options.conductor_access.clone();
+    let client = Client::start(ClientOptions {
+        access,
+        metadata: false,
+        ..ClientOptions::new(options.conductors.clone())
+    })?;
     let (feed, follower) = roster::follow(&client);
     let ended = CancellationToken::new();
     let following = TaskTracker::new();

@@ -23,6 +23,7 @@ use tokio_util::task::TaskTracker;
 use crate::engine_thread::EngineHandle;
 use crate::handoff::decode::{DecodeEnd, ImportReport};
 use crate::handoff::{Action, Answer, DecodeEvent, Desk, Limits, OpenError, Opening, PrefillEvent, Waiter};
+use crate::metadata_cache::MetadataCache;
 use crate::metrics::{Metrics, TokenKind};
 use crate::path::Paths;
 use crate::peer::PeerClient;
@@ -53,6 +54,8 @@ pub struct Io {
     pub importer: Importer,
     /// The fleet.
     pub fleet: Client,
+    /// What peers published for connecting to them.
+    pub metadata: MetadataCache,
     /// Calls to peers.
     pub peers: PeerClient,
     /// Sessions and what they measured.
@@ -270,6 +273,8 @@ impl Owner {
     /// was in neither is unknown: the router's view may be ahead of this one.
     fn view_changed(&mut self, view: Arc<View>, out: &mut Vec<Action>) {
         let before = std::mem::replace(&mut self.seen, Arc::clone(&view));
+        let registered = |worker: &WorkerId, epoch| view.worker(worker).is_some_and(|r| r.epoch == epoch);
+        self.io.metadata.retain(registered);
         let live = |worker: &WorkerId, epoch: Epoch| match view.worker(worker) {
             Some(record) => record.epoch <= epoch,
             None => before.worker(worker).is_none_or(|record| record.epoch != epoch),

@@ -28,6 +28,7 @@ pub mod handoff;
 mod http;
 mod in_flight;
 pub mod kv_log;
+pub mod metadata_cache;
 pub mod meter;
 pub mod metrics;
 pub mod options;

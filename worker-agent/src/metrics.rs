@@ -8,6 +8,7 @@ use prometheus::{
 };
 
 use crate::handoff::GiveUp;
+use crate::metadata_cache::CacheCounters;
 
 /// Upper bounds of `baton_transfer_seconds`: a block over shared memory to a long prompt over a slow link.
 const TRANSFER_BUCKETS_S: [f64; 12] =
@@ -38,6 +39,8 @@ pub struct Metrics {
     pub checksum_mismatch: IntCounter,
     /// Messages for or from another life.
     pub stale_epoch: IntCounter,
+    /// Lookups of peers' metadata.
+    pub metadata_cache: CacheCounters,
     fallbacks: IntCounterVec,
     requests: IntCounterVec,
     tokens: IntCounterVec,
@@ -137,6 +140,15 @@ impl Metrics {
             checksum_mismatch: make
                 .counter("transfer_checksum_mismatch_total", "blocks whose bytes failed their digest")?,
             stale_epoch: make.counter("stale_epoch_refused_total", "messages of another life refused")?,
+            metadata_cache: CacheCounters {
+                hits: make
+                    .counter("metadata_cache_hits_total", "lookups of a peer's metadata it was kept for")?,
+                misses: make.counter("metadata_cache_misses_total", "lookups for which it was decoded")?,
+                invalidations: make.counter(
+                    "metadata_cache_invalidations_total",
+                    "entries dropped because the peer left or began another life",
+                )?,
+            },
             fallbacks: make.counters(
                 "agent_local_prefill_total",
                 "prompts prefilled here that another worker was to prefill",

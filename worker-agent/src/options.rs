@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{self, EngineSpec, Fleet, SimSpec, TransferPath};
+use baton_config::fleet::{self, ConductorAccess, EngineSpec, Fleet, SimSpec, TransferPath};
 use baton_config::{Accelerator, Bytes, Dtype, KvGeometry, KvLayout, PoolName, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
@@ -37,6 +37,8 @@ pub struct WorkerOptions {
     pub advertise: Option<String>,
     /// `http://host:port` of each conductor.
     pub conductors: Vec<String>,
+    /// What is shown to the conductors, and whom to believe.
+    pub conductor_access: ConductorAccess,
     /// Requests and handoffs at once.
     pub in_flight_max: u32,
     /// Bytes of a request body.
@@ -205,7 +207,8 @@ impl WorkerOptions {
             },
             transfer: TransferOptions::from_pool(pool, replica)?,
             advertise: pool.advertise.clone(),
-            conductors: vec![format!("http://{}", fleet.conductor.listen.address)],
+            conductors: fleet.conductor.endpoints.clone(),
+            conductor_access: fleet.conductor.access.clone(),
             in_flight_max: pool.limits.in_flight,
             body_max: pool.limits.body,
             drain_grace: pool.limits.drain_grace,

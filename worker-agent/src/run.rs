@@ -33,6 +33,7 @@ use crate::http::state::drain_status;
 use crate::http::{Drain, Life, Phase, Shared, UNREADY_AFTER, routes};
 use crate::in_flight::InFlight;
 use crate::kv_log::KvLog;
+use crate::metadata_cache::MetadataCache;
 use crate::metrics::Metrics;
 use crate::options::{EngineChoice, TokenFault, WorkerOptions};
 use crate::path::Paths;
@@ -500,7 +501,11 @@ async fn build_io(
         agent,
         exporter,
         importer,
-        fleet: Client::start(ClientOptions::new(options.conductors.clone()))?,
+        fleet: Client::start(ClientOptions {
+            access: options.conductor_access.clone(),
+            ..ClientOptions::new(options.conductors.clone())
+        })?,
+        metadata: MetadataCache::new(metrics.metadata_cache.clone()),
         peers: PeerClient::new().map_err(RunError::system("HTTP client"))?,
         paths: Paths::default(),
         metrics,

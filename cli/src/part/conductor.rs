@@ -28,6 +28,7 @@ fn options(fleet: &Fleet) -> ConductorOptions {
     let pools = fleet.pools.iter().map(pool).collect();
     let mut options = ConductorOptions::new(pools);
     options.lease_ttl = fleet.conductor.lease_ttl;
+    options.guard = fleet.conductor.guard.clone();
     match &fleet.conductor.store {
         StoreSpec::Embedded { state_file } => {
             options.store = StoreOptions::Embedded { state_file: state_file.clone() };

@@ -5,7 +5,7 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{Fleet, Listen, Pool};
+use baton_config::fleet::{ConductorAccess, Fleet, Listen, Pool};
 use baton_config::{Accelerator, Bytes, PoolName};
 
 use super::ports::{Ports, is_free};
@@ -140,12 +140,23 @@ impl Plan {
 
     /// How the parts reach the conductor.
     pub(super) fn conductor_url(&self) -> String {
-        format!("http://{}", reachable(self.conductor))
+        let scheme = if self.fleet.conductor.guard.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", reachable(self.conductor))
+    }
+
+    /// What is shown to the conductor, and whom to believe.
+    pub(super) fn conductor_access(&self) -> ConductorAccess {
+        self.fleet.conductor.access.clone()
+    }
+
+    /// `http://HOST:PORT` of the router.
+    pub(super) fn router_url(&self) -> String {
+        format!("http://{}", reachable(self.router))
     }
 
     /// `http://HOST:PORT/v1` of the router.
     pub(super) fn api_url(&self) -> String {
-        format!("http://{}/v1", reachable(self.router))
+        format!("{}/v1", self.router_url())
     }
 
     /// The id of the model served.

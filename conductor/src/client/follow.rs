@@ -172,9 +172,15 @@ impl Follower {
             }
             WatchLine::Changes { revision, changes } => {
                 if revision > self.revision {
-                    changes.into_iter().for_each(|change| self.apply(change));
+                    let mut all = true;
+                    for change in changes {
+                        all &= self.apply(change);
+                    }
                     self.revision = revision;
                     self.changed = true;
+                    if !all {
+                        self.phase = Phase::Calling(Goal::List);
+                    }
                 }
                 self.progress(now);
             }
@@ -195,11 +201,6 @@ impl Follower {
         let delay = self.timing.backoff.delay(self.failures, &mut self.dice);
         self.failures = self.failures.saturating_add(1);
         self.phase = Phase::Backoff { until: now + delay, then };
-    }
-
-    /// Whether the next failure is the first since things went well; for the log.
-    pub(crate) fn first_failure(&self) -> bool {
-        self.failures == 0
     }
 
     /// Time passed while reading: notices silence, forgets workers that did not come back.
@@ -231,12 +232,19 @@ impl Follower {
         })
     }
 
-    fn apply(&mut self, change: Change) {
+    /// Takes over one change; false if it is about something never heard of, so that something was missed.
+    fn apply(&mut self, change: Change) -> bool {
         match change {
             Change::Put { worker } => {
                 self.carried.remove(&worker.worker);
                 self.workers.insert(worker.worker.clone(), worker);
             }
+            Change::State { worker, epoch, state } => match self.workers.get_mut(&worker) {
+                // Older views share the record: it is copied, unless there is no change after all.
+                Some(record) if record.epoch == epoch && record.state == state => {}
+                Some(record) if record.epoch == epoch => Arc::make_mut(record).state = state,
+                Some(_) | None => return false,
+            },
             Change::Delete { worker } => {
                 self.carried.remove(&worker);
                 self.workers.remove(&worker);
@@ -251,6 +259,7 @@ impl Follower {
                 self.pools.insert(pool.name.clone(), pool);
             }
         }
+        true
     }
 
     fn progress(&mut self, now: Instant) {

@@ -2,6 +2,7 @@
 
 use std::time::Duration;
 
+use baton_config::fleet::ConductorAccess;
 use baton_config::{Epoch, WorkerId};
 use bytes::{Bytes, BytesMut};
 use futures_util::StreamExt;
@@ -11,6 +12,7 @@ use serde::Serialize;
 use serde::de::DeserializeOwned;
 
 use crate::api::{ErrorBody, ErrorDetail, Keepalive, Kept, Listing, Register, Registered, WatchLine};
+use crate::http::{Caller, CallerError, TlsFault};
 
 /// Largest listing read: 1,000 workers with the largest metadata take 90 MB.
 const LISTING_MAX_BYTES: usize = 256 << 20;
@@ -27,6 +29,17 @@ pub enum CallError {
     Unreachable {
         /// Whom we asked.
         endpoint: String,
+        /// The cause.
+        #[source]
+        source: reqwest::Error,
+    },
+    /// One side of the connection does not trust the other, or only one speaks TLS.
+    #[error("conductor {endpoint} {fault}")]
+    Tls {
+        /// Whom we asked.
+        endpoint: String,
+        /// What is wrong.
+        fault: TlsFault,
         /// The cause.
         #[source]
         source: reqwest::Error,
@@ -58,19 +71,48 @@ pub(crate) struct CallTiming {
     pub(crate) call: Duration,
 }
 
-/// A pooled HTTP client over the endpoints of one fleet.
+impl CallError {
+    fn sent(endpoint: &str, source: reqwest::Error) -> Self {
+        let endpoint = endpoint.to_owned();
+        match TlsFault::of(&source) {
+            Some(fault) => Self::Tls { endpoint, fault, source },
+            None => Self::Unreachable { endpoint, source },
+        }
+    }
+
+    /// Whether other files of a token or a certificate could help.
+    fn is_distrust(&self) -> bool {
+        match self {
+            Self::Tls { .. } => true,
+            Self::Refused { status, .. } => [401, 403].contains(status),
+            Self::Unreachable { .. } | Self::Malformed { .. } => false,
+        }
+    }
+}
+
+/// The conductors of one fleet, and how they are called.
 #[derive(Debug, Clone)]
 pub(crate) struct Transport {
-    http: reqwest::Client,
+    caller: Caller,
+    /// Whether transfer metadata is asked for.
+    metadata: bool,
     endpoints: Vec<String>,
     timing: CallTiming,
 }
 
 impl Transport {
-    pub(crate) fn new(endpoints: Vec<String>, timing: CallTiming) -> Result<Self, reqwest::Error> {
-        let http =
-            crate::http::builder().connect_timeout(timing.connect).pool_max_idle_per_host(4).build()?;
-        Ok(Self { http, endpoints, timing })
+    pub(crate) fn new(
+        endpoints: Vec<String>,
+        access: ConductorAccess,
+        timing: CallTiming,
+    ) -> Result<Self, CallerError> {
+        let caller = Caller::new(access, endpoints.iter().map(String::as_str), timing.connect)?;
+        Ok(Self { caller, metadata: true, endpoints, timing })
+    }
+
+    /// For those who have no use for transfer metadata.
+    pub(crate) fn without_metadata(self) -> Self {
+        Self { metadata: false, ..self }
     }
 
     pub(crate) fn endpoints(&self) -> &[String] {
@@ -78,7 +120,8 @@ impl Transport {
     }
 
     pub(crate) async fn list(&self, endpoint: usize) -> Result<Listing, CallError> {
-        let reply = self.send(endpoint, Method::GET, "/v1/workers", None::<&()>).await?;
+        let path = if self.metadata { "/v1/workers" } else { "/v1/workers?metadata=no" };
+        let reply = self.send(endpoint, Method::GET, path, None::<&()>).await?;
         self.read_json(endpoint, reply, LISTING_MAX_BYTES).await
     }
 
@@ -110,7 +153,8 @@ impl Transport {
 
     /// Opens a watch. Only the head of the answer has a deadline: the caller times the lines.
     pub(crate) async fn watch(&self, endpoint: usize, since: u64) -> Result<Lines, CallError> {
-        let path = format!("/v1/watch?since={since}");
+        let metadata = if self.metadata { "" } else { "&metadata=no" };
+        let path = format!("/v1/watch?since={since}{metadata}");
         let reply = self.send(endpoint, Method::GET, &path, None::<&()>).await?;
         Ok(Lines {
             endpoint: self.endpoints[endpoint].clone(),
@@ -120,6 +164,7 @@ impl Transport {
         })
     }
 
+    /// A call that was answered well; one that failed for want of trust makes the files be looked at again.
     async fn send(
         &self,
         endpoint: usize,
@@ -127,14 +172,30 @@ impl Transport {
         path: &str,
         body: Option<&impl Serialize>,
     ) -> Result<reqwest::Response, CallError> {
+        let result = self.send_once(endpoint, method.clone(), path, body).await;
+        match result {
+            Err(error) if error.is_distrust() && self.caller.renew().await => {
+                self.send_once(endpoint, method, path, body).await
+            }
+            result => result,
+        }
+    }
+
+    async fn send_once(
+        &self,
+        endpoint: usize,
+        method: Method,
+        path: &str,
+        body: Option<&impl Serialize>,
+    ) -> Result<reqwest::Response, CallError> {
         let base = &self.endpoints[endpoint];
-        let mut request = self.http.request(method, format!("{base}{path}"));
+        let mut request = self.caller.request(method, &format!("{base}{path}"));
         if let Some(body) = body {
             request = request.json(body);
         }
         let reply = match tokio::time::timeout(self.timing.call, request.send()).await {
             Ok(Ok(reply)) => reply,
-            Ok(Err(source)) => return Err(CallError::Unreachable { endpoint: base.clone(), source }),
+            Ok(Err(source)) => return Err(CallError::sent(base, source)),
             Err(_) => {
                 let what = format!("nothing within {:?}", self.timing.call);
                 return Err(CallError::Malformed { endpoint: base.clone(), what });
@@ -166,9 +227,7 @@ impl Transport {
             match chunk {
                 Some(Ok(chunk)) if body.len() + chunk.len() <= limit => body.extend_from_slice(&chunk),
                 Some(Ok(_)) => return Err(malformed(format!("more than {limit} bytes"))),
-                Some(Err(source)) => {
-                    return Err(CallError::Unreachable { endpoint: base.clone(), source });
-                }
+                Some(Err(source)) => return Err(CallError::sent(base, source)),
                 None => break,
             }
         }
@@ -210,9 +269,7 @@ impl Lines {
             }
             match self.stream.next().await {
                 Some(Ok(chunk)) => self.buffer.extend_from_slice(&chunk),
-                Some(Err(source)) => {
-                    return Err(CallError::Unreachable { endpoint: self.endpoint.clone(), source });
-                }
+                Some(Err(source)) => return Err(CallError::sent(&self.endpoint, source)),
                 None => return Ok(None),
             }
         }

@@ -1,10 +1,10 @@
 //! What a registration may say. Each fault names the field and what would be right.
 
 use std::collections::BTreeMap;
-use std::net::IpAddr;
+use std::net::{IpAddr, SocketAddr};
 
 use base64::Engine as _;
-use baton_config::{KvGeometry, PoolName};
+use baton_config::{Cidr, KvGeometry, PoolName};
 
 use crate::api::{Register, TRANSFER_MAX_BYTES};
 use crate::record::{LAST_ERROR_MAX_BYTES, Load};
@@ -56,6 +56,30 @@ pub(crate) fn registration(request: &Register, pools: &BTreeMap<PoolName, PoolOp
         return fault("transfer", "is not base64");
     }
     request.kv.as_ref().map_or(Ok(()), geometry)
+}
+
+/// A worker says that it is where no worker may be.
+#[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
+#[error("address {address} {fault}: conductor.allowed_addresses is {ranges}")]
+pub(crate) struct NotAllowed {
+    address: String,
+    fault: &'static str,
+    ranges: String,
+}
+
+/// Checks that an address lies in one of the ranges, if there are any. A name could lead anywhere, and elsewhere later.
+pub(crate) fn allowed(address: &str, ranges: &[Cidr]) -> Result<(), NotAllowed> {
+    let ip = address.parse::<SocketAddr>().ok().map(|address| address.ip());
+    if ranges.is_empty() || ip.is_some_and(|ip| ranges.iter().any(|range| range.contains(ip))) {
+        return Ok(());
+    }
+    let fault = if ip.is_some() {
+        "is outside of what is allowed"
+    } else {
+        "is a name, and only addresses are allowed"
+    };
+    let ranges: Vec<String> = ranges.iter().map(ToString::to_string).collect();
+    Err(NotAllowed { address: address.to_owned(), fault, ranges: ranges.join(", ") })
 }
 
 /// Checks the bounds of a load report.

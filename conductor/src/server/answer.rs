@@ -2,7 +2,7 @@
 
 use axum::Json;
 use axum::response::{IntoResponse, Response};
-use http::StatusCode;
+use http::{HeaderValue, StatusCode, header};
 
 use crate::api::{ErrorBody, ErrorDetail, Holder};
 use crate::registry::RegistryError;
@@ -34,9 +34,11 @@ impl From<RegistryError> for Refusal {
     fn from(error: RegistryError) -> Self {
         let (status, code) = match &error {
             RegistryError::Fault(_) => (StatusCode::BAD_REQUEST, "invalid_field"),
+            RegistryError::NotAllowed(_) => (StatusCode::FORBIDDEN, "address_not_allowed"),
             RegistryError::ReplicasOutOfRange { .. } => (StatusCode::BAD_REQUEST, "replicas_out_of_range"),
             RegistryError::NameTaken(_) => (StatusCode::CONFLICT, "name_taken"),
             RegistryError::StaleEpoch { .. } => (StatusCode::CONFLICT, "stale_epoch"),
+            RegistryError::Replayed { .. } => (StatusCode::CONFLICT, "replayed"),
             RegistryError::DrainingIsFinal { .. } => (StatusCode::CONFLICT, "draining_is_final"),
             RegistryError::LeaseGone { .. } => (StatusCode::GONE, "lease_gone"),
             RegistryError::NoWorker { .. } => (StatusCode::NOT_FOUND, "no_worker"),
@@ -64,11 +66,16 @@ impl IntoResponse for Refusal {
         let kind = match self.status {
             StatusCode::NOT_FOUND => "not_found_error",
             StatusCode::CONFLICT | StatusCode::GONE => "conflict_error",
+            StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN => "authentication_error",
             status if status.is_server_error() => "unavailable_error",
             _ => "invalid_request_error",
         };
         let Self { status, code, message, holder } = self;
         let error = ErrorDetail { message, kind: kind.to_owned(), code: code.to_owned(), holder };
-        (status, Json(ErrorBody { error })).into_response()
+        let mut response = (status, Json(ErrorBody { error })).into_response();
+        if status == StatusCode::UNAUTHORIZED {
+            response.headers_mut().insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
+        }
+        response
     }
 }

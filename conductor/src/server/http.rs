@@ -1,21 +1,27 @@
-//! The accept loop: bounded connections, bounded headers, and an end in three phases.
+//! The accept loop: bounded connections, handshakes and headers, and an end in three phases.
 
 use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
+use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::HttpLimits;
+use super::auth::Peer;
+use super::metrics::Metrics;
+use super::tls::{Certificates, Opened};
+
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 16_384;
-/// Time for the head of a request.
-const HEADER_TIMEOUT: Duration = Duration::from_secs(10);
 /// Largest head of a request.
 const HEADER_MAX_BYTES: usize = 64 * 1024;
 /// How long open requests may take to finish after the stop.
@@ -23,13 +29,27 @@ const GRACE: Duration = Duration::from_secs(2);
 /// Pause after an accept that failed for want of file descriptors or memory.
 const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
+/// What a connection needs.
+pub(super) struct Door {
+    /// Answers requests.
+    pub(super) router: Router,
+    /// Answers those who speak plain HTTP where TLS is spoken.
+    pub(super) plain: Router,
+    /// With TLS: what this side shows.
+    pub(super) certificates: Option<Certificates>,
+    /// Bounds of time.
+    pub(super) limits: HttpLimits,
+    /// Where failed handshakes are counted.
+    pub(super) metrics: Metrics,
+}
+
 /// Serves until `stop`; open requests get a moment to finish, then their connections are dropped.
-pub(super) async fn serve(listener: TcpListener, router: Router, stop: CancellationToken) {
+pub(super) async fn serve(listener: TcpListener, door: Door, stop: CancellationToken) {
     let connections = TaskTracker::new();
     let abort = CancellationToken::new();
-    let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+    let (room, door) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(door));
     while let Some((stream, permit)) = accept(&listener, &room, &stop).await {
-        let connection = connection(stream, router.clone(), stop.clone(), permit);
+        let connection = door.clone().open(stream, stop.clone(), permit);
         connections.spawn(abort.clone().run_until_cancelled_owned(connection));
     }
     drop(listener);
@@ -64,28 +84,57 @@ async fn accept(
     }
 }
 
-async fn connection(
-    stream: TcpStream,
-    router: Router,
-    stop: CancellationToken,
-    _permit: OwnedSemaphorePermit,
-) {
-    if let Err(error) = stream.set_nodelay(true) {
-        tracing::debug!(error = &error as &dyn std::error::Error, "answers may be delayed");
-    }
-    let mut builder = http1::Builder::new();
-    builder.timer(TokioTimer::new()).header_read_timeout(HEADER_TIMEOUT).max_buf_size(HEADER_MAX_BYTES);
-    let connection = builder.serve_connection(TokioIo::new(stream), TowerToHyperService::new(router));
-    tokio::pin!(connection);
-    let ended = tokio::select! {
-        biased;
-        () = stop.cancelled() => {
-            connection.as_mut().graceful_shutdown();
-            connection.await
+impl Door {
+    async fn open(
+        self: Arc<Self>,
+        stream: TcpStream,
+        stop: CancellationToken,
+        _permit: OwnedSemaphorePermit,
+    ) {
+        if let Err(error) = stream.set_nodelay(true) {
+            tracing::debug!(error = &error as &dyn std::error::Error, "answers may be delayed");
         }
-        ended = connection.as_mut() => ended,
-    };
-    if let Err(error) = ended {
-        tracing::debug!(error = &error as &dyn std::error::Error, "a connection ended badly");
+        let stranger = Peer { certified: false };
+        let Some(certificates) = &self.certificates else {
+            return self.converse(stream, stranger, &self.router, stop).await;
+        };
+        let handshake = certificates.open(stream, self.limits.handshake_timeout);
+        match stop.run_until_cancelled(handshake).await {
+            Some(Opened::Tls(stream, peer)) => self.converse(*stream, peer, &self.router, stop).await,
+            Some(Opened::Plain(stream)) => self.converse(stream, stranger, &self.plain, stop).await,
+            Some(Opened::Failed(fault)) => {
+                self.metrics.handshake_failed(fault.reason());
+                tracing::debug!(error = &fault as &dyn std::error::Error, "a connection did not come about");
+            }
+            Some(Opened::Silent) | None => {}
+        }
+    }
+
+    /// Answers the requests of one connection.
+    async fn converse<S>(&self, stream: S, peer: Peer, router: &Router, stop: CancellationToken)
+    where
+        S: AsyncRead + AsyncWrite + Unpin + Send + 'static,
+    {
+        let mut builder = http1::Builder::new();
+        builder.timer(TokioTimer::new()).header_read_timeout(self.limits.header_timeout);
+        builder.max_buf_size(HEADER_MAX_BYTES);
+        let router = TowerToHyperService::new(router.clone());
+        let service = service_fn(move |mut request: http::Request<Incoming>| {
+            request.extensions_mut().insert(peer);
+            router.call(request)
+        });
+        let connection = builder.serve_connection(TokioIo::new(stream), service);
+        tokio::pin!(connection);
+        let ended = tokio::select! {
+            biased;
+            () = stop.cancelled() => {
+                connection.as_mut().graceful_shutdown();
+                connection.await
+            }
+            ended = connection.as_mut() => ended,
+        };
+        if let Err(error) = ended {
+            tracing::debug!(error = &error as &dyn std::error::Error, "a connection ended badly");
+        }
     }
 }

@@ -3,6 +3,7 @@
 use baton_config::Role;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
+use super::tls::HandshakeFault;
 use crate::leader::Leadership;
 use crate::mirror::Mirror;
 use crate::reconcile::Tally;
@@ -10,15 +11,22 @@ use crate::record::WorkerState;
 
 const ROLES: [Role; 3] = [Role::Prefill, Role::Decode, Role::Both];
 /// Codes of refusals; one not listed is counted as `other`.
-const CODES: [&str; 14] = [
+const CODES: [&str; 21] = [
+    "unauthenticated",
+    "wrong_token",
+    "certificate_required",
+    "tls_required",
+    "address_not_allowed",
     "invalid_field",
     "invalid_body",
+    "unsupported_media_type",
     "invalid_name",
     "invalid_query",
     "body_too_large",
     "body_too_slow",
     "name_taken",
     "stale_epoch",
+    "replayed",
     "lease_gone",
     "future_revision",
     "no_worker",
@@ -27,8 +35,8 @@ const CODES: [&str; 14] = [
     "other",
 ];
 
-/// The conductor's metrics.
-#[derive(Debug)]
+/// The conductor's metrics; clones share them.
+#[derive(Debug, Clone)]
 pub(super) struct Metrics {
     registry: Registry,
     workers: IntGaugeVec,
@@ -37,6 +45,7 @@ pub(super) struct Metrics {
     desired: IntGaugeVec,
     stale_refused: IntCounterVec,
     refused: IntCounterVec,
+    handshakes_failed: IntCounterVec,
     watches: IntGauge,
     revision: IntGauge,
     leader: IntGauge,
@@ -73,6 +82,11 @@ impl Metrics {
                 &[],
             ),
             refused: counters("baton_conductor_refused_total", "Requests refused, by code.", &["code"]),
+            handshakes_failed: counters(
+                "baton_conductor_handshakes_failed_total",
+                "TLS handshakes that did not come about, by reason.",
+                &["reason"],
+            ),
             watches: gauge("baton_conductor_watches", "Open watches."),
             leader: gauge("baton_conductor_leader", "1 while this conductor leads the reconcilers, else 0."),
             leader_changes: counters(
@@ -92,6 +106,9 @@ impl Metrics {
         for code in CODES {
             metrics.refused.with_label_values(&[code]).inc_by(0);
         }
+        for reason in HandshakeFault::REASONS {
+            metrics.handshakes_failed.with_label_values(&[reason]).inc_by(0);
+        }
         let none: [&str; 0] = [];
         metrics.lease_expired.with_label_values(&none).inc_by(0);
         metrics.stale_refused.with_label_values(&none).inc_by(0);
@@ -107,6 +124,11 @@ impl Metrics {
             let none: [&str; 0] = [];
             self.stale_refused.with_label_values(&none).inc();
         }
+    }
+
+    /// Counts a handshake that did not come about; `reason` is one of [`HandshakeFault::REASONS`].
+    pub(super) fn handshake_failed(&self, reason: &'static str) {
+        self.handshakes_failed.with_label_values(&[reason]).inc();
     }
 
     /// The gauge of open watches.

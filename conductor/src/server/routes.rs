@@ -18,7 +18,9 @@ use tokio::sync::watch;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 
+use super::HttpLimits;
 use super::answer::Refusal;
+use super::auth::Guard;
 use super::metrics::Metrics;
 use crate::api::{
     BODY_MAX_BYTES, ConductorStatus, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker, Listing, PoolList,
@@ -31,8 +33,8 @@ use crate::record::WorkerState;
 use crate::registry::Registry;
 use crate::store::{LeaseId, Revision, StoreHealth};
 
-/// Time for the body of a request.
-const BODY_TIMEOUT: Duration = Duration::from_secs(10);
+/// The query of those who have no use for transfer metadata.
+const NO_METADATA: &str = "metadata=no";
 /// Lines a watch takes from the mirror at once.
 const WATCH_CHUNK: usize = 256;
 /// How long a watch from a revision that is yet to come waits for it.
@@ -45,6 +47,12 @@ pub(super) struct Shared {
     pub(super) tally: Arc<Tally>,
 }
 
+/// Who gets in, and within which bounds.
+pub(super) struct Entrance {
+    pub(super) guard: Arc<Guard>,
+    pub(super) limits: HttpLimits,
+}
+
 /// What all handlers share.
 pub(super) struct App {
     pub(super) registry: Registry,
@@ -52,6 +60,8 @@ pub(super) struct App {
     leadership: Leadership,
     tally: Arc<Tally>,
     metrics: Metrics,
+    guard: Arc<Guard>,
+    limits: HttpLimits,
     store_kind: &'static str,
     started: Instant,
     stop: CancellationToken,
@@ -61,12 +71,18 @@ impl App {
     pub(super) fn new(
         registry: Registry,
         shared: Shared,
+        entrance: Entrance,
         store_kind: &'static str,
         stop: CancellationToken,
     ) -> Self {
         let (metrics, started) = (Metrics::new(), Instant::now());
         let Shared { mirror, leadership, tally } = shared;
-        Self { registry, mirror, leadership, tally, metrics, store_kind, started, stop }
+        let Entrance { guard, limits } = entrance;
+        Self { registry, mirror, leadership, tally, metrics, guard, limits, store_kind, started, stop }
+    }
+
+    pub(super) fn metrics(&self) -> &Metrics {
+        &self.metrics
     }
 
     /// A store that was never read shows no fleet, which is not the same as an empty one.
@@ -126,9 +142,34 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .route("/metrics", get(metrics))
         .fallback(no_route)
         .method_not_allowed_fallback(no_method)
+        .layer(axum::middleware::from_fn_with_state(app.clone(), admit))
         // Outermost, so that no refusal goes uncounted.
         .layer(axum::middleware::from_fn_with_state(app.clone(), count_refusals))
         .with_state(app)
+}
+
+/// All that is said in plain HTTP where TLS is spoken.
+pub(super) fn plain_router(app: Arc<App>) -> Router {
+    let refuse = || async {
+        let message = "this port speaks TLS: use https://";
+        Answer::<()>(Err(Refusal::invalid("tls_required", message))).into_response()
+    };
+    Router::new()
+        .fallback(refuse)
+        .layer(axum::middleware::from_fn_with_state(app.clone(), count_refusals))
+        .with_state(app)
+}
+
+/// Nothing below `/v1` is done for strangers.
+async fn admit(State(app): AppState, request: Request, next: axum::middleware::Next) -> Response {
+    let path = request.uri().path();
+    if path == "/v1" || path.starts_with("/v1/") {
+        let admitted = app.guard.admit(request.extensions().get(), request.headers());
+        if let Err(refusal) = admitted {
+            return Answer::<()>(Err(refusal)).into_response();
+        }
+    }
+    next.run(request).await
 }
 
 /// Carried by the answers that [`count_refusals`] counts.
@@ -160,11 +201,19 @@ impl<T: IntoResponse> IntoResponse for Answer<T> {
     }
 }
 
-async fn list(State(app): AppState) -> Response {
-    Answer(app.known().map(|()| Json(listing(&app)))).into_response()
+async fn list(State(app): AppState, RawQuery(query): RawQuery) -> Response {
+    let done = app.known().and_then(|()| match query.as_deref() {
+        None => Ok(Json(listing(&app, true))),
+        Some(NO_METADATA) => Ok(Json(listing(&app, false))),
+        Some(_) => {
+            let message = format!("the query must be ?{NO_METADATA}, or none");
+            Err(Refusal::invalid("invalid_query", message))
+        }
+    });
+    Answer(done).into_response()
 }
 
-fn listing(app: &App) -> Listing {
+fn listing(app: &App, metadata: bool) -> Listing {
     let fleet = app.mirror.fleet();
     let told = app.registry.told();
     let ttl = app.registry.lease_ttl();
@@ -173,6 +222,7 @@ fn listing(app: &App) -> Listing {
     let workers = fleet.workers.into_values().map(|record| {
         let told = told.get(&record.worker).filter(|told| told.epoch == record.epoch);
         let load = told.and_then(|told| told.load.clone());
+        let record = if metadata { record } else { record.without_metadata() };
         ListedWorker { load, seen_ms: told.map(|told| millis(told.at.elapsed())), record }
     });
     Listing {
@@ -209,7 +259,7 @@ fn conductors(fleet: &Fleet) -> Vec<ConductorStatus> {
 
 async fn register(State(app): AppState, request: Request) -> Response {
     let done = async {
-        let request: Register = body(request).await?;
+        let request: Register = body(&app, request).await?;
         Ok((StatusCode::CREATED, Json(app.registry.register(request).await?)))
     };
     Answer(done.await).into_response()
@@ -218,7 +268,7 @@ async fn register(State(app): AppState, request: Request) -> Response {
 async fn keep_alive(State(app): AppState, id: PathText, request: Request) -> Response {
     let done = async {
         let worker = name::<WorkerId>(id)?;
-        let request: Keepalive = body(request).await?;
+        let request: Keepalive = body(&app, request).await?;
         Ok(Json(app.registry.keep_alive(&worker, request).await?))
     };
     Answer(done.await).into_response()
@@ -253,7 +303,7 @@ async fn pools(State(app): AppState) -> Response {
 async fn set_replicas(State(app): AppState, pool: PathText, request: Request) -> Response {
     let done = async {
         let pool = name::<PoolName>(pool)?;
-        let Replicas { replicas } = body(request).await?;
+        let Replicas { replicas } = body(&app, request).await?;
         app.registry.set_replicas(&pool, replicas).await?;
         let gone = || Refusal::new(StatusCode::NOT_FOUND, "no_pool", format!("there is no pool {pool}"));
         let mut statuses = app.pools(&app.mirror.fleet()).into_iter();
@@ -291,7 +341,12 @@ async fn no_method(request: Request) -> Response {
 }
 
 async fn watch(State(app): AppState, RawQuery(query): RawQuery) -> Response {
-    let since = number(query.as_deref(), "since");
+    let query = query.as_deref().unwrap_or_default();
+    let (since, metadata) = match query.strip_suffix(NO_METADATA).and_then(|rest| rest.strip_suffix('&')) {
+        Some(rest) => (rest, false),
+        None => (query, true),
+    };
+    let since = number(Some(since), "since");
     // A client that comes from another conductor may have seen more than this one has.
     if let Ok(since) = since {
         app.mirror.shows(since, AHEAD_PATIENCE).await;
@@ -305,7 +360,7 @@ async fn watch(State(app): AppState, RawQuery(query): RawQuery) -> Response {
             return Err(Refusal::invalid("future_revision", message));
         }
         let kind = HeaderValue::from_static("application/x-ndjson");
-        let watcher = Watcher::new(&app, instance, since);
+        let watcher = Watcher::new(&app, instance, since, metadata);
         let lines = stream::unfold(watcher, |mut watcher| async move {
             watcher.next().await.map(|line| (Ok::<Bytes, std::convert::Infallible>(line), watcher))
         });
@@ -321,13 +376,14 @@ struct Watcher {
     stop: CancellationToken,
     instance: String,
     since: Revision,
+    metadata: bool,
     beat_at: Instant,
     ended: bool,
     open: IntGauge,
 }
 
 impl Watcher {
-    fn new(app: &App, instance: String, since: Revision) -> Self {
+    fn new(app: &App, instance: String, since: Revision, metadata: bool) -> Self {
         let open = app.metrics.watches();
         open.inc();
         let mirror = app.mirror.clone();
@@ -337,6 +393,7 @@ impl Watcher {
             mirror,
             stop: app.stop.clone(),
             since,
+            metadata,
             beat_at: Instant::now(),
             ended: false,
             open,
@@ -354,7 +411,7 @@ impl Watcher {
             if Instant::now() >= self.beat_at {
                 return Some(self.beat());
             }
-            match self.mirror.lines(self.since, WATCH_CHUNK) {
+            match self.mirror.lines(self.since, WATCH_CHUNK, self.metadata) {
                 Err(forgotten) => {
                     self.ended = true;
                     return Some(encode_line(&WatchLine::Compacted { revision: forgotten.revision }));
@@ -390,7 +447,20 @@ impl Drop for Watcher {
 }
 
 /// Reads a whole body as JSON, within the limits of size and time.
-async fn body<T: DeserializeOwned>(request: Request) -> Result<T, Refusal> {
+async fn body<T: DeserializeOwned>(app: &App, request: Request) -> Result<T, Refusal> {
+    let kind = request.headers().get(header::CONTENT_TYPE).and_then(|kind| kind.to_str().ok());
+    let essence = kind.map(|kind| kind.split(';').next().unwrap_or(kind).trim());
+    if !essence.is_some_and(|kind| kind.eq_ignore_ascii_case("application/json")) {
+        let message = format!(
+            "the body must come with content-type: application/json, not {}",
+            match essence {
+                Some(kind) => kind.chars().take(100).collect::<String>(),
+                None => "without one".to_owned(),
+            }
+        );
+        return Err(Refusal::new(StatusCode::UNSUPPORTED_MEDIA_TYPE, "unsupported_media_type", message));
+    }
+    let limit = app.limits.body_timeout;
     let too_large = || {
         let message = format!("the body has more than {BODY_MAX_BYTES} bytes");
         Refusal::new(StatusCode::PAYLOAD_TOO_LARGE, "body_too_large", message)
@@ -401,14 +471,14 @@ async fn body<T: DeserializeOwned>(request: Request) -> Result<T, Refusal> {
         return Err(too_large());
     }
     let read = axum::body::to_bytes(request.into_body(), BODY_MAX_BYTES);
-    let bytes = match tokio::time::timeout(BODY_TIMEOUT, read).await {
+    let bytes = match tokio::time::timeout(limit, read).await {
         Ok(Ok(bytes)) => bytes,
         Ok(Err(error)) if is_limit(&error) => return Err(too_large()),
         Ok(Err(error)) => {
             return Err(Refusal::invalid("invalid_body", format!("the body broke off: {error}")));
         }
         Err(_) => {
-            let message = format!("the body did not come within {BODY_TIMEOUT:?}");
+            let message = format!("the body did not come within {limit:?}");
             return Err(Refusal::new(StatusCode::REQUEST_TIMEOUT, "body_too_slow", message));
         }
     };

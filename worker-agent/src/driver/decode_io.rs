@@ -3,7 +3,6 @@
 use std::sync::Arc;
 use std::time::Duration;
 
-use base64::Engine as _;
 use baton_conductor::WorkerRecord;
 use baton_config::HandoffId;
 use baton_config::protocol::{PeerRef, Want};
@@ -213,10 +212,9 @@ async fn session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
 }
 
 /// What a peer published for connecting to it.
-async fn metadata_of(io: &Io, peer: &PeerRef) -> Result<Vec<u8>, PullFault> {
+async fn metadata_of(io: &Io, peer: &PeerRef) -> Result<Arc<[u8]>, PullFault> {
     let record = record_of(io, peer).await.ok_or(PullFault::Stale)?;
-    let metadata = base64::engine::general_purpose::STANDARD.decode(&record.transfer);
-    metadata.map_err(|error| {
+    io.metadata.get(&record).map_err(|error| {
         tracing::warn!(peer = %peer.worker, %error, "the transfer metadata of a peer is no base64");
         PullFault::Refused
     })

@@ -21,7 +21,7 @@ fn record(i: u64, epoch: u64) -> Arc<WorkerRecord> {
         engine: "sim".to_owned(),
         kv: None,
         address: "127.0.0.1:1".to_owned(),
-        transfer: String::new(),
+        transfer: "AAEC".into(),
         state: WorkerState::Ready,
         pid: 1,
     })
@@ -67,6 +67,15 @@ impl Server {
         let worker = record(i, self.revision);
         self.workers.insert(name(i), worker.clone());
         self.log.push((self.revision, Change::Put { worker }));
+    }
+
+    fn set_state(&mut self, i: u64, state: WorkerState) {
+        if let Some(worker) = self.workers.get_mut(&name(i)) {
+            self.revision += 1;
+            Arc::make_mut(worker).state = state;
+            let change = Change::State { worker: name(i), epoch: worker.epoch, state };
+            self.log.push((self.revision, change));
+        }
     }
 
     fn delete(&mut self, i: u64) {
@@ -228,6 +237,11 @@ impl Run {
                 let i = 1 + self.dice.below(6);
                 self.server.delete(i);
             }
+            // Lives go one way: a state that is left does not come back.
+            5 | 6 => {
+                let i = self.dice.below(7);
+                self.server.set_state(i, WorkerState::Draining);
+            }
             _ => {
                 let i = 1 + self.dice.below(6);
                 self.server.put(i);
@@ -298,4 +312,32 @@ fn workers_of_a_former_instance_have_one_ttl_to_come_back() {
     let kept = run.now - listed_at.expect("listed from the new instance");
     assert!(kept >= Duration::from_millis(TTL_MS), "forgotten after {kept:?}");
     assert!(kept < Duration::from_millis(TTL_MS) + Duration::from_secs(2), "kept for {kept:?}");
+}
+
+#[test]
+fn a_state_change_keeps_the_metadata_and_one_of_an_unknown_life_asks_for_a_listing() {
+    let mut run = Run::new(3);
+    while run.open.is_none() {
+        run.step(false);
+    }
+    run.follower.step(run.now);
+    let before = run.view.clone().expect("a view");
+    let line = |revision, epoch| WatchLine::Changes {
+        revision,
+        changes: vec![Change::State { worker: name(0), epoch, state: WorkerState::Draining }],
+    };
+    let epoch = before.workers[&name(0)].epoch;
+    run.follower.line(run.now, line(run.server.revision + 1, epoch));
+    let view = run.follower.take_view().expect("news");
+    let (old, new) = (&before.workers[&name(0)], &view.workers[&name(0)]);
+    assert_eq!(
+        (old.state, new.state),
+        (WorkerState::Ready, WorkerState::Draining),
+        "older views stay as they were"
+    );
+    assert!(Arc::ptr_eq(&old.transfer, &new.transfer), "not sent and not kept twice");
+    assert!(matches!(run.follower.step(run.now), Step::Read { .. }));
+
+    run.follower.line(run.now, line(run.server.revision + 2, Epoch(epoch.0 + 1)));
+    assert!(matches!(run.follower.step(run.now), Step::List { .. }), "something was missed");
 }

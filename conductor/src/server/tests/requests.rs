@@ -1,12 +1,15 @@
 //! Bad input: a precise 4xx with a body, and nothing changed.
 
+use ::http::header;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
 
 use super::*;
 use crate::api::BODY_MAX_BYTES;
 
-fn good() -> Value {
+pub(super) const JSON: &str = "application/json; charset=utf-8";
+
+pub(super) fn good() -> Value {
     json!({
         "worker": "w", "incarnation": "0123456789abcdef0123456789abcdef", "pool": "decode", "role": "decode",
         "model": "tiny", "engine": "reference", "address": "127.0.0.1:1", "transfer": "", "state": "ready", "pid": 1,
@@ -14,7 +17,7 @@ fn good() -> Value {
     })
 }
 
-fn with(key: &str, value: Value) -> Value {
+pub(super) fn with(key: &str, value: Value) -> Value {
     let mut body = good();
     body[key] = value;
     body
@@ -26,7 +29,7 @@ fn kv(key: &str, value: Value) -> Value {
     body
 }
 
-async fn refused(reply: reqwest::Response, what: &str) -> (u16, String) {
+pub(super) async fn refused(reply: reqwest::Response, what: &str) -> (u16, String) {
     let status = reply.status().as_u16();
     let text = reply.text().await.unwrap();
     let body: ErrorBody =
@@ -77,10 +80,17 @@ async fn bad_registrations_are_refused_and_change_nothing() {
         assert_eq!(refused(reply, what).await, (400, code.to_owned()), "{what}");
     }
     for raw in ["", "{", "[]", "null", "\u{0}", "{\"worker\":\"w\",\"worker\":\"x\"}", &"[".repeat(10_000)] {
-        let reply = http.post(&url).body(raw.to_owned()).send().await.unwrap();
+        let reply =
+            http.post(&url).header(header::CONTENT_TYPE, JSON).body(raw.to_owned()).send().await.unwrap();
         assert_eq!(refused(reply, raw).await, (400, "invalid_body".to_owned()));
     }
-    let large = http.post(&url).body("x".repeat(BODY_MAX_BYTES + 1)).send().await.unwrap();
+    let large = http
+        .post(&url)
+        .header(header::CONTENT_TYPE, JSON)
+        .body("x".repeat(BODY_MAX_BYTES + 1))
+        .send()
+        .await
+        .unwrap();
     assert_eq!(refused(large, "a large body").await, (413, "body_too_large".to_owned()));
     assert_eq!(server.listing().await.revision, before.revision, "the store is untouched");
 
@@ -107,9 +117,9 @@ async fn every_other_bad_request_gets_its_own_code() {
         .unwrap();
     let Epoch(epoch) = registered.epoch;
     let ahead = registered.revision + 1000;
-    let keep = |epoch: u64| json!({"epoch": epoch, "state": "ready"}).to_string();
-    let load =
-        json!({"epoch": epoch, "state": "ready", "load": {"last_error": "x".repeat(2000)}}).to_string();
+    let keep = |epoch: u64| json!({"epoch": epoch, "seq": 2, "state": "ready"}).to_string();
+    let load = json!({"epoch": epoch, "seq": 2, "state": "ready", "load": {"last_error": "x".repeat(2000)}})
+        .to_string();
     let none = String::new();
     let cases: Vec<(&str, String, String, u16, &str)> = vec![
         ("POST", "/v1/workers/none/keepalive".into(), keep(epoch), 410, "lease_gone"),
@@ -140,7 +150,8 @@ async fn every_other_bad_request_gets_its_own_code() {
     for (method, path, body, status, code) in cases {
         let method = reqwest::Method::from_bytes(method.as_bytes()).unwrap();
         let what = format!("{method} {path} {body}");
-        let reply = http.request(method, format!("{}{path}", server.url())).body(body).send().await.unwrap();
+        let request = http.request(method, format!("{}{path}", server.url()));
+        let reply = request.header(header::CONTENT_TYPE, JSON).body(body).send().await.unwrap();
         assert_eq!(refused(reply, &what).await, (status, code.to_owned()), "{what}");
     }
     assert_eq!(server.listing().await.revision, before, "the store is untouched");
@@ -160,10 +171,11 @@ async fn every_other_bad_request_gets_its_own_code() {
         assert!(metrics.contains(line), "no {line} in\n{metrics}");
     }
 
-    let drain = json!({"epoch": epoch, "state": "draining"});
+    let drain = json!({"epoch": epoch, "seq": 1, "state": "draining"});
     let keepalive = format!("{}/v1/workers/w/keepalive", server.url());
     assert_eq!(http.post(&keepalive).json(&drain).send().await.unwrap().status(), 200);
-    let back = http.post(&keepalive).body(keep(epoch)).send().await.unwrap();
+    let back =
+        http.post(&keepalive).header(header::CONTENT_TYPE, JSON).body(keep(epoch)).send().await.unwrap();
     assert_eq!(refused(back, "ready after draining").await, (409, "draining_is_final".to_owned()));
     server.stop().await;
 }

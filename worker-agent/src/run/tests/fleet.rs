@@ -270,6 +270,7 @@ impl Fleet {
             },
             advertise: None,
             conductors: vec![format!("http://{}", self.conductor)],
+            conductor_access: baton_config::fleet::ConductorAccess::default(),
             in_flight_max: 256,
             body_max: Bytes(BODY_MAX as u64),
             drain_grace: Duration::from_secs(20),
