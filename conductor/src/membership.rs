@@ -153,6 +153,7 @@ impl Membership {
             drain: watch::channel(false).0,
             leave_timeout: options.leave_timeout,
             seq: 0,
+            instance: String::new(),
             complaints: Complaints::default(),
         };
         keeper.first_join(options.join_timeout).await?;
@@ -242,6 +243,8 @@ struct Keeper {
     leave_timeout: Duration,
     /// Keepalives sent.
     seq: u64,
+    /// Whose data the last view showed.
+    instance: String,
     complaints: Complaints,
 }
 
@@ -281,7 +284,9 @@ impl Keeper {
 
     async fn run(mut self, mut views: watch::Receiver<Arc<crate::View>>, mut leave: mpsc::Receiver<()>) {
         loop {
-            self.watch_drain(&views.borrow_and_update().clone());
+            let view = views.borrow_and_update().clone();
+            self.watch_drain(&view);
+            self.watch_instance(&view);
             let mut turn = None;
             let step = self.lease.step(Instant::now(), &mut turn);
             self.announce(turn);
@@ -391,6 +396,17 @@ impl Keeper {
         let current = *self.epoch.borrow();
         let mine = view.worker(&self.register.worker).map(|w| w.epoch);
         self.note_drain(mine.is_some() && mine == current && view.drain.contains(&self.register.worker));
+    }
+
+    /// A conductor that came back with other data does not know this lease.
+    fn watch_instance(&mut self, view: &crate::View) {
+        if view.stale || view.instance == self.instance {
+            return;
+        }
+        if !self.instance.is_empty() {
+            self.lease.doubt(Instant::now());
+        }
+        self.instance.clone_from(&view.instance);
     }
 
     fn note_drain(&self, drain: bool) {

@@ -22,6 +22,7 @@ mod intents;
 mod metadata;
 mod requests;
 mod several;
+mod thousand;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 

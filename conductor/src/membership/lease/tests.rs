@@ -179,6 +179,33 @@ fn an_answered_ttl_of_zero_means_the_lease_is_gone() {
 }
 
 #[test]
+fn a_holder_in_doubt_asks_soon_and_not_with_all_others() {
+    let now = Instant::now();
+    let mut asks: Vec<Duration> = (0..1000)
+        .map(|seed| {
+            let mut lease = Lease::new(now, 1, Dice::seeded(seed));
+            lease.registered(now, Epoch(7), TTL, TTL / 3);
+            lease.doubt(now);
+            match lease.step(now, &mut None) {
+                Step::Wait { until } => until - now,
+                _ => Duration::ZERO,
+            }
+        })
+        .collect();
+    asks.sort_unstable();
+    assert!(
+        *asks.last().unwrap() <= DOUBT_SPREAD && asks[100] < asks[900] / 2,
+        "{:?} {:?}",
+        asks[100],
+        asks[900]
+    );
+    // Who has no lease has nothing to doubt.
+    let mut out = Lease::new(now, 1, Dice::seeded(1));
+    out.doubt(now);
+    assert!(matches!(out.step(now, &mut None), Step::Register { .. }));
+}
+
+#[test]
 fn a_thousand_that_lose_their_lease_at_once_come_back_spread_out() {
     let now = Instant::now();
     let mut starts: Vec<Duration> = (0..1000)

@@ -129,6 +129,8 @@ on_both!(
     a_leader_that_is_stopped_hands_over_at_once,
     it_does_not_matter_which_conductor_is_asked,
     a_conductor_that_is_behind_waits_for_what_a_client_has_seen,
+    of_two_workers_with_one_name_at_two_conductors_one_is_refused,
+    a_keepalive_is_taken_by_a_conductor_that_never_heard_of_the_worker,
 );
 
 fn leading(listing: &Listing) -> Option<&str> {
@@ -274,4 +276,47 @@ async fn a_conductor_that_is_behind_waits_for_what_a_client_has_seen(store: Shar
     let ahead = crate::http::client().get(format!("{}/v1/watch?since={}", one.url, since + 1)).send().await;
     assert_eq!(ahead.unwrap().status(), 400, "what never happens is refused");
     one.kill();
+}
+
+async fn of_two_workers_with_one_name_at_two_conductors_one_is_refused(store: Shared) {
+    let (one, two) = pair(&store, Duration::from_secs(10)).await;
+    let (near_one, near_two) = (client(&[&one]), client(&[&two]));
+    for round in 0..20 {
+        let name = format!("w{round}");
+        let hosts = [Host::new(), Host::new()];
+        let addresses = hosts.each_ref().map(Host::address);
+        let (first, second) =
+            tokio::join!(join(&near_one, &name, &addresses[0]), join(&near_two, &name, &addresses[1]));
+        let (winner, refused, at) = match (first, second) {
+            (Ok(winner), Err(refused)) => (winner, refused, &addresses[0]),
+            (Err(refused), Ok(winner)) => (winner, refused, &addresses[1]),
+            both => panic!("{name}: {both:?}"),
+        };
+        let JoinError::NameTaken { holder } = refused else { panic!("{name}: {refused:?}") };
+        let epoch = winner.epoch().borrow().unwrap();
+        assert_eq!((holder.epoch, &holder.address), (epoch, at), "{name}");
+        winner.leave().await;
+    }
+    one.kill();
+    two.kill();
+}
+
+async fn a_keepalive_is_taken_by_a_conductor_that_never_heard_of_the_worker(store: Shared) {
+    let (one, two) = pair(&store, Duration::from_secs(10)).await;
+    let http = crate::http::client();
+    let body = requests::good();
+    let reply = http.post(format!("{}/v1/workers", one.url)).json(&body).send().await.unwrap();
+    let registered: Registered = reply.json().await.unwrap();
+    let keepalive = |conductor: &Conductor, seq: u64| {
+        let body = json!({"epoch": registered.epoch, "seq": seq, "state": "ready"});
+        let request = http.post(format!("{}/v1/workers/w/keepalive", conductor.url)).json(&body).send();
+        async move { request.await.unwrap().status() }
+    };
+    assert_eq!(keepalive(&one, 7).await, 200);
+    assert_eq!(keepalive(&one, 7).await, 409);
+    assert_eq!(keepalive(&two, 8).await, 200, "the next one, at a conductor that has not seen the life");
+    assert_eq!(keepalive(&two, 8).await, 409);
+    assert_eq!(keepalive(&one, 9).await, 200, "and back");
+    one.kill();
+    two.kill();
 }
