@@ -199,23 +199,32 @@ pub(crate) struct ConductorUrl {
 #[derive(Debug, clap::Args)]
 #[command(after_help = "Examples:
   baton status
-  baton status --conductor http://127.0.0.1:41173 --json | jq .workers")]
+  baton status --watch
+  baton status --conductor http://127.0.0.1:41173 --json | jq .problems")]
 pub(crate) struct StatusArgs {
     #[command(flatten)]
     pub(crate) conductor: ConductorUrl,
     /// Print one JSON object.
     #[arg(long)]
     pub(crate) json: bool,
+    /// Look again every so many seconds, until Ctrl-C.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) watch: Option<u32>,
 }
 
 #[derive(Debug, clap::Args)]
 #[command(after_help = "The worker takes no new requests, finishes what it has, and leaves.
 
-Example:
-  baton drain decode-1")]
+Examples:
+  baton drain decode-1
+  baton drain decode-1 --wait 60")]
 pub(crate) struct DrainArgs {
     /// Name of the worker.
     pub(crate) worker: WorkerId,
+    /// Wait until it has left, for so many seconds at most, and say on stderr what it waits for; exit code 1 if it is still
+    /// there then.
+    #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "180", value_parser = clap::value_parser!(u32).range(1..=86_400))]
+    pub(crate) wait: Option<u32>,
     #[command(flatten)]
     pub(crate) conductor: ConductorUrl,
 }

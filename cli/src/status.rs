@@ -1,55 +1,76 @@
-//! `baton status`.
+//! `baton status`: what a fleet does, and first of all what is wrong with it.
+//!
+//! The conductor tells who is there, each worker how it is. What is wrong is concluded here, from both.
 
-use std::collections::BTreeMap;
+mod fetch;
+mod problems;
+mod text;
+
+use std::io::IsTerminal;
 use std::time::Duration;
 
-use baton_conductor::api::{Listing, PoolList};
-use baton_conductor::record::WorkerRecord;
+use baton_conductor::api::{ConductorStatus as OneConductor, PoolStatus, StoreStatus};
 use baton_config::environment::Environment;
-use baton_config::protocol::{BlockCounts, PathStatus, WorkerStatus};
+use baton_config::protocol::{BlockCounts, DrainStatus, PathStatus};
 use baton_config::{Epoch, PoolName, Role, WorkerId};
-use futures_util::future::join_all;
-use reqwest::{Client, Method};
 use serde::Serialize;
 
 use crate::args::StatusArgs;
 use crate::failure::Failure;
 use crate::output;
-use crate::remote::{Conductor, block_on, last_cause};
-use crate::table::columns;
+use crate::remote::{Conductor, block_on};
+use problems::{Problem, problems};
 
-/// A worker that does not answer in this time is shown as the conductor knows it.
-const WORKER_TIMEOUT: Duration = Duration::from_secs(1);
+pub(crate) use fetch::ask_worker;
+pub(crate) use text::drain_line;
 
 /// What `--json` prints.
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 struct FleetStatus {
-    conductor: ConductorStatus,
+    conductor: ConductorRow,
+    /// What is wrong, the worst first.
+    problems: Vec<Problem>,
     pools: Vec<PoolRow>,
     workers: Vec<WorkerRow>,
     paths: Vec<PathStatus>,
 }
 
-#[derive(Debug, Serialize)]
-struct ConductorStatus {
+/// The conductor that answered, and what it knows of the others.
+#[derive(Debug, Clone, Serialize)]
+struct ConductorRow {
     url: String,
     store: String,
-    /// Whether the conductor asked runs the reconcilers; the only one of an embedded store always does.
+    /// Whether it leads the reconcilers.
     leader: bool,
-    /// Age of what is shown: nothing is cached between the conductor and this process.
+    /// How long it has not been sure of its store; 0 while it follows.
     view_age_ms: u64,
+    /// Whether it has not been there for a lease's time, so that workers may not have found back yet.
+    warming: bool,
+    /// The lease's time of workers.
+    ttl_ms: u64,
+    store_health: StoreStatus,
+    conductors: Vec<OtherConductor>,
 }
 
-#[derive(Debug, Serialize)]
+/// One of all conductors on the store.
+#[derive(Debug, Clone, Serialize)]
+struct OtherConductor {
+    #[serde(flatten)]
+    known: OneConductor,
+    /// Whether it answered this command.
+    answers: bool,
+}
+
+/// A pool, and why it has the size it has.
+#[derive(Debug, Clone, Serialize)]
 struct PoolRow {
-    name: PoolName,
-    role: Role,
-    desired: u32,
-    ready: u32,
-    draining: u32,
+    #[serde(flatten)]
+    status: PoolStatus,
+    /// Who set the wanted size: `document`, `operator` or `autoscaler`.
+    set_by: &'static str,
 }
 
-#[derive(Debug, Serialize)]
+#[derive(Debug, Clone, Serialize)]
 struct WorkerRow {
     name: WorkerId,
     pool: PoolName,
@@ -62,155 +83,61 @@ struct WorkerRow {
     requests_waiting: u32,
     kv_blocks: BlockCounts,
     last_error: Option<String>,
+    /// How long ago that was.
+    last_error_ago_ms: Option<u64>,
+    /// Since its registration.
+    age_ms: Option<u64>,
+    /// Since its last keepalive at the conductor asked.
+    seen_ms: Option<u64>,
+    /// Since it is in the state that the conductor knows.
+    state_ms: Option<u64>,
+    /// Whether the conductor was told, by it or by an operator, that it drains.
+    draining: bool,
+    /// Percent of its KV blocks that requests hold.
+    kv_percent: u32,
+    /// What it waits for while it drains.
+    drain: Option<DrainStatus>,
+    /// Why it did not answer this command, if it did not.
+    unreachable: Option<String>,
+    /// The life it says that it is in.
+    own_epoch: Option<Epoch>,
 }
 
 pub(crate) fn run(args: &StatusArgs, environment: &Environment) -> Result<(), Failure> {
     let conductor = Conductor::find(&args.conductor, environment)?;
-    let status = block_on(fetch(&conductor))?;
-    if args.json {
+    let Some(seconds) = args.watch else { return show(&conductor, args.json) };
+    let every = Duration::from_secs(seconds.into());
+    block_on(async {
+        loop {
+            if let Err(failure) = look(&conductor, args.json, true).await {
+                output::report(&failure.to_string());
+            }
+            tokio::time::sleep(every).await;
+        }
+    })
+}
+
+fn show(conductor: &Conductor, json: bool) -> Result<(), Failure> {
+    block_on(look(conductor, json, false))
+}
+
+async fn look(conductor: &Conductor, json: bool, again: bool) -> Result<(), Failure> {
+    let mut status = fetch::fetch(conductor).await?;
+    status.problems = problems(&status);
+    if json {
         let json = serde_json::to_string(&status)
             .map_err(|error| Failure::because("the status cannot be written as JSON", &error))?;
         return output::print(&format!("{json}\n"));
     }
-    output::print(&describe(&status))
-}
-
-async fn fetch(conductor: &Conductor) -> Result<FleetStatus, Failure> {
-    let listing: Listing = conductor.ask(conductor.request(Method::GET, "/v1/workers?metadata=no")).await?;
-    let pools: PoolList = conductor.ask(conductor.request(Method::GET, "/v1/pools")).await?;
-    let answers = join_all(listing.workers.iter().map(|w| fetch_worker(conductor.http(), &w.record))).await;
-    let mut paths = BTreeMap::new();
-    let mut workers = Vec::with_capacity(answers.len());
-    for (listed, answer) in listing.workers.iter().zip(answers) {
-        let known = listed.load.clone().unwrap_or_default();
-        let record = &listed.record;
-        let row = |state, running, waiting, kv_blocks, last_error| WorkerRow {
-            name: record.worker.clone(),
-            pool: record.pool.clone(),
-            role: record.role,
-            epoch: record.epoch,
-            state,
-            address: record.address.clone(),
-            pid: record.pid,
-            requests_running: running,
-            requests_waiting: waiting,
-            kv_blocks,
-            last_error,
-        };
-        workers.push(match answer {
-            Ok(told) => {
-                let WorkerStatus { state, requests_running, requests_waiting, kv_blocks, last_error, .. } =
-                    told;
-                for path in told.paths {
-                    merge(&mut paths, path);
-                }
-                row(state, requests_running, requests_waiting, kv_blocks, last_error)
-            }
-            Err(reason) => row(
-                record.state.to_string(),
-                known.requests_running,
-                known.requests_waiting,
-                known.kv_blocks,
-                Some(reason),
-            ),
-        });
-    }
-    let pools = pools.pools.into_iter().map(|pool| PoolRow {
-        name: pool.name,
-        role: pool.role,
-        desired: pool.desired,
-        ready: pool.ready,
-        draining: pool.draining,
-    });
-    Ok(FleetStatus {
-        conductor: ConductorStatus {
-            url: conductor.url.clone(),
-            store: listing.store,
-            leader: true,
-            view_age_ms: 0,
-        },
-        pools: pools.collect(),
-        workers,
-        paths: paths.into_values().collect(),
-    })
-}
-
-/// Keeps one entry a pair: the one that has measured something, from whichever side.
-fn merge(paths: &mut BTreeMap<(WorkerId, WorkerId), PathStatus>, path: PathStatus) {
-    let key = (path.prefill.clone(), path.decode.clone());
-    match paths.get(&key) {
-        Some(known) if known.gb_per_s.is_some() || path.gb_per_s.is_none() => {}
-        _ => {
-            paths.insert(key, path);
-        }
+    let terminal = std::io::stdout().is_terminal();
+    let text = text::describe(&status, terminal);
+    match (again, terminal) {
+        // Clears what the look before left.
+        (true, true) => output::print(&format!("\x1b[H\x1b[2J{text}")),
+        (true, false) => output::print(&format!("{text}\n")),
+        (false, _) => output::print(&text),
     }
 }
 
-async fn fetch_worker(http: &Client, record: &WorkerRecord) -> Result<WorkerStatus, String> {
-    let call = async {
-        let answer =
-            http.get(format!("http://{}/v1/state", record.address)).timeout(WORKER_TIMEOUT).send().await?;
-        answer.error_for_status()?.json::<WorkerStatus>().await
-    };
-    call.await.map_err(|error: reqwest::Error| format!("does not tell its state: {}", last_cause(&error)))
-}
-
-fn describe(status: &FleetStatus) -> String {
-    let row = |cells: &[&str]| cells.iter().map(ToString::to_string).collect::<Vec<_>>();
-    let mut pools = vec![row(&["POOL", "ROLE", "WANTED", "READY", "DRAINING"])];
-    for pool in &status.pools {
-        let PoolRow { name, role, desired, ready, draining } = pool;
-        pools.push(vec![
-            name.to_string(),
-            role.to_string(),
-            desired.to_string(),
-            ready.to_string(),
-            draining.to_string(),
-        ]);
-    }
-    let head =
-        ["WORKER", "STATE", "EPOCH", "ADDRESS", "PID", "RUNNING", "WAITING", "KV BLOCKS IN USE", "CACHED"];
-    let mut workers = vec![row(&head)];
-    for worker in &status.workers {
-        let kv = &worker.kv_blocks;
-        let used = kv.reserved + kv.filling + kv.valid + kv.quarantined;
-        workers.push(vec![
-            worker.name.to_string(),
-            worker.state.clone(),
-            worker.epoch.to_string(),
-            worker.address.clone(),
-            worker.pid.to_string(),
-            worker.requests_running.to_string(),
-            worker.requests_waiting.to_string(),
-            format!("{used} of {}", kv.total()),
-            kv.shared.to_string(),
-        ]);
-    }
-    let ConductorStatus { url, store, .. } = &status.conductor;
-    let mut out = format!("conductor {url}, store {store}\n\n{}\n{}", columns(&pools), columns(&workers));
-    if !status.paths.is_empty() {
-        let mut paths = vec![row(&["PREFILL", "DECODE", "BACKEND", "BANDWIDTH", "LATENCY", "WHY"])];
-        for path in &status.paths {
-            let figure =
-                |value: Option<f64>, unit: &str| value.map_or("-".to_owned(), |v| format!("{v:.2} {unit}"));
-            paths.push(vec![
-                path.prefill.to_string(),
-                path.decode.to_string(),
-                path.backend.clone(),
-                figure(path.gb_per_s, "GB/s"),
-                figure(path.latency_us, "us"),
-                path.reason.clone(),
-            ]);
-        }
-        out.push('\n');
-        out.push_str(&columns(&paths));
-    }
-    for worker in status.workers.iter().filter(|worker| worker.last_error.is_some()) {
-        let error = worker.last_error.as_deref().unwrap_or_default();
-        out.push_str(&format!("\n{}: {error}", worker.name));
-    }
-    if !out.ends_with('\n') {
-        out.push('\n');
-    }
-    out
-}
+#[cfg(test)]
+mod tests;

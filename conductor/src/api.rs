@@ -128,6 +128,12 @@ pub struct ListedWorker {
     /// Milliseconds since the last keepalive that this conductor saw.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub seen_ms: Option<u64>,
+    /// Milliseconds since this conductor first saw this life of it: at most its age.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub known_ms: Option<u64>,
+    /// Milliseconds since this conductor first saw it in this state.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub state_ms: Option<u64>,
 }
 
 /// `GET /v1/workers`: the whole fleet at one revision.
@@ -230,6 +236,12 @@ pub struct PoolStatus {
     pub ready: u32,
     /// Workers by state, and workers asked to drain that have not confirmed it.
     pub draining: u32,
+    /// Milliseconds for which fewer workers than wanted are ready, as far as this conductor has seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub short_ms: Option<u64>,
+    /// Milliseconds for which none is ready although some are wanted, as far as this conductor has seen.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub empty_ms: Option<u64>,
 }
 
 /// One line of `GET /v1/watch`.

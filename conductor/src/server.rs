@@ -23,6 +23,7 @@ use crate::tls::TlsError;
 
 mod answer;
 mod auth;
+mod history;
 mod http;
 mod metrics;
 mod routes;
@@ -214,6 +215,7 @@ async fn serve_on(
 
     tasks.spawn(stop.clone().run_until_cancelled_owned(mirror.clone().follow(store)));
     tasks.spawn(stop.clone().run_until_cancelled_owned(tidy(app.clone())));
+    tasks.spawn(stop.clone().run_until_cancelled_owned(app.clone().remember()));
     tasks.spawn(candidate.run(stop.clone()));
     start_reconcilers(&runner, tasks);
     let rotation = auth::rotate(guard, certificates.clone(), options.limits.rotate_interval);

@@ -1,6 +1,6 @@
 //! The HTTP API: from a request to the registry or the mirror, and back.
 
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use axum::body::Body;
@@ -21,6 +21,7 @@ use tokio_util::sync::CancellationToken;
 use super::HttpLimits;
 use super::answer::Refusal;
 use super::auth::Guard;
+use super::history::History;
 use super::metrics::Metrics;
 use crate::api::{
     BODY_MAX_BYTES, ConductorStatus, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker, Listing, PoolList,
@@ -35,6 +36,8 @@ use crate::store::{LeaseId, Revision, StoreHealth};
 
 /// The query of those who have no use for transfer metadata.
 const NO_METADATA: &str = "metadata=no";
+/// Least time between two looks at how long things have been as they are.
+const REMEMBER_GAP: Duration = Duration::from_millis(100);
 /// Lines a watch takes from the mirror at once.
 const WATCH_CHUNK: usize = 256;
 /// How long a watch from a revision that is yet to come waits for it.
@@ -64,6 +67,7 @@ pub(super) struct App {
     limits: HttpLimits,
     store_kind: &'static str,
     started: Instant,
+    history: Mutex<History>,
     stop: CancellationToken,
 }
 
@@ -78,11 +82,44 @@ impl App {
         let (metrics, started) = (Metrics::new(), Instant::now());
         let Shared { mirror, leadership, tally } = shared;
         let Entrance { guard, limits } = entrance;
-        Self { registry, mirror, leadership, tally, metrics, guard, limits, store_kind, started, stop }
+        let history = Mutex::default();
+        Self {
+            registry,
+            mirror,
+            leadership,
+            tally,
+            metrics,
+            guard,
+            limits,
+            store_kind,
+            started,
+            history,
+            stop,
+        }
     }
 
     pub(super) fn metrics(&self) -> &Metrics {
         &self.metrics
+    }
+
+    /// Remembers since when things are as they are.
+    pub(super) async fn remember(self: Arc<Self>) {
+        let mut head = self.mirror.head();
+        loop {
+            head.borrow_and_update();
+            let fleet = self.mirror.fleet();
+            let pools = self.pools(&fleet);
+            self.history().observe(Instant::now(), &fleet, &pools);
+            // Many changes at once are one look.
+            tokio::time::sleep(REMEMBER_GAP).await;
+            if head.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    fn history(&self) -> MutexGuard<'_, History> {
+        self.history.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// A store that was never read shows no fleet, which is not the same as an empty one.
@@ -99,6 +136,7 @@ impl App {
     }
 
     fn pools(&self, fleet: &Fleet) -> Vec<PoolStatus> {
+        let now = Instant::now();
         let status = |pool: &crate::PoolOptions| {
             let desired = fleet.replicas.get(&pool.name).copied();
             let count = |wanted: WorkerState| {
@@ -107,6 +145,7 @@ impl App {
                     .map(|w| if fleet.drain.contains(&w.worker) { WorkerState::Draining } else { w.state });
                 u32::try_from(states.filter(|state| *state == wanted).count()).unwrap_or(u32::MAX)
             };
+            let (short, empty) = self.history().pool(now, &pool.name);
             PoolStatus {
                 name: pool.name.clone(),
                 role: pool.role,
@@ -117,6 +156,8 @@ impl App {
                 joining: count(WorkerState::Joining),
                 ready: count(WorkerState::Ready),
                 draining: count(WorkerState::Draining),
+                short_ms: short.map(millis),
+                empty_ms: empty.map(millis),
             }
         };
         self.registry.pools().values().map(status).collect()
@@ -214,6 +255,7 @@ async fn list(State(app): AppState, RawQuery(query): RawQuery) -> Response {
 }
 
 fn listing(app: &App, metadata: bool) -> Listing {
+    let now = Instant::now();
     let fleet = app.mirror.fleet();
     let told = app.registry.told();
     let ttl = app.registry.lease_ttl();
@@ -223,7 +265,15 @@ fn listing(app: &App, metadata: bool) -> Listing {
         let told = told.get(&record.worker).filter(|told| told.epoch == record.epoch);
         let load = told.and_then(|told| told.load.clone());
         let record = if metadata { record } else { record.without_metadata() };
-        ListedWorker { load, seen_ms: told.map(|told| millis(told.at.elapsed())), record }
+        let past = app.history().worker(now, &record.worker, record.epoch);
+        let (known, state) = past.unzip();
+        ListedWorker {
+            load,
+            seen_ms: told.map(|told| millis(told.at.elapsed())),
+            known_ms: known.map(millis),
+            state_ms: state.map(millis),
+            record,
+        }
     });
     Listing {
         workers: workers.collect(),

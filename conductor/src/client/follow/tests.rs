@@ -44,7 +44,13 @@ impl Server {
     fn listing(&self) -> Listing {
         let listed = |record: &Arc<WorkerRecord>| {
             // As parsed from JSON: equal, not identical.
-            ListedWorker { record: Arc::new((**record).clone()), load: None, seen_ms: None }
+            ListedWorker {
+                record: Arc::new((**record).clone()),
+                load: None,
+                seen_ms: None,
+                known_ms: None,
+                state_ms: None,
+            }
         };
         Listing {
             instance: self.instance.to_string(),
