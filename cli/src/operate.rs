@@ -35,7 +35,8 @@ async fn wait(conductor: &Conductor, drained: &Drained, patience: Duration) -> R
     let (started, worker) = (Instant::now(), &drained.worker);
     let (mut told, mut told_at) = (None, None);
     loop {
-        let listing = conductor.ask::<Listing>(conductor.request(Method::GET, "/v1/workers")).await;
+        let listing =
+            conductor.ask::<Listing>(conductor.request(Method::GET, "/v1/workers?metadata=no")).await;
         let mut line = None;
         match listing {
             Ok(listing) => {

@@ -107,6 +107,12 @@ impl Conductor {
         self.caller.request(method, &format!("{}{path}", self.url)).timeout(CALL_TIMEOUT)
     }
 
+    /// Whether another conductor answers, in whatever way.
+    pub(crate) async fn answers(&self, url: &str) -> bool {
+        let probe = self.caller.request(Method::GET, &format!("{url}/livez")).timeout(CONNECT_TIMEOUT);
+        url == self.url || probe.send().await.is_ok()
+    }
+
     /// Sends a request and reads a JSON answer; refusals are told in the conductor's words.
     pub(crate) async fn ask<T: DeserializeOwned>(&self, request: RequestBuilder) -> Result<T, Failure> {
         let answer = request.send().await.map_err(|error| self.silent(&error))?;

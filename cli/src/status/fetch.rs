@@ -22,13 +22,10 @@ const ASKED_AT_ONCE: usize = 64;
 
 /// Everything but the problems.
 pub(super) async fn fetch(conductor: &Conductor) -> Result<FleetStatus, Failure> {
-    let listing: Listing = conductor.ask(conductor.request(Method::GET, "/v1/workers")).await?;
+    let listing: Listing = conductor.ask(conductor.request(Method::GET, "/v1/workers?metadata=no")).await?;
     let pools: PoolList = conductor.ask(conductor.request(Method::GET, "/v1/pools")).await?;
     let others = join_all(listing.conductors.iter().map(|other| async {
-        let url = format!("{}/livez", other.url);
-        let answers = other.url == conductor.url
-            || conductor.http().get(url).timeout(WORKER_TIMEOUT).send().await.is_ok();
-        OtherConductor { known: other.clone(), answers }
+        OtherConductor { known: other.clone(), answers: conductor.answers(&other.url).await }
     }));
     let asked = listing.workers.iter().map(|worker| ask_worker(conductor.http(), &worker.record.address));
     let answers = stream::iter(asked).buffered(ASKED_AT_ONCE).collect::<Vec<_>>();
