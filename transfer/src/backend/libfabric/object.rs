@@ -10,12 +10,13 @@
 
 use std::cell::Cell;
 use std::ffi::{CStr, c_char, c_void};
-use std::mem::ManuallyDrop;
-use std::os::fd::RawFd;
+use std::mem::{ManuallyDrop, MaybeUninit};
+use std::os::fd::{BorrowedFd, RawFd};
 use std::ptr::NonNull;
 
 use baton_libfabric_sys::abi::*;
 use baton_libfabric_sys::{Errno, Library, call};
+use rustix::event::{Timespec, epoll};
 
 /// An entry of `fi_getinfo`: what an endpoint will be like.
 pub(super) struct Info {
@@ -292,6 +293,20 @@ impl Queue {
 
     pub(super) fn fid(&self) -> *mut fid {
         self.raw.fid()
+    }
+
+    /// Whether there is input for the library to work on, for libraries whose `fi_trywait` does not look.
+    ///
+    /// Their descriptor is an epoll set with the queue's own signal, which stays up for ever, and the set of the
+    /// connections, which goes by the address of the queue.
+    pub(super) fn has_input(&self) -> bool {
+        let Some(fd) = self.fd else { return false };
+        // SAFETY: the descriptor belongs to this queue, which is open.
+        let set = unsafe { BorrowedFd::borrow_raw(fd) };
+        let mut ready = [const { MaybeUninit::<epoll::Event>::uninit() }; 4];
+        let now = Timespec { tv_sec: 0, tv_nsec: 0 };
+        let Ok((ready, _)) = epoll::wait(set, &mut ready, Some(&now)) else { return false };
+        ready.iter().any(|event| event.data.u64() == self.raw.raw().addr() as u64)
     }
 
     /// Reads what was reported.

@@ -26,6 +26,9 @@ use crate::backend::fabric::driver::{
 };
 use crate::memory::MemorySpan;
 
+/// How often in a row sleep is put off for input: what the library does not take must not keep the thread awake.
+const RESTLESS_MAX: u32 = 4096;
+
 /// Whose queue a completion belongs to.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 enum Owner {
@@ -127,6 +130,8 @@ pub(super) struct LibfabricDriver {
     own_domains: bool,
     /// Polls since the passive queues were read.
     unread: u32,
+    /// How often sleep was put off for input since there was none.
+    restless: u32,
     peers: HashMap<u32, Peer>,
     /// What the library would not close of peers that are disconnected.
     lingering: HashMap<u32, Vec<PeerRail>>,
@@ -159,6 +164,7 @@ impl LibfabricDriver {
             pieces_max,
             own_domains,
             unread: 0,
+            restless: 0,
             info,
             loopback,
             segment,
@@ -184,6 +190,13 @@ impl LibfabricDriver {
     pub(super) fn next_id(&mut self) -> u32 {
         self.next_id = self.next_id.wrapping_add(1);
         self.next_id
+    }
+
+    /// Whether connections have input that no edge will tell of again: one poll takes one message of each.
+    fn has_input(&self) -> bool {
+        let active = self.peers.values().filter(|peer| peer.is_active());
+        let mut queues = active.flat_map(|peer| peer.rails.iter().map(|rail| &rail.endpoint.queue));
+        self.rails.iter().any(|rail| rail.passive.queue.has_input()) || queues.any(|queue| queue.has_input())
     }
 
     /// One descriptor for the queues of all rails, where they have some.
@@ -504,6 +517,12 @@ impl Driver for LibfabricDriver {
         if self.epoll.as_ref().is_some_and(take_edges) {
             return false;
         }
+        if self.own_domains && self.restless < RESTLESS_MAX && self.has_input() {
+            self.restless += 1;
+            self.unread = u32::MAX;
+            return false;
+        }
+        self.restless = 0;
         let peers = &self.peers;
         self.rails.iter().enumerate().all(|(number, rail)| {
             let active = peers.values().filter(|peer| peer.is_active());
