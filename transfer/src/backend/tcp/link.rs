@@ -26,8 +26,10 @@ use crate::wire::{self, Header, Kind, MAX_READ_BLOCKS, WireError};
 const STRIPE_BYTES: u64 = 8 << 20;
 /// Bytes asked for at once; the next request is under way while they arrive.
 const REQUEST_BYTES: u64 = 8 << 20;
-/// How long an answer from this host is looked for before the reader sleeps: about what waking up takes.
+/// How long a short answer from this host is looked for before the reader sleeps: about what waking up takes.
 const SPIN: Duration = Duration::from_micros(5);
+/// Longer answers come in pieces: who sleeps takes several of them at once.
+const SPIN_BYTES: usize = 64 << 10;
 /// Bytes received between two turns of other tasks.
 const YIELD_BYTES: usize = 4 << 20;
 
@@ -187,7 +189,8 @@ impl Stream {
         while received < total {
             let until = blocks.end;
             let mut fill = || receiver.fill(socket.as_fd(), &mut head[headed..head_len], until);
-            let filled = match self.is_local.then(|| spin(&mut fill)).flatten() {
+            let soon = self.is_local && total <= SPIN_BYTES && headed == 0;
+            let filled = match soon.then(|| spin(&mut fill)).flatten() {
                 Some(filled) => filled,
                 None => socket.async_io(Interest::READABLE, fill).await,
             };
