@@ -4,6 +4,7 @@ use std::ffi::OsString;
 use std::time::Duration;
 
 use baton_config::Bytes;
+use baton_transfer::BackendKind;
 use baton_transfer::bench::{self, BenchOptions, Row, Shape};
 
 use crate::args::{Bench, BenchArgs, BenchTransferArgs};
@@ -44,7 +45,10 @@ fn options(args: &BenchTransferArgs) -> BenchOptions {
     options.time_per_shape = Duration::from_secs_f64(args.seconds);
     if !args.backend.is_empty() {
         options.backends.clone_from(&args.backend);
+    } else if args.plugin.is_some() {
+        options.backends = vec![BackendKind::Plugin];
     }
+    options.plugin.clone_from(&args.plugin);
     if args.full {
         options.shapes = Shape::full();
     } else if !args.shape.is_empty() {

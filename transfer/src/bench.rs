@@ -11,15 +11,17 @@ mod peer;
 mod raw;
 
 use std::ffi::OsString;
+use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::{Epoch, HandoffId};
+use baton_config::{Epoch, HandoffId, WorkerId};
 use serde::{Deserialize, Serialize};
 
 pub use self::peer::serve_peer;
 
 use crate::agent::paths::chain;
-use crate::agent::{BackendKind, ConnectError, Integrity, RegisterError, StartError};
+use crate::agent::{AgentOptions, BackendKind, ConnectError, Integrity, RegisterError, StartError};
+use crate::backend::plugin::PluginOptions;
 use crate::error::TransferError;
 use crate::memory::MemoryError;
 
@@ -114,6 +116,8 @@ pub struct BenchOptions {
     pub time_per_shape: Duration,
     /// TCP streams of the session.
     pub streams: usize,
+    /// The shared object of [`BackendKind::Plugin`].
+    pub plugin: Option<PathBuf>,
     /// Arguments that make this program run [`serve_peer`].
     pub peer_arguments: Vec<OsString>,
 }
@@ -127,6 +131,7 @@ impl BenchOptions {
             ops: vec![Op::Read, Op::Write],
             time_per_shape: Duration::from_secs(1),
             streams: 2,
+            plugin: None,
             peer_arguments,
         }
     }
@@ -232,12 +237,12 @@ pub struct Report {
 pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
     let spread = options.shapes.iter().map(|shape| shape.spread()).max().unwrap_or(1);
     let backends = options.backends.iter().map(|backend| backend.as_str().to_owned()).collect();
-    let wanted = peer::Wanted { region_bytes: spread, backends };
+    let wanted = peer::Wanted { region_bytes: spread, backends, plugin: options.plugin.clone() };
     let mut peer = peer::Peer::spawn(&options.peer_arguments, &wanted).await?;
     let memory = measure::Memory::new(spread)?;
     let mut report = Report::default();
     for backend in options.backends.iter().copied() {
-        let bench = match measure::Bench::start(&peer, backend, &memory, options.streams).await {
+        let bench = match measure::Bench::start(&peer, backend, &memory, &options).await {
             Ok(bench) => bench,
             Err(BenchError::Connect(error)) => {
                 report.skipped.push(Skipped { backend, reason: reason(backend, &error) });
@@ -265,6 +270,14 @@ pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
 fn reason(backend: BackendKind, error: &ConnectError) -> String {
     let ConnectError::Link { tried, .. } = error else { return error.to_string() };
     tried.strip_prefix(&format!("{backend}: ")).unwrap_or(tried).to_owned()
+}
+
+/// The options of an agent of either process.
+fn agent_options(worker: WorkerId, backends: Vec<BackendKind>, plugin: Option<&PathBuf>) -> AgentOptions {
+    let mut options = AgentOptions::new(worker);
+    options.backends = backends;
+    options.plugin = plugin.map(|path| PluginOptions { path: path.clone(), bind: None });
+    options
 }
 
 fn integrity_name(integrity: Integrity) -> &'static str {

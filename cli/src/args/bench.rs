@@ -1,5 +1,7 @@
 //! What `baton bench` is asked to do.
 
+use std::path::PathBuf;
+
 use baton_config::Bytes;
 use baton_transfer::BackendKind;
 use baton_transfer::bench::{Op, Shape};
@@ -29,6 +31,7 @@ processes. A backend that cannot be opened is named with the reason.
 Examples:
   baton bench transfer
   baton bench transfer --backend tcp,ucx --shape 64x4KiB --shape 32x1MiB --seconds 3
+  baton bench transfer --plugin ./libbaton_cma.so
   baton bench transfer --full --json > transfer.jsonl"
 )]
 pub(crate) struct BenchTransferArgs {
@@ -38,6 +41,9 @@ pub(crate) struct BenchTransferArgs {
     /// Backends, in the order of the rows [default: all but plugin].
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = backend)]
     pub(crate) backend: Vec<BackendKind>,
+    /// The shared object of a plugin, for `--backend plugin`; alone, only it is measured.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) plugin: Option<PathBuf>,
     /// Blocks and bytes of each, such as 64x4KiB [default: a dozen, from 1x4KiB to 16x4MiB].
     #[arg(long, value_name = "BLOCKSxBYTES", value_parser = shape)]
     pub(crate) shape: Vec<Shape>,

@@ -8,8 +8,11 @@ use tokio_util::task::TaskTracker;
 
 use super::peer::{Peer, own_cpu};
 use super::raw::Raw;
-use super::{BenchError, HANDOFF, Op, PEER_EPOCH, PEER_NAME, Row, Shape, fill, integrity_name};
-use crate::agent::{Agent, AgentOptions, BackendKind, Integrity, RegionId};
+use super::{
+    BenchError, BenchOptions, HANDOFF, Op, PEER_EPOCH, PEER_NAME, Row, Shape, agent_options, fill,
+    integrity_name,
+};
+use crate::agent::{Agent, BackendKind, Integrity, RegionId};
 use crate::digest::{DigestSeed, block_digest};
 use crate::memory::{HostMemory, MemoryError};
 use crate::session::{BlockRead, BlockWrite, Descriptor, Expected, Prepared, Session, Target};
@@ -76,10 +79,10 @@ impl Bench {
         peer: &Peer,
         backend: BackendKind,
         memory: &Memory,
-        streams: usize,
+        options: &BenchOptions,
     ) -> Result<Self, BenchError> {
-        let off = connect(peer, backend, Integrity::Off, streams).await?;
-        let digest = connect(peer, backend, Integrity::Digest, streams).await?;
+        let off = connect(peer, backend, Integrity::Off, options).await?;
+        let digest = connect(peer, backend, Integrity::Digest, options).await?;
         let raw = Raw::new(backend, &peer.ready, &memory.twin).map_err(BenchError::io("the raw probe"))?;
         Ok(Self(Arc::new(Inner {
             backend,
@@ -248,13 +251,12 @@ async fn connect(
     peer: &Peer,
     backend: BackendKind,
     integrity: Integrity,
-    streams: usize,
+    bench: &BenchOptions,
 ) -> Result<(Agent, Session), BenchError> {
     let name = |text: &str| text.parse().map_err(|_| BenchError::Peer(text.to_owned()));
-    let mut options = AgentOptions::new(name("bench")?);
-    options.backends = vec![backend];
+    let mut options = agent_options(name("bench")?, vec![backend], bench.plugin.as_ref());
     options.integrity = integrity;
-    options.streams = streams;
+    options.streams = bench.streams;
     let agent = Agent::start(options).await?;
     let session = agent.connect(&name(PEER_NAME)?, PEER_EPOCH, &peer.ready.metadata).await?;
     Ok((agent, session))

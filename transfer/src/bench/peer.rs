@@ -6,6 +6,7 @@
 use std::ffi::OsString;
 use std::io::{BufRead, Write};
 use std::net::SocketAddr;
+use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -13,8 +14,8 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
-use super::{BenchError, HANDOFF, PEER_EPOCH, PEER_NAME, fill, raw};
-use crate::agent::{Agent, AgentOptions, BackendKind, RegionId};
+use super::{BenchError, HANDOFF, PEER_EPOCH, PEER_NAME, agent_options, fill, raw};
+use crate::agent::{Agent, BackendKind, RegionId};
 use crate::memory::HostMemory;
 use crate::session::Descriptor;
 
@@ -23,6 +24,7 @@ use crate::session::Descriptor;
 pub(super) struct Wanted {
     pub(super) region_bytes: usize,
     pub(super) backends: Vec<String>,
+    pub(super) plugin: Option<PathBuf>,
 }
 
 /// What a peer says once it serves.
@@ -102,17 +104,15 @@ pub async fn serve_peer() -> Result<(), BenchError> {
         Ok(line)
     });
     let line = line.await?;
-    let Wanted { region_bytes, backends } =
+    let Wanted { region_bytes, backends, plugin } =
         serde_json::from_str(line.trim()).map_err(|_| BenchError::Peer(line))?;
     let (memory, scratch) =
         (HostMemory::allocate(region_bytes, "bench")?, HostMemory::allocate(region_bytes, "bench scratch")?);
     fill(&memory);
     scratch.prefault()?;
     let name = PEER_NAME.parse().map_err(|_| BenchError::Peer(PEER_NAME.to_owned()))?;
-    let mut options = AgentOptions::new(name);
-    options.backends =
-        BackendKind::ALL.into_iter().filter(|kind| backends.iter().any(|b| b == kind.as_str())).collect();
-    let agent = Agent::start(options).await?;
+    let kinds = BackendKind::ALL.into_iter().filter(|kind| backends.iter().any(|b| b == kind.as_str()));
+    let agent = Agent::start(agent_options(name, kinds.collect(), plugin.as_ref())).await?;
     agent.set_epoch(PEER_EPOCH);
     let region = agent.register(memory.clone())?;
     let scratch_region = agent.register(scratch.clone())?;
