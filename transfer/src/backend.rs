@@ -231,7 +231,7 @@ impl Link {
         match self {
             Self::Tcp(link) => Box::pin(link.write(job)),
             Self::Fabric(link) => Box::pin(link.write(job)),
-            Self::Shm(_) => Box::pin(async { Err(Fault::Refused(Refusal::Unreachable)) }),
+            Self::Shm(link) => Box::pin(link.write(job)),
         }
     }
 

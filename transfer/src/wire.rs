@@ -131,10 +131,14 @@ pub enum Kind {
     /// It was queued.
     Notified = 23,
     /// Announces blocks, which follow as `Data` or, on a control connection, were written through windows:
-    /// [`control::Write`].
+    /// [`control::Write`]. Over a Unix socket they are copied from memory that was lent: [`control::Take`].
     Write = 24,
     /// They are in place and verified.
     Written = 25,
+    /// Lends memory of who writes, to be copied from (Unix socket only): [`control::Lend`]. A file comes after the answer.
+    Lend = 26,
+    /// The answer to what says no more than that it was done (Unix socket only).
+    Lent = 27,
     /// Asks where a region is (Unix socket only): its number, or 0 for the control memory.
     Locate = 28,
     /// Where it is: its address in the owner and its length. Also the answer to [`Kind::Map`] of what cannot be mapped.
@@ -142,7 +146,7 @@ pub enum Kind {
 }
 
 impl Kind {
-    const ALL: [Self; 27] = [
+    const ALL: [Self; 29] = [
         Self::Hello,
         Self::Welcome,
         Self::Refused,
@@ -168,6 +172,8 @@ impl Kind {
         Self::Notified,
         Self::Write,
         Self::Written,
+        Self::Lend,
+        Self::Lent,
         Self::Locate,
         Self::Located,
     ];
@@ -188,7 +194,9 @@ impl Kind {
             | Self::Confirmed
             | Self::Fenced
             | Self::Notified
+            | Self::Lent
             | Self::Written => 0,
+            Self::Lend => control::LEND_BYTES,
             Self::Read | Self::Confirm => READ_MAX_BYTES,
             Self::Data => return MAX_READ_BYTES,
             Self::Map | Self::Locate => 4,
@@ -217,6 +225,7 @@ impl Kind {
                 | Self::Data
                 | Self::Mapped
                 | Self::Located
+                | Self::Lent
                 | Self::Challenge
                 | Self::Attached
                 | Self::KeyIs

@@ -9,6 +9,9 @@
 //! address in the owner (`process_vm_readv`, [`cma`]): as a backend of its own (`cma`) for every region, or under `shm` for the
 //! regions that need it. Everything else is the same.
 //!
+//! A write goes the same way round: the writer lends its memory, and the owner of the granted ranges copies from it
+//! ([`take`]), so that nobody but the owner ever writes there.
+//!
 //! A grant is checked by handoff here, not by range: a process that may map a region can read all of it. That is
 //! why only processes of the same user are let in.
 
@@ -17,6 +20,7 @@ pub(crate) mod control;
 pub(crate) mod link;
 mod pass;
 pub(crate) mod serve;
+mod take;
 
 use std::os::linux::net::SocketAddrExt;
 use std::os::unix::net::SocketAddr;

@@ -24,7 +24,11 @@ pub(super) const WINDOW_IS_MAX_BYTES: usize =
     4 + MAX_WINDOWS * (8 + DESCRIPTOR_BYTES + 8 + 4 + KEY_MAX_BYTES);
 pub(super) const NOTIFY_MAX_BYTES: usize = HANDOFF_BYTES + MAX_NOTIFICATION_BYTES;
 const DIGEST_BYTES: usize = 8;
-pub(super) const WRITE_MAX_BYTES: usize =
+/// Most memories that one writer lends at once.
+pub const MAX_LENT: u8 = 8;
+pub(super) const LEND_BYTES: usize = 2 + 8 + 8 + 8 + 16;
+pub(super) const WRITE_MAX_BYTES: usize = 1 + 4 + MAX_READ_BLOCKS * 8 + ANNOUNCE_MAX_BYTES;
+const ANNOUNCE_MAX_BYTES: usize =
     HANDOFF_BYTES + 4 + 2 + MAX_WINDOWS * 8 + MAX_READ_BLOCKS * (DESCRIPTOR_BYTES + DIGEST_BYTES);
 
 /// Makes the endpoint of a fabric known to the peer, which answers with its own.
@@ -323,7 +327,7 @@ impl Write {
         debug_assert!(self.blocks.len() <= MAX_READ_BLOCKS, "requests are bounded");
         debug_assert!(self.digests.is_empty() || self.digests.len() == self.blocks.len());
         debug_assert!(self.windows.len() <= MAX_WINDOWS, "windows are bounded");
-        let mut bytes = Vec::with_capacity(WRITE_MAX_BYTES.min(32 + self.blocks.len() * 24));
+        let mut bytes = Vec::with_capacity(ANNOUNCE_MAX_BYTES.min(32 + self.blocks.len() * 24));
         bytes.extend_from_slice(&self.handoff.0.to_le_bytes());
         bytes.extend_from_slice(&self.first.to_le_bytes());
         bytes.push(u8::from(!self.digests.is_empty()));
@@ -341,7 +345,7 @@ impl Write {
     /// # Errors
     /// When it is cut, too long, writes nothing, empty blocks, or more than one request may.
     pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
-        if bytes.len() > WRITE_MAX_BYTES {
+        if bytes.len() > ANNOUNCE_MAX_BYTES {
             return Err(WireError::Long);
         }
         let mut fields = Fields(bytes);
@@ -368,6 +372,92 @@ impl Write {
         let blocks = take_blocks(&mut fields, count)?;
         let digests = (0..if verify { count } else { 0 }).map(|_| fields.u64()).collect::<Result<_, _>>()?;
         fields.end(Self { handoff, first, blocks, digests, windows })
+    }
+}
+
+/// Lends memory to the owner of granted ranges, who copies from it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub struct Lend {
+    /// Below [`MAX_LENT`]; what had the number before is given back.
+    pub number: u8,
+    /// Whether its file follows.
+    pub has_file: bool,
+    /// Where it is in the process of who lends it.
+    pub address: u64,
+    /// Bytes.
+    pub len: u64,
+    /// Where in that process to find `witness`, by which the process is told from any other.
+    pub witness_at: u64,
+    /// Random.
+    pub witness: u128,
+}
+
+impl Lend {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        let mut bytes = vec![self.number, u8::from(self.has_file)];
+        for word in [self.address, self.len, self.witness_at] {
+            bytes.extend_from_slice(&word.to_le_bytes());
+        }
+        bytes.extend_from_slice(&self.witness.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut or too long, or its numbers make no sense.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let [number, has_file] = fields.take()?;
+        let (address, len, witness_at) = (fields.u64()?, fields.u64()?, fields.u64()?);
+        let witness = fields.u128()?;
+        if number >= MAX_LENT || has_file > 1 || len == 0 || address.checked_add(len).is_none() {
+            return Err(WireError::Field);
+        }
+        fields.end(Self { number, has_file: has_file == 1, address, len, witness_at, witness })
+    }
+}
+
+/// Asks the owner of granted ranges to copy blocks there out of memory that was lent.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Take {
+    /// The number of the memory.
+    pub number: u8,
+    /// Where each block begins in it.
+    pub from: Vec<u64>,
+    /// The blocks.
+    pub write: Write,
+}
+
+impl Take {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        debug_assert_eq!(self.from.len(), self.write.blocks.len());
+        let mut bytes = vec![self.number];
+        bytes.extend_from_slice(&(self.from.len() as u32).to_le_bytes());
+        bytes.extend(self.from.iter().flat_map(|from| from.to_le_bytes()));
+        bytes.extend(self.write.encode());
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// As [`Write::decode`], or when there are not as many places as blocks.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let [number] = fields.take()?;
+        let count = fields.u32()? as usize;
+        if count > MAX_READ_BLOCKS {
+            return Err(WireError::Long);
+        }
+        let from = (0..count).map(|_| fields.u64()).collect::<Result<Vec<_>, _>>()?;
+        let write = Write::decode(fields.rest())?;
+        match number < MAX_LENT && write.blocks.len() == count {
+            true => Ok(Self { number, from, write }),
+            false => Err(WireError::Field),
+        }
     }
 }
 

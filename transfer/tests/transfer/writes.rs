@@ -26,6 +26,10 @@ fn writes(region: RegionId, count: usize, len: u32) -> Vec<BlockWrite> {
     (0..count).map(block).collect()
 }
 
+fn over_tcp(worker: &str) -> AgentOptions {
+    AgentOptions { backends: vec![BackendKind::Tcp], ..AgentOptions::new(name(worker)) }
+}
+
 struct Pair {
     owner: Owner,
     writer: Agent,
@@ -52,7 +56,7 @@ async fn pair_with(owner: AgentOptions, writer: AgentOptions, proxy: Option<&Pro
 }
 
 async fn pair(bytes: usize) -> Pair {
-    pair_with(AgentOptions::new(name(OWNER)), AgentOptions::new(name("prefill-3")), None, bytes).await
+    pair_with(over_tcp(OWNER), over_tcp("prefill-3"), None, bytes).await
 }
 
 impl Pair {
@@ -85,7 +89,7 @@ fn refusal(outcome: Result<(), TransferError>) -> Refusal {
 async fn blocks_are_written_to_their_places_and_nowhere_else() {
     let token = Some(Token::from_file_bytes(b"k7Jw0pQx9ZfLr2TnVb5Ys8HdMc3Ge6Ua").unwrap());
     for auth in [None, token] {
-        let with = |worker: &str| AgentOptions { auth: auth.clone(), ..AgentOptions::new(name(worker)) };
+        let with = |worker: &str| AgentOptions { auth: auth.clone(), ..over_tcp(worker) };
         let pair = pair_with(with(OWNER), with("prefill-3"), None, 64 << 20).await;
         let mut bytes = 0;
         for (count, len) in [(1, 1), (64, 4096), (3000, 700), (28, 1 << 20)] {
@@ -103,8 +107,8 @@ async fn blocks_are_written_to_their_places_and_nowhere_else() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn blocks_are_written_over_every_fabric_that_opens_here() {
-    for backend in each().await.into_iter().filter(|backend| *backend > BackendKind::Cma) {
+async fn blocks_are_written_over_everything_that_opens_here() {
+    for backend in each().await {
         let with = |worker: &str| AgentOptions { backends: vec![backend], ..AgentOptions::new(name(worker)) };
         let pair = pair_with(with(OWNER), with("prefill-3"), None, 64 << 20).await;
         assert_eq!(pair.session.path().backend, backend);
@@ -116,6 +120,57 @@ async fn blocks_are_written_over_every_fabric_that_opens_here() {
             timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
             assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted, "{backend}");
             pair.target.write(0, &vec![0; 64 << 20]);
+        }
+    }
+}
+
+/// Over mapped memory and over memory that the kernel copies: what is lent is taken as it is now, also when other memory
+/// lies where it was, and more of it than one connection remembers.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_of_this_host_is_lent_and_copied_by_the_owner() {
+    for backend in [BackendKind::Shm, BackendKind::Cma] {
+        let with = |worker: &str| AgentOptions { backends: vec![backend], ..AgentOptions::new(name(worker)) };
+        let pair = pair_with(with(OWNER), with("prefill-3"), None, 1 << 20).await;
+        if pair.session.path().backend != backend {
+            eprintln!("skipped: no {backend} here");
+            continue;
+        }
+        let blocks = pair.granted(8, 4096);
+        let mut kept = Vec::new();
+        for round in 0..20 {
+            let source = memory(1 << 20);
+            source.write(0, &pattern(round, 1 << 20));
+            pair.session.write(HANDOFF, &blocks, &source, deadline()).await.unwrap();
+            for block in &blocks {
+                let wanted = pattern(round + block.from, block.to.len);
+                assert!(bytes_at(&pair.target, block.to.offset as usize, block.to.len) == wanted);
+            }
+            if round % 3 == 0 {
+                kept.push(source);
+            }
+        }
+        // Reads over the same connection go on beside writes.
+        let read = pair.owner.granted(4, 100);
+        let into = memory(4096);
+        pair.session.read(HANDOFF, &read, Destination::Memory(&into), deadline()).await.unwrap();
+        assert_in_place(&into, &read);
+        // The end of a grant waits for nobody, and nothing comes after it.
+        let (long, short) = (pair.granted(1, 400_000), pair.granted(100, 4096));
+        for blocks in [long, short] {
+            pair.owner.agent.grant_write(HANDOFF, &blocks.iter().map(|block| block.to).collect::<Vec<_>>());
+            let revoke = async {
+                tokio::time::sleep(Duration::from_micros(50)).await;
+                timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
+                pair.target.write(0, &vec![0xee; 1 << 20]);
+            };
+            let (_, ()) = tokio::join!(pair.write(&blocks), revoke);
+            assert!(bytes_at(&pair.target, 0, 1 << 20).iter().all(|byte| *byte == 0xee), "{backend}");
+            let again = pair.write(&blocks).await;
+            let again =
+                if let Err(TransferError::Link { .. }) = again { pair.write(&blocks).await } else { again };
+            assert!(again.is_err(), "{backend}: written without a grant");
+            pair.granted(100, 4096);
+            pair.granted(1, 400_000);
         }
     }
 }
@@ -199,7 +254,7 @@ async fn bytes_changed_on_the_way_do_not_count() {
     let proxy = Proxy::start().await;
     let mut owner = AgentOptions::new(name(OWNER));
     owner.advertise = Some(proxy.address);
-    let writer = AgentOptions { backends: vec![BackendKind::Tcp], ..AgentOptions::new(name("prefill-3")) };
+    let writer = over_tcp("prefill-3");
     let pair = pair_with(owner, writer, Some(&proxy), 1 << 20).await;
     let blocks = pair.granted(10, 20_000);
     proxy.set(Mode::FlipUpstreamOnce(HEADER_BYTES * 6 + 100_000));
@@ -215,7 +270,7 @@ async fn a_revoked_write_lands_nowhere_once_that_is_settled() {
     let proxy = Proxy::start().await;
     let mut owner = AgentOptions::new(name(OWNER));
     owner.advertise = Some(proxy.address);
-    let writer = AgentOptions { backends: vec![BackendKind::Tcp], ..AgentOptions::new(name("prefill-3")) };
+    let writer = over_tcp("prefill-3");
     let pair = pair_with(owner, writer, Some(&proxy), 16 << 20).await;
     let blocks = pair.granted(100, 64 << 10);
     proxy.set(Mode::HoldUpstream(1 << 20));
@@ -245,7 +300,7 @@ async fn a_revoked_write_lands_nowhere_once_that_is_settled() {
 async fn notifications_come_after_the_writes_before_them_and_have_limits() {
     let mut owner = AgentOptions::new(name(OWNER));
     owner.limits.notifications = 32;
-    let pair = pair_with(owner, AgentOptions::new(name("prefill-3")), None, 16 << 20).await;
+    let pair = pair_with(owner, over_tcp("prefill-3"), None, 16 << 20).await;
     let notifications = pair.owner.agent.notifications();
     let blocks = pair.granted(100, 64 << 10);
     let posted = pair.session.prepare_write(HANDOFF, blocks.clone(), pair.source.clone()).unwrap();

@@ -1,5 +1,7 @@
 //! The reading side of `shm` and `cma`: copies out of a peer's mapped memory, or has the kernel do so.
 
+mod write;
+
 use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
@@ -15,6 +17,7 @@ use tokio::net::UnixStream;
 use tokio::sync::Mutex;
 use tokio::time::{Instant, timeout};
 
+use self::write::Lendings;
 use super::cma::{self, Batch};
 use super::control::{INCARNATION_AT, PeerControl, Shown};
 use super::pass::{self, Passed};
@@ -107,20 +110,33 @@ enum Pause {
 struct Requests {
     stream: UnixStream,
     next_seq: u64,
+    lendings: Box<Lendings>,
 }
 
 impl Requests {
     /// Asks for a region, to map it or for its place.
     async fn ask(&mut self, kind: Kind, id: RegionId, epoch: Epoch) -> Result<Passed, Fault> {
+        let seq = self.send(kind, epoch, &id.0.to_le_bytes()).await?;
+        self.answer(seq).await?
+    }
+
+    /// Sends a request; its number.
+    async fn send(&mut self, kind: Kind, epoch: Epoch, payload: &[u8]) -> Result<u64, Fault> {
         let seq = self.next_seq;
         self.next_seq += 1;
-        let frame = wire::encode_frame(kind, epoch, seq, &id.0.to_le_bytes());
+        let frame = wire::encode_frame(kind, epoch, seq, payload);
         self.stream.write_all(&frame).await.map_err(LinkError::io("asking for memory"))?;
+        Ok(seq)
+    }
+
+    /// Receives the answer to a request, which may be a refusal.
+    async fn answer(&mut self, seq: u64) -> Result<Result<Passed, Fault>, Fault> {
+        const ANSWERS: [Kind; 4] = [Kind::Mapped, Kind::Located, Kind::Lent, Kind::Written];
         loop {
-            let (header, passed) = pass::receive(&self.stream, &[Kind::Mapped, Kind::Located]).await?;
-            // An earlier answer belongs to a read that was dropped while it waited.
+            let (header, passed) = pass::receive(&self.stream, &ANSWERS).await?;
+            // An earlier answer belongs to a read or a write that was dropped while it waited.
             if header.seq == seq {
-                return passed;
+                return Ok(passed);
             }
         }
     }
@@ -139,7 +155,8 @@ impl ShmLink {
             let memory = PeerMemory::map(file, len, "a peer's control").map_err(LinkError::Memory)?;
             let control = PeerControl::new(memory).ok_or(LinkError::Closed)?;
             let life = stream.as_fd().try_clone_to_owned().map_err(LinkError::io("keeping its socket"))?;
-            let requests = Mutex::new(Requests { stream, next_seq: 1 });
+            let lendings = Lendings::new().map(Box::new).map_err(LinkError::io("asking for random bytes"))?;
+            let requests = Mutex::new(Requests { stream, next_seq: 1, lendings });
             let (regions, process) = (RwLock::default(), OnceLock::new());
             let link = Self {
                 pair: pair.clone(),
@@ -350,7 +367,7 @@ impl ShmLink {
         self.find_process(requests).await?;
         match requests.ask(Kind::Locate, id, epoch).await? {
             Passed::Place(place) => Ok(PeerRegion::Located(place)),
-            Passed::File(..) => Err(Fault::protocol(WireError::Kind)),
+            Passed::File(..) | Passed::Done(_) => Err(Fault::protocol(WireError::Kind)),
         }
     }
 

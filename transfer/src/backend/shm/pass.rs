@@ -42,6 +42,8 @@ pub(crate) enum Passed {
     File(OwnedFd, usize),
     /// Where the memory is in its owner.
     Place(RemoteRange),
+    /// What was asked for is done: an answer that says no more.
+    Done(Kind),
 }
 
 /// Bytes of the longest answer.
@@ -67,7 +69,11 @@ pub(crate) async fn receive(
             if header.kind == Kind::Refused {
                 return Ok((header, Err(Fault::refused(&header))));
             }
-            let len = if header.kind == Kind::Located { 16 } else { 8 };
+            let len = match header.kind {
+                Kind::Located => 16,
+                Kind::Lent | Kind::Written => 0,
+                _ => 8,
+            };
             if !wanted.contains(&header.kind) || header.len != len {
                 return Err(Fault::protocol(WireError::Kind));
             }
@@ -80,6 +86,9 @@ pub(crate) async fn receive(
     header.verify(head, payload).map_err(Fault::protocol)?;
     if header.kind == Kind::Located {
         return Ok((header, Ok(Passed::Place(decode_place(payload).map_err(Fault::protocol)?))));
+    }
+    if matches!(header.kind, Kind::Lent | Kind::Written) {
+        return Ok((header, Ok(Passed::Done(header.kind))));
     }
     let len = decode_len(payload).map_err(Fault::protocol)?;
     let len = usize::try_from(len).map_err(|_| Fault::protocol(WireError::Field))?;

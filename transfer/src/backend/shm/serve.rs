@@ -7,6 +7,7 @@ use tokio::io::AsyncWriteExt;
 use tokio::net::{UnixListener, UnixStream};
 use tokio::time::timeout;
 
+use super::take::AllLent;
 use super::{CONTROL, pass};
 use crate::agent::RegionId;
 use crate::agent::server::{Denial, Life, Server};
@@ -37,7 +38,8 @@ pub(crate) async fn listen(server: Arc<Server>, listener: UnixListener) {
             continue;
         };
         let Ok(slot) = Arc::clone(&server.connections).try_acquire_owned() else { continue };
-        let mut connection = Connection { server: Arc::clone(&server), stream, frames: FrameReader::new() };
+        let (frames, lent) = (FrameReader::new(), AllLent::default());
+        let mut connection = Connection { server: Arc::clone(&server), stream, frames, lent };
         server.tasks.spawn(async move {
             if let Err(error) = connection.run().await {
                 if let LinkError::Protocol(error) = &error {
@@ -50,10 +52,11 @@ pub(crate) async fn listen(server: Arc<Server>, listener: UnixListener) {
     }
 }
 
-struct Connection {
-    server: Arc<Server>,
-    stream: UnixStream,
+pub(super) struct Connection {
+    pub(super) server: Arc<Server>,
+    pub(super) stream: UnixStream,
     frames: FrameReader,
+    pub(super) lent: AllLent,
 }
 
 impl Connection {
@@ -69,8 +72,17 @@ impl Connection {
                 frame = self.frames.next(&mut self.stream) => frame?,
             };
             let Some((header, payload)) = frame else { return Ok(()) };
-            if !matches!(header.kind, Kind::Map | Kind::Locate) {
-                return Err(LinkError::Protocol(WireError::Kind));
+            match header.kind {
+                Kind::Map | Kind::Locate => {}
+                Kind::Lend => {
+                    self.lend(&life, header.seq, &payload).await?;
+                    continue;
+                }
+                Kind::Write => {
+                    self.take(&life, &header, &payload).await?;
+                    continue;
+                }
+                _ => return Err(LinkError::Protocol(WireError::Kind)),
             }
             let region = wire::decode_map(&payload).map_err(LinkError::Protocol)?;
             match self.memory(header.kind, region) {
@@ -133,7 +145,7 @@ impl Connection {
         self.stream.write_all(&frame).await.map_err(LinkError::io("saying where memory is"))
     }
 
-    async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
+    pub(super) async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
         let bytes = denial.header(self.server.epoch(), seq).encode(&[]);
         self.stream.write_all(&bytes).await.map_err(LinkError::io("sending a refusal"))
     }

@@ -12,7 +12,8 @@ use baton_config::HandoffId;
 use super::*;
 use crate::backend::frames::{FrameReader, FrameWriter};
 use crate::wire::control::{
-    Attach, Key, KeyIs, Notify, OpenWindow, Pack, Window, WindowIs, Write, decode_fence, encode_fence,
+    Attach, Key, KeyIs, Lend, Notify, OpenWindow, Pack, Take, Window, WindowIs, Write, decode_fence,
+    encode_fence,
 };
 
 const SEED: u64 = 0x6261_746f_6e5f_6b76;
@@ -144,6 +145,10 @@ fn lists_of_blocks() {
     fuzz("read", &good, Read::decode, |read| encode_read(read.handoff, read.blocks.iter().copied()));
     let unverified = Write { digests: Vec::new(), windows: Vec::new(), ..write() };
     fuzz("write", &[write().encode(), unverified.encode()], Write::decode, Write::encode);
+    let lend = Lend { number: 7, has_file: true, address: 1 << 40, len: 9, witness_at: 3, witness: 1 << 99 };
+    fuzz("lend", &[lend.encode()], Lend::decode, Lend::encode);
+    let take = Take { number: 2, from: vec![5; write().blocks.len()], write: write() };
+    fuzz("take", &[take.encode()], Take::decode, Take::encode);
 }
 
 #[test]
