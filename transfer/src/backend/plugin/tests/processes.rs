@@ -154,6 +154,11 @@ fn a_peer_that_is_killed_fails_what_is_posted_and_what_comes_after() {
     let mut other = Other::start(&plugin, &user);
     let (peer, remote) = user.meet(&other.address, &other.key);
     other.signal(Signal::STOP);
+    // A signal takes effect a moment after it was sent.
+    let stopped = rustix::process::WaitOptions::UNTRACED;
+    let pid = rustix::process::Pid::from_child(&other.child);
+    let status = rustix::process::waitpid(Some(pid), stopped).unwrap().expect("it was waited for").1;
+    assert!(status.stopped(), "{status:?}");
     let (write, frozen) = (user.op(), user.op());
     user.driver.write(peer, remote, 0, user.range(0, 100), write).unwrap();
     user.driver.read(peer, remote, 0, user.range(0, 100), frozen).unwrap();
