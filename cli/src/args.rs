@@ -122,11 +122,18 @@ pub(crate) struct PartArgs {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "Example:
-  baton conductor --config fleet.yaml")]
+#[command(after_help = "Examples:
+  baton conductor --config fleet.yaml
+  baton conductor --config fleet.yaml --name conductor-0 --url http://conductor-0.conductor:7400")]
 pub(crate) struct ConductorArgs {
     #[command(flatten)]
     pub(crate) part: PartArgs,
+    /// Its name among the conductors on one store, unique there [default: its address and process id].
+    #[arg(long, value_parser = conductor_name)]
+    pub(crate) name: Option<String>,
+    /// Where operators and the other conductors reach it [default: where it listens].
+    #[arg(long, value_name = "URL")]
+    pub(crate) url: Option<String>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -267,6 +274,15 @@ pub(crate) struct KvArgs {
     pub(crate) json: bool,
 }
 
+/// A name that can be part of a key.
+fn conductor_name(text: &str) -> Result<String, String> {
+    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | ':');
+    if (1..=128).contains(&text.len()) && text.chars().all(good) {
+        return Ok(text.to_owned());
+    }
+    Err("write at most 128 letters, digits, dashes, dots and colons".to_owned())
+}
+
 /// Parses `IP:PORT` or `localhost:PORT`.
 fn address(text: &str) -> Result<SocketAddr, String> {
     let numeric = match text.strip_prefix("localhost:") {
@@ -285,6 +301,12 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Args::command().debug_assert();
+    }
+
+    #[test]
+    fn a_conductors_name_can_be_part_of_a_key() {
+        assert!(conductor_name("conductor-0.conductor:7400").is_ok());
+        assert!(conductor_name("").is_err() && conductor_name("a/b").is_err());
     }
 
     #[test]

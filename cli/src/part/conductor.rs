@@ -9,6 +9,7 @@ use super::{listen, run_part};
 use crate::args::ConductorArgs;
 use crate::check;
 use crate::failure::Failure;
+use crate::remote::conductor_endpoint;
 
 /// Most workers of a pool that does not say.
 const REPLICAS_MAX: u32 = 1024;
@@ -17,7 +18,9 @@ pub(crate) fn run(args: &ConductorArgs, environment: &Environment) -> Result<(),
     let fleet = check::load(args.part.config.as_deref(), environment)?;
     fleet.startable()?;
     let address = args.part.listen.unwrap_or(fleet.conductor.listen.address);
-    let options = options(&fleet);
+    let mut options = options(&fleet);
+    options.name = args.name.clone();
+    options.url = args.url.as_deref().map(conductor_endpoint).transpose()?;
     run_part(2, |stop| async move {
         let listener = listen(address).await?;
         baton_conductor::serve(options, listener, stop.drain).await.map_err(|error| Failure::of(&error))
