@@ -207,8 +207,8 @@ impl Bench {
         let turn = tokio::task::spawn_blocking(move || {
             let mut raw = inner.raw.lock().unwrap_or_else(PoisonError::into_inner);
             let own = match op {
-                Op::Read => &inner.memory.into,
-                Op::Write => &inner.memory.twin,
+                Op::Write if raw.sends() => &inner.memory.twin,
+                Op::Read | Op::Write => &inner.memory.into,
             };
             let start = Instant::now();
             // The first of a turn finds everything cold: it is not counted.

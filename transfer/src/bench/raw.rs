@@ -47,6 +47,11 @@ impl Raw {
         }
     }
 
+    /// Whether a write takes from our memory: the others always copy into it, and not onto itself.
+    pub(super) fn sends(&self) -> bool {
+        matches!(self, Self::Tcp { .. })
+    }
+
     /// Moves the blocks of `shape` once, from the peer or what stands for it to `own`, or over `Tcp` from `own` to the
     /// peer; how long it took.
     ///
