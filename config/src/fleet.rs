@@ -34,7 +34,8 @@ pub use listen::Listen;
 pub use pairs::PairPath;
 pub use pool::{KvCapacity, KvSpec, Pool, WorkerLimits};
 pub use router::{
-    AuthSpec, Disaggregation, Isolation, PolicyKind, PolicySpec, RouterLimits, RouterSpec, Slo,
+    AuthSpec, Disaggregation, Isolation, JwtAlgorithm, JwtSpec, PolicyKind, PolicySpec, RouterLimits,
+    RouterSpec, Slo,
 };
 pub use transfer::{BackendKind, Choose, Integrity, TransferLimitsSpec, TransferPath, TransferSpec};
 

@@ -11,6 +11,7 @@ pub mod environment;
 pub mod fault;
 pub mod fleet;
 pub mod geometry;
+pub mod keys;
 pub mod model_shape;
 pub mod names;
 pub mod prefix;

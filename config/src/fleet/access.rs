@@ -96,7 +96,11 @@ fn read_tls(mut section: Section<'_, '_>) -> Tls {
 }
 
 /// A certificate and its key: both or neither.
-fn read_identity(section: &mut Section<'_, '_>, cert: &'static str, key: &'static str) -> Option<Identity> {
+pub(super) fn read_identity(
+    section: &mut Section<'_, '_>,
+    cert: &'static str,
+    key: &'static str,
+) -> Option<Identity> {
     let (cert_file, key_file) = (section.file(cert), section.file(key));
     match (&cert_file, &key_file) {
         (Some(_), None) => section.missing(key, "the path of the PEM file of the key"),

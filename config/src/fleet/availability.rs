@@ -94,10 +94,6 @@ pub(super) fn list(reader: &Reader<'_>, router: &RouterSpec, pools: &[(String, P
             true,
         );
     }
-    if router.auth.is_some() {
-        let remedy = "remove the section and let only trusted clients reach the router";
-        push("router.auth.keys_file", "authentication".to_owned(), remedy, true);
-    }
     for (path, pool) in pools {
         let engine = pool.engine.kind();
         if !engine.is_available() {

@@ -4,8 +4,8 @@ use std::net::{IpAddr, Ipv4Addr};
 use std::time::Duration;
 
 use super::{
-    BackendKind, Choose, Disaggregation, EngineKind, Integrity, Isolation, PolicyKind, ScalerKind,
-    TransferPath,
+    BackendKind, Choose, Disaggregation, EngineKind, Integrity, Isolation, JwtAlgorithm, PolicyKind,
+    ScalerKind, TransferPath,
 };
 use crate::geometry::{Dtype, KvLayout};
 use crate::names::Accelerator;
@@ -35,6 +35,12 @@ pub const SLO_ITL: Duration = Duration::from_millis(50);
 pub const DISAGGREGATION: Disaggregation = Disaggregation::Auto;
 /// `router.auth.isolation`.
 pub const ISOLATION: Isolation = Isolation::Tenant;
+/// `router.auth.jwt.algorithms`: what identity providers sign with.
+pub const JWT_ALGORITHMS: &[JwtAlgorithm] = &[JwtAlgorithm::Rs256, JwtAlgorithm::Es256];
+/// `router.auth.jwt.tenant_claim`.
+pub const TENANT_CLAIM: &str = "tenant";
+/// `router.auth.jwt.leeway_ms`.
+pub const JWT_LEEWAY: Duration = Duration::from_secs(60);
 /// `router.limits.body`.
 pub const ROUTER_BODY: Bytes = Bytes(4 << 20);
 /// `router.limits.queue`.
@@ -51,6 +57,8 @@ pub const BODY_TIMEOUT: Duration = Duration::from_secs(10);
 pub const QUEUE_TIMEOUT: Duration = Duration::from_secs(30);
 /// `router.limits.request_timeout_ms`.
 pub const REQUEST_TIMEOUT: Duration = Duration::from_secs(600);
+/// `router.limits.keep_alive_ms`: well below the minute after which proxies close a silent connection.
+pub const KEEP_ALIVE: Duration = Duration::from_secs(10);
 /// `router.limits.drain_settle_ms`: nothing to wait for without a load balancer in front.
 pub const DRAIN_SETTLE: Duration = Duration::ZERO;
 /// `router.limits.drain_grace_ms` and `pools[].limits.drain_grace_ms`.

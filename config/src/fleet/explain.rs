@@ -15,6 +15,28 @@ pub fn explain(fleet: &Fleet) -> String {
     out
 }
 
+/// What is no fault, since something outside of the fleet may take care of it, but is one if nothing does.
+pub fn notes(fleet: &Fleet) -> Vec<String> {
+    let router = &fleet.router;
+    let mut out = Vec::new();
+    if router.listen.address.ip().is_loopback() {
+        return out;
+    }
+    if router.auth.is_none() {
+        out.push(
+            "router.listen: other hosts can connect and nobody is asked for a key: add router.auth, or let only a \
+             gateway that does reach it"
+                .to_owned(),
+        );
+    } else if router.tls.is_none() {
+        out.push(
+            "router.listen: keys travel in clear text: add router.tls, or end TLS in front of the router"
+                .to_owned(),
+        );
+    }
+    out
+}
+
 fn write_all(out: &mut String, fleet: &Fleet) -> fmt::Result {
     let model = &fleet.model;
     let shape = &model.shape;
@@ -44,6 +66,13 @@ fn write_all(out: &mut String, fleet: &Fleet) -> fmt::Result {
     }
     for pair in fleet.pairs() {
         write_pair(out, pair)?;
+    }
+    let notes = notes(fleet);
+    if !notes.is_empty() {
+        writeln!(out, "\nworth knowing")?;
+    }
+    for note in notes {
+        writeln!(out, "  {note}")?;
     }
     if !fleet.unsupported().is_empty() {
         writeln!(out, "\nnot available in this build")?;

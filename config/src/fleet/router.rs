@@ -3,9 +3,10 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
+use super::access::{ServerTls, read_identity};
 use super::{Listen, defaults};
 use crate::choice::choice;
-use crate::reader::Section;
+use crate::reader::{Section, Text, read_choice};
 use crate::units::Bytes;
 
 /// The router.
@@ -22,6 +23,8 @@ pub struct RouterSpec {
     pub disaggregation: Disaggregation,
     /// Who may use it; anybody without.
     pub auth: Option<AuthSpec>,
+    /// TLS of its listener; plain HTTP without.
+    pub tls: Option<ServerTls>,
 }
 
 choice! {
@@ -96,6 +99,8 @@ pub struct RouterLimits {
     pub queue_timeout: Duration,
     /// Time a request may take in all.
     pub request_timeout: Duration,
+    /// How long a stream may be silent before a comment is sent to keep it alive.
+    pub keep_alive: Duration,
     /// How long the router goes on accepting after readiness went off, for load balancers to notice.
     pub drain_settle: Duration,
     /// How long requests in flight may take to end once it stopped accepting.
@@ -122,6 +127,51 @@ pub struct AuthSpec {
     pub keys_file: PathBuf,
     /// Who shares cached prefixes.
     pub isolation: Isolation,
+    /// Whose tokens are accepted beside keys.
+    pub jwt: Option<JwtSpec>,
+}
+
+choice! {
+    /// How the tokens of an identity provider are signed: with a private key, always, so that whoever can check one
+    /// cannot make one.
+    JwtAlgorithm {
+        /// RSA, PKCS #1, SHA-256.
+        Rs256 => "RS256",
+        /// RSA, PKCS #1, SHA-384.
+        Rs384 => "RS384",
+        /// RSA, PKCS #1, SHA-512.
+        Rs512 => "RS512",
+        /// RSA, PSS, SHA-256.
+        Ps256 => "PS256",
+        /// RSA, PSS, SHA-384.
+        Ps384 => "PS384",
+        /// RSA, PSS, SHA-512.
+        Ps512 => "PS512",
+        /// P-256, SHA-256.
+        Es256 => "ES256",
+        /// P-384, SHA-384.
+        Es384 => "ES384",
+        /// Ed25519.
+        EdDsa => "EdDSA",
+    }
+}
+
+/// Tokens of an identity provider (OpenID Connect).
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct JwtSpec {
+    /// Its public keys: a JSON Web Key Set.
+    pub jwks_file: PathBuf,
+    /// `iss` of its tokens.
+    pub issuer: String,
+    /// `aud` of the tokens that are meant for this router.
+    pub audience: String,
+    /// How they may be signed; never empty.
+    pub algorithms: Vec<JwtAlgorithm>,
+    /// The claim that names the tenant.
+    pub tenant_claim: String,
+    /// By how much the clocks may differ.
+    pub leeway: Duration,
 }
 
 impl RouterSpec {
@@ -131,6 +181,13 @@ impl RouterSpec {
         let limits = RouterLimits::read(section.section("limits"));
         let disaggregation = section.choice("disaggregation", defaults::DISAGGREGATION);
         let auth = section.section_if_given("auth").and_then(AuthSpec::read);
+        let tls = section.section_if_given("tls").and_then(|mut tls| {
+            if !tls.has("cert_file") && !tls.has("key_file") {
+                tls.missing("cert_file", "the path of the PEM file of the certificate");
+            }
+            let identity = read_identity(&mut tls, "cert_file", "key_file")?;
+            Some(ServerTls { identity, client_ca_file: None })
+        });
         if limits.queue > limits.in_flight {
             section.reader.fault(
                 "router.limits.queue",
@@ -142,7 +199,7 @@ impl RouterSpec {
                 "lower router.limits.queue or raise router.limits.in_flight",
             );
         }
-        Self { listen, policy, limits, disaggregation, auth }
+        Self { listen, policy, limits, disaggregation, auth, tls }
     }
 }
 
@@ -172,6 +229,7 @@ impl RouterLimits {
                 100..=86_400_000,
                 defaults::REQUEST_TIMEOUT,
             ),
+            keep_alive: section.duration("keep_alive_ms", 100..=600_000, defaults::KEEP_ALIVE),
             drain_settle: section.duration("drain_settle_ms", 0..=600_000, defaults::DRAIN_SETTLE),
             drain_grace: section.duration("drain_grace_ms", 0..=86_400_000, defaults::DRAIN_GRACE),
         }
@@ -185,6 +243,45 @@ impl AuthSpec {
             section.missing("keys_file", "the path of the file of keys");
         }
         let isolation = section.choice("isolation", defaults::ISOLATION);
-        Some(Self { keys_file: keys_file?, isolation })
+        let jwt = section.section_if_given("jwt").and_then(JwtSpec::read);
+        Some(Self { keys_file: keys_file?, isolation, jwt })
+    }
+}
+
+impl JwtSpec {
+    fn read(mut section: Section<'_, '_>) -> Option<Self> {
+        let jwks_file = section.file("jwks_file");
+        if jwks_file.is_none() {
+            section.missing("jwks_file", "the path of the JSON Web Key Set of the identity provider");
+        }
+        let issuer = section.required("issuer", "the `iss` of its tokens, as they have it", Text::words);
+        let audience = section.required("audience", "the `aud` of tokens for this router", Text::words);
+        let mut algorithms = Vec::new();
+        match section.list("algorithms") {
+            None => algorithms.extend_from_slice(defaults::JWT_ALGORITHMS),
+            Some(items) if items.is_empty() => {
+                let name = section.child("algorithms");
+                section.reader.fault(&name, section.at, "is empty", "remove it, or name RS256 or ES256");
+            }
+            Some(items) => {
+                for (path, node) in items {
+                    algorithms.extend(read_choice::<JwtAlgorithm>(section.reader, &path, node));
+                }
+            }
+        }
+        let path = section.child("tenant_claim");
+        let tenant_claim = section.text("tenant_claim", "the name of a claim").unwrap_or_else(|| {
+            section.reader.record(path, defaults::TENANT_CLAIM, None);
+            defaults::TENANT_CLAIM.to_owned()
+        });
+        let leeway = section.duration("leeway_ms", 0..=600_000, defaults::JWT_LEEWAY);
+        Some(Self {
+            jwks_file: jwks_file?,
+            issuer: issuer?,
+            audience: audience?,
+            algorithms,
+            tenant_claim,
+            leeway,
+        })
     }
 }

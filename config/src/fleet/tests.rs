@@ -148,15 +148,53 @@ fn names_what_is_not_in_this_build() {
     let fleet = parse(text).unwrap();
     let missing = fleet.startable().expect_err("vllm is not built yet");
     expect![[r#"
-        fleet.yaml:16:22: router.auth.keys_file: authentication is not available in this build
-          remedy: remove the section and let only trusted clients reach the router
         fleet.yaml:21:21: pools[0].engine.kind: the engine vllm is not available in this build
           remedy: use kind: reference or kind: sim
         fleet.yaml:30:21: pools[1].engine.kind: the engine vllm is not available in this build
           remedy: use kind: reference or kind: sim
-        3 faults in fleet.yaml"#]]
+        2 faults in fleet.yaml"#]]
     .assert_eq(&missing.to_string());
     assert!(fleet.unsupported().iter().all(|u| u.required), "{:?}", fleet.unsupported());
+}
+
+#[test]
+fn a_router_that_anybody_reaches_is_worth_a_word() {
+    let notes = |router: &str| {
+        let fleet = parse(&with_head(&format!("router: {router}\npools: [{{ name: all, role: both }}]\n")));
+        explain::notes(&fleet.unwrap())
+    };
+    assert!(notes("{ listen: 127.0.0.1:8080 }").is_empty());
+    let open = notes("{ listen: 0.0.0.0:8080 }");
+    assert!(open.len() == 1 && open[0].contains("router.auth"), "{open:?}");
+    let clear = notes("{ listen: 0.0.0.0:8080, auth: { keys_file: keys.yaml } }");
+    assert!(clear.len() == 1 && clear[0].contains("router.tls"), "{clear:?}");
+    let tls = "tls: { cert_file: a.pem, key_file: b.pem }";
+    assert!(
+        notes(&format!("{{ listen: 0.0.0.0:8080, auth: {{ keys_file: keys.yaml }}, {tls} }}")).is_empty()
+    );
+}
+
+#[test]
+fn tokens_of_an_identity_provider_are_signed_with_private_keys() {
+    let jwt = |jwt: &str| {
+        let router = format!("router: {{ auth: {{ keys_file: k, isolation: request, jwt: {jwt} }} }}");
+        parse(&with_head(&format!("{router}\npools: [{{ name: all, role: both }}]\n")))
+    };
+    let fleet = jwt("{ jwks_file: j, issuer: \"https://id\", audience: baton }").unwrap();
+    let spec = fleet.router.auth.unwrap().jwt.unwrap();
+    assert_eq!(spec.algorithms, [JwtAlgorithm::Rs256, JwtAlgorithm::Es256]);
+    assert_eq!((spec.tenant_claim.as_str(), spec.leeway), ("tenant", std::time::Duration::from_secs(60)));
+    let faults = jwt("{ issuer: i, algorithms: [HS256, none] }").unwrap_err().to_string();
+    expect![[r#"
+        fleet.yaml:3:58: router.auth.jwt.jwks_file: is missing
+          remedy: write `jwks_file:` with the path of the JSON Web Key Set of the identity provider
+        fleet.yaml:3:58: router.auth.jwt.audience: is missing
+          remedy: write `audience:` with the `aud` of tokens for this router
+        fleet.yaml:3:84: router.auth.jwt.algorithms[0]: is HS256, which is not one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
+          remedy: write one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
+        fleet.yaml:3:91: router.auth.jwt.algorithms[1]: is none, which is not one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
+          remedy: write one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
+        4 faults in fleet.yaml"#]].assert_eq(&faults);
 }
 
 #[test]
