@@ -237,6 +237,11 @@ impl RouterLimits {
 }
 
 impl AuthSpec {
+    /// Keys alone.
+    pub fn new(keys_file: PathBuf, isolation: Isolation) -> Self {
+        Self { keys_file, isolation, jwt: None }
+    }
+
     fn read(mut section: Section<'_, '_>) -> Option<Self> {
         let keys_file = section.file("keys_file");
         if keys_file.is_none() {
@@ -249,6 +254,18 @@ impl AuthSpec {
 }
 
 impl JwtSpec {
+    /// With every default.
+    pub fn new(jwks_file: PathBuf, issuer: String, audience: String) -> Self {
+        Self {
+            jwks_file,
+            issuer,
+            audience,
+            algorithms: defaults::JWT_ALGORITHMS.to_vec(),
+            tenant_claim: defaults::TENANT_CLAIM.to_owned(),
+            leeway: defaults::JWT_LEEWAY,
+        }
+    }
+
     fn read(mut section: Section<'_, '_>) -> Option<Self> {
         let jwks_file = section.file("jwks_file");
         if jwks_file.is_none() {
