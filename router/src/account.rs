@@ -8,6 +8,7 @@ use std::sync::Arc;
 use crate::metrics::Metrics;
 use crate::reply::{CLIENT_LEFT, Outcome, Refusal, outcome};
 use crate::routes::Route;
+use crate::tenant::Principal;
 
 /// One request in the books.
 #[derive(Debug)]
@@ -17,6 +18,8 @@ pub(crate) struct Entry {
     /// How it ends when dropped: until something is known, as a client that left.
     code: u16,
     outcome: Outcome,
+    /// Whose it is, once that is known and if it matters.
+    principal: Option<Arc<Principal>>,
 }
 
 impl Entry {
@@ -24,7 +27,19 @@ impl Entry {
     pub(crate) fn open(metrics: Arc<Metrics>, route: Route) -> Self {
         metrics.started.inc();
         metrics.in_flight.inc();
-        Self { metrics, route, code: CLIENT_LEFT, outcome: Outcome::ClientError }
+        Self { metrics, route, code: CLIENT_LEFT, outcome: Outcome::ClientError, principal: None }
+    }
+
+    /// Notes whose it is.
+    pub(crate) fn belongs_to(&mut self, principal: &Arc<Principal>) {
+        self.principal = Some(Arc::clone(principal));
+    }
+
+    /// Books tokens of its prompt or answer.
+    pub(crate) fn used(&self, tokens: u64) {
+        if let Some(principal) = &self.principal {
+            self.metrics.tenant_tokens(&principal.tenant.label, tokens);
+        }
     }
 
     /// Ends it with an answer of this status.
@@ -52,6 +67,9 @@ impl Entry {
 impl Drop for Entry {
     fn drop(&mut self) {
         self.metrics.request_ended(self.route, self.code, self.outcome);
+        if let Some(principal) = &self.principal {
+            self.metrics.tenant_ended(&principal.tenant.label, self.outcome);
+        }
         self.metrics.in_flight.dec();
     }
 }

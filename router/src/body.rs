@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
-use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE};
+use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST};
 use http::{HeaderMap, HeaderValue, Uri};
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
@@ -13,11 +13,41 @@ use crate::reply::Refusal;
 /// Largest head of a request, as counted by [`check_size`].
 pub(crate) const HEAD_MAX_BYTES: usize = 64 << 10;
 
+/// Most fields of a head; hyper's own limit for HTTP/1, which it has none of for HTTP/2.
+const HEADERS_MAX: usize = 100;
+/// Longest time a client may be ready to wait, in milliseconds.
+const MAX_WAIT_MS: u64 = 3_600_000;
+
+/// `x-baton-max-wait-ms`: how long the client is ready to wait for a place.
+pub(crate) fn max_wait(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
+    const NAME: &str = "x-baton-max-wait-ms";
+    let Some(value) = headers.get(NAME) else { return Ok(None) };
+    let text = value.to_str().ok().filter(|text| text.len() <= 7 && text.bytes().all(|b| b.is_ascii_digit()));
+    match text.and_then(|text| text.parse::<u64>().ok()).filter(|ms| (1..=MAX_WAIT_MS).contains(ms)) {
+        Some(ms) => Ok(Some(Duration::from_millis(ms))),
+        None => {
+            Err(Refusal::invalid(NAME, format!("'{NAME}' must be a whole number from 1 to {MAX_WAIT_MS}.")))
+        }
+    }
+}
+
+/// What the head says of the length of the body.
+pub(crate) fn announced(headers: &HeaderMap) -> Option<u64> {
+    headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse().ok())
+}
+
 /// Refuses a head that is too large; hyper's own limit is on its buffer, which may overshoot.
 pub(crate) fn check_size(uri: &Uri, headers: &HeaderMap) -> Result<(), Refusal> {
     let target = uri.path_and_query().map_or(0, |target| target.as_str().len());
     let fields: usize = headers.iter().map(|(name, value)| name.as_str().len() + value.len() + 4).sum();
-    if target + fields > HEAD_MAX_BYTES { Err(Refusal::HeadTooLarge) } else { Ok(()) }
+    if target + fields > HEAD_MAX_BYTES || headers.len() > HEADERS_MAX {
+        return Err(Refusal::HeadTooLarge);
+    }
+    // Something in front may have looked at the other one.
+    if headers.get_all(HOST).iter().count() > 1 {
+        return Err(Refusal::malformed("The request names two hosts."));
+    }
+    Ok(())
 }
 
 /// Refuses by the head alone: nothing of the body is read for a request that cannot be served.
@@ -35,8 +65,7 @@ pub(crate) fn check_head(headers: &HeaderMap, limit: baton_config::Bytes) -> Res
         let message = "Content-Type must be application/json.".to_owned();
         return Err(Refusal::MediaType { message });
     }
-    let length = headers.get(CONTENT_LENGTH).and_then(|value| value.to_str().ok()?.parse::<u64>().ok());
-    if length.is_some_and(|length| length > limit.0) {
+    if announced(headers).is_some_and(|length| length > limit.0) {
         return Err(Refusal::TooLarge { limit: limit.0 });
     }
     Ok(())

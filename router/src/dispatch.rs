@@ -52,6 +52,8 @@ pub(crate) struct Job {
     pub(crate) prompt: Arc<[u32]>,
     pub(crate) max_tokens: u32,
     pub(crate) sampling: Sampling,
+    /// Separates its cached prefixes from those of others; 0 for none.
+    pub(crate) cache_salt: u64,
     pub(crate) logits_digest: bool,
     /// The model's own end tokens, unless ignored, and the request's.
     pub(crate) end_tokens: Arc<[u32]>,

@@ -3,6 +3,7 @@
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use baton_config::keys::Quota;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
 use http::{Request, Response, StatusCode};
@@ -23,6 +24,7 @@ use crate::options::{Limits, Timeouts};
 use crate::reply::{self, Refusal};
 use crate::request::{self, Ask, Bounds, Input, Prompt};
 use crate::routes::Route;
+use crate::tenant::{Auth, Principal};
 
 /// Bodies larger than this are parsed and tokenized on a thread of their own, so that nobody else waits.
 const INLINE_MAX_BYTES: usize = 8 << 10;
@@ -33,7 +35,8 @@ pub(crate) struct Gateway {
     pub(crate) model: Arc<Model>,
     pub(crate) dispatcher: Arc<Dispatcher>,
     pub(crate) metrics: Arc<Metrics>,
-    pub(crate) gate: Gate,
+    pub(crate) gate: Arc<Gate>,
+    pub(crate) auth: Arc<Auth>,
     pub(crate) limits: Limits,
     pub(crate) timeouts: Timeouts,
     /// Large bodies being parsed and tokenized at once.
@@ -46,6 +49,13 @@ pub(crate) struct Gateway {
 struct Prepared {
     ask: Ask,
     prompts: Vec<Tokenized>,
+    cache_salt: u64,
+}
+
+/// What a request holds while it is served.
+struct Held {
+    entry: Entry,
+    place: Place,
 }
 
 /// One prompt.
@@ -59,33 +69,66 @@ impl Gateway {
     pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<AnswerBody> {
         let path = request.uri().path();
         let route = Route::of_path(path);
-        let entry = Entry::open(Arc::clone(&self.metrics), route);
-        let checked = body::check_size(request.uri(), request.headers())
-            .and_then(|()| route.check(request.method(), path));
-        if let Err(refused) = checked {
-            let response = refused.response();
-            entry.refused(&refused);
-            return response;
-        }
-        let response = match route {
-            Route::Chat => return self.generate(Api::Chat, request, entry).await,
-            Route::Completions => return self.generate(Api::Completions, request, entry).await,
-            Route::Models => self.models(),
-            Route::Model => match self.one_model(path) {
-                Ok(response) => response,
-                Err(refused) => {
-                    entry.refused(&refused);
-                    return refused.response();
-                }
-            },
-            Route::Live => reply::text(true, "text/plain", "ok\n".to_owned()),
-            Route::Health | Route::Ready => self.readiness(),
-            Route::Metrics | Route::Other => {
-                reply::text(true, "text/plain; version=0.0.4", self.metrics.render())
+        let mut entry = Entry::open(Arc::clone(&self.metrics), route);
+        let principal = match self.check(route, &request, &mut entry) {
+            Ok(principal) => principal,
+            Err(refused) => {
+                let response = refused.response();
+                entry.refused(&refused);
+                return response;
             }
         };
-        entry.answered(response.status().as_u16());
-        response
+        let response = match (route, principal) {
+            (Route::Chat, Some(principal)) => {
+                return self.generate(Api::Chat, request, entry, principal).await;
+            }
+            (Route::Completions, Some(principal)) => {
+                return self.generate(Api::Completions, request, entry, principal).await;
+            }
+            (route, _) => self.simple(route, path),
+        };
+        match response {
+            Ok(response) => {
+                entry.answered(response.status().as_u16());
+                response
+            }
+            Err(refused) => {
+                entry.refused(&refused);
+                refused.response()
+            }
+        }
+    }
+
+    /// What can be refused by the head alone; whose request it is, where that matters.
+    fn check(
+        &self,
+        route: Route,
+        request: &Request<Incoming>,
+        entry: &mut Entry,
+    ) -> Result<Option<Arc<Principal>>, Refusal> {
+        body::check_size(request.uri(), request.headers())?;
+        route.check(request.method(), request.uri().path())?;
+        if !route.needs_key() {
+            return Ok(None);
+        }
+        let principal = self.auth.authenticate(request.headers())?;
+        if self.auth.is_guarded() {
+            entry.belongs_to(&principal);
+        }
+        Ok(Some(principal))
+    }
+
+    /// Answers what takes no work.
+    fn simple(&self, route: Route, path: &str) -> Result<Response<AnswerBody>, Refusal> {
+        Ok(match route {
+            Route::Models => self.models(),
+            Route::Model => self.one_model(path)?,
+            Route::Live => reply::text(true, "text/plain", "ok\n".to_owned()),
+            Route::Health | Route::Ready => self.readiness(),
+            Route::Metrics => reply::text(true, "text/plain; version=0.0.4", self.metrics.render()),
+            // These go elsewhere before this is asked.
+            Route::Chat | Route::Completions | Route::Other => return Err(Refusal::Internal),
+        })
     }
 
     fn readiness(&self) -> Response<AnswerBody> {
@@ -131,18 +174,22 @@ impl Gateway {
         api: Api,
         request: Request<Incoming>,
         entry: Entry,
+        principal: Arc<Principal>,
     ) -> Response<AnswerBody> {
         let started = Instant::now();
-        let begun = self.begin(api, request).await;
-        let (prepared, place) = match begun {
-            Ok(begun) => begun,
+        let response = match self.begin(api, request, &principal).await {
+            Ok((prepared, place)) => {
+                Arc::clone(&self).answer(api, prepared, started, Held { entry, place }).await
+            }
             Err(refused) => {
-                let response = refused.response();
                 entry.refused(&refused);
-                return response;
+                refused.response()
             }
         };
-        self.answer(api, prepared, started, (entry, place)).await
+        if principal.quota == Quota::default() {
+            return response;
+        }
+        reply::with_left(response, self.gate.left(&principal))
     }
 
     /// Everything before workers are involved.
@@ -150,12 +197,18 @@ impl Gateway {
         self: &Arc<Self>,
         api: Api,
         request: Request<Incoming>,
+        principal: &Principal,
     ) -> Result<(Prepared, Place), Refusal> {
-        body::check_head(request.headers(), self.limits.body)?;
-        self.gate.check()?;
+        let headers = request.headers();
+        body::check_head(headers, self.limits.body)?;
+        let max_wait = body::max_wait(headers)?;
+        let announced = body::announced(headers).unwrap_or(0);
+        self.gate.check(principal, announced, max_wait).map_err(Refusal::Overloaded)?;
+        let cache_salt = self.auth.salt(principal)?;
         let bytes = body::read(request.into_body(), self.limits.body, self.timeouts.body).await?;
-        let place = self.gate.enter().await?;
-        let prepared = if bytes.len() <= INLINE_MAX_BYTES {
+        let place =
+            self.gate.enter(principal, bytes.len() as u64, max_wait).await.map_err(Refusal::Overloaded)?;
+        let mut prepared = if bytes.len() <= INLINE_MAX_BYTES {
             self.prepare(api, &bytes)?
         } else {
             let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
@@ -165,6 +218,7 @@ impl Gateway {
                 Refusal::Internal
             })??
         };
+        prepared.cache_salt = cache_salt;
         Ok((prepared, place))
     }
 
@@ -191,7 +245,7 @@ impl Gateway {
         for prompt in &prompts {
             self.check_context(api, prompt.tokens.len(), ask.max_tokens)?;
         }
-        Ok(Prepared { ask, prompts })
+        Ok(Prepared { ask, prompts, cache_salt: 0 })
     }
 
     fn tokenize(&self, prompt: Prompt, echo: bool) -> Result<Tokenized, Refusal> {
@@ -228,52 +282,47 @@ impl Gateway {
         api: Api,
         prepared: Prepared,
         started: Instant,
-        held: (Entry, Place),
+        held: Held,
     ) -> Response<AnswerBody> {
-        let Prepared { ask, prompts } = prepared;
-        let Ok(head) = self.head(api, &ask) else {
-            let (entry, _place) = held;
+        let Held { entry, mut place } = held;
+        let Ok(head) = self.head(api, &prepared.ask) else {
             entry.refused(&Refusal::Internal);
             return Refusal::Internal.response();
         };
-        let prompt_tokens: u64 = prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
+        let prompt_tokens: u64 = prepared.prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
         self.metrics.prompt_tokens.inc_by(prompt_tokens);
-        let meter = Meter::new(prompt_tokens, ask.n);
-        let specs = self.specs(&ask, prompts, &head.id, started);
+        place.used(prompt_tokens);
+        entry.used(prompt_tokens);
+        let (stream, n) = (prepared.ask.stream, prepared.ask.n);
+        let mut meter = Meter::new(prompt_tokens, n);
+        let specs = self.specs(prepared, &head.id, started);
         let choices = specs.len();
         let mut deltas = answer::deltas(&self.dispatcher, &self.model, specs);
-        if !ask.stream {
-            let (entry, _place) = held;
-            return match answer::collect(deltas, &head, meter, choices).await {
+        if !stream {
+            let collected = answer::collect(deltas, &head, &mut meter, choices).await;
+            place.used(meter.completion_tokens());
+            entry.used(meter.completion_tokens());
+            return match collected {
                 Ok(body) => {
                     entry.answered(200);
                     reply::named(reply::json(StatusCode::OK, body), &head.id)
                 }
-                Err(error) => {
-                    let refused = refusal(&error);
-                    entry.refused(&refused);
-                    refused.response()
-                }
+                Err(error) => refused(entry, &refusal(&error)),
             };
         }
-        // The status is decided by the first token: no error may hide inside a 200 that has not begun.
-        match deltas.next().await {
-            Some(Ok(first)) => {
-                let id = head.id.clone();
-                let writer = ChunkWriter::new(head, choices);
-                let events = EventStream::new(deltas, first, writer, meter, held);
-                reply::named(reply::event_stream(AnswerBody::Events(Box::pin(events))), &id)
-            }
-            other => {
-                let refused = match other {
-                    Some(Err(error)) => refusal(&error),
-                    _ => Refusal::Internal,
-                };
-                let (entry, _place) = held;
-                entry.refused(&refused);
-                refused.response()
-            }
-        }
+        // The status is decided by the first token: no error may hide inside a 200 that has not begun. But a client, or a
+        // proxy before it, that hears nothing for long gives up: then the answer begins without it.
+        let keep_alive = self.timeouts.keep_alive;
+        let first = match tokio::time::timeout(keep_alive, deltas.next()).await {
+            Err(_) => None,
+            Ok(Some(Ok(first))) => Some(first),
+            Ok(Some(Err(error))) => return refused(entry, &refusal(&error)),
+            Ok(None) => return refused(entry, &Refusal::Internal),
+        };
+        let id = head.id.clone();
+        let writer = ChunkWriter::new(head, choices);
+        let events = EventStream::new(deltas, first, writer, meter, (entry, place), keep_alive);
+        reply::named(reply::event_stream(AnswerBody::Events(Box::pin(events))), &id)
     }
 
     fn head(&self, api: Api, ask: &Ask) -> Result<Head, getrandom::Error> {
@@ -293,7 +342,8 @@ impl Gateway {
         })
     }
 
-    fn specs(&self, ask: &Ask, prompts: Vec<Tokenized>, id: &str, started: Instant) -> Vec<ChoiceSpec> {
+    fn specs(&self, prepared: Prepared, id: &str, started: Instant) -> Vec<ChoiceSpec> {
+        let Prepared { ask, prompts, cache_salt } = prepared;
         let mut end_tokens = ask.sampling.stop_tokens.clone();
         if !ask.sampling.ignore_eos {
             end_tokens.extend_from_slice(&self.model.eos);
@@ -312,6 +362,7 @@ impl Gateway {
                     prompt: Arc::clone(&tokens),
                     max_tokens: ask.max_tokens.map_or(room, |asked| asked.min(room)),
                     sampling,
+                    cache_salt,
                     logits_digest: ask.debug.logits_digest,
                     end_tokens: Arc::clone(&end_tokens),
                     deadline: started + self.timeouts.request,
@@ -328,6 +379,11 @@ impl Gateway {
         }
         specs
     }
+}
+
+fn refused(entry: Entry, refusal: &Refusal) -> Response<AnswerBody> {
+    entry.refused(refusal);
+    refusal.response()
 }
 
 /// What a client is told of a generation that failed.

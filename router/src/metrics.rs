@@ -5,8 +5,10 @@ use prometheus::{
     TextEncoder,
 };
 
+use crate::admit::Reason;
 use crate::reply::Outcome;
 use crate::routes::Route;
+use crate::tenant::Denied;
 
 /// Upper bounds of the latency histograms, in seconds.
 const LATENCY_BOUNDS_S: [f64; 16] =
@@ -23,6 +25,11 @@ pub(crate) struct Metrics {
     pub(crate) queue_depth: IntGauge,
     pub(crate) connections: IntGauge,
     rejected: IntCounterVec,
+    denied: IntCounterVec,
+    /// 1 while a file of keys that changed cannot be used.
+    pub(crate) keys_stale: IntGauge,
+    tenant_ended: IntCounterVec,
+    tenant_tokens: IntCounterVec,
     pub(crate) ttft: Histogram,
     pub(crate) itl: Histogram,
     migrations: IntCounterVec,
@@ -117,6 +124,25 @@ impl Metrics {
                 "Requests turned away, by reason.",
                 &["reason"],
             )?,
+            denied: make.counters(
+                "baton_router_auth_denied_total",
+                "Requests without a good key or token, by reason.",
+                &["reason"],
+            )?,
+            keys_stale: make.gauge(
+                "baton_router_keys_stale",
+                "1 while the file of keys cannot be used and the old keys are kept.",
+            )?,
+            tenant_ended: make.counters(
+                "baton_router_tenant_requests_total",
+                "Requests ended, by tenant of the file of keys and by who is to blame.",
+                &["tenant", "outcome"],
+            )?,
+            tenant_tokens: make.counters(
+                "baton_router_tenant_tokens_total",
+                "Tokens of prompts and answers, by tenant of the file of keys.",
+                &["tenant"],
+            )?,
             ttft: make.latency(
                 "baton_router_ttft_seconds",
                 "From the request's head to the first token, per choice.",
@@ -159,8 +185,11 @@ impl Metrics {
         for outcome in [Outcome::Ok, Outcome::ClientError, Outcome::Refused, Outcome::Failed] {
             self.ended.with_label_values(&[outcome_label(outcome)]);
         }
-        for reason in ["queue_full", "workers_busy", "no_worker"] {
+        for reason in Reason::ALL.map(Reason::label).into_iter().chain(["workers_busy", "no_worker"]) {
             self.rejected.with_label_values(&[reason]);
+        }
+        for denied in Denied::ALL {
+            self.denied.with_label_values(&[denied.label()]);
         }
         for reason in MoveReason::ALL {
             for result in ["moved", "lost"] {
@@ -181,6 +210,21 @@ impl Metrics {
     /// Books a request that was turned away.
     pub(crate) fn rejected(&self, reason: &'static str) {
         self.rejected.with_label_values(&[reason]).inc();
+    }
+
+    /// Books a request without a good key.
+    pub(crate) fn denied(&self, denied: Denied) {
+        self.denied.with_label_values(&[denied.label()]).inc();
+    }
+
+    /// Books the end of a request of a tenant; `label` comes from the file of keys.
+    pub(crate) fn tenant_ended(&self, label: &str, outcome: Outcome) {
+        self.tenant_ended.with_label_values(&[label, outcome_label(outcome)]).inc();
+    }
+
+    /// Books tokens of a tenant; `label` comes from the file of keys.
+    pub(crate) fn tenant_tokens(&self, label: &str, tokens: u64) {
+        self.tenant_tokens.with_label_values(&[label]).inc_by(tokens);
     }
 
     /// Books a stream whose worker was lost.
@@ -221,6 +265,8 @@ fn code_label(code: u16) -> &'static str {
     match code {
         200 => "200",
         400 => "400",
+        401 => "401",
+        403 => "403",
         404 => "404",
         405 => "405",
         408 => "408",

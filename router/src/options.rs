@@ -4,7 +4,9 @@ use std::path::PathBuf;
 use std::time::Duration;
 
 use baton_config::Bytes;
-use baton_config::fleet::{ConductorAccess, Disaggregation, Fleet, PolicyKind, defaults};
+use baton_config::fleet::{
+    AuthSpec, ConductorAccess, Disaggregation, Fleet, PolicyKind, ServerTls, defaults,
+};
 
 /// Everything a router needs to know; the command line fills it from the fleet document.
 #[derive(Debug, Clone)]
@@ -23,6 +25,10 @@ pub struct RouterOptions {
     pub limits: Limits,
     /// How long things may take.
     pub timeouts: Timeouts,
+    /// Who may use it; anybody without.
+    pub auth: Option<AuthSpec>,
+    /// What it shows to clients; plain HTTP without.
+    pub tls: Option<ServerTls>,
     /// Seed of the scheduler's tie-breaks and random policies; the same seed, the same choices.
     pub seed: u64,
 }
@@ -38,6 +44,8 @@ impl RouterOptions {
             disaggregation: defaults::DISAGGREGATION,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            auth: None,
+            tls: None,
             seed: defaults::POLICY_SEED,
         }
     }
@@ -69,10 +77,13 @@ impl RouterOptions {
                 body: limits.body_timeout,
                 queue: limits.queue_timeout,
                 request: limits.request_timeout,
+                keep_alive: limits.keep_alive,
                 settle: limits.drain_settle,
                 grace: limits.drain_grace,
                 ..Timeouts::default()
             },
+            auth: router.auth.clone(),
+            tls: router.tls.clone(),
             seed: router.policy.seed,
         }
     }
@@ -144,6 +155,8 @@ pub struct Timeouts {
     pub frozen: Duration,
     /// For a replacement worker to appear when a stream lost its own.
     pub replacement: Duration,
+    /// A stream without a byte, before a comment keeps it alive.
+    pub keep_alive: Duration,
     /// Between readiness going off and the listener closing.
     pub settle: Duration,
     /// For requests in flight to finish after the listener closed.
@@ -165,6 +178,7 @@ impl Default for Timeouts {
             // Noticed within three seconds, looked for every quarter of one.
             frozen: Duration::from_millis(2500),
             replacement: s(5),
+            keep_alive: defaults::KEEP_ALIVE,
             settle: defaults::DRAIN_SETTLE,
             grace: defaults::DRAIN_GRACE,
         }

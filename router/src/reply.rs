@@ -1,9 +1,10 @@
 //! Turns what went wrong into HTTP: the only file that knows status codes and the error body of the OpenAI API.
 
 use bytes::Bytes;
-use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER};
+use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
 use http::{Response, StatusCode};
 
+use crate::admit::{Left, Reason, Refused};
 use crate::answer::AnswerBody;
 
 /// Longest text of a request that an error message repeats, in characters.
@@ -34,8 +35,12 @@ pub(crate) enum Refusal {
     HeadTooLarge,
     /// The body is not plain JSON.
     MediaType { message: String },
-    /// All places and the queue are taken.
-    Overloaded { retry_after_s: u32 },
+    /// There is no key, or not a good one.
+    Unauthorized { message: &'static str, code: &'static str },
+    /// Who asks is known and may not.
+    Forbidden { message: &'static str, code: &'static str },
+    /// Turned away at the gate: by the state of the router, or by what the key may use.
+    Overloaded(Refused),
     /// Every worker refused for want of room.
     WorkersBusy,
     /// No worker can serve.
@@ -85,12 +90,14 @@ impl Refusal {
         match self {
             Self::Invalid { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
             Self::UnknownModel { .. } | Self::UnknownPath { .. } => StatusCode::NOT_FOUND,
+            Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
+            Self::Forbidden { .. } => StatusCode::FORBIDDEN,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
             Self::SlowBody => StatusCode::REQUEST_TIMEOUT,
             Self::TooLarge { .. } => StatusCode::PAYLOAD_TOO_LARGE,
             Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::MediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
-            Self::Overloaded { .. } | Self::WorkersBusy => StatusCode::TOO_MANY_REQUESTS,
+            Self::Overloaded(_) | Self::WorkersBusy => StatusCode::TOO_MANY_REQUESTS,
             Self::NoWorker => StatusCode::SERVICE_UNAVAILABLE,
             Self::WorkerLost => StatusCode::BAD_GATEWAY,
             Self::TimedOut => StatusCode::GATEWAY_TIMEOUT,
@@ -110,7 +117,17 @@ impl Refusal {
             Self::TooLarge { .. } => ("invalid_request_error", Some("request_too_large")),
             Self::HeadTooLarge => ("invalid_request_error", Some("header_fields_too_large")),
             Self::MediaType { .. } => ("invalid_request_error", Some("unsupported_media_type")),
-            Self::Overloaded { .. } | Self::WorkersBusy => ("rate_limit_error", Some("overloaded")),
+            Self::Unauthorized { code, .. } | Self::Forbidden { code, .. } => {
+                ("invalid_request_error", Some(*code))
+            }
+            Self::Overloaded(refused) => match refused.reason {
+                Reason::QueueFull | Reason::Deadline | Reason::QueueTimeout => {
+                    ("rate_limit_error", Some("overloaded"))
+                }
+                Reason::Requests | Reason::Concurrency => ("requests", Some("rate_limit_exceeded")),
+                Reason::Tokens => ("tokens", Some("rate_limit_exceeded")),
+            },
+            Self::WorkersBusy => ("rate_limit_error", Some("overloaded")),
             Self::NoWorker => ("server_error", Some("no_worker")),
             Self::WorkerLost => ("server_error", Some("worker_lost")),
             Self::TimedOut => ("server_error", Some("timeout")),
@@ -147,7 +164,8 @@ impl Refusal {
                 format!("The request body is larger than the limit of {limit} bytes.")
             }
             Self::HeadTooLarge => HEAD_TOO_LARGE.to_owned(),
-            Self::Overloaded { .. } => "The service is at its limit of requests. Try again later.".to_owned(),
+            Self::Unauthorized { message, .. } | Self::Forbidden { message, .. } => (*message).to_owned(),
+            Self::Overloaded(refused) => overloaded(refused),
             Self::WorkersBusy => "All workers are at their limit. Try again later.".to_owned(),
             Self::NoWorker => "No worker can serve this model now. Try again later.".to_owned(),
             Self::WorkerLost => {
@@ -164,8 +182,11 @@ impl Refusal {
         let mut response = json(self.status(), self.body());
         let headers = response.headers_mut();
         match self {
-            Self::Overloaded { retry_after_s } => {
-                headers.insert(RETRY_AFTER, HeaderValue::from(*retry_after_s));
+            Self::Overloaded(refused) => {
+                headers.insert(RETRY_AFTER, HeaderValue::from(refused.retry_after_s()));
+            }
+            Self::Unauthorized { .. } => {
+                headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
             Self::WorkersBusy | Self::NoWorker => {
                 headers.insert(RETRY_AFTER, HeaderValue::from(1));
@@ -190,12 +211,56 @@ impl Refusal {
     /// The label of `baton_router_rejected_total`, for requests that were turned away.
     pub(crate) fn rejected_reason(&self) -> Option<&'static str> {
         match self {
-            Self::Overloaded { .. } => Some("queue_full"),
+            Self::Overloaded(refused) => Some(refused.reason.label()),
             Self::WorkersBusy => Some("workers_busy"),
             Self::NoWorker => Some("no_worker"),
             _ => None,
         }
     }
+}
+
+fn overloaded(refused: &Refused) -> String {
+    let what = match refused.reason {
+        Reason::QueueFull => "The service is at its limit of requests.",
+        Reason::Deadline => "The service is busy: this request would wait longer than it may.",
+        Reason::QueueTimeout => "The service is busy: this request waited for as long as it may.",
+        Reason::Requests => "Rate limit reached: requests per minute.",
+        Reason::Tokens => "Rate limit reached: tokens per minute.",
+        Reason::Concurrency => "Rate limit reached: requests at once.",
+    };
+    format!("{what} Try again in {} s.", refused.retry_after_s())
+}
+
+/// Tells a client what its key has left in this minute, under the names that OpenAI's clients know.
+pub(crate) fn with_left(mut response: Response<AnswerBody>, left: Left) -> Response<AnswerBody> {
+    let named = [
+        ("x-ratelimit-limit-requests", "x-ratelimit-remaining-requests", left.requests),
+        ("x-ratelimit-limit-tokens", "x-ratelimit-remaining-tokens", left.tokens),
+    ];
+    for (limit_name, rest_name, left) in named {
+        if let Some((limit, rest)) = left {
+            response.headers_mut().insert(limit_name, HeaderValue::from(limit));
+            response.headers_mut().insert(rest_name, HeaderValue::from(rest));
+        }
+    }
+    response
+}
+
+/// The bytes of an answer to a head that did not arrive in time; the connection ends with it.
+pub(crate) fn slow_head() -> (u16, Bytes) {
+    let error = serde_json::json!({
+        "error": {
+            "message": "The request's head did not arrive in time.", "type": "invalid_request_error", "param": null,
+            "code": "request_timeout"
+        }
+    });
+    (408, raw_answer("408 Request Timeout", &error.to_string()))
+}
+
+fn raw_answer(status: &str, body: &str) -> Bytes {
+    let length = body.len();
+    let head = "content-type: application/json\r\nconnection: close\r\ncontent-length";
+    Bytes::from(format!("HTTP/1.1 {status}\r\n{head}: {length}\r\n\r\n{body}"))
 }
 
 /// Who is to blame for a request that ended with this status.
@@ -225,14 +290,8 @@ pub(crate) fn unparsed(written: &[u8]) -> Option<(u16, Bytes)> {
     let error = serde_json::json!({
         "error": { "message": message, "type": "invalid_request_error", "param": null, "code": code }
     });
-    let body = error.to_string();
-    let reason = head.get(4..head.find("\r\n")?)?;
-    let answer = format!(
-        "HTTP/1.1 {status} {reason}\r\ncontent-type: application/json\r\nconnection: close\r\n\
-         content-length: {}\r\n\r\n{body}",
-        body.len()
-    );
-    Some((status, Bytes::from(answer)))
+    let line = head.get(..head.find("\r\n")?)?;
+    Some((status, raw_answer(line, &error.to_string())))
 }
 
 /// `text` cut to a length fit for a message.

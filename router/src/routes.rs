@@ -61,6 +61,11 @@ impl Route {
         }
     }
 
+    /// Whether it takes a key; probes and metrics are for those who run the router.
+    pub(crate) fn needs_key(self) -> bool {
+        matches!(self, Self::Chat | Self::Completions | Self::Models | Self::Model)
+    }
+
     /// The route of a path, whatever the method.
     pub(crate) fn of_path(path: &str) -> Self {
         match path {

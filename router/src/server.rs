@@ -1,6 +1,8 @@
 //! The listener: accepts, serves, drains.
 
 mod connection;
+mod tls;
+mod watched;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -8,6 +10,7 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use baton_conductor::client::{Client, ClientError, ClientOptions};
+use futures_util::future::BoxFuture;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
@@ -21,6 +24,9 @@ use crate::metrics::Metrics;
 use crate::model::{Model, ModelError};
 use crate::options::RouterOptions;
 use crate::schedule::Rules;
+use crate::tenant::{Auth, AuthError};
+use tls::Tls;
+pub use tls::TlsError;
 
 /// After an accept that failed for want of something (file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -37,6 +43,12 @@ pub enum ServeError {
     /// The conductors cannot be asked.
     #[error("the conductor's client cannot start")]
     Conductor(#[from] ClientError),
+    /// Who asks cannot be told.
+    #[error(transparent)]
+    Auth(#[from] AuthError),
+    /// The certificate cannot be shown.
+    #[error("TLS cannot be spoken")]
+    Tls(#[from] TlsError),
     /// The listener is unusable.
     #[error("the listener is unusable")]
     Listener(#[source] std::io::Error),
@@ -94,6 +106,8 @@ pub async fn serve_with(
         .await
         .map_err(|panicked| ServeError::Listener(std::io::Error::other(panicked)))??;
     let metrics = Arc::new(Metrics::new()?);
+    let auth = Arc::new(Auth::new(options.auth.as_ref(), Arc::clone(&metrics))?);
+    let tls = options.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
     let fleet = Arc::new(Fleet::new());
     let caller = Caller::new(options.timeouts.connect);
     let background = TaskTracker::new();
@@ -107,7 +121,16 @@ pub async fn serve_with(
         stop: ended.clone(),
     };
     background.spawn(keeper.run());
-    let gateway = Arc::new(gateway(&options, model, fleet, caller, metrics));
+    let until_end = |followed: BoxFuture<'static, ()>| {
+        let ended = ended.clone();
+        background.spawn(async move { ended.run_until_cancelled(followed).await });
+    };
+    until_end(Box::pin(Arc::clone(&auth).follow()));
+    if let Some(tls) = &tls {
+        until_end(Box::pin(Arc::clone(tls).follow()));
+    }
+    let dispatcher = dispatcher(&options, fleet, caller, Arc::clone(&metrics), model.vocab);
+    let gateway = Arc::new(gateway(&options, model, dispatcher, metrics, auth));
     tracing::info!(%address, model = gateway.model.id, "router serves");
     let server = Server {
         connections: Arc::new(Semaphore::new(options.limits.connections as usize)),
@@ -115,6 +138,7 @@ pub async fn serve_with(
         closing: CancellationToken::new(),
         abort: stop.now.child_token(),
         gateway,
+        tls,
     };
     server.run(listener, &stop).await;
     ended.cancel();
@@ -123,21 +147,31 @@ pub async fn serve_with(
     Ok(())
 }
 
-fn gateway(
+fn dispatcher(
     options: &RouterOptions,
-    model: Model,
     fleet: Arc<Fleet>,
     caller: Caller,
     metrics: Arc<Metrics>,
-) -> Gateway {
+    vocab: u32,
+) -> Dispatcher {
     let rules = Rules { policy: options.policy, disaggregation: options.disaggregation, seed: options.seed };
-    let dispatcher =
-        Dispatcher::new(fleet, caller, rules, options.timeouts.clone(), Arc::clone(&metrics), model.vocab);
+    Dispatcher::new(fleet, caller, rules, options.timeouts.clone(), metrics, vocab)
+}
+
+fn gateway(
+    options: &RouterOptions,
+    model: Model,
+    dispatcher: Dispatcher,
+    metrics: Arc<Metrics>,
+    auth: Arc<Auth>,
+) -> Gateway {
     let limits = &options.limits;
+    let gate = Gate::new(limits.in_flight, limits.queue, options.timeouts.queue, Arc::clone(&metrics));
     Gateway {
         model: Arc::new(model),
         dispatcher: Arc::new(dispatcher),
-        gate: Gate::new(limits.in_flight, limits.queue, options.timeouts.queue, Arc::clone(&metrics)),
+        gate: Arc::new(gate),
+        auth,
         metrics,
         limits: limits.clone(),
         timeouts: options.timeouts.clone(),
@@ -148,6 +182,7 @@ fn gateway(
 
 struct Server {
     gateway: Arc<Gateway>,
+    tls: Option<Arc<Tls>>,
     connections: Arc<Semaphore>,
     tracker: TaskTracker,
     /// Connections end after the request they are at.
@@ -209,6 +244,8 @@ impl Server {
     fn start(&self, stream: TcpStream, permit: OwnedSemaphorePermit) {
         let connection = connection::Connection {
             gateway: Arc::clone(&self.gateway),
+            tls: self.tls.clone(),
+            tracker: self.tracker.clone(),
             closing: self.closing.clone(),
             abort: self.abort.clone(),
         };

@@ -14,5 +14,15 @@ mod api;
 mod bad_input;
 #[path = "router/faults.rs"]
 mod faults;
+#[path = "router/http2.rs"]
+mod http2;
 #[path = "router/limits.rs"]
 mod limits;
+#[path = "router/smuggling.rs"]
+mod smuggling;
+#[path = "router/streams.rs"]
+mod streams;
+#[path = "router/tenants.rs"]
+mod tenants;
+#[path = "router/wrong_types.rs"]
+mod wrong_types;

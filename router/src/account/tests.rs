@@ -1,4 +1,7 @@
+use std::time::Duration;
+
 use super::*;
+use crate::admit::{Reason, Refused};
 
 /// The value of an exported line.
 fn value(metrics: &Metrics, name: &str) -> f64 {
@@ -13,7 +16,7 @@ fn every_way_out_is_booked_once() {
     let open = || Entry::open(Arc::clone(&metrics), Route::Chat);
     open().answered(200);
     open().refused(&Refusal::invalid("n", "no"));
-    open().refused(&Refusal::Overloaded { retry_after_s: 1 });
+    open().refused(&Refusal::Overloaded(Refused { reason: Reason::QueueFull, after: Duration::ZERO }));
     open().refused(&Refusal::WorkerLost);
     open().broke();
     drop(open());

@@ -67,6 +67,11 @@ impl Meter {
         Self { prompt_tokens, completion_tokens: 0, n, cached_tokens: 0 }
     }
 
+    /// Tokens generated so far.
+    pub(crate) fn completion_tokens(&self) -> u64 {
+        self.completion_tokens
+    }
+
     pub(super) fn add(&mut self, delta: &Delta) {
         self.completion_tokens += delta.tokens.len() as u64;
         let report = delta.end.as_ref().and_then(|end| end.trace.report.as_ref());

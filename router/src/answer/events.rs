@@ -3,9 +3,11 @@
 use std::fmt;
 use std::pin::Pin;
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
+use tokio::time::{Instant, Sleep};
 
 use super::Deltas;
 use super::choice::Delta;
@@ -18,6 +20,9 @@ use crate::gateway::refusal;
 /// Bytes after which a frame is handed over although more is ready.
 const FRAME_BYTES: usize = 16 << 10;
 
+/// What is sent where there is nothing to send: clients ignore it, proxies see that the stream lives.
+const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
+
 /// Server-sent events, made as the client takes them.
 ///
 /// Whatever is ready goes into one frame. Dropping it, because the client left or because it ended, gives everything
@@ -29,6 +34,33 @@ pub(crate) struct EventStream {
     /// The delta that was waited for before the answer began.
     first: Option<Delta>,
     held: Option<(Entry, Place)>,
+    quiet: Quiet,
+}
+
+/// Notices silence without looking at the clock for every frame.
+struct Quiet {
+    /// Half of the longest silence: one that is seen at two ends of a period may have begun at the start of it.
+    period: Duration,
+    ends: Pin<Box<Sleep>>,
+    spoken: bool,
+}
+
+impl Quiet {
+    fn new(longest: Duration) -> Self {
+        let period = longest / 2;
+        Self { period, ends: Box::pin(tokio::time::sleep(period)), spoken: true }
+    }
+
+    /// Ready when nothing was said for a whole period; call it while there is nothing to say.
+    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        while self.ends.as_mut().poll(cx).is_ready() {
+            self.ends.as_mut().reset(Instant::now() + self.period);
+            if !std::mem::take(&mut self.spoken) {
+                return Poll::Ready(());
+            }
+        }
+        Poll::Pending
+    }
 }
 
 impl fmt::Debug for EventStream {
@@ -38,15 +70,19 @@ impl fmt::Debug for EventStream {
 }
 
 impl EventStream {
-    /// A stream that begins with `first`.
+    /// A stream that begins with `first`, if that was worth waiting for; never silent for longer than `keep_alive`.
     pub(crate) fn new(
         deltas: Deltas,
-        first: Delta,
+        first: Option<Delta>,
         writer: ChunkWriter,
         meter: Meter,
         held: (Entry, Place),
+        keep_alive: Duration,
     ) -> Self {
-        Self { deltas, writer, meter, first: Some(first), held: Some(held) }
+        let mut quiet = Quiet::new(keep_alive);
+        // Without a first delta the client has waited long enough.
+        quiet.spoken = first.is_some();
+        Self { deltas, writer, meter, first, held: Some(held), quiet }
     }
 
     /// The next bytes; `None` at the end.
@@ -61,7 +97,11 @@ impl EventStream {
         }
         while out.len() < FRAME_BYTES {
             match this.deltas.poll_next_unpin(cx) {
-                Poll::Pending if out.is_empty() => return Poll::Pending,
+                Poll::Pending if out.is_empty() => {
+                    std::task::ready!(this.quiet.poll(cx));
+                    out.extend_from_slice(KEEP_ALIVE);
+                    return Poll::Ready(Some(Bytes::from(out)));
+                }
                 Poll::Pending => break,
                 Poll::Ready(Some(Ok(delta))) => this.write(&delta, &mut out),
                 Poll::Ready(Some(Err(error))) => {
@@ -77,11 +117,17 @@ impl EventStream {
                 }
             }
         }
+        this.quiet.spoken = true;
         Poll::Ready(Some(Bytes::from(out)))
     }
 
     fn write(&mut self, delta: &Delta, out: &mut Vec<u8>) {
         self.meter.add(delta);
+        if let Some((entry, place)) = &mut self.held {
+            let tokens = delta.tokens.len() as u64;
+            place.used(tokens);
+            entry.used(tokens);
+        }
         self.writer.delta(delta, out);
     }
 

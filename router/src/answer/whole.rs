@@ -13,7 +13,7 @@ use crate::dispatch::DispatchError;
 pub(crate) async fn collect(
     mut deltas: Deltas,
     head: &Head,
-    mut meter: Meter,
+    meter: &mut Meter,
     choices: usize,
 ) -> Result<Bytes, DispatchError> {
     let mut wholes: Vec<Delta> = Vec::new();

@@ -206,7 +206,7 @@ impl Attempt {
             generated,
             max_tokens: job.max_tokens - generated,
             sampling: job.sampling.clone(),
-            cache_salt: 0,
+            cache_salt: job.cache_salt,
             logits_digest: job.logits_digest,
             handoff: remote.map(|(id, prefill)| HandoffRef {
                 id,
@@ -222,7 +222,7 @@ impl Attempt {
                 tokens: std::mem::take(&mut generate.tokens),
                 generated,
                 sampling: job.sampling.clone(),
-                cache_salt: 0,
+                cache_salt: job.cache_salt,
                 logits_digest: job.logits_digest,
                 handoff: HandoffRef { id, own_epoch: prefill.member.epoch, peer: pair.decode.peer() },
             };

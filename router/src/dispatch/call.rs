@@ -21,6 +21,10 @@ const IDLE_FOR: Duration = Duration::from_secs(30);
 /// Largest answer that is read as a whole.
 const ANSWER_MAX_BYTES: usize = 4 << 20;
 
+/// Bytes of a worker's answer that the kernel keeps for us: what it would take by itself is megabytes for each client that
+/// does not read.
+const RECEIVE_BYTES: usize = 256 << 10;
+
 /// Why a call to a worker failed.
 #[derive(Debug, thiserror::Error)]
 pub(crate) enum CallError {
@@ -57,6 +61,7 @@ impl Caller {
         let mut connector = HttpConnector::new();
         connector.set_connect_timeout(Some(connect));
         connector.set_nodelay(true);
+        connector.set_recv_buffer_size(Some(RECEIVE_BYTES));
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_FOR)

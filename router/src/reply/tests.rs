@@ -2,6 +2,10 @@ use expect_test::expect_file;
 
 use super::*;
 
+fn overloaded(reason: Reason) -> Refusal {
+    Refusal::Overloaded(Refused { reason, after: std::time::Duration::from_millis(1500) })
+}
+
 fn every_refusal() -> Vec<Refusal> {
     vec![
         Refusal::invalid("temperature", "'temperature' must be at most 2, not 3."),
@@ -15,7 +19,14 @@ fn every_refusal() -> Vec<Refusal> {
         Refusal::TooLarge { limit: 4096 },
         Refusal::HeadTooLarge,
         Refusal::MediaType { message: "Content-Type must be application/json.".to_owned() },
-        Refusal::Overloaded { retry_after_s: 1 },
+        Refusal::Unauthorized { message: "Incorrect API key provided.", code: "invalid_api_key" },
+        Refusal::Forbidden { message: "The token names no tenant of this service.", code: "unknown_tenant" },
+        overloaded(Reason::QueueFull),
+        overloaded(Reason::Deadline),
+        overloaded(Reason::QueueTimeout),
+        overloaded(Reason::Requests),
+        overloaded(Reason::Tokens),
+        overloaded(Reason::Concurrency),
         Refusal::WorkersBusy,
         Refusal::NoWorker,
         Refusal::WorkerLost,

@@ -1,198 +1,74 @@
-//! One client connection: HTTP/1.1 with deadlines on what hyper would wait for without end.
+//! One client connection: HTTP/1.1 or HTTP/2, plain or over TLS, with deadlines on what hyper would wait for without end.
 
 use std::convert::Infallible;
-use std::pin::Pin;
-use std::pin::pin;
+use std::future::Future;
+use std::pin::{Pin, pin};
 use std::sync::Arc;
-use std::sync::{Mutex, PoisonError};
-use std::task::{Context, Poll};
+use std::time::Duration;
 
-use bytes::{Buf as _, Bytes};
-use hyper::body::{Body, Incoming};
-use hyper::rt::{ReadBufCursor, Write as _};
-use hyper::server::conn::http1;
+use hyper::body::Incoming;
+use hyper::server::conn::{http1, http2};
 use hyper::service::service_fn;
-use hyper_util::rt::TokioIo;
+use hyper_util::rt::{TokioIo, TokioTimer};
+use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
+use super::tls::Tls;
+use super::watched::{Answered, Busy, Phase, Phases, Watched};
 use crate::account::Entry;
+use crate::answer::AnswerBody;
 use crate::body::HEAD_MAX_BYTES;
 use crate::gateway::Gateway;
-use crate::metrics::Metrics;
-use crate::options::Timeouts;
 use crate::reply;
 use crate::routes::Route;
+
+/// How every HTTP/2 connection begins.
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+/// Between two looks at a connection that began like HTTP/2 and did not go on.
+const PREFACE_PAUSE: Duration = Duration::from_millis(10);
+/// Bytes the kernel may hold that a client has no room for: what a client that does not read costs, with hyper's buffer.
+const UNSENT_MAX_BYTES: u32 = 128 << 10;
+/// Requests of one HTTP/2 connection at once.
+const STREAMS_MAX: u32 = 256;
+/// Resets by the client before their requests were looked at, then the connection ends (CVE-2023-44487).
+const RESETS_MAX: usize = 20;
+/// Resets of our own because of what the client sent, then the connection ends (CVE-2025-8671).
+const OWN_RESETS_MAX: usize = 100;
+/// Bytes of the bodies of one connection that may be under way.
+const CONNECTION_WINDOW: u32 = 1 << 20;
+/// Bytes of one body that may be under way.
+const STREAM_WINDOW: u32 = 256 << 10;
+/// Bytes of an answer that a client has no room for.
+const STREAM_UNSENT_BYTES: usize = 64 << 10;
+/// Between two pings of a quiet HTTP/2 connection, and until it is given up.
+const PING_EVERY: Duration = Duration::from_secs(20);
+/// For the answer to a client that was too slow.
+const FAREWELL: Duration = Duration::from_secs(1);
 
 /// What a connection needs besides its socket.
 pub(super) struct Connection {
     pub(super) gateway: Arc<Gateway>,
+    pub(super) tls: Option<Arc<Tls>>,
+    /// Owns the requests of HTTP/2 connections.
+    pub(super) tracker: TaskTracker,
     pub(super) closing: CancellationToken,
     pub(super) abort: CancellationToken,
 }
 
-/// Where a connection is between requests.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Phase {
-    /// No byte of the next request yet.
-    Idle(Instant),
-    /// The head of a request is arriving.
-    Head(Instant),
-    /// A request is being served.
-    Busy,
+/// Runs the requests of an HTTP/2 connection as tasks that the server waits for.
+#[derive(Clone)]
+struct Requests {
+    tracker: TaskTracker,
+    abort: CancellationToken,
 }
 
-/// The phase, shared between the socket, the service and the watch.
-#[derive(Debug)]
-struct Phases(Mutex<Phase>);
-
-impl Phases {
-    fn get(&self) -> Phase {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    fn set(&self, phase: Phase) {
-        *self.0.lock().unwrap_or_else(PoisonError::into_inner) = phase;
-    }
-
-    /// When the connection is to be cut unless something happens.
-    fn deadline(&self, timeouts: &Timeouts) -> Option<Instant> {
-        match self.get() {
-            Phase::Idle(since) => Some(since + timeouts.idle),
-            Phase::Head(since) => Some(since + timeouts.header),
-            Phase::Busy => None,
-        }
-    }
-}
-
-/// A socket that notes when the first byte of a request arrives, and gives hyper's own refusals a body.
-struct Watched {
-    io: TokioIo<TcpStream>,
-    phases: Arc<Phases>,
-    metrics: Arc<Metrics>,
-    /// What is left to write in the place of a refusal.
-    instead: Bytes,
-}
-
-impl Watched {
-    /// Writes the rest of what stands in for `taken` bytes of hyper's.
-    fn poll_instead(&mut self, cx: &mut Context<'_>, taken: usize) -> Poll<std::io::Result<usize>> {
-        while !self.instead.is_empty() {
-            let written = std::task::ready!(Pin::new(&mut self.io).poll_write(cx, &self.instead))?;
-            if written == 0 {
-                return Poll::Ready(Err(std::io::ErrorKind::WriteZero.into()));
-            }
-            self.instead.advance(written);
-        }
-        Poll::Ready(Ok(taken))
-    }
-
-    /// Whether `buf` is a refusal of hyper's, for which something else is to be written.
-    fn replaces(&mut self, buf: &[u8]) -> bool {
-        if !self.instead.is_empty() {
-            return true;
-        }
-        let Some((status, answer)) = reply::unparsed(buf) else { return false };
-        Entry::open(Arc::clone(&self.metrics), Route::Other).answered(status);
-        self.instead = answer;
-        true
-    }
-}
-
-impl hyper::rt::Read for Watched {
-    fn poll_read(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: ReadBufCursor<'_>,
-    ) -> Poll<std::io::Result<()>> {
-        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
-        if matches!(polled, Poll::Ready(Ok(())))
-            && let Phase::Idle(_) = self.phases.get()
-        {
-            self.phases.set(Phase::Head(Instant::now()));
-        }
-        polled
-    }
-}
-
-impl hyper::rt::Write for Watched {
-    fn poll_write(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        buf: &[u8],
-    ) -> Poll<std::io::Result<usize>> {
-        if self.replaces(buf) {
-            return self.poll_instead(cx, buf.len());
-        }
-        Pin::new(&mut self.io).poll_write(cx, buf)
-    }
-
-    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
-    }
-
-    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_shutdown(cx)
-    }
-
-    fn is_write_vectored(&self) -> bool {
-        self.io.is_write_vectored()
-    }
-
-    fn poll_write_vectored(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-        bufs: &[std::io::IoSlice<'_>],
-    ) -> Poll<std::io::Result<usize>> {
-        if let Some(first) = bufs.iter().find(|buf| !buf.is_empty())
-            && self.replaces(first)
-        {
-            return self.poll_instead(cx, first.len());
-        }
-        Pin::new(&mut self.io).poll_write_vectored(cx, bufs)
-    }
-}
-
-/// Ends the busy phase when the answer is gone, however it goes.
-struct Busy(Arc<Phases>);
-
-impl Busy {
-    fn begin(phases: &Arc<Phases>) -> Self {
-        phases.set(Phase::Busy);
-        Self(Arc::clone(phases))
-    }
-}
-
-impl Drop for Busy {
-    fn drop(&mut self) {
-        self.0.set(Phase::Idle(Instant::now()));
-    }
-}
-
-/// An answer's body that keeps the connection busy.
-struct Answered<B> {
-    body: B,
-    _busy: Busy,
-}
-
-impl<B: Body + Unpin> Body for Answered<B> {
-    type Data = B::Data;
-    type Error = B::Error;
-
-    fn poll_frame(
-        mut self: Pin<&mut Self>,
-        cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<hyper::body::Frame<B::Data>, B::Error>>> {
-        Pin::new(&mut self.body).poll_frame(cx)
-    }
-
-    fn is_end_stream(&self) -> bool {
-        self.body.is_end_stream()
-    }
-
-    fn size_hint(&self) -> hyper::body::SizeHint {
-        self.body.size_hint()
+impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Requests {
+    fn execute(&self, request: F) {
+        let abort = self.abort.clone();
+        self.tracker.spawn(async move { abort.run_until_cancelled(request).await.map(drop) });
     }
 }
 
@@ -204,59 +80,171 @@ impl Connection {
             tracing::debug!(%error, "connection gone before it was served");
             return;
         }
-        let Self { gateway, closing, abort } = self;
-        gateway.metrics.connections.inc();
-        let phases = Arc::new(Phases(Mutex::new(Phase::Head(Instant::now()))));
-        let watched = Watched {
-            io: TokioIo::new(stream),
-            phases: Arc::clone(&phases),
-            metrics: Arc::clone(&gateway.metrics),
-            instead: Bytes::new(),
-        };
-        let service = {
-            let (gateway, phases) = (Arc::clone(&gateway), Arc::clone(&phases));
-            service_fn(move |request: http::Request<Incoming>| {
-                let busy = Busy::begin(&phases);
-                let gateway = Arc::clone(&gateway);
-                async move {
-                    let response = gateway.handle(request).await;
-                    Ok::<_, Infallible>(response.map(|body| Answered { body, _busy: busy }))
+        if let Err(error) = socket2::SockRef::from(&stream).set_tcp_notsent_lowat(UNSENT_MAX_BYTES) {
+            tracing::debug!(%error, "a client that does not read may cost more than it should");
+        }
+        self.gateway.metrics.connections.inc();
+        self.begin(stream).await;
+        self.gateway.metrics.connections.dec();
+    }
+
+    /// Finds out what is spoken.
+    async fn begin(&self, stream: TcpStream) {
+        let phases = Arc::new(Phases::fresh());
+        let patience = self.gateway.timeouts.header;
+        match &self.tls {
+            None => match self.opening(patience, speaks_http2(&stream)).await {
+                Some(Ok(true)) => self.http2(stream, phases).await,
+                Some(Ok(false)) => self.http1(stream, phases).await,
+                Some(Err(error)) => tracing::debug!(%error, "connection gone before it was served"),
+                None => {}
+            },
+            Some(tls) => match self.opening(patience, tls.acceptor().accept(stream)).await {
+                Some(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
+                    Box::pin(self.http2(stream, phases)).await;
                 }
-            })
-        };
+                Some(Ok(stream)) => Box::pin(self.http1(stream, phases)).await,
+                Some(Err(error)) => tracing::debug!(%error, "no TLS"),
+                None => {}
+            },
+        }
+    }
+
+    /// Waits for something before the first request, for a while.
+    async fn opening<T>(&self, patience: Duration, what: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            biased;
+            () = self.abort.cancelled() => None,
+            () = self.closing.cancelled() => None,
+            ended = tokio::time::timeout(patience, what) => ended.ok(),
+        }
+    }
+
+    async fn http1<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S, phases: Arc<Phases>) {
+        let watched =
+            Watched::new(TokioIo::new(stream), Arc::clone(&phases), Arc::clone(&self.gateway.metrics));
+        let service = service(&self.gateway, &phases);
         let mut http = http1::Builder::new();
         http.max_buf_size(HEAD_MAX_BYTES).half_close(false);
-        let mut connection = pin!(http.serve_connection(watched, service));
+        let mut connection = http.serve_connection(watched, service_fn(service));
         let mut closed = false;
         loop {
-            let deadline = phases.deadline(&gateway.timeouts);
+            let deadline = phases.deadline(&self.gateway.timeouts);
             tokio::select! {
                 biased;
-                () = abort.cancelled() => break,
-                ended = connection.as_mut() => {
-                    if let Err(error) = ended {
-                        tracing::debug!(%error, "connection ended badly");
-                    }
-                    break;
+                () = self.abort.cancelled() => return,
+                ended = &mut connection => {
+                    note(ended);
+                    return;
                 }
-                () = closing.cancelled(), if !closed => {
+                () = self.closing.cancelled(), if !closed => {
+                    closed = true;
+                    Pin::new(&mut connection).graceful_shutdown();
+                }
+                () = wait_until(deadline) => if self.is_over(&phases) { break },
+            }
+        }
+        if matches!(phases.get(), Phase::Head(_)) {
+            self.tell_slow(connection.into_parts().io.into_inner().into_inner()).await;
+        }
+    }
+
+    /// Answers a head that never ended.
+    async fn tell_slow<S: AsyncWrite + Unpin>(&self, mut stream: S) {
+        let (status, answer) = reply::slow_head();
+        Entry::open(Arc::clone(&self.gateway.metrics), Route::Other).answered(status);
+        let told = async {
+            stream.write_all(&answer).await?;
+            stream.shutdown().await
+        };
+        if !matches!(tokio::time::timeout(FAREWELL, told).await, Ok(Ok(()))) {
+            tracing::debug!("a client that was too slow did not hear so");
+        }
+    }
+
+    async fn http2<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S, phases: Arc<Phases>) {
+        let service = service(&self.gateway, &phases);
+        let requests = Requests { tracker: self.tracker.clone(), abort: self.abort.clone() };
+        let mut http = http2::Builder::new(requests);
+        http.timer(TokioTimer::new())
+            .max_concurrent_streams(STREAMS_MAX)
+            .max_pending_accept_reset_streams(RESETS_MAX)
+            .max_local_error_reset_streams(OWN_RESETS_MAX)
+            .max_header_list_size(u32::try_from(HEAD_MAX_BYTES).unwrap_or(u32::MAX))
+            .initial_stream_window_size(STREAM_WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buf_size(STREAM_UNSENT_BYTES)
+            .keep_alive_interval(PING_EVERY)
+            .keep_alive_timeout(PING_EVERY);
+        let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service_fn(service)));
+        let mut closed = false;
+        loop {
+            let deadline = phases.deadline(&self.gateway.timeouts);
+            tokio::select! {
+                biased;
+                () = self.abort.cancelled() => return,
+                ended = connection.as_mut() => {
+                    note(ended);
+                    return;
+                }
+                () = self.closing.cancelled(), if !closed => {
                     closed = true;
                     connection.as_mut().graceful_shutdown();
                 }
-                () = wait_until(deadline) => {
-                    if phases.deadline(&gateway.timeouts).is_some_and(|deadline| deadline <= Instant::now()) {
-                        tracing::debug!(phase = ?phases.get(), "connection cut: deadline");
-                        break;
-                    }
-                }
+                () = wait_until(deadline) => if self.is_over(&phases) { return },
             }
         }
-        gateway.metrics.connections.dec();
+    }
+
+    fn is_over(&self, phases: &Phases) -> bool {
+        let over = phases.deadline(&self.gateway.timeouts).is_some_and(|deadline| deadline <= Instant::now());
+        if over {
+            tracing::debug!(phase = ?phases.get(), "connection cut: deadline");
+        }
+        over
+    }
+}
+
+fn note(ended: hyper::Result<()>) {
+    if let Err(error) = ended {
+        tracing::debug!(%error, "connection ended badly");
+    }
+}
+
+type Answering =
+    Pin<Box<dyn Future<Output = Result<http::Response<Answered<AnswerBody>>, Infallible>> + Send>>;
+
+fn service(
+    gateway: &Arc<Gateway>,
+    phases: &Arc<Phases>,
+) -> impl Fn(http::Request<Incoming>) -> Answering + use<> {
+    let (gateway, phases) = (Arc::clone(gateway), Arc::clone(phases));
+    move |request| {
+        let busy = Busy::begin(&phases);
+        let gateway = Arc::clone(&gateway);
+        Box::pin(async move {
+            let response = gateway.handle(request).await;
+            Ok(response.map(|body| Answered { body, _busy: busy }))
+        })
+    }
+}
+
+/// Whether the first bytes are those of HTTP/2; they stay where they are.
+async fn speaks_http2(stream: &TcpStream) -> std::io::Result<bool> {
+    let mut first = [0; PREFACE.len()];
+    loop {
+        let heard = stream.peek(&mut first).await?;
+        match &first[..heard] {
+            PREFACE => return Ok(true),
+            [] => return Ok(false),
+            part if PREFACE.starts_with(part) => tokio::time::sleep(PREFACE_PAUSE).await,
+            _ => return Ok(false),
+        }
     }
 }
 
 /// Sleeps until the deadline, or a while where there is none now but may be one later.
 async fn wait_until(deadline: Option<Instant>) {
-    let recheck = Instant::now() + std::time::Duration::from_secs(5);
+    let recheck = Instant::now() + Duration::from_secs(5);
     tokio::time::sleep_until(deadline.map_or(recheck, |deadline| deadline.min(recheck))).await;
 }

@@ -75,6 +75,15 @@ pub(crate) fn sse(text: &str) -> Vec<String> {
 impl Harness {
     /// A router before `workers`, with every default but those that `change` touches.
     pub(crate) async fn start(workers: &[&FakeWorker], change: impl FnOnce(&mut RouterOptions)) -> Self {
+        let serves = workers.iter().any(|worker| worker.member.role.decodes());
+        let harness = Self::start_bare(workers, change).await;
+        let wanted = if serves { 200 } else { 503 };
+        harness.until("the router answers", async || harness.get("/readyz").await.status == wanted).await;
+        harness
+    }
+
+    /// The same, without waiting until it is ready.
+    pub(crate) async fn start_bare(workers: &[&FakeWorker], change: impl FnOnce(&mut RouterOptions)) -> Self {
         let model = tempfile::tempdir().expect("a directory");
         model_dir::write(model.path());
         let mut options = RouterOptions::new(
@@ -92,7 +101,6 @@ impl Harness {
         let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = listener.local_addr().expect("an address");
         let members: Vec<Member> = workers.iter().map(|worker| worker.member.clone()).collect();
-        let serves = members.iter().any(|member| member.role.decodes());
         let roster = Roster { members, age: Duration::ZERO };
         let (send, feed) = watch::channel(Arc::new(roster));
         let stop = Stop::default();
@@ -102,10 +110,7 @@ impl Harness {
             tokio::spawn(serve_with(options, feed, listener, stop))
         };
         let client = Client::builder(TokioExecutor::new()).build_http();
-        let harness = Self { address, stop, members: send, client, router: Some(router), _model: model };
-        let wanted = if serves { 200 } else { 503 };
-        harness.until("the router answers", async || harness.get("/readyz").await.status == wanted).await;
-        harness
+        Self { address, stop, members: send, client, router: Some(router), _model: model }
     }
 
     /// Waits for a condition; fails the test when it does not come.

@@ -1,0 +1,147 @@
+//! Streams: kept alive while nothing comes, held back by who does not read, ended with whoever leaves.
+
+use std::sync::atomic::Ordering;
+use std::time::{Duration, Instant};
+
+use baton_config::Role;
+use baton_config::protocol::FailureCode;
+use http_body_util::BodyExt as _;
+use serde_json::{Value, json};
+
+use crate::fake_worker::{Act, FakeWorker};
+use crate::harness::{Harness, PATIENCE};
+
+async fn alive(worker: &FakeWorker) -> Harness {
+    Harness::start(&[worker], |options| options.timeouts.keep_alive = Duration::from_millis(200)).await
+}
+
+fn streamed(tokens: u32) -> String {
+    json!({
+        "model": "tiny", "prompt": "hello", "max_tokens": tokens, "stream": true,
+        "stream_options": { "include_usage": true }
+    })
+    .to_string()
+}
+
+#[tokio::test]
+async fn a_long_prefill_is_bridged_by_comments() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::Slow(Duration::from_millis(900)));
+    let harness = alive(&worker).await;
+    let begun = Instant::now();
+    let answer = harness.send("POST", "/v1/completions", streamed(2)).await;
+    assert_eq!(answer.status(), 200);
+    assert!(begun.elapsed() < Duration::from_millis(850), "the answer begins before the first token");
+    let body = tokio::time::timeout(PATIENCE, answer.into_body().collect()).await.expect("in time");
+    let text = String::from_utf8(body.expect("a body").to_bytes().to_vec()).expect("UTF-8");
+    let comments = text.matches(": keep-alive\n\n").count();
+    assert!(text.starts_with(": keep-alive\n\n") && comments >= 4, "{comments} in {text}");
+    let plain = text.replace(": keep-alive\n\n", "");
+    assert!(plain.starts_with("data: {") && plain.ends_with("data: [DONE]\n\n"), "{plain}");
+    assert!(plain.contains("\"usage\":{\"prompt_tokens\":1,\"completion_tokens\":2,"), "{plain}");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn quick_streams_carry_no_comments_and_early_errors_keep_their_status() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = alive(&worker).await;
+    let answer = harness.ask("POST", "/v1/completions", streamed(20)).await;
+    assert!(!answer.text.contains("keep-alive"));
+    worker.always(Act::Status(400, FailureCode::Refused));
+    assert_eq!(harness.ask("POST", "/v1/completions", streamed(20)).await.status, 400);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn an_error_after_the_comments_is_an_event() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::SilentAfter(0));
+    let harness = Harness::start(&[&worker], |options| {
+        options.timeouts.keep_alive = Duration::from_millis(100);
+        options.timeouts.request = Duration::from_millis(600);
+    })
+    .await;
+    let answer = harness.ask("POST", "/v1/completions", streamed(20)).await;
+    assert_eq!(answer.status, 200);
+    let last = answer.text.trim_end().rsplit("\n\n").next().expect("an event").to_owned();
+    assert!(last.contains("\"error\"") && last.contains("\"code\":\"timeout\""), "{}", answer.text);
+    let failed = "baton_router_requests_ended_total{outcome=\"failed\"}";
+    assert!((harness.metric(failed).await - 1.0).abs() < 0.5);
+    harness.finish().await;
+}
+
+/// How long the worker goes on after its client has left; printed for the record, bounded generously.
+#[tokio::test]
+async fn who_leaves_is_noticed_at_once_in_every_phase() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&worker], |_| {}).await;
+    for (phase, act, stream) in [
+        ("before the first token", Act::SilentAfter(0), true),
+        ("within the stream", Act::SilentAfter(2), true),
+        ("before a whole answer", Act::SilentAfter(2), false),
+    ] {
+        worker.always(act);
+        let body =
+            json!({ "model": "tiny", "prompt": "hello", "max_tokens": 20, "stream": stream }).to_string();
+        let mut longest = Duration::ZERO;
+        for _ in 0..5 {
+            let mut connection = tokio::net::TcpStream::connect(harness.address).await.expect("a connection");
+            let head =
+                format!("POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
+            let request = format!("{head}{body}");
+            tokio::io::AsyncWriteExt::write_all(&mut connection, request.as_bytes()).await.expect("written");
+            let busy = async || worker.seen.open.load(Ordering::SeqCst) == 1;
+            harness.until("the worker is busy", busy).await;
+            let left = Instant::now();
+            drop(connection);
+            while worker.seen.open.load(Ordering::SeqCst) != 0 {
+                assert!(left.elapsed() < PATIENCE, "never noticed {phase}");
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            longest = longest.max(left.elapsed());
+        }
+        println!("left {phase}: the worker is let go after at most {longest:?}");
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_costs_little() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::Endless);
+    // A model with room for an answer of gigabytes.
+    let harness = Harness::start(&[&worker], |options| {
+        let path = options.model.path.join("config.json");
+        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+        config["max_position_embeddings"] = json!(4_000_000);
+        std::fs::write(&path, config.to_string()).expect("written");
+    })
+    .await;
+    let body = json!({
+        "model": "tiny", "messages": [{ "role": "user", "content": "hello" }], "stream": true, "ignore_eos": true,
+        "logprobs": true, "top_logprobs": 20, "max_tokens": 1_000_000
+    })
+    .to_string();
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(16 << 10).expect("small");
+    let mut connection = socket.connect(harness.address).await.expect("a connection");
+    let head =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
+    tokio::io::AsyncWriteExt::write_all(&mut connection, format!("{head}{body}").as_bytes())
+        .await
+        .expect("written");
+    let sent = || worker.seen.sent.load(Ordering::SeqCst);
+    harness
+        .until("the worker stands still", async || {
+            let before = sent();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            before > 0 && before == sent()
+        })
+        .await;
+    println!("a worker has sent {} bytes for a client that reads nothing", sent());
+    assert!(sent() < 2 << 20, "{}", sent());
+    drop(connection);
+    harness.until("cancelled", async || worker.seen.open.load(Ordering::SeqCst) == 0).await;
+    harness.finish().await;
+}
