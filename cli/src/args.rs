@@ -67,6 +67,8 @@ pub(crate) enum Command {
     Doctor(DoctorArgs),
     /// Measure, with the raw limit of the machine beside each figure.
     Bench(BenchArgs),
+    /// Make a key for a tenant of the router.
+    Key(KeyArgs),
     /// Say how much KV cache a model needs and how long moving it takes.
     Kv(KvArgs),
 }
@@ -261,6 +263,29 @@ pub(crate) struct DoctorArgs {
     /// Try the shared object of a plugin, too.
     #[arg(long, value_name = "PATH")]
     pub(crate) plugin: Option<PathBuf>,
+}
+
+#[derive(Debug, clap::Args)]
+pub(crate) struct KeyArgs {
+    #[command(subcommand)]
+    pub(crate) command: KeyCommand,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum KeyCommand {
+    /// Print a new key, and the line of the file of keys that lets it in.
+    #[command(after_help = "The key is kept nowhere: the line holds only a keyed hash of it.
+
+Example:
+  baton key new --tenant acme")]
+    New {
+        /// Whose it is to be: 1 to 64 characters of a-z, 0-9, -, _ and .
+        #[arg(long, value_name = "NAME")]
+        tenant: String,
+        /// Print one JSON object.
+        #[arg(long)]
+        json: bool,
+    },
 }
 
 #[derive(Debug, clap::Args)]

@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 
 use baton_config::environment::Environment;
 use baton_config::fleet::{EngineKind, Fleet, explain};
+use baton_config::keys::KeysFile;
 use baton_engine::reference::Reference;
 use baton_router::RouterOptions;
 
@@ -14,7 +15,21 @@ use crate::output;
 pub(crate) fn run(args: &CheckArgs, environment: &Environment) -> Result<(), Failure> {
     let fleet = load(args.fleet.as_deref(), environment)?;
     model(&fleet)?;
-    output::print(&explain::explain(&fleet))
+    let mut text = explain::explain(&fleet);
+    text.push_str(&keys(&fleet)?);
+    output::print(&text)
+}
+
+/// What is to be said of the file of keys; it may be made later, but if it is there it must be good.
+fn keys(fleet: &Fleet) -> Result<String, Failure> {
+    let Some(auth) = &fleet.router.auth else { return Ok(String::new()) };
+    let path = auth.keys_file.display();
+    if !auth.keys_file.exists() {
+        return Ok(format!("\nkeys\n  {path} is not there: the router does not start without it\n"));
+    }
+    let file = KeysFile::load(&auth.keys_file)?;
+    let keys: usize = file.tenants.iter().map(|tenant| tenant.keys.len()).sum();
+    Ok(format!("\nkeys\n  {path}: {} tenants, {keys} keys\n", file.tenants.len()))
 }
 
 /// The fleet of a flag, else of the environment, else the built-in one.

@@ -12,6 +12,7 @@ mod bench;
 mod check;
 mod doctor;
 mod failure;
+mod key;
 mod kv;
 mod logging;
 mod operate;
@@ -69,6 +70,7 @@ fn run(args: Args, logging: &Logging, environment: &Environment) -> Result<(), F
         Command::Scale(args) => operate::scale(&args, environment),
         Command::Doctor(args) => doctor::run(&args),
         Command::Bench(args) => bench::run(&args),
+        Command::Key(args) => key::run(&args),
         Command::Kv(args) => kv::run(&args),
     }
 }
