@@ -84,6 +84,7 @@ fn pools(pools: &[PoolRow]) -> Vec<Vec<String>> {
     for PoolRow { status, set_by } in pools {
         let why = match *set_by {
             "operator" => "an operator said so".to_owned(),
+            "autoscaler" => "the autoscaler said so".to_owned(),
             _ => "the fleet file says so".to_owned(),
         };
         rows.push(vec![
