@@ -259,20 +259,19 @@ impl Keeper {
                 Step::Keepalive { .. } => return Ok(()),
                 Step::Register { endpoint } => match self.register_at(endpoint).await {
                     Ok(()) => return Ok(()),
+                    // Neither tokens nor certificates get better by waiting: once every conductor was asked, that is it.
+                    Err(error) if error.is_distrust() => {
+                        distrusted.insert(endpoint);
+                        if distrusted.len() == self.transport.endpoints().len() {
+                            return Err(JoinError::Refused(error));
+                        }
+                        last = Some(error);
+                    }
                     Err(CallError::Refused { status, detail, endpoint }) if status < 500 => {
                         return Err(match detail.holder {
                             Some(holder) => JoinError::NameTaken { holder: Box::new(holder) },
                             None => JoinError::Refused(CallError::Refused { status, detail, endpoint }),
                         });
-                    }
-                    // Certificates do not change by waiting: once every conductor was tried, that is it.
-                    Err(error @ CallError::Tls { .. })
-                        if {
-                            distrusted.insert(endpoint);
-                            distrusted.len() == self.transport.endpoints().len()
-                        } =>
-                    {
-                        return Err(JoinError::Refused(error));
                     }
                     Err(error) => last = Some(error),
                 },
@@ -339,7 +338,8 @@ impl Keeper {
                 Ok(())
             }
             Err(error) => {
-                let refused = matches!(error, CallError::Refused { status, .. } if status < 500);
+                let answered = matches!(error, CallError::Refused { status, .. } if status < 500);
+                let refused = answered && !error.is_distrust();
                 self.lease.not_registered(Instant::now(), refused);
                 Err(error)
             }

@@ -102,6 +102,8 @@ pub(crate) struct Told {
 /// What registrations must keep to.
 #[derive(Debug, Clone, Default)]
 pub(crate) struct Rules {
+    /// The model of the fleet document; any without.
+    pub(crate) model: Option<String>,
     /// Where workers may say they are; anywhere when empty.
     pub(crate) allowed_addresses: Vec<Cidr>,
     /// Whether registrants have proved who they are.
@@ -149,6 +151,7 @@ impl Registry {
 
     pub(crate) async fn register(&self, request: Register) -> Result<Registered, RegistryError> {
         validate::registration(&request, &self.pools)?;
+        validate::model(&request.model, self.rules.model.as_deref())?;
         validate::allowed(&request.address, &self.rules.allowed_addresses)?;
         let key = worker_key(&request.worker);
         for _ in 0..ATTEMPTS {

@@ -66,6 +66,8 @@ pub struct ConductorOptions {
     pub name: Option<String>,
     /// Where operators and workers reach this one; `None`: where it listens.
     pub url: Option<String>,
+    /// The model that all workers serve; `None` takes any.
+    pub model: Option<String>,
     /// Whom it lets in: everybody by default, which only a loopback address allows.
     pub guard: ConductorGuard,
     /// Bounds of connections and requests.
@@ -82,6 +84,7 @@ impl ConductorOptions {
             pools,
             name: None,
             url: None,
+            model: None,
             guard: ConductorGuard::default(),
             limits: HttpLimits::default(),
         }
@@ -205,6 +208,7 @@ async fn serve_on(
         stop: stop.clone(),
     };
     let rules = Rules {
+        model: options.model.clone(),
         allowed_addresses: options.guard.allowed_addresses.clone(),
         authenticated: options.guard.authenticates(),
     };

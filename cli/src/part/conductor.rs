@@ -31,6 +31,7 @@ fn options(fleet: &Fleet) -> ConductorOptions {
     let pools = fleet.pools.iter().map(pool).collect();
     let mut options = ConductorOptions::new(pools);
     options.lease_ttl = fleet.conductor.lease_ttl;
+    options.model = Some(fleet.model.id.clone());
     options.guard = fleet.conductor.guard.clone();
     match &fleet.conductor.store {
         StoreSpec::Embedded { state_file } => {

@@ -80,8 +80,8 @@ impl CallError {
         }
     }
 
-    /// Whether other files of a token or a certificate could help.
-    fn is_distrust(&self) -> bool {
+    /// Whether other files of a token or a certificate could help, or a conductor that has other ones.
+    pub(crate) fn is_distrust(&self) -> bool {
         match self {
             Self::Tls { .. } => true,
             Self::Refused { status, .. } => [401, 403].contains(status),

@@ -17,7 +17,9 @@ const ANSWER_TIMEOUT: Duration = Duration::from_millis(700);
 /// More than a worker has to say about itself.
 const ANSWER_MAX_BYTES: usize = 1 << 20;
 
-static HTTP: LazyLock<reqwest::Client> = LazyLock::new(crate::http::client);
+/// Keeps no connections: what answered before may be gone, and somebody else listen there.
+static HTTP: LazyLock<Option<reqwest::Client>> =
+    LazyLock::new(|| crate::http::builder().pool_max_idle_per_host(0).build().ok());
 
 /// Of a worker's `GET /v1/state`: who it is.
 #[derive(Debug, Deserialize)]
@@ -30,7 +32,7 @@ struct Identity {
 /// holder that does not answer its own API serves nobody.
 pub(super) async fn holder_answers(record: &WorkerRecord) -> bool {
     let ask = async {
-        let mut answer = HTTP.get(format!("http://{}/v1/state", record.address)).send().await.ok()?;
+        let mut answer = HTTP.as_ref()?.get(format!("http://{}/v1/state", record.address)).send().await.ok()?;
         let mut body = Vec::new();
         while let Some(chunk) = answer.chunk().await.ok()? {
             if body.len() + chunk.len() > ANSWER_MAX_BYTES {

@@ -58,6 +58,14 @@ pub(crate) fn registration(request: &Register, pools: &BTreeMap<PoolName, PoolOp
     request.kv.as_ref().map_or(Ok(()), geometry)
 }
 
+/// Checks that a worker serves the model of the fleet.
+pub(crate) fn model(given: &str, wanted: Option<&str>) -> Result<(), Fault> {
+    match wanted {
+        Some(wanted) if wanted != given => fault("model", format!("{given} is not that of the fleet, {wanted}")),
+        Some(_) | None => Ok(()),
+    }
+}
+
 /// A worker says that it is where no worker may be.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("address {address} {fault}: conductor.allowed_addresses is {ranges}")]

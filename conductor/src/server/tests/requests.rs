@@ -41,7 +41,8 @@ pub(super) async fn refused(reply: reqwest::Response, what: &str) -> (u16, Strin
 
 #[tokio::test]
 async fn bad_registrations_are_refused_and_change_nothing() {
-    let server = Server::fresh(Duration::from_secs(10)).await;
+    let options = ConductorOptions { model: Some("tiny".to_owned()), ..ConductorOptions::new(pools()) };
+    let server = Server::with("127.0.0.1:0".parse().unwrap(), options).await;
     let url = format!("{}/v1/workers", server.url());
     let http = crate::http::client();
     let before = server.listing().await;
@@ -53,6 +54,7 @@ async fn bad_registrations_are_refused_and_change_nothing() {
         ("a long name", with("worker", json!("w".repeat(64))), "invalid_body"),
         ("a name of the wrong type", with("worker", json!(7)), "invalid_body"),
         ("no incarnation", with("incarnation", json!("x")), "invalid_field"),
+        ("another model than the fleet's", with("model", json!("other")), "invalid_field"),
         ("an empty model", with("model", json!("")), "invalid_field"),
         ("a model with a line end", with("model", json!("a\nb")), "invalid_field"),
         ("a long engine", with("engine", json!("e".repeat(300))), "invalid_field"),
