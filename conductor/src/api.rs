@@ -167,6 +167,10 @@ pub struct Listing {
     /// How long that conductor has not been sure to show what is stored: 0 while it follows the store.
     #[serde(default)]
     pub view_age_ms: u64,
+    /// Whether the store was away for so long that workers may have lost their leases without being gone, and has not
+    /// been back for a whole ttl: workers that are missing now may return.
+    #[serde(default)]
+    pub settling: bool,
 }
 
 /// How the store is.
@@ -261,6 +265,12 @@ pub enum WatchLine {
         instance: String,
         /// All changes up to here were sent.
         revision: u64,
+        /// As [`Listing::view_age_ms`].
+        #[serde(default)]
+        view_age_ms: u64,
+        /// As [`Listing::settling`].
+        #[serde(default)]
+        settling: bool,
     },
     /// The history does not reach back to `since`: list again. The last line.
     Compacted {
@@ -291,6 +301,9 @@ pub enum Change {
     Delete {
         /// Its name.
         worker: WorkerId,
+        /// Whether its lease ended without a goodbye.
+        #[serde(default)]
+        expired: bool,
     },
     /// An operator asked a worker to drain, or that wish ended with the worker.
     Drain {

@@ -19,12 +19,18 @@ use crate::leader::{CONDUCTORS_PREFIX, ConductorRecord, LEADER_KEY, Leader, lead
 use crate::record::WorkerRecord;
 use crate::registry::{DRAIN_PREFIX, GOODBYE_KEY, REPLICAS_PREFIX, StoredWorker, WORKERS_PREFIX};
 use crate::server::PoolOptions;
-use crate::store::{Batch, Event, KeyValue, LeaseId, PAGE_MAX_KEYS, Revision, Store, StoreError, WatchError};
+use crate::store::{
+    Batch, Event, KeyValue, LeaseId, PAGE_MAX_KEYS, Revision, Store, StoreError, StoreHealth, WatchError,
+};
 
 /// Lines kept for watches.
 const LINES_MAX: usize = 10_000;
 /// Bytes of lines kept for watches.
 const LINES_MAX_BYTES: usize = 16 << 20;
+/// A watch that lasted so long was a good one: the pauses between attempts begin anew.
+const WATCH_GOOD: Duration = Duration::from_secs(5);
+/// Lease time of workers where nothing else is said.
+const LEASE_TTL: Duration = Duration::from_secs(10);
 
 /// The fleet at one revision.
 #[derive(Debug, Clone, Default)]
@@ -75,15 +81,17 @@ struct State {
     /// Workers that said goodbye; their removal comes in the same batch.
     leaving: BTreeSet<WorkerId>,
     expired: u64,
-    following: bool,
-    /// Since when it is not followed.
-    unsure: Option<Instant>,
+    /// The store has not been followed since then.
+    away_since: Option<Instant>,
+    /// Until then, leases may end for want of a store rather than of a worker.
+    settling_until: Option<Instant>,
 }
 
 /// The shared copy.
 #[derive(Debug)]
 pub(crate) struct Mirror {
     pools: BTreeMap<PoolName, PoolOptions>,
+    lease_ttl: Duration,
     state: Mutex<State>,
     head: watch::Sender<Revision>,
 }
@@ -91,41 +99,60 @@ pub(crate) struct Mirror {
 impl Mirror {
     pub(crate) fn new(pools: &[PoolOptions]) -> Self {
         let pools = pools.iter().map(|pool| (pool.name.clone(), pool.clone())).collect();
-        Self { pools, state: Mutex::default(), head: watch::channel(0).0 }
+        let state = State { away_since: Some(Instant::now()), ..State::default() };
+        Self { pools, lease_ttl: LEASE_TTL, state: Mutex::new(state), head: watch::channel(0).0 }
     }
 
-    /// Follows the store for ever, listing anew where the history was lost.
+    /// With another lease time of workers.
+    pub(crate) fn with_lease_ttl(self, lease_ttl: Duration) -> Self {
+        Self { lease_ttl, ..self }
+    }
+
+    /// Follows the store for ever, listing anew where the history was lost. While the store is away, everything stays
+    /// as it was last seen.
     pub(crate) async fn follow(self: Arc<Self>, store: Arc<dyn Store>) {
-        let mut dice = Dice::from_entropy();
-        let mut failures = 0;
+        let (mut dice, mut failures) = (Dice::from_entropy(), 0);
+        let mut goal = WatchError::Compacted { oldest: 0 };
         loop {
-            if let Err(error) = self.list(&*store).await {
-                tracing::warn!(error = &error as &dyn std::error::Error, "the store can't be listed");
-                self.set_following(false);
-                tokio::time::sleep(Backoff::CONDUCTOR.delay(failures, &mut dice)).await;
-                failures = failures.saturating_add(1);
-                continue;
-            }
-            failures = 0;
-            loop {
-                let since = self.lock().fleet.revision;
+            let read = match goal {
                 // A watch without changes says nothing about the store; a read does.
-                self.set_following(store.list(WORKERS_PREFIX, None, 1).await.is_ok());
-                let mut watch = store.watch("", since);
-                let mut ended = WatchError::Lost;
-                while let Some(item) = watch.next().await {
-                    match item {
-                        Ok(batch) => self.apply(batch),
-                        Err(error) => ended = error,
+                WatchError::Lost => store.list(WORKERS_PREFIX, None, 1).await.map(drop),
+                WatchError::Compacted { .. } | WatchError::Future { .. } => self.list(&*store).await,
+            };
+            match read {
+                Ok(()) => {
+                    self.lock().regain(self.lease_ttl);
+                    let opened = Instant::now();
+                    goal = self.follow_watch(&*store).await;
+                    tracing::warn!(error = &goal as &dyn std::error::Error, "the watch of the store ended");
+                    if opened.elapsed() >= WATCH_GOOD {
+                        failures = 0;
                     }
                 }
-                tracing::warn!(error = &ended as &dyn std::error::Error, "the watch of the store ended");
-                self.set_following(false);
-                tokio::time::sleep(Backoff::CONDUCTOR.delay(failures, &mut dice)).await;
-                failures = failures.saturating_add(1);
-                if ended != WatchError::Lost {
-                    break;
+                Err(error) if failures == 0 => {
+                    tracing::warn!(error = &error as &dyn std::error::Error, "the store can't be read");
                 }
+                Err(error) => {
+                    tracing::debug!(
+                        error = &error as &dyn std::error::Error,
+                        "the store still can't be read"
+                    );
+                }
+            }
+            self.lock().lose(&store.health());
+            tokio::time::sleep(Backoff::CONDUCTOR.delay(failures, &mut dice)).await;
+            failures = failures.saturating_add(1);
+        }
+    }
+
+    async fn follow_watch(&self, store: &dyn Store) -> WatchError {
+        let since = self.lock().fleet.revision;
+        let mut watch = store.watch("", since);
+        loop {
+            match watch.next().await {
+                Some(Ok(batch)) => self.apply(batch),
+                Some(Err(error)) => return error,
+                None => return WatchError::Lost,
             }
         }
     }
@@ -151,12 +178,13 @@ impl Mirror {
             oldest: revision,
             leaving: std::mem::take(&mut state.leaving),
             expired: state.expired,
-            following: true,
             ..State::default()
         };
         for kv in items {
             self.change(&mut fresh, Event::Put(kv));
         }
+        state.regain(self.lease_ttl);
+        (fresh.away_since, fresh.settling_until) = (state.away_since, state.settling_until);
         *state = fresh;
         drop(state);
         self.head.send_replace(revision);
@@ -165,8 +193,13 @@ impl Mirror {
 
     fn apply(&self, batch: Batch) {
         let mut state = self.lock();
-        let changes: Vec<Change> =
-            batch.events.into_iter().filter_map(|event| self.change(&mut state, event)).collect();
+        let changes: Vec<Change> = batch
+            .events
+            .into_iter()
+            .filter_map(|event| {
+                if state.overtook(&event, batch.revision) { None } else { self.change(&mut state, event) }
+            })
+            .collect();
         state.fleet.revision = batch.revision;
         if !changes.is_empty() {
             state.push(changes);
@@ -276,25 +309,28 @@ impl Mirror {
         !self.lock().fleet.instance.is_empty()
     }
 
-    /// How long the store has not been followed; 0 while it is.
-    pub(crate) fn age(&self) -> Duration {
-        self.lock().unsure.map_or(Duration::ZERO, |since| since.elapsed())
-    }
-
-    fn set_following(&self, following: bool) {
-        let mut state = self.lock();
-        state.following = following;
-        state.unsure = if following { None } else { state.unsure.or_else(|| Some(Instant::now())) };
-    }
-
     /// Whether the store is being followed.
     pub(crate) fn following(&self) -> bool {
-        self.lock().following
+        self.away().is_none()
+    }
+
+    /// For how long the store has been away; `None` while it is followed.
+    pub(crate) fn away(&self) -> Option<Duration> {
+        self.lock().away_since.map(|since| since.elapsed())
+    }
+
+    /// Whether leases may end for want of a store rather than of a worker: it is, or was, away for longer than half a
+    /// ttl, and has not been back for a whole one.
+    pub(crate) fn settling(&self) -> bool {
+        let state = self.lock();
+        let long = |since: Instant| since.elapsed() >= self.lease_ttl / 2;
+        state.away_since.is_some_and(long) || state.settling_until.is_some_and(|until| Instant::now() < until)
     }
 
     /// Waits until the mirror shows `revision`, or for `patience`: a writer then sees its own write.
+    /// A mirror that does not follow the store won't, and the write stands all the same.
     pub(crate) async fn reached(&self, revision: Revision, patience: Duration) {
-        if !self.shows(revision, patience).await {
+        if self.following() && !self.shows(revision, patience).await {
             tracing::warn!(revision, "the mirror of the store lags");
         }
     }
@@ -337,6 +373,33 @@ impl Mirror {
 }
 
 impl State {
+    /// The store is followed again.
+    fn regain(&mut self, lease_ttl: Duration) {
+        let Some(since) = self.away_since.take() else { return };
+        // Before the first listing there was nobody to wait for.
+        if !self.fleet.instance.is_empty() && since.elapsed() >= lease_ttl / 2 {
+            self.settling_until = Some(Instant::now() + lease_ttl);
+        }
+    }
+
+    /// The store is away, since its last answer.
+    fn lose(&mut self, health: &StoreHealth) {
+        let now = Instant::now();
+        let since = health.last_ok.and_then(|silent| now.checked_sub(silent)).unwrap_or(now);
+        self.away_since.get_or_insert(since);
+    }
+
+    /// Pages of a listing are newer than its revision: what they showed is not undone by what happened before.
+    fn overtook(&self, event: &Event, at: Revision) -> bool {
+        let (key, revision) = match event {
+            Event::Put(kv) => (&kv.key, kv.mod_revision),
+            Event::Delete { key } => (key, at),
+        };
+        let worker = key.strip_prefix(WORKERS_PREFIX).and_then(|name| name.parse().ok());
+        let known = worker.and_then(|worker: WorkerId| self.stored.get(&worker));
+        known.is_some_and(|kv| kv.mod_revision > revision)
+    }
+
     fn push(&mut self, changes: Vec<Change>) {
         let revision = self.fleet.revision;
         let slim: Option<Vec<Change>> = changes
@@ -384,11 +447,12 @@ fn worker_change(state: &mut State, worker: WorkerId, event: Event) -> Option<Ch
         Event::Delete { .. } => {
             let record = state.fleet.workers.remove(&worker)?;
             state.stored.remove(&worker);
-            if !state.leaving.remove(&worker) {
+            let expired = !state.leaving.remove(&worker);
+            if expired {
                 state.expired += 1;
                 tracing::warn!(%worker, epoch = %record.epoch, "lease expired, worker removed");
             }
-            Some(Change::Delete { worker })
+            Some(Change::Delete { worker, expired })
         }
     }
 }

@@ -193,7 +193,7 @@ async fn serve_on(
 ) -> Result<(), ServeError> {
     let address = listener.local_addr().map_err(ServeError::Listen)?;
     let (guard, certificates) = entrance(&options.guard, address)?;
-    let mirror = Arc::new(Mirror::new(&options.pools));
+    let mirror = Arc::new(Mirror::new(&options.pools).with_lease_ttl(options.lease_ttl));
     // Only so that a store that is there is shown from the first answer on; `follow` waits for any other.
     if !matches!(tokio::time::timeout(FIRST_LISTING, mirror.list(&*store)).await, Ok(Ok(()))) {
         tracing::warn!(store = store.kind(), "the store does not answer; the conductor waits for it");

@@ -25,7 +25,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
 use etcd_client::{
-    AlarmAction, AlarmType, Certificate, Client, ConnectOptions, GetOptions, Identity, TlsOptions,
+    AlarmAction, AlarmOptions, AlarmType, Certificate, Client, ConnectOptions, GetOptions, Identity,
+    TlsOptions,
 };
 use rustix::process::{Pid, Signal, kill_process};
 use tempfile::TempDir;
@@ -112,7 +113,9 @@ impl Etcd {
     /// Whether the ports were really free is known only once the servers run.
     async fn attempt(options: EtcdOptions) -> Option<Self> {
         let shm = Path::new("/dev/shm");
-        let directory = if shm.is_dir() { TempDir::new_in(shm) } else { TempDir::new() };
+        let mut builder = tempfile::Builder::new();
+        let builder = builder.prefix("etcd-");
+        let directory = if shm.is_dir() { builder.tempdir_in(shm) } else { builder.tempdir() };
         let directory = directory.expect("a directory");
         let mut members = Vec::new();
         for i in 0..options.members {
@@ -396,8 +399,13 @@ impl Etcd {
         for i in 0..self.members.len() {
             self.client(i).await.maintenance_client().defragment().await.expect("defragmented");
         }
-        let disarm = client.alarm(AlarmAction::Deactivate, AlarmType::Nospace, None);
-        disarm.await.expect("disarmed");
+        // An alarm is the member's that raised it.
+        let alarms = client.alarm(AlarmAction::Get, AlarmType::None, None).await.expect("alarms");
+        for raised in alarms.alarms() {
+            let mut of = AlarmOptions::new();
+            of.with_member(raised.member_id());
+            client.alarm(AlarmAction::Deactivate, raised.alarm(), Some(of)).await.expect("disarmed");
+        }
     }
 
     /// Demands a user and password from now on, of a user who may do everything.

@@ -76,8 +76,14 @@ pub(crate) struct Follower {
     workers: BTreeMap<WorkerId, Arc<WorkerRecord>>,
     drain: BTreeSet<WorkerId>,
     pools: BTreeMap<PoolName, PoolTarget>,
-    /// Workers known only from another instance of the store, until they register anew or this moment.
+    /// Workers known only from another instance of the store, or from before it was away, until they register anew or
+    /// this moment.
     carried: BTreeMap<WorkerId, Instant>,
+    ttl: Duration,
+    /// Until then, a lease that ended says nothing about its worker: the store was away for too long.
+    doubt_until: Option<Instant>,
+    /// For how long the conductor has not been sure of its store.
+    store_away: Duration,
     stale: bool,
     changed: bool,
     contact: Arc<Contact>,
@@ -99,6 +105,9 @@ impl Follower {
             drain: BTreeSet::new(),
             pools: BTreeMap::new(),
             carried: BTreeMap::new(),
+            ttl: Duration::ZERO,
+            doubt_until: None,
+            store_away: Duration::ZERO,
             stale: true,
             changed: false,
             contact,
@@ -125,8 +134,10 @@ impl Follower {
 
     /// The answer to [`Step::List`].
     pub(crate) fn listed(&mut self, now: Instant, listing: Listing) {
+        self.ttl = Duration::from_millis(listing.ttl_ms);
+        self.store_says(now, listing.view_age_ms, listing.settling);
         let same = listing.instance == self.instance && listing.revision >= self.revision;
-        let ttl = Duration::from_millis(listing.ttl_ms);
+        let believed = same && !self.doubts(now);
         let mut old = std::mem::take(&mut self.workers);
         let mut carried = std::mem::take(&mut self.carried);
         for listed in listing.workers {
@@ -139,7 +150,7 @@ impl Follower {
         }
         // The rest is gone, unless this is a store that cannot know: there they have one ttl to register anew.
         for (name, record) in old {
-            let deadline = if same { carried.get(&name).copied() } else { Some(now + ttl) };
+            let deadline = if believed { carried.get(&name).copied() } else { Some(now + self.ttl) };
             if let Some(deadline) = deadline {
                 self.carried.insert(name.clone(), deadline);
                 self.workers.insert(name, record);
@@ -166,15 +177,21 @@ impl Follower {
                 self.phase = Phase::Calling(Goal::List);
             }
             WatchLine::Compacted { .. } => self.phase = Phase::Calling(Goal::List),
-            WatchLine::Heartbeat { revision, .. } => {
+            WatchLine::Heartbeat { revision, view_age_ms, settling, .. } => {
                 self.revision = self.revision.max(revision);
+                self.store_says(now, view_age_ms, settling);
+                if self.endpoints > 1 && self.store_away >= self.timing.progress_timeout {
+                    // Another conductor may reach the store.
+                    self.failed(now, Failure::Away);
+                    return;
+                }
                 self.progress(now);
             }
             WatchLine::Changes { revision, changes } => {
                 if revision > self.revision {
                     let mut all = true;
                     for change in changes {
-                        all &= self.apply(change);
+                        all &= self.apply(now, change);
                     }
                     self.revision = revision;
                     self.changed = true;
@@ -233,7 +250,7 @@ impl Follower {
     }
 
     /// Takes over one change; false if it is about something never heard of, so that something was missed.
-    fn apply(&mut self, change: Change) -> bool {
+    fn apply(&mut self, now: Instant, change: Change) -> bool {
         match change {
             Change::Put { worker } => {
                 self.carried.remove(&worker.worker);
@@ -245,7 +262,12 @@ impl Follower {
                 Some(record) if record.epoch == epoch => Arc::make_mut(record).state = state,
                 Some(_) | None => return false,
             },
-            Change::Delete { worker } => {
+            Change::Delete { worker, expired: true } if self.doubts(now) => {
+                if self.workers.contains_key(&worker) {
+                    self.carried.insert(worker, now + self.ttl);
+                }
+            }
+            Change::Delete { worker, .. } => {
                 self.carried.remove(&worker);
                 self.workers.remove(&worker);
             }
@@ -270,10 +292,23 @@ impl Follower {
         }
     }
 
+    /// The view is as old as the conductor's own.
     fn heard(&mut self, now: Instant) {
-        self.contact.heard(now);
-        self.changed |= self.stale;
-        self.stale = false;
+        self.contact.heard(now.checked_sub(self.store_away).unwrap_or(now));
+        let stale = !self.store_away.is_zero();
+        self.changed |= self.stale != stale;
+        self.stale = stale;
+    }
+
+    fn store_says(&mut self, now: Instant, away_ms: u64, settling: bool) {
+        self.store_away = Duration::from_millis(away_ms);
+        if settling {
+            self.doubt_until = Some(now + self.ttl);
+        }
+    }
+
+    fn doubts(&self, now: Instant) -> bool {
+        self.doubt_until.is_some_and(|until| now < until)
     }
 }
 

@@ -6,6 +6,7 @@ use http::{HeaderValue, StatusCode, header};
 
 use crate::api::{ErrorBody, ErrorDetail, Holder};
 use crate::registry::RegistryError;
+use crate::store::StoreError;
 
 /// An error answer: a 4xx, or a 503 when the store is at fault.
 #[derive(Debug)]
@@ -44,6 +45,11 @@ impl From<RegistryError> for Refusal {
             RegistryError::NoWorker { .. } => (StatusCode::NOT_FOUND, "no_worker"),
             RegistryError::NoPool { .. } => (StatusCode::NOT_FOUND, "no_pool"),
             RegistryError::Contended { .. } => (StatusCode::SERVICE_UNAVAILABLE, "contended"),
+            // The store and the mirror say once that it is away; each of a thousand keepalives need not.
+            RegistryError::Store(StoreError::Unavailable(_)) => {
+                tracing::debug!(error = &error as &dyn std::error::Error, "a request was not done");
+                (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable")
+            }
             RegistryError::Store(_) | RegistryError::Stored { .. } => {
                 tracing::error!(error = &error as &dyn std::error::Error, "a request was not done");
                 (StatusCode::SERVICE_UNAVAILABLE, "store_unavailable")

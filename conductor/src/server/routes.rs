@@ -287,7 +287,8 @@ fn listing(app: &App, metadata: bool) -> Listing {
         leader: app.leadership.leads(),
         conductors,
         store_health: Some(store_status(app.registry.store_health())),
-        view_age_ms: millis(app.mirror.age()),
+        view_age_ms: app.mirror.away().map_or(0, millis),
+        settling: app.mirror.settling(),
     }
 }
 
@@ -486,7 +487,12 @@ impl Watcher {
 
     fn beat(&mut self) -> Bytes {
         self.beat_at = Instant::now() + Duration::from_millis(HEARTBEAT_INTERVAL_MS);
-        encode_line(&WatchLine::Heartbeat { instance: self.instance.clone(), revision: self.since })
+        encode_line(&WatchLine::Heartbeat {
+            instance: self.instance.clone(),
+            revision: self.since,
+            view_age_ms: self.mirror.away().map_or(0, millis),
+            settling: self.mirror.settling(),
+        })
     }
 }
 

@@ -16,6 +16,7 @@ use crate::{
 };
 
 mod access;
+mod etcd;
 mod faults;
 mod input;
 mod intents;

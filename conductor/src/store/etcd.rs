@@ -220,11 +220,10 @@ impl Inner {
                 Ok(link)
             }
             Err(failure) => {
+                // Whatever this member has against us, another may not, or not later.
+                let failure = Failure::NotDone(to_error(failure, None).reason());
                 self.bad(place.generation, &failure);
-                Err(match failure {
-                    Failure::Final(error) => Failure::NotDone(error.to_string()),
-                    failure => failure,
-                })
+                Err(failure)
             }
         }
     }
@@ -591,6 +590,16 @@ impl Store for Etcd {
 
     fn watch(&self, prefix: &str, since: Revision) -> BoxStream<'static, Result<Batch, WatchError>> {
         watch::watch(self.inner.clone(), prefix, since)
+    }
+}
+
+impl StoreError {
+    /// What went wrong, without whose fault it is.
+    fn reason(self) -> String {
+        match self {
+            Self::Unavailable(what) | Self::Invalid(what) => what,
+            Self::LeaseNotFound(_) => self.to_string(),
+        }
     }
 }
 

@@ -7,7 +7,7 @@ use futures_util::StreamExt;
 use tokio::time::{Instant, timeout};
 
 use super::{
-    Batch, Compare, Event, KeyValue, LeaseId, Op, Revision, Store, StoreError, Txn, TxnReply,
+    Batch, Compare, Event, KeyValue, LeaseId, Op, PAGE_MAX_KEYS, Revision, Store, StoreError, Txn, TxnReply,
     VALUE_MAX_BYTES, WatchError,
 };
 
@@ -224,6 +224,65 @@ pub(crate) async fn compaction_is_told(store: &dyn Store, compact: impl AsyncFnO
     let next = write(store, vec![], vec![put("compact/a", "2", None)]).await;
     let batch = timeout(PATIENCE, watch.next()).await.expect("in time").expect("open").expect("good");
     assert_eq!(batch.revision, next.revision);
+}
+
+pub(crate) async fn everything_of_a_revision_comes_together(store: &dyn Store) {
+    let start = revision(store).await;
+    let lease = store.grant(Duration::from_secs(60)).await.expect("granted");
+    let ops = (0..64).map(|i| put(&format!("together/a{i:02}"), "1", Some(lease.id))).collect();
+    let one = write(store, vec![], ops).await;
+    let ops = (0..64).map(|i| put(&format!("together/b{i:02}"), "1", Some(lease.id))).collect();
+    let two = write(store, vec![], ops).await;
+    let mut watch = store.watch("together/", start);
+    let mut next = async || -> Batch {
+        timeout(PATIENCE, watch.next()).await.expect("in time").expect("open").expect("good")
+    };
+    for expected in [one.revision, two.revision] {
+        let batch = next().await;
+        assert_eq!((batch.revision, batch.events.len()), (expected, 64));
+    }
+    store.revoke(lease.id).await.expect("revoked");
+    let batch = next().await;
+    let keys: Vec<String> =
+        ["a", "b"].iter().flat_map(|part| (0..64).map(move |i| format!("together/{part}{i:02}"))).collect();
+    let gone: Vec<Event> = keys.into_iter().map(|key| Event::Delete { key }).collect();
+    assert_eq!(batch.events, gone, "a lease ends at one revision, told in the order of its keys");
+}
+
+pub(crate) async fn large_values_are_listed_and_watched(store: &dyn Store) {
+    let start = revision(store).await;
+    let full: Arc<[u8]> = vec![b'x'; VALUE_MAX_BYTES].into();
+    for i in 0..48 {
+        let op = Op::Put { key: format!("large/{i:02}"), value: full.clone(), lease: None };
+        write(store, vec![], vec![op]).await;
+    }
+    // 6 MiB at once.
+    let page = store.list("large/", None, PAGE_MAX_KEYS).await.expect("lists work");
+    assert_eq!((page.items.len(), page.more), (48, false));
+    assert!(page.items.iter().all(|kv| kv.value == full));
+    let mut watch = store.watch("large/", start);
+    for i in 0..48 {
+        let batch = timeout(PATIENCE, watch.next()).await.expect("in time").expect("open").expect("good");
+        let Event::Put(kv) = &batch.events[0] else { panic!("{batch:?}") };
+        assert_eq!((kv.key.as_str(), kv.value.len()), (format!("large/{i:02}").as_str(), VALUE_MAX_BYTES));
+    }
+    let ops = (0..48).map(|i| delete(&format!("large/{i:02}"))).collect();
+    write(store, vec![], ops).await;
+}
+
+pub(crate) async fn a_lease_tells_its_time(store: &dyn Store) {
+    let lease = store.grant(Duration::from_millis(30_500)).await.expect("granted");
+    assert!(lease.ttl >= Duration::from_millis(30_500), "{lease:?}");
+    for _ in 0..3 {
+        assert_eq!(store.keep_alive(lease.id).await, Ok(Some(lease.ttl)));
+    }
+    let other = store.grant(Duration::from_secs(30)).await.expect("granted");
+    assert_ne!(lease.id, other.id);
+    store.revoke(lease.id).await.expect("revoked");
+    assert_eq!(store.keep_alive(lease.id).await, Ok(None));
+    assert!(store.keep_alive(other.id).await.expect("answers").is_some());
+    assert_eq!(store.keep_alive(LeaseId(1)).await, Ok(None), "never granted");
+    assert!(store.health().up && store.health().last_ok.is_some(), "{:?}", store.health());
 }
 
 pub(crate) async fn one_of_many_wins_a_name(store: &dyn Store) {

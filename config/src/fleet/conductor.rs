@@ -160,13 +160,29 @@ fn read_etcd(mut section: Section<'_, '_>) -> StoreSpec {
         section.reader.record(path, defaults::ETCD_PREFIX, None);
         defaults::ETCD_PREFIX.to_owned()
     });
+    let has_tls = section.has("tls");
     let tls = section.section_if_given("tls").and_then(|mut tls| {
         let ca_file = tls.file("ca_file");
         if ca_file.is_none() {
             tls.missing("ca_file", "the path of a PEM file");
         }
-        Some(EtcdTls { ca_file: ca_file?, cert_file: tls.file("cert_file"), key_file: tls.file("key_file") })
+        let (cert_file, key_file) = (tls.file("cert_file"), tls.file("key_file"));
+        match (&cert_file, &key_file) {
+            (Some(_), None) => tls.missing("key_file", "the path of the certificate's key"),
+            (None, Some(_)) => tls.missing("cert_file", "the path of the key's certificate"),
+            _ => {}
+        }
+        Some(EtcdTls { ca_file: ca_file?, cert_file, key_file })
     });
+    for (i, url) in endpoints.iter().enumerate() {
+        let name = format!("{}[{i}]", section.child("endpoints"));
+        let (problem, remedy) = match (has_tls, url.starts_with("https:")) {
+            (true, false) => ("is plain HTTP beside a `tls` section", "write https, or remove `tls`"),
+            (false, true) => ("is HTTPS, but no authority is known", "add `tls: { ca_file: PATH }`"),
+            _ => continue,
+        };
+        section.reader.fault(&name, section.reader.position(&name), problem, remedy);
+    }
     let auth = section.section_if_given("auth").and_then(|mut auth| {
         let user = auth.required("user", "the user's name", Text::words);
         let password_file = auth.file("password_file");

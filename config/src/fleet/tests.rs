@@ -622,6 +622,33 @@ fn a_conductor_that_anybody_reaches_asks_who_they_are() {
 }
 
 #[test]
+fn etcd_is_reached_with_tls_or_without() {
+    let text = with_head(
+        "conductor: { store: { etcd: { endpoints: [http://a:2379, https://b:2379], tls: { ca_file: ca, cert_file: c } } } }
+pools: [{ name: all, role: both }]\n",
+    );
+    faults(
+        &text,
+        &expect![[r#"
+        fleet.yaml:3:43: conductor.store.etcd.endpoints[0]: is plain HTTP beside a `tls` section
+          remedy: write https, or remove `tls`
+        fleet.yaml:3:80: conductor.store.etcd.tls.key_file: is missing
+          remedy: write `key_file:` with the path of the certificate's key
+        2 faults in fleet.yaml"#]],
+    );
+    let text = with_head(
+        "conductor: { store: { etcd: { endpoints: [https://b:2379] } } }
+pools: [{ name: all, role: both }]\n",
+    );
+    faults(
+        &text,
+        &expect![[r#"
+        fleet.yaml:3:43: conductor.store.etcd.endpoints[0]: is HTTPS, but no authority is known
+          remedy: add `tls: { ca_file: PATH }`"#]],
+    );
+}
+
+#[test]
 fn relative_model_paths_are_found_beside_the_file_first() {
     let root = tempfile::tempdir().unwrap();
     model_dir(root.path());

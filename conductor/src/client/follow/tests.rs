@@ -65,6 +65,7 @@ impl Server {
             conductors: vec![],
             store_health: None,
             view_age_ms: 0,
+            settling: false,
         }
     }
 
@@ -87,7 +88,7 @@ impl Server {
     fn delete(&mut self, i: u64) {
         if self.workers.remove(&name(i)).is_some() {
             self.revision += 1;
-            self.log.push((self.revision, Change::Delete { worker: name(i) }));
+            self.log.push((self.revision, Change::Delete { worker: name(i), expired: true }));
         }
     }
 
@@ -109,7 +110,8 @@ impl Server {
             return vec![WatchLine::Compacted { revision: self.revision }];
         }
         let instance = self.instance.to_string();
-        let mut lines = vec![WatchLine::Heartbeat { instance, revision: since }];
+        let mut lines =
+            vec![WatchLine::Heartbeat { instance, revision: since, view_age_ms: 0, settling: false }];
         lines.extend(self.log.iter().filter(|(revision, _)| *revision > since).map(|(revision, change)| {
             WatchLine::Changes { revision: *revision, changes: vec![change.clone()] }
         }));
@@ -346,4 +348,92 @@ fn a_state_change_keeps_the_metadata_and_one_of_an_unknown_life_asks_for_a_listi
 
     run.follower.line(run.now, line(run.server.revision + 2, Epoch(epoch.0 + 1)));
     assert!(matches!(run.follower.step(run.now), Step::List { .. }), "something was missed");
+}
+
+#[test]
+fn leases_that_ended_while_the_store_was_away_remove_nobody_for_a_ttl() {
+    let mut run = Run::new(4);
+    run.server.put(1);
+    run.server.put(2);
+    while run.open.is_none() {
+        run.step(false);
+    }
+    run.follower.step(run.now);
+    let beat = |revision, view_age_ms, settling| WatchLine::Heartbeat {
+        instance: "0".to_owned(),
+        revision,
+        view_age_ms,
+        settling,
+    };
+    let gone = |revision, i, expired| WatchLine::Changes {
+        revision,
+        changes: vec![Change::Delete { worker: name(i), expired }],
+    };
+    let at = run.server.revision;
+    // The conductor answers, but it has not heard of its store for six seconds.
+    run.follower.line(run.now, beat(at, 6_000, true));
+    if let Step::Wait { until } = run.follower.step(run.now) {
+        run.now = until;
+        run.follower.step(run.now);
+        run.follower.opened(run.now);
+        run.follower.line(run.now, beat(at, 0, true));
+    }
+    let view = run.follower.take_view().expect("news");
+    assert_eq!(view.workers.len(), 3);
+
+    // The store is back, and with it the news of all the leases that ended meanwhile; one worker said goodbye.
+    run.follower.line(run.now, beat(at, 0, true));
+    for (i, expired) in [(0, true), (1, true), (2, false)] {
+        run.follower.line(run.now, gone(at + 1 + i, i, expired));
+    }
+    let view = run.follower.take_view().expect("news");
+    assert!(!view.stale);
+    let names = |view: &View| view.workers.keys().cloned().collect::<Vec<_>>();
+    assert_eq!(names(&view), [name(0), name(1)], "only the goodbye is believed");
+
+    // One comes back under a new epoch, the other does not.
+    let worker = record(0, at + 9);
+    run.follower
+        .line(run.now, WatchLine::Changes { revision: at + 9, changes: vec![Change::Put { worker }] });
+    let ttl = Duration::from_millis(TTL_MS);
+    let back = run.now;
+    while run.now < back + ttl {
+        assert!(run.follower.workers.contains_key(&name(1)), "gone after {:?}", run.now - back);
+        run.now += Duration::from_millis(500);
+        run.follower.line(run.now, beat(at + 9, 0, false));
+        run.follower.tick(run.now);
+    }
+    run.follower.tick(run.now);
+    let view = run.follower.take_view().expect("news");
+    assert_eq!(names(&view), [name(0)]);
+    // From now on a lease that ends is believed at once.
+    run.follower.line(run.now, gone(at + 10, 0, true));
+    assert!(run.follower.take_view().expect("news").workers.is_empty());
+}
+
+#[test]
+fn a_conductor_without_its_store_makes_the_view_stale_and_old_and_is_left_for_another() {
+    let mut run = Run::new(5);
+    while run.open.is_none() {
+        run.step(false);
+    }
+    run.follower.step(run.now);
+    run.follower.take_view();
+    let beat = |revision, view_age_ms| WatchLine::Heartbeat {
+        instance: "0".to_owned(),
+        revision,
+        view_age_ms,
+        settling: false,
+    };
+    run.follower.line(run.now, beat(run.server.revision, 1_200));
+    let view = run.follower.take_view().expect("staleness is news");
+    assert!(view.stale && view.workers.len() == 1, "stale, not empty");
+    assert!(matches!(run.follower.step(run.now), Step::Read { .. }), "a short absence moves nobody");
+    run.follower.line(run.now, beat(run.server.revision, 0));
+    assert!(!run.follower.take_view().expect("freshness is news").stale);
+
+    let endpoint = run.follower.endpoint;
+    run.follower.line(run.now, beat(run.server.revision, 3_100));
+    assert_ne!(run.follower.endpoint, endpoint, "another conductor may reach the store");
+    assert!(run.follower.take_view().expect("news").stale);
 }

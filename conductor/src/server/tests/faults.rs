@@ -8,7 +8,7 @@ use tokio::sync::watch;
 
 use super::*;
 
-async fn held(membership: &Membership, after: Epoch) -> Epoch {
+pub(super) async fn held(membership: &Membership, after: Epoch) -> Epoch {
     let mut standing = membership.standing();
     let held =
         timeout(PATIENCE, standing.wait_for(|s| matches!(s, Standing::Held { epoch } if *epoch > after)));
@@ -76,14 +76,14 @@ async fn a_restart_of_the_conductor_empties_no_view_and_gives_higher_epochs() {
 }
 
 /// A TCP proxy that can stand still with all its connections open, like a process under SIGSTOP.
-struct Proxy {
-    address: SocketAddr,
-    frozen: watch::Sender<bool>,
+pub(super) struct Proxy {
+    pub(super) address: SocketAddr,
+    pub(super) frozen: watch::Sender<bool>,
     _stop: tokio_util::sync::DropGuard,
 }
 
 impl Proxy {
-    async fn start(target: SocketAddr) -> Self {
+    pub(super) async fn start(target: SocketAddr) -> Self {
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let (frozen, state) = watch::channel(false);

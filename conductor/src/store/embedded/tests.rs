@@ -24,6 +24,9 @@ suite!(
     watches_miss_nothing,
     watches_from_the_future_are_refused,
     one_of_many_wins_a_name,
+    everything_of_a_revision_comes_together,
+    large_values_are_listed_and_watched,
+    a_lease_tells_its_time,
 );
 
 fn put(key: &str, text: &str) -> Txn {
