@@ -8,6 +8,7 @@ pub mod binary;
 pub mod client;
 pub mod etcd;
 pub mod fleet;
+pub mod load;
 pub mod process;
 pub mod prompts;
 pub mod scenario;
