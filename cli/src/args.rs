@@ -130,12 +130,15 @@ pub(crate) struct PartArgs {
 pub(crate) struct ConductorArgs {
     #[command(flatten)]
     pub(crate) part: PartArgs,
-    /// Its name among the conductors on one store, unique there [default: its address and process id].
+    /// What the other conductors on the same store call it; unique among them [default: HOST-PID].
     #[arg(long, value_parser = conductor_name)]
     pub(crate) name: Option<String>,
     /// Where operators and the other conductors reach it [default: where it listens].
     #[arg(long, value_name = "URL")]
     pub(crate) url: Option<String>,
+    /// Where the embedded store keeps epochs and operators' wishes over restarts, unless the file says.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) state_file: Option<PathBuf>,
 }
 
 #[derive(Debug, clap::Args)]
@@ -144,8 +147,8 @@ pub(crate) struct ConductorArgs {
 pub(crate) struct RouterArgs {
     #[command(flatten)]
     pub(crate) part: PartArgs,
-    /// URL of the conductor, whatever the file says.
-    #[arg(long, value_name = "URL")]
+    /// URLs of the conductors, separated by commas and tried in order, whatever the file says.
+    #[arg(long, value_name = "URLS")]
     pub(crate) conductor: Option<String>,
 }
 
@@ -165,8 +168,8 @@ pub(crate) struct WorkerArgs {
     /// Which replica of the pool it is, from 0: added to the pool's ports [default: the number NAME ends in, or 0].
     #[arg(long)]
     pub(crate) index: Option<u16>,
-    /// URL of the conductor, whatever the file says.
-    #[arg(long, value_name = "URL")]
+    /// URLs of the conductors, separated by commas and tried in order, whatever the file says.
+    #[arg(long, value_name = "URLS")]
     pub(crate) conductor: Option<String>,
 }
 
@@ -185,8 +188,9 @@ pub(crate) struct CheckArgs {
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct ConductorUrl {
-    /// URL of the conductor [default: those of the fleet file, else http://127.0.0.1:7400].
-    #[arg(long, value_name = "URL")]
+    /// URLs of the conductors, separated by commas: the first that answers is asked [default: those of the fleet file,
+    /// else http://127.0.0.1:7400].
+    #[arg(long, value_name = "URLS")]
     pub(crate) conductor: Option<String>,
     /// The fleet file: names the conductors, and the token and certificates to show them.
     #[arg(long, value_name = "FLEET")]

@@ -14,7 +14,7 @@ use tokio::net::TcpListener;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::failure::Failure;
-use crate::remote::conductor_endpoint;
+use crate::remote::conductor_endpoints;
 use crate::signals::{self, Stop};
 
 /// Runs a part on a runtime of its own until it ends or two signals end it.
@@ -46,7 +46,7 @@ fn io_threads() -> usize {
 /// The conductors of a flag, else of the environment, else of the fleet file.
 fn conductors(flag: Option<&str>, environment: &Environment, fleet: &Fleet) -> Result<Vec<String>, Failure> {
     match flag.or(environment.conductor.as_deref()) {
-        Some(url) => Ok(vec![conductor_endpoint(url)?]),
+        Some(urls) => conductor_endpoints(urls),
         None => Ok(fleet.conductor.endpoints.clone()),
     }
 }

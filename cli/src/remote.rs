@@ -24,8 +24,13 @@ const ANSWER_MAX_BYTES: usize = 64 << 20;
 /// Where `baton conductor` listens unless told otherwise.
 const DEFAULT_CONDUCTOR: &str = "http://127.0.0.1:7400";
 
+/// The URLs of conductors, separated by commas.
+pub(crate) fn conductor_endpoints(text: &str) -> Result<Vec<String>, Failure> {
+    text.split(',').map(|url| conductor_endpoint(url.trim())).collect()
+}
+
 /// Checks that a text is the URL of a conductor; `HOST:PORT` is taken as one.
-pub(crate) fn conductor_endpoint(text: &str) -> Result<String, Failure> {
+fn conductor_endpoint(text: &str) -> Result<String, Failure> {
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     let good = reqwest::Url::parse(&full).is_ok_and(|url| {
         matches!(url.scheme(), "http" | "https") && url.has_host() && url.username().is_empty()
@@ -83,7 +88,7 @@ impl Conductor {
         };
         let given = flags.conductor.as_deref().or(environment.conductor.as_deref());
         let urls = match (given, &fleet) {
-            (Some(url), _) => vec![conductor_endpoint(url)?],
+            (Some(urls), _) => conductor_endpoints(urls)?,
             (None, Some(fleet)) => fleet.conductor.endpoints.clone(),
             (None, None) => vec![DEFAULT_CONDUCTOR.to_owned()],
         };

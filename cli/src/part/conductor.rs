@@ -19,12 +19,33 @@ pub(crate) fn run(args: &ConductorArgs, environment: &Environment) -> Result<(),
     fleet.startable()?;
     let address = args.part.listen.unwrap_or(fleet.conductor.listen.address);
     let mut options = options(&fleet);
-    options.name = args.name.clone();
+    keep_state(&mut options, args)?;
+    let host = rustix::system::uname().nodename().to_string_lossy().into_owned();
+    options.name = Some(args.name.clone().unwrap_or_else(|| format!("{host}-{}", std::process::id())));
     options.url = args.url.as_deref().map(conductor_endpoint).transpose()?;
+    // Nobody reaches 0.0.0.0; the name of the host may do.
+    if options.url.is_none() && address.ip().is_unspecified() && address.port() != 0 {
+        let scheme = if options.guard.tls.is_some() { "https" } else { "http" };
+        options.url = Some(format!("{scheme}://{host}:{}", address.port()));
+    }
     run_part(2, |stop| async move {
         let listener = listen(address).await?;
         baton_conductor::serve(options, listener, stop.drain).await.map_err(|error| Failure::of(&error))
     })
+}
+
+/// The state file of the flag, where the fleet file names none.
+fn keep_state(options: &mut ConductorOptions, args: &ConductorArgs) -> Result<(), Failure> {
+    match (&mut options.store, &args.state_file) {
+        (StoreOptions::Embedded { state_file }, Some(path)) => {
+            state_file.get_or_insert_with(|| path.clone());
+            Ok(())
+        }
+        (StoreOptions::Etcd(_), Some(_)) => Err(Failure::Usage(
+            "--state-file is of the embedded store, and the fleet file names etcd".to_owned(),
+        )),
+        (_, None) => Ok(()),
+    }
 }
 
 fn options(fleet: &Fleet) -> ConductorOptions {

@@ -5,8 +5,9 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{ConductorAccess, Fleet, Listen, Pool};
+use baton_config::fleet::{ConductorAccess, Fleet, Listen, Pool, StoreSpec};
 use baton_config::{Accelerator, Bytes, PoolName};
+use tempfile::TempDir;
 
 use super::ports::{Ports, is_free};
 use super::roster::PartId;
@@ -29,6 +30,8 @@ pub(super) struct Plan {
     pub(super) conductor: SocketAddr,
     workers: BTreeMap<PartId, SocketAddr>,
     ports: Ports,
+    /// Where the conductor keeps what must survive its restarts, though not the end of this fleet. Removed with it.
+    state: Option<TempDir>,
 }
 
 impl Plan {
@@ -63,6 +66,7 @@ impl Plan {
             conductor,
             workers: BTreeMap::new(),
             ports,
+            state: state_folder(&fleet)?,
             fleet,
         })
     }
@@ -126,7 +130,12 @@ impl Plan {
             add(&["--log-format", "json"]);
         }
         match id {
-            PartId::Conductor => add(&["conductor"]),
+            PartId::Conductor => {
+                add(&["conductor"]);
+                if let Some(folder) = &self.state {
+                    add(&["--state-file", &folder.path().join("conductor.state").display().to_string()]);
+                }
+            }
             PartId::Router => add(&["router", "--conductor", &self.conductor_url()]),
             PartId::Worker { pool, index } => {
                 let (name, index) = (id.to_string(), index.to_string());
@@ -188,6 +197,15 @@ impl Plan {
             ));
         }
     }
+}
+
+/// A folder for the conductor's state, unless the file says where that lives.
+fn state_folder(fleet: &Fleet) -> Result<Option<TempDir>, Failure> {
+    if !matches!(fleet.conductor.store, StoreSpec::Embedded { state_file: None }) {
+        return Ok(None);
+    }
+    let folder = tempfile::Builder::new().prefix("baton-up-").tempdir();
+    folder.map(Some).map_err(|error| Failure::because("no folder for the conductor's state", &error))
 }
 
 /// The address a part gets: its own if it is named, a free port otherwise.
