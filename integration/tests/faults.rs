@@ -213,6 +213,10 @@ async fn the_conductor_may_go_and_come_back() {
             .map_or(0, |workers| workers.iter().filter(|w| w["state"] == "ready").count())
     };
     assert_eq!(ready(&fleet.status().await), 2);
+    let http = baton_conductor::http::client();
+    let asked =
+        http.put(format!("{}/v1/pools/decode/replicas", fleet.conductor)).json(&json!({"replicas": 1}));
+    assert_eq!(asked.send().await.unwrap().status(), 200);
     let conductor = conductor_pid(&fleet);
     signal(conductor, Signal::KILL);
     for _ in 0..5 {
@@ -229,6 +233,14 @@ async fn the_conductor_may_go_and_come_back() {
         (pid != conductor && ready(&list) == 2).then_some(())
     })
     .await;
+    let pools = fleet.get_json(&format!("{}/v1/pools", fleet.conductor)).await;
+    let decode =
+        pools["pools"].as_array().and_then(|pools| pools.iter().find(|pool| pool["name"] == "decode"));
+    assert_eq!(
+        decode.unwrap()["operator_set"],
+        true,
+        "what an operator asked for outlives the conductor: {pools}"
+    );
     let fresh = Prompt::Tokens(prompts::random_tokens(4, 300));
     let answer = ask(&client, &fresh).await;
     assert!(answer.imported_tokens() > 0, "handoffs go on under the new epochs: {:?}", answer.baton);
