@@ -30,7 +30,7 @@ pub(crate) fn conductor_endpoints(text: &str) -> Result<Vec<String>, Failure> {
 }
 
 /// Checks that a text is the URL of a conductor; `HOST:PORT` is taken as one.
-fn conductor_endpoint(text: &str) -> Result<String, Failure> {
+pub(crate) fn conductor_endpoint(text: &str) -> Result<String, Failure> {
     let full = if text.contains("://") { text.to_owned() } else { format!("http://{text}") };
     let good = reqwest::Url::parse(&full).is_ok_and(|url| {
         matches!(url.scheme(), "http" | "https") && url.has_host() && url.username().is_empty()

@@ -43,8 +43,11 @@ impl Plan {
         logging: &Logging,
     ) -> Result<Self, Failure> {
         if fleet.router.tls.is_some() {
-            let remedy = "remove router.tls for this machine, or start the parts one by one with `baton router`";
-            return Err(Failure::Usage(format!("router.tls: `baton up` serves plain HTTP\n  remedy: {remedy}")));
+            let remedy =
+                "remove router.tls for this machine, or start the parts one by one with `baton router`";
+            return Err(Failure::Usage(format!(
+                "router.tls: `baton up` serves plain HTTP\n  remedy: {remedy}"
+            )));
         }
         let in_host_memory =
             |pool: &&Pool| !matches!(pool.accelerator, Accelerator::Cuda | Accelerator::Trainium);
