@@ -243,15 +243,19 @@ pub(crate) struct DrainArgs {
 }
 
 #[derive(Debug, clap::Args)]
-#[command(after_help = "`baton up` starts and drains workers until the pool has that size.
+#[command(
+    after_help = "The number stays until another is given, whatever the autoscaler thinks; `auto` takes it back.
 
-Example:
-  baton scale decode 4")]
+Examples:
+  baton scale decode 4
+  baton scale decode auto"
+)]
 pub(crate) struct ScaleArgs {
     /// Name of the pool.
     pub(crate) pool: PoolName,
-    /// Number of workers.
-    pub(crate) replicas: u32,
+    /// Number of workers, or `auto`: as the autoscaler or the fleet file has it.
+    #[arg(value_parser = replicas)]
+    pub(crate) replicas: WantedReplicas,
     #[command(flatten)]
     pub(crate) conductor: ConductorUrl,
 }
@@ -310,6 +314,25 @@ fn conductor_name(text: &str) -> Result<String, String> {
         return Ok(text.to_owned());
     }
     Err("write at most 128 letters, digits, dashes, dots and colons".to_owned())
+}
+
+/// How many workers an operator wants.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum WantedReplicas {
+    /// So many.
+    Number(u32),
+    /// No matter: others decide.
+    Auto,
+}
+
+/// Parses a number of workers, or `auto`.
+fn replicas(text: &str) -> Result<WantedReplicas, String> {
+    let number = || text.parse().map(WantedReplicas::Number);
+    if text == "auto" {
+        Ok(WantedReplicas::Auto)
+    } else {
+        number().map_err(|_| "write a number, or auto".to_owned())
+    }
 }
 
 /// Parses `IP:PORT` or `localhost:PORT`.

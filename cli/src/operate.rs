@@ -8,7 +8,7 @@ use baton_config::protocol::DrainStatus;
 use reqwest::Method;
 use tokio::time::Instant;
 
-use crate::args::{DrainArgs, ScaleArgs};
+use crate::args::{DrainArgs, ScaleArgs, WantedReplicas};
 use crate::failure::Failure;
 use crate::output;
 use crate::remote::{Conductor, block_on};
@@ -75,7 +75,12 @@ fn counts(drain: &DrainStatus) -> Option<(u32, u32)> {
 pub(crate) fn scale(args: &ScaleArgs, environment: &Environment) -> Result<(), Failure> {
     let conductor = Conductor::find(&args.conductor, environment)?;
     let path = format!("/v1/pools/{}/replicas", args.pool);
-    let request = conductor.request(Method::PUT, &path).json(&Replicas { replicas: args.replicas });
+    let request = match args.replicas {
+        WantedReplicas::Number(replicas) => {
+            conductor.request(Method::PUT, &path).json(&Replicas { replicas })
+        }
+        WantedReplicas::Auto => conductor.request(Method::DELETE, &path),
+    };
     let pool: PoolStatus = block_on(conductor.ask(request))?;
     output::print(&format!(
         "{} shall have {} workers; {} are ready now\n",

@@ -362,10 +362,17 @@ impl Launcher {
         tell(&format!("still waiting for {}", waiting.join(", ")));
     }
 
-    /// Takes over the sizes an operator asked for.
+    /// Takes over the sizes that an operator or the autoscaler decided on.
     fn follow(&mut self) {
         let Some(view) = self.client.as_ref().map(Client::view) else { return };
         for (pool, target) in view.pools.iter() {
+            let Some(before) = self.roster.wanted(pool) else { continue };
+            if before == target.desired || !self.plan.follows(pool, target.source) {
+                continue;
+            }
+            if let Some(reason) = &target.reason {
+                tell(&format!("{pool}: {before} -> {} workers: {reason}", target.desired));
+            }
             self.roster.want(pool, target.desired);
         }
     }

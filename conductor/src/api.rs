@@ -10,6 +10,7 @@
 //! | `POST /v1/workers/{id}/drain` | - | [`Drained`] |
 //! | `GET /v1/pools` | - | [`PoolList`] |
 //! | `PUT /v1/pools/{name}/replicas` | [`Replicas`] | [`PoolStatus`] |
+//! | `DELETE /v1/pools/{name}/replicas` | - | [`PoolStatus`]: an operator's number is taken back |
 //!
 //! Where the conductor asks for a token, it is `authorization: Bearer TOKEN`; without it the answer is 401. Bodies are
 //! `content-type: application/json`. Every error is an [`ErrorBody`]. Requests refuse unknown fields; answers may gain fields, so readers ignore those
@@ -206,8 +207,27 @@ pub struct PoolTarget {
     pub name: PoolName,
     /// What its workers do.
     pub role: Role,
-    /// Wanted number of workers: an operator's, or else the fleet document's.
+    /// Wanted number of workers: an operator's, or else the autoscaler's, or else the fleet document's.
     pub desired: u32,
+    /// Whose number it is.
+    #[serde(default)]
+    pub source: TargetSource,
+    /// With the autoscaler's number: why.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub reason: Option<String>,
+}
+
+/// Who says how many workers a pool should have.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum TargetSource {
+    /// The fleet document.
+    #[default]
+    Document,
+    /// The autoscaler.
+    Autoscaler,
+    /// An operator.
+    Operator,
 }
 
 /// `GET /v1/pools`.
@@ -246,6 +266,29 @@ pub struct PoolStatus {
     /// Milliseconds for which none is ready although some are wanted, as far as this conductor has seen.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub empty_ms: Option<u64>,
+    /// What the autoscaler last decided, if the pool has one.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub autoscale: Option<AutoscaleStatus>,
+}
+
+/// The autoscaler's last decision about a pool.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct AutoscaleStatus {
+    /// Number of workers it wants.
+    pub desired: u32,
+    /// What it was about: `up`, `down`, `adopted`, `steady`, `at_max`, `decode_full`, `futile`, `silent`, `pinned`.
+    pub decision: String,
+    /// Why, with the figures it follows from.
+    pub reason: String,
+    /// Whether it is only told.
+    pub dry_run: bool,
+    /// Who carries it out: `none`, `process`, `kubernetes`, `webhook`.
+    pub scaler: String,
+    /// Milliseconds since this conductor learned of it.
+    pub decided_ms_ago: u64,
+    /// Why the scaler can't carry it out.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub problem: Option<String>,
 }
 
 /// One line of `GET /v1/watch`.

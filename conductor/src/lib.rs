@@ -15,6 +15,7 @@
 #![forbid(unsafe_code)]
 
 pub mod api;
+mod autoscale;
 pub mod client;
 mod dice;
 #[cfg(test)]

@@ -13,7 +13,8 @@ use futures_util::StreamExt;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use crate::api::{Change, PoolTarget, WatchLine};
+use crate::api::{Change, PoolTarget, TargetSource, WatchLine};
+use crate::autoscale::{SCALE_PREFIX, Scaled};
 use crate::dice::{Backoff, Dice};
 use crate::leader::{CONDUCTORS_PREFIX, ConductorRecord, LEADER_KEY, Leader, leader};
 use crate::record::WorkerRecord;
@@ -41,10 +42,19 @@ pub(crate) struct Fleet {
     pub(crate) drain: BTreeSet<WorkerId>,
     /// Numbers set by operators.
     pub(crate) replicas: BTreeMap<PoolName, u32>,
+    /// Decisions of the autoscaler.
+    pub(crate) scale: BTreeMap<PoolName, ScaledSeen>,
     /// Conductors by name, each with the lease that holds it.
     pub(crate) conductors: BTreeMap<String, (ConductorRecord, Option<LeaseId>)>,
     /// The conductor that leads.
     pub(crate) leader: Option<Leader>,
+}
+
+/// A decision of the autoscaler, and since when this conductor knows of it.
+#[derive(Debug, Clone)]
+pub(crate) struct ScaledSeen {
+    pub(crate) scaled: Scaled,
+    pub(crate) since: Instant,
 }
 
 /// The history does not reach back so far.
@@ -243,6 +253,10 @@ impl Mirror {
                 Event::Delete { .. } => drop(state.fleet.replicas.remove(&pool)),
             }
             self.target(&state.fleet, &pool).map(|pool| Change::Desired { pool })
+        } else if let Some(name) = key.strip_prefix(SCALE_PREFIX) {
+            let pool: PoolName = name.parse().ok()?;
+            scale_change(&mut state.fleet, &pool, event);
+            self.target(&state.fleet, &pool).map(|pool| Change::Desired { pool })
         } else {
             None
         };
@@ -254,8 +268,13 @@ impl Mirror {
 
     fn target(&self, fleet: &Fleet, pool: &PoolName) -> Option<PoolTarget> {
         let options = self.pools.get(pool)?;
-        let desired = fleet.replicas.get(pool).copied().unwrap_or(options.replicas);
-        Some(PoolTarget { name: pool.clone(), role: options.role, desired })
+        let decided = fleet.scale.get(pool).map(|seen| &seen.scaled).filter(|scaled| !scaled.dry_run);
+        let (desired, source, reason) = match (fleet.replicas.get(pool), decided) {
+            (Some(desired), _) => (*desired, TargetSource::Operator, None),
+            (None, Some(scaled)) => (scaled.desired, TargetSource::Autoscaler, Some(scaled.reason.clone())),
+            (None, None) => (options.replicas, TargetSource::Document, None),
+        };
+        Some(PoolTarget { name: pool.clone(), role: options.role, desired, source, reason })
     }
 
     /// The pools of the fleet document with their wanted sizes.
@@ -420,6 +439,20 @@ impl State {
             self.oldest = line.revision;
         }
     }
+}
+
+fn scale_change(fleet: &mut Fleet, pool: &PoolName, event: Event) {
+    let decided = match event {
+        Event::Put(kv) => serde_json::from_slice::<Scaled>(&kv.value).ok(),
+        Event::Delete { .. } => None,
+    };
+    let Some(scaled) = decided else {
+        fleet.scale.remove(pool);
+        return;
+    };
+    // The same decision with another problem is not a new one.
+    let known = fleet.scale.get(pool).filter(|seen| seen.scaled.id == scaled.id).map(|seen| seen.since);
+    fleet.scale.insert(pool.clone(), ScaledSeen { scaled, since: known.unwrap_or_else(Instant::now) });
 }
 
 fn worker_change(state: &mut State, worker: WorkerId, event: Event) -> Option<Change> {

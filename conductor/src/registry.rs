@@ -269,6 +269,19 @@ impl Registry {
         told.retain(|worker, _| fleet.workers.contains_key(worker));
     }
 
+    /// Takes an operator's number back: the autoscaler's counts again, or else the fleet document's.
+    pub(crate) async fn release_replicas(&self, pool: &PoolName) -> Result<(), RegistryError> {
+        if !self.pools.contains_key(pool) {
+            let known: Vec<&str> = self.pools.keys().map(PoolName::as_str).collect();
+            return Err(RegistryError::NoPool { pool: pool.clone(), known: known.join(", ") });
+        }
+        let ops = vec![Op::Delete { key: format!("{REPLICAS_PREFIX}{pool}") }];
+        let reply = self.store.txn(Txn { compares: vec![], ops }).await?;
+        self.mirror.reached(reply.revision, MIRROR_TIMEOUT).await;
+        tracing::info!(%pool, "no operator's number of workers is wanted any more");
+        Ok(())
+    }
+
     /// The write of a registration, and whether this process was asked to drain before.
     async fn registration(
         &self,

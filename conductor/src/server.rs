@@ -1,17 +1,19 @@
 //! The conductor process: store, reconcilers and HTTP API.
 
+use std::collections::BTreeMap;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::time::Duration;
 
-use baton_config::fleet::ConductorGuard;
+use baton_config::fleet::{Autoscale, ConductorGuard};
 use baton_config::secret::SecretFault;
 use baton_config::{PoolName, Role};
 use tokio::net::TcpListener;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use crate::autoscale::{Autoscaler, Board, scalers};
 use crate::leader::{Candidate, ConductorRecord};
 use crate::mirror::Mirror;
 use crate::reconcile::{DrainWishes, Runner, UnleasedWorkers};
@@ -62,6 +64,8 @@ pub struct ConductorOptions {
     pub lease_ttl: Duration,
     /// Pools of the fleet document.
     pub pools: Vec<PoolOptions>,
+    /// Pools that scale by themselves, and how.
+    pub autoscale: BTreeMap<PoolName, Autoscale>,
     /// What the other conductors call this one; unique among them. `None`: its address and process id.
     pub name: Option<String>,
     /// Where operators and workers reach this one; `None`: where it listens.
@@ -82,6 +86,7 @@ impl ConductorOptions {
             store,
             lease_ttl: Duration::from_secs(10),
             pools,
+            autoscale: BTreeMap::new(),
             name: None,
             url: None,
             model: None,
@@ -212,8 +217,10 @@ async fn serve_on(
         allowed_addresses: options.guard.allowed_addresses.clone(),
         authenticated: options.guard.authenticates(),
     };
+    let board = Arc::new(Board::new(options.autoscale.keys()));
+    start_autoscaler(&runner, &options, &board, tasks);
     let registry = Registry::new(store.clone(), mirror.clone(), options.pools, rules, options.lease_ttl);
-    let shared = Shared { mirror: mirror.clone(), leadership, tally: runner.tally.clone() };
+    let shared = Shared { mirror: mirror.clone(), leadership, tally: runner.tally.clone(), board };
     let entrance = Entrance { guard: guard.clone(), limits: options.limits };
     let app = Arc::new(App::new(registry, shared, entrance, store.kind(), stop.clone()));
 
@@ -257,6 +264,18 @@ fn entrance(
 fn start_reconcilers(runner: &Runner, tasks: &TaskTracker) {
     runner.start(tasks, DrainWishes::default());
     runner.start(tasks, UnleasedWorkers { mirror: runner.mirror.clone() });
+}
+
+fn start_autoscaler(runner: &Runner, options: &ConductorOptions, board: &Arc<Board>, tasks: &TaskTracker) {
+    let ConductorOptions { pools, autoscale, lease_ttl, .. } = options;
+    // Started before the scalers, which have nothing to follow without it.
+    let autoscaler = Autoscaler::new(pools, autoscale, runner.mirror.clone(), board.clone(), *lease_ttl);
+    for agent in scalers(pools, autoscale, board) {
+        runner.start(tasks, agent);
+    }
+    if let Some(autoscaler) = autoscaler {
+        runner.start(tasks, autoscaler);
+    }
 }
 
 /// What the other conductors and operators are told about this one.

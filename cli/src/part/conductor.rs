@@ -54,6 +54,8 @@ fn options(fleet: &Fleet) -> ConductorOptions {
     options.lease_ttl = fleet.conductor.lease_ttl;
     options.model = Some(fleet.model.id.clone());
     options.guard = fleet.conductor.guard.clone();
+    let scaling = |pool: &Pool| Some((pool.name.clone(), pool.autoscale.clone()?));
+    options.autoscale = fleet.pools.iter().filter_map(scaling).collect();
     match &fleet.conductor.store {
         StoreSpec::Embedded { state_file } => {
             options.store = StoreOptions::Embedded { state_file: state_file.clone() };

@@ -77,7 +77,12 @@ fn conductor_row(conductor: &Conductor, listing: &Listing, conductors: Vec<Other
 }
 
 fn pool_row(status: PoolStatus) -> PoolRow {
-    let set_by = if status.operator_set { "operator" } else { "document" };
+    let decided = status.autoscale.as_ref().is_some_and(|decided| !decided.dry_run);
+    let set_by = match status.operator_set {
+        true => "operator",
+        false if decided => "autoscaler",
+        false => "document",
+    };
     PoolRow { status, set_by }
 }
 

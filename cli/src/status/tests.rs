@@ -17,6 +17,7 @@ fn pool(name: &str, role: Role, desired: u32, ready: u32) -> PoolRow {
         draining: 0,
         short_ms: None,
         empty_ms: None,
+        autoscale: None,
     };
     PoolRow { status, set_by: "document" }
 }

@@ -5,7 +5,8 @@ use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{ConductorAccess, Fleet, Listen, Pool, StoreSpec};
+use baton_conductor::api::TargetSource;
+use baton_config::fleet::{ConductorAccess, Fleet, Listen, Pool, ScalerSpec, StoreSpec};
 use baton_config::{Accelerator, Bytes, PoolName};
 use tempfile::TempDir;
 
@@ -77,6 +78,21 @@ impl Plan {
     /// The pools and how many workers each starts with.
     pub(super) fn pools(&self) -> impl Iterator<Item = (PoolName, u32)> {
         self.fleet.pools.iter().map(|pool| (pool.name.clone(), pool.replicas))
+    }
+
+    /// Whether the launcher brings a pool to the size that `source` says.
+    ///
+    /// A pool that scales keeps the size it has until the autoscaler speaks: a conductor that was started anew knows
+    /// nothing of what was decided before, and the number of the fleet document would end the workers added since.
+    pub(super) fn follows(&self, pool: &PoolName, source: TargetSource) -> bool {
+        let scale = self.fleet.pool(pool).and_then(|pool| pool.autoscale.as_ref());
+        match (source, scale) {
+            (TargetSource::Operator, _) | (TargetSource::Document, None) => true,
+            (TargetSource::Document, Some(_)) => false,
+            (TargetSource::Autoscaler, scale) => {
+                scale.is_some_and(|scale| scale.scaler == ScalerSpec::Process)
+            }
+        }
     }
 
     /// The longest that any part may take to drain.

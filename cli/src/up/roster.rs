@@ -122,6 +122,11 @@ impl Roster {
         roster
     }
 
+    /// How many workers of a pool are wanted; `None` for one that is not of this fleet.
+    pub(super) fn wanted(&self, pool: &PoolName) -> Option<u32> {
+        self.wanted.get(pool).copied()
+    }
+
     /// Another number of workers is wanted. Pools that are not of this fleet are ignored.
     pub(super) fn want(&mut self, pool: &PoolName, replicas: u32) {
         if let Some(wanted) = self.wanted.get_mut(pool) {

@@ -99,6 +99,7 @@ mod tests {
             draining: 0,
             short_ms: None,
             empty_ms: None,
+            autoscale: None,
         }
     }
 

@@ -4,6 +4,7 @@ use baton_config::Role;
 use prometheus::{IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts, Registry, TextEncoder};
 
 use super::tls::HandshakeFault;
+use crate::autoscale::Board;
 use crate::leader::Leadership;
 use crate::mirror::Mirror;
 use crate::reconcile::Tally;
@@ -52,6 +53,8 @@ pub(super) struct Metrics {
     leader_changes: IntCounterVec,
     turns: IntCounterVec,
     turns_failed: IntCounterVec,
+    scale_decisions: IntCounterVec,
+    scale_errors: IntCounterVec,
 }
 
 impl Metrics {
@@ -100,6 +103,16 @@ impl Metrics {
                 "Turns of a reconciler that failed or did not end in time.",
                 &["reconciler"],
             ),
+            scale_decisions: counters(
+                "baton_scale_decisions_total",
+                "Decisions of the autoscaler made by this conductor, by pool and what they were about.",
+                &["pool", "direction"],
+            ),
+            scale_errors: counters(
+                "baton_scale_errors_total",
+                "Failed attempts of a scaler to carry a decision out.",
+                &["pool"],
+            ),
             revision: gauge("baton_conductor_revision", "Latest revision of the store that is served."),
             registry,
         };
@@ -137,7 +150,13 @@ impl Metrics {
     }
 
     /// The text format, with everything that follows from the mirror brought up to date.
-    pub(super) fn render(&self, mirror: &Mirror, leadership: &Leadership, tally: &Tally) -> String {
+    pub(super) fn render(
+        &self,
+        mirror: &Mirror,
+        leadership: &Leadership,
+        tally: &Tally,
+        board: &Board,
+    ) -> String {
         let fleet = mirror.fleet();
         for (role, state) in ROLES.iter().flat_map(|r| WorkerState::ALL.iter().map(move |s| (r, s))) {
             let count = fleet.workers.values().filter(|w| w.role == *role && w.state == *state).count();
@@ -145,7 +164,16 @@ impl Metrics {
             gauge.set(i64::try_from(count).unwrap_or(i64::MAX));
         }
         for pool in mirror.targets(&fleet) {
-            self.desired.with_label_values(&[pool.name.as_str()]).set(i64::from(pool.desired));
+            // Decisions of a dry run are there to be looked at, too.
+            let told = fleet.scale.get(&pool.name).filter(|seen| seen.scaled.dry_run);
+            let desired = told.map_or(pool.desired, |seen| seen.scaled.desired);
+            self.desired.with_label_values(&[pool.name.as_str()]).set(i64::from(desired));
+        }
+        for (pool, entry) in board.entries() {
+            for (direction, count) in entry.decisions {
+                catch_up(&self.scale_decisions.with_label_values(&[pool.as_str(), direction]), count);
+            }
+            catch_up(&self.scale_errors.with_label_values(&[pool.as_str()]), entry.errors);
         }
         self.store_up.set(i64::from(mirror.following()));
         self.revision.set(i64::try_from(fleet.revision).unwrap_or(i64::MAX));

@@ -1,5 +1,6 @@
 //! The HTTP API: from a request to the registry or the mirror, and back.
 
+use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -24,11 +25,12 @@ use super::auth::Guard;
 use super::history::History;
 use super::metrics::Metrics;
 use crate::api::{
-    BODY_MAX_BYTES, ConductorStatus, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker, Listing, PoolList,
-    PoolStatus, Register, Replicas, StoreStatus, WatchLine,
+    AutoscaleStatus, BODY_MAX_BYTES, ConductorStatus, HEARTBEAT_INTERVAL_MS, Keepalive, ListedWorker,
+    Listing, PoolList, PoolStatus, Register, Replicas, StoreStatus, WatchLine,
 };
+use crate::autoscale::{Board, Scaled};
 use crate::leader::{ConductorRecord, Leadership};
-use crate::mirror::{Fleet, Mirror, encode_line};
+use crate::mirror::{Fleet, Mirror, ScaledSeen, encode_line};
 use crate::reconcile::Tally;
 use crate::record::WorkerState;
 use crate::registry::Registry;
@@ -48,6 +50,7 @@ pub(super) struct Shared {
     pub(super) mirror: Arc<Mirror>,
     pub(super) leadership: Leadership,
     pub(super) tally: Arc<Tally>,
+    pub(super) board: Arc<Board>,
 }
 
 /// Who gets in, and within which bounds.
@@ -62,6 +65,7 @@ pub(super) struct App {
     mirror: Arc<Mirror>,
     leadership: Leadership,
     tally: Arc<Tally>,
+    board: Arc<Board>,
     metrics: Metrics,
     guard: Arc<Guard>,
     limits: HttpLimits,
@@ -80,7 +84,7 @@ impl App {
         stop: CancellationToken,
     ) -> Self {
         let (metrics, started) = (Metrics::new(), Instant::now());
-        let Shared { mirror, leadership, tally } = shared;
+        let Shared { mirror, leadership, tally, board } = shared;
         let Entrance { guard, limits } = entrance;
         let history = Mutex::default();
         Self {
@@ -88,6 +92,7 @@ impl App {
             mirror,
             leadership,
             tally,
+            board,
             metrics,
             guard,
             limits,
@@ -137,8 +142,9 @@ impl App {
 
     fn pools(&self, fleet: &Fleet) -> Vec<PoolStatus> {
         let now = Instant::now();
+        let targets: BTreeMap<PoolName, u32> =
+            self.mirror.targets(fleet).into_iter().map(|target| (target.name, target.desired)).collect();
         let status = |pool: &crate::PoolOptions| {
-            let desired = fleet.replicas.get(&pool.name).copied();
             let count = |wanted: WorkerState| {
                 let seen = fleet.workers.values().filter(|w| w.pool == pool.name);
                 let states = seen
@@ -149,8 +155,8 @@ impl App {
             PoolStatus {
                 name: pool.name.clone(),
                 role: pool.role,
-                desired: desired.unwrap_or(pool.replicas),
-                operator_set: desired.is_some(),
+                desired: targets.get(&pool.name).copied().unwrap_or(pool.replicas),
+                operator_set: fleet.replicas.contains_key(&pool.name),
                 min: pool.min,
                 max: pool.max,
                 joining: count(WorkerState::Joining),
@@ -158,9 +164,23 @@ impl App {
                 draining: count(WorkerState::Draining),
                 short_ms: short.map(millis),
                 empty_ms: empty.map(millis),
+                autoscale: fleet.scale.get(&pool.name).map(autoscale_status),
             }
         };
         self.registry.pools().values().map(status).collect()
+    }
+}
+
+fn autoscale_status(seen: &ScaledSeen) -> AutoscaleStatus {
+    let Scaled { desired, kind, reason, dry_run, scaler, problem, .. } = seen.scaled.clone();
+    AutoscaleStatus {
+        desired,
+        decision: kind,
+        reason,
+        dry_run,
+        scaler: scaler.to_string(),
+        decided_ms_ago: millis(seen.since.elapsed()),
+        problem,
     }
 }
 
@@ -177,7 +197,7 @@ pub(super) fn router(app: Arc<App>) -> Router {
         .route("/v1/workers/{id}/drain", post(drain))
         .route("/v1/watch", get(watch))
         .route("/v1/pools", get(pools))
-        .route("/v1/pools/{name}/replicas", put(set_replicas))
+        .route("/v1/pools/{name}/replicas", put(set_replicas).delete(release_replicas))
         .route("/livez", get(|| async { "ok\n" }))
         .route("/readyz", get(ready))
         .route("/metrics", get(metrics))
@@ -356,11 +376,24 @@ async fn set_replicas(State(app): AppState, pool: PathText, request: Request) ->
         let pool = name::<PoolName>(pool)?;
         let Replicas { replicas } = body(&app, request).await?;
         app.registry.set_replicas(&pool, replicas).await?;
-        let gone = || Refusal::new(StatusCode::NOT_FOUND, "no_pool", format!("there is no pool {pool}"));
-        let mut statuses = app.pools(&app.mirror.fleet()).into_iter();
-        statuses.find(|status| status.name == pool).map(Json).ok_or_else(gone)
+        pool_status(&app, &pool)
     };
     Answer(done.await).into_response()
+}
+
+async fn release_replicas(State(app): AppState, pool: PathText) -> Response {
+    let done = async {
+        let pool = name::<PoolName>(pool)?;
+        app.registry.release_replicas(&pool).await?;
+        pool_status(&app, &pool)
+    };
+    Answer(done.await).into_response()
+}
+
+fn pool_status(app: &App, pool: &PoolName) -> Result<Json<PoolStatus>, Refusal> {
+    let gone = || Refusal::new(StatusCode::NOT_FOUND, "no_pool", format!("there is no pool {pool}"));
+    let mut statuses = app.pools(&app.mirror.fleet()).into_iter();
+    statuses.find(|status| status.name == *pool).map(Json).ok_or_else(gone)
 }
 
 async fn ready(State(app): AppState) -> Response {
@@ -376,7 +409,7 @@ async fn ready(State(app): AppState) -> Response {
 
 async fn metrics(State(app): AppState) -> Response {
     let kind = HeaderValue::from_static("text/plain; version=0.0.4; charset=utf-8");
-    ([(header::CONTENT_TYPE, kind)], app.metrics.render(&app.mirror, &app.leadership, &app.tally))
+    ([(header::CONTENT_TYPE, kind)], app.metrics.render(&app.mirror, &app.leadership, &app.tally, &app.board))
         .into_response()
 }
 
