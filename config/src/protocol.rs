@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::geometry::KvGeometry;
 use crate::names::{Epoch, HandoffId, PoolName, Role, WorkerId};
-use crate::prefix::BlockHash;
+use crate::prefix::{BlockHash, HashScheme};
 
 /// A worker as the sender's view had it.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
@@ -498,9 +498,23 @@ pub enum KvEvent {
     Cleared,
 }
 
+/// Where a worker keeps cached blocks.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, Default, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum KvTier {
+    /// In the memory of its accelerator, ready for use.
+    #[default]
+    Device,
+    /// In the memory of its host.
+    Host,
+    /// In storage it shares with others.
+    Remote,
+}
+
 /// One line of `GET /v1/kv/events?since=SEQ`.
+///
+/// May gain fields: readers ignore those they don't know.
 #[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
 pub struct KvEventBatch {
     /// The worker's life.
     pub epoch: Epoch,
@@ -510,6 +524,13 @@ pub struct KvEventBatch {
     pub snapshot: bool,
     /// Tokens per block of the hashes.
     pub block_tokens: u32,
+    /// How the blocks are hashed.
+    #[serde(default)]
+    pub scheme: HashScheme,
+    /// Where the blocks were stored or removed. A snapshot of several tiers is one line for each, only the first of
+    /// which says `snapshot`.
+    #[serde(default)]
+    pub tier: KvTier,
     /// The changes, oldest first.
     pub events: Vec<KvEvent>,
 }

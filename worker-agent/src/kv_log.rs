@@ -4,7 +4,8 @@ use std::collections::VecDeque;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use baton_config::Epoch;
-use baton_config::protocol::{KvEvent, KvEventBatch};
+use baton_config::prefix::HashScheme;
+use baton_config::protocol::{KvEvent, KvEventBatch, KvTier};
 use tokio::sync::watch;
 
 /// Events of one line at most.
@@ -83,13 +84,25 @@ impl KvLog {
         let skip = (since + 1 - oldest) as usize;
         let events: Vec<_> = ring.events.iter().skip(skip).take(BATCH_MAX_EVENTS).cloned().collect();
         let seq = since + events.len() as u64;
-        Next::Batch(KvEventBatch { epoch, seq, snapshot: false, block_tokens: self.block_tokens, events })
+        Next::Batch(self.batch(epoch, seq, false, events))
     }
 
     /// A snapshot taken by the engine thread, which is the only writer, so that it is as of the last event.
     pub fn snapshot(&self, events: Vec<KvEvent>) -> KvEventBatch {
         let (epoch, seq) = *self.news.borrow();
-        KvEventBatch { epoch, seq, snapshot: true, block_tokens: self.block_tokens, events }
+        self.batch(epoch, seq, true, events)
+    }
+
+    fn batch(&self, epoch: Epoch, seq: u64, snapshot: bool, events: Vec<KvEvent>) -> KvEventBatch {
+        KvEventBatch {
+            epoch,
+            seq,
+            snapshot,
+            block_tokens: self.block_tokens,
+            scheme: HashScheme::Baton,
+            tier: KvTier::Device,
+            events,
+        }
     }
 
     fn ring(&self) -> MutexGuard<'_, Ring> {
