@@ -6,21 +6,23 @@
 mod attempt;
 mod call;
 mod lines;
+mod place;
 
-use std::sync::Arc;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::AtomicU64;
+use std::sync::{Arc, OnceLock};
 
 use baton_config::protocol::{FinishReason, PrefillReport, Sampling, TokenLogprob};
 use baton_config::{Epoch, HandoffId, WorkerId};
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use crate::fleet::{Fleet, Worker};
+use crate::fleet::Fleet;
 use crate::metrics::{Metrics, MoveReason};
 use crate::options::Timeouts;
-use crate::schedule::{self, Candidate, Rules, Snapshot, Work};
-use attempt::{Attempt, Event, Lost, Pair};
-pub(crate) use call::Caller;
+use crate::schedule::Rules;
+use attempt::{Attempt, Event, Lost};
+pub(crate) use call::{CallError, Caller};
+use place::Placement;
 
 /// Workers that are tried before the first token.
 const ATTEMPTS_MAX: usize = 4;
@@ -59,6 +61,26 @@ pub(crate) struct Job {
     pub(crate) end_tokens: Arc<[u32]>,
     /// When it is given up.
     pub(crate) deadline: Instant,
+    /// What requests that should stay on one worker have in common.
+    pub(crate) session: Option<u64>,
+    /// Where to put how its workers were chosen, if somebody wants to know.
+    pub(crate) explain: Option<Explanation>,
+}
+
+/// How the workers of a request were chosen first.
+#[derive(Debug, Clone, Default)]
+pub(crate) struct Explanation(Arc<OnceLock<String>>);
+
+impl Explanation {
+    fn put(&self, text: String) {
+        // Later placements, after a worker was lost, are in the log only.
+        let _ = self.0.set(text);
+    }
+
+    /// The explanation, once there is one.
+    pub(crate) fn get(&self) -> Option<&str> {
+        self.0.get().map(String::as_str)
+    }
 }
 
 /// The next thing that happened to a generation.
@@ -125,57 +147,6 @@ impl Dispatcher {
         let tracker = TaskTracker::new();
         Self { fleet, caller, rules, timeouts, metrics, tracker, vocab, tickets: AtomicU64::new(0) }
     }
-
-    /// Chooses workers for `tokens` among those not in `avoid`.
-    fn choose(&self, tokens: u32, avoid: &[(WorkerId, Epoch)]) -> Option<Pair> {
-        let workers = self.fleet.workers();
-        let now = Instant::now();
-        let ready = |worker: &Arc<Worker>| worker.member.ready;
-        let well = |worker: &Arc<Worker>| {
-            let answers = !worker.is_down(now) && !worker.is_suspect(now, self.timeouts.frozen);
-            answers && !worker.is_unwilling()
-        };
-        let avoided = |worker: &Arc<Worker>| {
-            avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
-        };
-        let candidates = |fits: &dyn Fn(&Arc<Worker>) -> bool| -> Vec<Candidate> {
-            let fitting = workers.iter().enumerate().filter(|(_, worker)| ready(worker) && fits(worker));
-            fitting.map(|(key, worker)| candidate(key, worker)).collect()
-        };
-        let mut decode = candidates(&|w| w.member.role.decodes() && !avoided(w) && well(w));
-        if decode.is_empty() {
-            // Rather one that may be down than none.
-            decode = candidates(&|w| w.member.role.decodes() && !avoided(w));
-        }
-        let prefill = candidates(&|w| w.member.role.prefills() && well(w));
-        let work = Work { tokens, ticket: self.tickets.fetch_add(1, Ordering::Relaxed) };
-        let transfer_s =
-            |prefill: usize, decode: usize| transfer_s(&workers[prefill], &workers[decode], tokens);
-        let choice = schedule::choose(&Snapshot::new(decode, prefill), work, self.rules, &transfer_s)?;
-        Some(Pair {
-            decode: Arc::clone(&workers[choice.decode]),
-            prefill: choice.prefill.map(|key| Arc::clone(&workers[key])),
-        })
-    }
-}
-
-fn candidate(key: usize, worker: &Worker) -> Candidate {
-    let load = worker.load();
-    Candidate {
-        key,
-        requests: load.requests,
-        prefill_tokens: load.prefill_tokens,
-        prefill_tokens_per_s: load.prefill_tokens_per_s,
-        itl_ms: load.itl_ms,
-        kv_used: load.kv_used,
-    }
-}
-
-fn transfer_s(prefill: &Worker, decode: &Worker, tokens: u32) -> f64 {
-    let Some(geometry) = &prefill.member.kv else { return 0.0 };
-    let bytes = geometry.token_bytes().0 as f64 * f64::from(tokens);
-    let measured = decode.bandwidth_from(&prefill.member.worker);
-    bytes / measured.unwrap_or(DEFAULT_BANDWIDTH)
 }
 
 /// One choice being generated.
@@ -257,6 +228,11 @@ impl Generation {
     }
 
     fn prefilled(&mut self, report: PrefillReport) {
+        if let Some(attempt) = &self.attempt
+            && attempt.handoff_ended(report.fallback.is_none())
+        {
+            self.dispatcher.metrics.pair_trips.inc();
+        }
         if let Some(why) = &report.fallback {
             self.dispatcher.metrics.fallbacks.inc();
             tracing::warn!(
@@ -342,9 +318,8 @@ impl Generation {
     async fn place(&mut self) -> Result<Attempt, DispatchError> {
         let mut changes = self.dispatcher.fleet.changes();
         loop {
-            let tokens = u32::try_from(self.job.prompt.len() + self.sent.len()).unwrap_or(u32::MAX);
-            if let Some(pair) = self.dispatcher.choose(tokens, &self.failed) {
-                return self.open(pair);
+            if let Some(placement) = self.dispatcher.choose(&self.job, &self.sent, &self.failed) {
+                return self.open(placement);
             }
             let Some((reason, patience)) = self.moving else { return Err(self.exhausted()) };
             if Instant::now() >= patience {
@@ -356,18 +331,18 @@ impl Generation {
         }
     }
 
-    fn open(&mut self, pair: Pair) -> Result<Attempt, DispatchError> {
-        let decision = if pair.prefill.is_some() { "disaggregated" } else { "local" };
+    fn open(&mut self, placement: Placement) -> Result<Attempt, DispatchError> {
+        let decision = if placement.prefill.is_some() { "disaggregated" } else { "local" };
         self.dispatcher.metrics.dispatched(decision);
-        self.trace.decode = Some(pair.decode.member.worker.clone());
+        self.trace.decode = Some(placement.decode.member.worker.clone());
         if self.sent.is_empty() {
-            self.trace.prefill = pair.prefill.as_ref().map(|worker| worker.member.worker.clone());
+            self.trace.prefill = placement.prefill.as_ref().map(|worker| worker.member.worker.clone());
         }
-        let handoff = match &pair.prefill {
+        let handoff = match &placement.prefill {
             Some(_) => Some(new_handoff_id()?),
             None => None,
         };
-        Ok(Attempt::open(&self.dispatcher, &self.job, &self.sent, pair, handoff))
+        Ok(Attempt::open(&self.dispatcher, &self.job, &self.sent, placement, handoff))
     }
 }
 

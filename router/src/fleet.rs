@@ -3,8 +3,12 @@
 //! Membership comes from the conductor's view as a [`Roster`]; load is what this router has in flight plus what
 //! each worker last reported. The view may be stale; it is never emptied because the conductor is away.
 
+mod follow;
+mod known;
+mod pairs;
 mod poll;
 pub(crate) mod roster;
+mod sweep;
 mod worker;
 
 use std::collections::BTreeMap;
@@ -16,22 +20,33 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::dispatch::Caller;
+use crate::index::PrefixIndex;
 use crate::metrics::Metrics;
+use follow::Turns;
 pub use roster::{Member, Roster, RosterFeed};
-pub(crate) use worker::{Occupied, Worker};
+pub(crate) use worker::{Occupied, Standing, Worker};
 
 /// Handles of all workers in view.
 #[derive(Debug)]
 pub(crate) struct Fleet {
     workers: RwLock<Arc<[Arc<Worker>]>>,
+    /// What each of them has cached.
+    pub(crate) index: Arc<PrefixIndex>,
     /// Bumped at every change, so that a stream without a worker can wait for one.
     changed: watch::Sender<u64>,
 }
 
 impl Fleet {
     /// An empty fleet.
-    pub(crate) fn new() -> Self {
-        Self { workers: RwLock::new(Arc::new([])), changed: watch::Sender::new(0) }
+    pub(crate) fn new(index: PrefixIndex) -> Self {
+        Self { workers: RwLock::new(Arc::new([])), index: Arc::new(index), changed: watch::Sender::new(0) }
+    }
+
+    /// A fleet of these workers, which nobody keeps up to date.
+    pub(crate) fn of(index: PrefixIndex, workers: Vec<Arc<Worker>>) -> Self {
+        let fleet = Self::new(index);
+        fleet.replace(workers);
+        fleet
     }
 
     /// The workers in view now.
@@ -68,11 +83,18 @@ pub(crate) struct Keeper {
 impl Keeper {
     /// Follows the feed until stopped.
     pub(crate) async fn run(mut self) {
+        let sweeper = sweep::Sweeper {
+            index: Arc::clone(&self.fleet.index),
+            metrics: Arc::clone(&self.metrics),
+            stop: self.stop.clone(),
+        };
+        self.tracker.spawn(sweeper.run());
+        let turns = Turns::new();
         let mut pollers: BTreeMap<WorkerId, CancellationToken> = BTreeMap::new();
         loop {
             let roster = Arc::clone(&self.feed.borrow_and_update());
             self.metrics.view_age.set(roster.age.as_secs_f64());
-            self.apply(&roster, &mut pollers);
+            self.apply(&roster, &mut pollers, &turns);
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return,
@@ -85,7 +107,7 @@ impl Keeper {
         }
     }
 
-    fn apply(&self, roster: &Roster, pollers: &mut BTreeMap<WorkerId, CancellationToken>) {
+    fn apply(&self, roster: &Roster, pollers: &mut BTreeMap<WorkerId, CancellationToken>, turns: &Turns) {
         let old = self.fleet.workers();
         let unchanged = old.len() == roster.members.len()
             && old.iter().zip(&roster.members).all(|(worker, member)| worker.member == *member);
@@ -113,7 +135,7 @@ impl Keeper {
                 (Some(_), Some(poller)) => poller,
                 (_, stale) => {
                     stale.inspect(CancellationToken::cancel);
-                    self.start_poller(&worker)
+                    self.start_poller(&worker, turns)
                 }
             };
             kept.insert(member.worker.clone(), poller);
@@ -123,14 +145,30 @@ impl Keeper {
             gone.cancel();
         }
         *pollers = kept;
+        let stays = |old: &Arc<Worker>| workers.iter().any(|worker| worker.same_life(&old.member));
+        for gone in old.iter().filter(|old| !stays(old)) {
+            gone.health().known().forget(&self.fleet.index);
+        }
         tracing::info!(workers = workers.len(), "fleet changed");
         self.fleet.replace(workers);
     }
 
-    fn start_poller(&self, worker: &Arc<Worker>) -> CancellationToken {
+    /// Starts what goes on as long as the worker lives this life.
+    fn start_poller(&self, worker: &Arc<Worker>, turns: &Turns) -> CancellationToken {
         let stop = self.stop.child_token();
+        let index = Arc::clone(&self.fleet.index);
+        let follower = follow::Follower {
+            health: worker.health(),
+            epoch: worker.member.epoch,
+            index: Arc::clone(&index),
+            caller: self.caller.clone(),
+            metrics: Arc::clone(&self.metrics),
+            turns: turns.clone(),
+            stop: stop.clone(),
+        };
+        self.tracker.spawn(follower.run());
         let poller =
-            poll::Poller { health: worker.health(), caller: self.caller.clone(), stop: stop.clone() };
+            poll::Poller { health: worker.health(), caller: self.caller.clone(), index, stop: stop.clone() };
         self.tracker.spawn(poller.run());
         stop
     }

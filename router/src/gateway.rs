@@ -4,9 +4,10 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
 use baton_config::keys::Quota;
+use baton_config::prefix::BlockHash;
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use http::{Request, Response, StatusCode};
+use http::{HeaderMap, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use serde_json::json;
 use tokio::sync::Semaphore;
@@ -17,7 +18,7 @@ use crate::admit::{Gate, Place};
 use crate::answer::{self, AnswerBody, Api, ChoiceSpec, ChunkWriter, EventStream, Head, Meter};
 use crate::body;
 use crate::clock::unix_seconds;
-use crate::dispatch::{DispatchError, Dispatcher, Job};
+use crate::dispatch::{DispatchError, Dispatcher, Explanation, Job};
 use crate::metrics::Metrics;
 use crate::model::{Model, PromptError, TemplateError};
 use crate::options::{Limits, Timeouts};
@@ -29,6 +30,9 @@ use crate::tenant::{Auth, Principal};
 /// Bodies larger than this are parsed and tokenized on a thread of their own, so that nobody else waits.
 const INLINE_MAX_BYTES: usize = 8 << 10;
 
+/// `1` asks how the workers were chosen; the answer has the same name.
+const EXPLAIN_HEADER: &str = "x-baton-explain";
+
 /// Everything a connection needs to answer requests.
 #[derive(Debug)]
 pub(crate) struct Gateway {
@@ -39,6 +43,10 @@ pub(crate) struct Gateway {
     pub(crate) auth: Arc<Auth>,
     pub(crate) limits: Limits,
     pub(crate) timeouts: Timeouts,
+    /// The header that names the session of a request.
+    pub(crate) session_header: String,
+    /// Whether clients may ask how their workers were chosen.
+    pub(crate) explain: bool,
     /// Large bodies being parsed and tokenized at once.
     pub(crate) tokenizing: Arc<Semaphore>,
     /// Off as soon as the router was asked to stop.
@@ -50,6 +58,7 @@ struct Prepared {
     ask: Ask,
     prompts: Vec<Tokenized>,
     cache_salt: u64,
+    placing: Placing,
 }
 
 /// What a request holds while it is served.
@@ -62,6 +71,26 @@ struct Held {
 struct Tokenized {
     tokens: Vec<u32>,
     echo: Option<String>,
+}
+
+/// What a request says about where it should go.
+#[derive(Debug, Default)]
+struct Placing {
+    session: Option<u64>,
+    explain: Option<Explanation>,
+}
+
+impl Placing {
+    /// The user of the body names the session if no header does.
+    fn or_user(mut self, user: Option<&str>) -> Self {
+        self.session = self.session.or_else(|| user.map(|user| session(user.as_bytes())));
+        self
+    }
+}
+
+/// The number of a session, the same in every router.
+fn session(name: &[u8]) -> u64 {
+    BlockHash::root(1).child(&name.iter().copied().map(u32::from).collect::<Vec<_>>()).0
 }
 
 impl Gateway {
@@ -177,8 +206,11 @@ impl Gateway {
         principal: Arc<Principal>,
     ) -> Response<AnswerBody> {
         let started = Instant::now();
+        let placing = self.placing(request.headers(), principal.tenant.admin);
+        let explanation = placing.explain.clone();
         let response = match self.begin(api, request, &principal).await {
-            Ok((prepared, place)) => {
+            Ok((mut prepared, place)) => {
+                prepared.placing = placing.or_user(prepared.ask.user.as_deref());
                 Arc::clone(&self).answer(api, prepared, started, Held { entry, place }).await
             }
             Err(refused) => {
@@ -186,10 +218,24 @@ impl Gateway {
                 refused.response()
             }
         };
+        let response = match explanation.as_ref().and_then(Explanation::get) {
+            Some(text) => reply::explained(response, text),
+            None => response,
+        };
         if principal.quota == Quota::default() {
             return response;
         }
         reply::with_left(response, self.gate.left(&principal))
+    }
+
+    /// What the head of a request says about where it should go.
+    fn placing(&self, headers: &HeaderMap, admin: bool) -> Placing {
+        let asks = (self.explain || admin) && headers.get(EXPLAIN_HEADER).is_some_and(|value| value == "1");
+        let header = headers.get(&self.session_header);
+        Placing {
+            session: header.map(|value| session(value.as_bytes())),
+            explain: asks.then(Explanation::default),
+        }
     }
 
     /// Everything before workers are involved.
@@ -245,7 +291,7 @@ impl Gateway {
         for prompt in &prompts {
             self.check_context(api, prompt.tokens.len(), ask.max_tokens)?;
         }
-        Ok(Prepared { ask, prompts, cache_salt: 0 })
+        Ok(Prepared { ask, prompts, cache_salt: 0, placing: Placing::default() })
     }
 
     fn tokenize(&self, prompt: Prompt, echo: bool) -> Result<Tokenized, Refusal> {
@@ -343,7 +389,7 @@ impl Gateway {
     }
 
     fn specs(&self, prepared: Prepared, id: &str, started: Instant) -> Vec<ChoiceSpec> {
-        let Prepared { ask, prompts, cache_salt } = prepared;
+        let Prepared { ask, prompts, cache_salt, placing } = prepared;
         let mut end_tokens = ask.sampling.stop_tokens.clone();
         if !ask.sampling.ignore_eos {
             end_tokens.extend_from_slice(&self.model.eos);
@@ -366,6 +412,8 @@ impl Gateway {
                     logits_digest: ask.debug.logits_digest,
                     end_tokens: Arc::clone(&end_tokens),
                     deadline: started + self.timeouts.request,
+                    session: placing.session,
+                    explain: placing.explain.clone(),
                 };
                 specs.push(ChoiceSpec {
                     index,

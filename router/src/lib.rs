@@ -23,6 +23,8 @@ mod clock;
 mod dispatch;
 mod fleet;
 mod gateway;
+pub mod index;
+pub mod measure;
 mod metrics;
 mod model;
 mod options;

@@ -34,6 +34,11 @@ pub(crate) struct Metrics {
     pub(crate) itl: Histogram,
     migrations: IntCounterVec,
     pub(crate) view_age: Gauge,
+    pub(crate) index_blocks: IntGauge,
+    pub(crate) index_bytes: IntGauge,
+    pub(crate) index_gaps: IntCounter,
+    pub(crate) predicted_cached: IntCounter,
+    pub(crate) pair_trips: IntCounter,
     disagg: IntCounterVec,
     pub(crate) prompt_tokens: IntCounter,
     pub(crate) completion_tokens: IntCounter,
@@ -170,10 +175,19 @@ impl Metrics {
                 "baton_router_handoff_fallbacks_total",
                 "Handoffs given up by the decode worker, which then prefilled itself.",
             )?,
+            index_blocks: make.gauge("baton_router_index_blocks", "Blocks in the prefix index.")?,
+            index_bytes: make.gauge("baton_router_index_bytes", "Bytes of the prefix index.")?,
+            index_gaps: make.counter("baton_router_index_gaps_total", "Gaps seen in KV event streams.")?,
+            predicted_cached: make.counter(
+                "baton_router_predicted_cached_tokens_total",
+                "Prompt tokens dispatched to workers that were taken to have them cached.",
+            )?,
+            pair_trips: make.counter(
+                "baton_router_pair_breaks_total",
+                "Pairs of workers between which handoffs failed and that are avoided for a while.",
+            )?,
             registry: registry.clone(),
         };
-        make.gauge("baton_router_index_blocks", "Blocks in the prefix index.")?;
-        make.counter("baton_router_index_gaps_total", "Gaps seen in KV event streams.")?;
         metrics.set_labels();
         Ok(metrics)
     }

@@ -25,6 +25,16 @@ pub struct RouterOptions {
     pub limits: Limits,
     /// How long things may take.
     pub timeouts: Timeouts,
+    /// Time between tokens that decode workers should stay below.
+    pub slo_itl: Duration,
+    /// `prefix` and `session`: requests a worker may have more than the least loaded one; no bound where 0.
+    pub spill_requests: u32,
+    /// The header that names the session of a request.
+    pub session_header: String,
+    /// Bytes of the prefix index at most.
+    pub index_memory: Bytes,
+    /// Whether clients may ask how their workers were chosen.
+    pub explain: bool,
     /// Who may use it; anybody without.
     pub auth: Option<AuthSpec>,
     /// What it shows to clients; plain HTTP without.
@@ -44,6 +54,11 @@ impl RouterOptions {
             disaggregation: defaults::DISAGGREGATION,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            slo_itl: defaults::SLO_ITL,
+            spill_requests: defaults::SPILL_REQUESTS,
+            session_header: defaults::SESSION_HEADER.to_owned(),
+            index_memory: defaults::INDEX_MEMORY,
+            explain: defaults::EXPLAIN,
             auth: None,
             tls: None,
             seed: defaults::POLICY_SEED,
@@ -82,6 +97,11 @@ impl RouterOptions {
                 grace: limits.drain_grace,
                 ..Timeouts::default()
             },
+            slo_itl: router.policy.slo.itl,
+            spill_requests: router.policy.spill_requests,
+            session_header: router.policy.session_header.clone(),
+            index_memory: router.index_memory,
+            explain: router.explain,
             auth: router.auth.clone(),
             tls: router.tls.clone(),
             seed: router.policy.seed,

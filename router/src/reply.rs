@@ -319,6 +319,14 @@ pub(crate) fn named(mut response: Response<AnswerBody>, id: &str) -> Response<An
     response
 }
 
+/// The answer with how its workers were chosen in `x-baton-explain`.
+pub(crate) fn explained(mut response: Response<AnswerBody>, how: &str) -> Response<AnswerBody> {
+    if let Ok(value) = HeaderValue::from_str(how) {
+        response.headers_mut().insert("x-baton-explain", value);
+    }
+    response
+}
+
 /// A plain-text answer, for probes and metrics.
 pub(crate) fn text(ready: bool, content_type: &'static str, body: String) -> Response<AnswerBody> {
     let mut response = Response::new(AnswerBody::full(Bytes::from(body)));

@@ -34,6 +34,8 @@ pub(crate) struct Ask {
     pub(crate) stop: Vec<String>,
     /// Begin the text with the prompt (completions only).
     pub(crate) echo: bool,
+    /// The client's name for its own user, which may name a session.
+    pub(crate) user: Option<String>,
     /// The debugging extension.
     pub(crate) debug: Debug,
 }
@@ -104,6 +106,7 @@ pub(crate) fn parse_chat(body: &[u8], bounds: &Bounds) -> Result<Ask, Refusal> {
     let ask = common(
         &mut fields,
         Ask {
+            user: None,
             model,
             input: Input::Chat(messages),
             stream: false,
@@ -137,6 +140,7 @@ pub(crate) fn parse_completions(body: &[u8], bounds: &Bounds) -> Result<Ask, Ref
     let ask = common(
         &mut fields,
         Ask {
+            user: None,
             model,
             input: Input::Prompts(prompts),
             stream: false,
@@ -201,7 +205,8 @@ fn common(fields: &mut Fields<'_>, mut ask: Ask) -> Result<Ask, Refusal> {
         };
         debug.finish(&[])?;
     }
-    for name in ["user", "safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"] {
+    ask.user = fields.string("user")?;
+    for name in ["safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"] {
         fields.string(name)?;
     }
     fields.boolean("store")?;

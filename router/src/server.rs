@@ -20,6 +20,7 @@ use crate::admit::Gate;
 use crate::dispatch::{Caller, Dispatcher};
 use crate::fleet::{Fleet, Keeper, RosterFeed, roster};
 use crate::gateway::Gateway;
+use crate::index::PrefixIndex;
 use crate::metrics::Metrics;
 use crate::model::{Model, ModelError};
 use crate::options::RouterOptions;
@@ -108,7 +109,7 @@ pub async fn serve_with(
     let metrics = Arc::new(Metrics::new()?);
     let auth = Arc::new(Auth::new(options.auth.as_ref(), Arc::clone(&metrics))?);
     let tls = options.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
-    let fleet = Arc::new(Fleet::new());
+    let fleet = Arc::new(Fleet::new(PrefixIndex::new(options.index_memory)));
     let caller = Caller::new(options.timeouts.connect);
     let background = TaskTracker::new();
     let ended = CancellationToken::new();
@@ -154,7 +155,13 @@ fn dispatcher(
     metrics: Arc<Metrics>,
     vocab: u32,
 ) -> Dispatcher {
-    let rules = Rules { policy: options.policy, disaggregation: options.disaggregation, seed: options.seed };
+    let rules = Rules {
+        policy: options.policy,
+        disaggregation: options.disaggregation,
+        seed: options.seed,
+        slo_itl_s: options.slo_itl.as_secs_f64(),
+        spill_requests: (options.spill_requests > 0).then_some(options.spill_requests),
+    };
     Dispatcher::new(fleet, caller, rules, options.timeouts.clone(), metrics, vocab)
 }
 
@@ -174,6 +181,8 @@ fn gateway(
         auth,
         metrics,
         limits: limits.clone(),
+        session_header: options.session_header.clone(),
+        explain: options.explain,
         timeouts: options.timeouts.clone(),
         tokenizing: Arc::new(Semaphore::new(available_parallelism().map_or(2, usize::from))),
         accepting: AtomicBool::new(true),

@@ -18,6 +18,8 @@ mod faults;
 mod http2;
 #[path = "router/limits.rs"]
 mod limits;
+#[path = "router/placement.rs"]
+mod placement;
 #[path = "router/smuggling.rs"]
 mod smuggling;
 #[path = "router/streams.rs"]

@@ -54,8 +54,13 @@ impl PolicyKind {
     /// Whether this build has it.
     pub fn is_available(self) -> bool {
         match self {
-            Self::KvAware | Self::RoundRobin | Self::Random | Self::LeastLoaded | Self::PowerOfTwo => true,
-            Self::Prefix => false,
+            Self::KvAware
+            | Self::Prefix
+            | Self::RoundRobin
+            | Self::Random
+            | Self::LeastLoaded
+            | Self::PowerOfTwo
+            | Self::Session => true,
         }
     }
 }
@@ -84,16 +89,6 @@ pub(super) fn list(reader: &Reader<'_>, router: &RouterSpec, pools: &[(String, P
         let at = reader.position(path);
         out.push(Unsupported { path: path.to_owned(), at, what, remedy: remedy.to_owned(), required });
     };
-    let policy = router.policy.kind;
-    if !policy.is_available() {
-        let what = format!("the policy {policy}");
-        push(
-            "router.policy.kind",
-            what,
-            "use kv_aware, least_loaded, power_of_two, round_robin or random",
-            true,
-        );
-    }
     for (path, pool) in pools {
         let engine = pool.engine.kind();
         if !engine.is_available() {

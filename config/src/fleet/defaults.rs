@@ -31,6 +31,14 @@ pub const POLICY_SEED: u64 = 0;
 pub const SLO_TTFT: Duration = Duration::from_millis(500);
 /// `router.policy.slo.itl_ms`.
 pub const SLO_ITL: Duration = Duration::from_millis(50);
+/// `router.policy.spill_requests`.
+pub const SPILL_REQUESTS: u32 = 0;
+/// `router.policy.session_header`.
+pub const SESSION_HEADER: &str = "x-session-id";
+/// `router.index.memory`.
+pub const INDEX_MEMORY: Bytes = Bytes(256 << 20);
+/// `router.explain`.
+pub const EXPLAIN: bool = false;
 /// `router.disaggregation`.
 pub const DISAGGREGATION: Disaggregation = Disaggregation::Auto;
 /// `router.auth.isolation`.

@@ -21,6 +21,10 @@ pub struct RouterSpec {
     pub limits: RouterLimits,
     /// When prefill and decode go to different workers.
     pub disaggregation: Disaggregation,
+    /// Bytes of the prefix index at most.
+    pub index_memory: Bytes,
+    /// Whether a request with `x-baton-explain: 1` is told how its workers were chosen.
+    pub explain: bool,
     /// Who may use it; anybody without.
     pub auth: Option<AuthSpec>,
     /// TLS of its listener; plain HTTP without.
@@ -42,6 +46,8 @@ choice! {
         LeastLoaded => "least_loaded",
         /// The less loaded of two drawn at random.
         PowerOfTwo => "power_of_two",
+        /// The same worker for all requests of a session.
+        Session => "session",
     }
 }
 
@@ -55,6 +61,11 @@ pub struct PolicySpec {
     pub seed: u64,
     /// What the policy aims at.
     pub slo: Slo,
+    /// `prefix` and `session`: requests a worker may have more than the least loaded one before it is passed over;
+    /// no bound where 0.
+    pub spill_requests: u32,
+    /// `session`: the header that names the session; the field `user` where a request has no such header.
+    pub session_header: String,
 }
 
 /// Latency aims.
@@ -180,6 +191,9 @@ impl RouterSpec {
         let policy = PolicySpec::read(section.section("policy"));
         let limits = RouterLimits::read(section.section("limits"));
         let disaggregation = section.choice("disaggregation", defaults::DISAGGREGATION);
+        let index_memory =
+            section.section("index").bytes("memory", Bytes(1 << 20)..=Bytes(4 << 30), defaults::INDEX_MEMORY);
+        let explain = section.flag("explain", defaults::EXPLAIN);
         let auth = section.section_if_given("auth").and_then(AuthSpec::read);
         let tls = section.section_if_given("tls").and_then(|mut tls| {
             if !tls.has("cert_file") && !tls.has("key_file") {
@@ -199,7 +213,7 @@ impl RouterSpec {
                 "lower router.limits.queue or raise router.limits.in_flight",
             );
         }
-        Self { listen, policy, limits, disaggregation, auth, tls }
+        Self { listen, policy, limits, disaggregation, index_memory, explain, auth, tls }
     }
 }
 
@@ -210,7 +224,18 @@ impl PolicySpec {
         let mut slo = section.section("slo");
         let ttft = slo.duration("ttft_ms", 1..=3_600_000, defaults::SLO_TTFT);
         let itl = slo.duration("itl_ms", 1..=3_600_000, defaults::SLO_ITL);
-        Self { kind, seed, slo: Slo { ttft, itl } }
+        let spill_requests = section.count("spill_requests", 0..=1_000_000, defaults::SPILL_REQUESTS);
+        let session_header = section.value(
+            "session_header",
+            "the name of a header, in lower case",
+            defaults::SESSION_HEADER.to_owned(),
+            |text| {
+                let text = text.words()?;
+                let is_name = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+                (!text.is_empty() && text.len() <= 64 && text.bytes().all(is_name)).then_some(text)
+            },
+        );
+        Self { kind, seed, slo: Slo { ttft, itl }, spill_requests, session_header }
     }
 }
 

@@ -21,10 +21,12 @@ use tokio_util::task::TaskTracker;
 
 use super::call::{self, CallError, Caller};
 use super::lines::{LineError, Lines};
+use super::place::Placement;
 use super::{Dispatcher, Job};
 use crate::fleet::{Occupied, Worker};
 use crate::metrics::{Metrics, MoveReason};
 use crate::options::Timeouts;
+use crate::schedule::Predicted;
 
 /// How often a stream without tokens looks whether its worker still lives.
 const TICK: Duration = Duration::from_millis(250);
@@ -171,6 +173,8 @@ pub(super) struct Attempt {
     progress_at: Instant,
     deadline: Instant,
     begun: bool,
+    placed_at: Instant,
+    predicted: Option<Predicted>,
     /// The stream cannot go on elsewhere once it has begun.
     irreplaceable: bool,
     tick: Pin<Box<Sleep>>,
@@ -191,13 +195,16 @@ impl Attempt {
         dispatcher: &Dispatcher,
         job: &Job,
         sent: &[u32],
-        pair: Pair,
+        placement: Placement,
         handoff: Option<HandoffId>,
     ) -> Self {
+        let Placement { decode, prefill, predicted } = placement;
+        let pair = Pair { decode, prefill };
         let mut tokens = Vec::with_capacity(job.prompt.len() + sent.len());
         tokens.extend_from_slice(&job.prompt);
         tokens.extend_from_slice(sent);
-        let uncached = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        let all = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
+        let uncached = predicted.map_or(all, |predicted| predicted.uncached_tokens);
         let generated = u32::try_from(sent.len()).unwrap_or(u32::MAX);
         let remote = handoff.zip(pair.prefill.as_ref());
         let mut generate = GenerateRequest {
@@ -248,6 +255,8 @@ impl Attempt {
             progress_at: Instant::now(),
             deadline: job.deadline,
             begun: false,
+            placed_at: Instant::now(),
+            predicted,
             irreplaceable: job.logits_digest,
             tick: Box::pin(tokio::time::sleep(TICK)),
         }
@@ -275,6 +284,7 @@ impl Attempt {
                 if !self.begun {
                     self.begun = true;
                     self.occupied.prefilled();
+                    self.calibrate();
                 }
                 Ok(Event::Token { token, logprob, logits_digest })
             }
@@ -282,6 +292,20 @@ impl Attempt {
             GenerateEvent::Finished { reason } => Ok(Event::Finished(reason)),
             GenerateEvent::Failed { code, message } => Err(Lost::of_code(code, message)),
         }
+    }
+
+    /// Compares the time to the first token with what was expected of the worker that computed the prompt.
+    fn calibrate(&self) {
+        let Some(predicted) = &self.predicted else { return };
+        let actual_s = self.placed_at.elapsed().as_secs_f64() - predicted.other_s;
+        let worker = self.pair.prefill.as_ref().unwrap_or(&self.pair.decode);
+        worker.calibrate(predicted.prefill_s, actual_s);
+    }
+
+    /// The decode worker says how the handoff went; `true` when its pair is avoided from now on.
+    pub(super) fn handoff_ended(&self, well: bool) -> bool {
+        let Some(prefill) = &self.pair.prefill else { return false };
+        self.pair.decode.handed_off(prefill, well, Instant::now())
     }
 
     fn check_progress(&mut self) -> Result<(), Lost> {

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use baton_config::HandoffId;
 use baton_config::protocol::{FailureCode, WorkerError, WorkerStatus};
+use baton_config::{Epoch, HandoffId};
 use bytes::Bytes;
 use http::header::CONTENT_TYPE;
 use http::uri::Authority;
@@ -96,6 +96,18 @@ impl Caller {
         let body = accepted(response).await?;
         let bytes = read_whole(body).await?;
         serde_json::from_slice(&bytes).map_err(CallError::Protocol)
+    }
+
+    /// `GET /v1/kv/events`: the changes of its prefix cache after event `since` of the life `epoch`, as they happen.
+    pub(crate) async fn kv_events(
+        &self,
+        authority: &Authority,
+        since: u64,
+        epoch: Epoch,
+    ) -> Result<Incoming, CallError> {
+        let mut request = Request::new(Full::default());
+        *request.uri_mut() = uri(authority, &format!("/v1/kv/events?since={since}&epoch={}", epoch.0));
+        accepted(self.client.request(request).await.map_err(sort)?).await
     }
 }
 

@@ -8,6 +8,7 @@ use tokio_util::sync::CancellationToken;
 
 use super::worker::Health;
 use crate::dispatch::Caller;
+use crate::index::PrefixIndex;
 
 /// Between two polls, on average.
 const EVERY: Duration = Duration::from_secs(1);
@@ -18,6 +19,7 @@ const PATIENCE: Duration = Duration::from_secs(1);
 pub(super) struct Poller {
     pub(super) health: Arc<Health>,
     pub(super) caller: Caller,
+    pub(super) index: Arc<PrefixIndex>,
     pub(super) stop: CancellationToken,
 }
 
@@ -41,6 +43,7 @@ impl Poller {
                 }
                 Err(_) => self.health.silent(asked),
             }
+            self.health.known().fade(&self.index, Instant::now());
             turn += 1;
             let pause = EVERY.mul_f64(jitter(self.health.name.as_str(), turn));
             tokio::select! {
@@ -53,7 +56,7 @@ impl Poller {
 }
 
 /// 0.9 to 1.1, different for every worker and turn, so that polls do not fall together.
-fn jitter(name: &str, turn: u64) -> f64 {
+pub(super) fn jitter(name: &str, turn: u64) -> f64 {
     let mut hash = turn.wrapping_mul(0x9E37_79B9_7F4A_7C15);
     for byte in name.bytes() {
         hash = (hash ^ u64::from(byte)).wrapping_mul(0x0000_0100_0000_01B3);

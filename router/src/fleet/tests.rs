@@ -5,6 +5,7 @@ use baton_config::{Epoch, Role};
 use tokio::time::Instant;
 
 use super::*;
+use crate::index::PrefixIndex;
 
 fn member(name: &str, epoch: u64) -> Member {
     Member {
@@ -68,8 +69,9 @@ fn load_is_the_report_corrected_by_what_happened_since() {
     assert_eq!((worker.load().requests, worker.load().prefill_tokens), (4, 110));
     drop((first, second, third));
     assert_eq!((worker.load().requests, worker.load().prefill_tokens), (1, 50));
-    assert_eq!(worker.bandwidth_from(&"p".parse().unwrap()), Some(2e9));
-    assert_eq!(worker.bandwidth_from(&"q".parse().unwrap()), None);
+    let from = |name: &str| worker.link_from(&Worker::new(member(name, 1)).unwrap(), Instant::now()).unwrap();
+    assert_eq!(from("p").bytes_per_s, Some(2e9));
+    assert_eq!(from("q").bytes_per_s, None);
 }
 
 #[tokio::test(start_paused = true)]
@@ -100,7 +102,11 @@ struct Kept {
 
 fn keep(members: Vec<Member>) -> Kept {
     let (feed, receiver) = watch::channel(Arc::new(Roster { members, age: Duration::ZERO }));
-    let (fleet, tracker, stop) = (Arc::new(Fleet::new()), TaskTracker::new(), CancellationToken::new());
+    let (fleet, tracker, stop) = (
+        Arc::new(Fleet::new(PrefixIndex::with_capacity(1000))),
+        TaskTracker::new(),
+        CancellationToken::new(),
+    );
     let keeper = Keeper {
         fleet: Arc::clone(&fleet),
         feed: receiver,
@@ -170,4 +176,36 @@ async fn a_feed_that_ends_leaves_the_last_view_in_use() {
     stop.cancel();
     tracker.close();
     tracker.wait().await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn a_pair_whose_handoffs_fail_is_avoided_for_a_while() {
+    let (decode, prefill) = (Worker::new(member("d", 1)).unwrap(), Worker::new(member("p", 1)).unwrap());
+    let other = Worker::new(member("q", 1)).unwrap();
+    assert!(!decode.handed_off(&prefill, false, Instant::now()), "one may be chance");
+    assert!(!decode.handed_off(&prefill, true, Instant::now()));
+    assert!(!decode.handed_off(&prefill, false, Instant::now()), "a good one between counts");
+    assert!(decode.handed_off(&prefill, false, Instant::now()));
+    assert_eq!(decode.link_from(&prefill, Instant::now()), None);
+    assert!(decode.link_from(&other, Instant::now()).is_some(), "other pairs go on");
+    let reborn = Worker::new(member("p", 2)).unwrap();
+    assert!(decode.link_from(&reborn, Instant::now()).is_some(), "another life, another pair");
+    tokio::time::advance(Duration::from_secs(31)).await;
+    assert!(decode.link_from(&prefill, Instant::now()).is_some(), "tried again");
+    assert!(decode.handed_off(&prefill, false, Instant::now()), "and avoided at once when it fails again");
+}
+
+#[test]
+fn predictions_that_are_wrong_are_corrected() {
+    let worker = Worker::new(member("d", 1)).unwrap();
+    assert!((worker.load().slowness - 1.0).abs() < 1e-9);
+    for _ in 0..60 {
+        worker.calibrate(0.1, 0.25);
+    }
+    assert!((worker.load().slowness - 2.5).abs() < 0.05, "{}", worker.load().slowness);
+    for _ in 0..200 {
+        worker.calibrate(0.1, 1e9);
+        worker.calibrate(0.0001, 1e-9);
+    }
+    assert!(worker.load().slowness <= 4.0, "bounded");
 }

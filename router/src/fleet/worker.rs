@@ -5,11 +5,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_config::WorkerId;
-use baton_config::protocol::{PathStatus, PeerRef, WorkerStatus};
+use baton_config::prefix::BlockHash;
+use baton_config::protocol::{PeerRef, WorkerStatus};
 use http::uri::Authority;
 use tokio::time::Instant;
 
 use super::Member;
+use super::known::Known;
+use super::pairs::{Link, Pairs};
 
 /// How long a worker that refused a connection is avoided, unless it answers its state before.
 const DOWN_FOR: Duration = Duration::from_secs(2);
@@ -26,9 +29,22 @@ pub(crate) struct Worker {
 pub(crate) struct Health {
     pub(crate) authority: Authority,
     pub(crate) name: WorkerId,
+    identity: u64,
     requests: AtomicU32,
     prefill_tokens: AtomicU64,
+    known: Known,
+    pairs: Pairs,
+    /// By how much its prefills take longer than predicted, in thousandths.
+    slowness: AtomicU32,
     seen: Mutex<Seen>,
+}
+
+/// What a decision needs to know of a worker, taken at one moment.
+#[derive(Debug, Clone, PartialEq)]
+pub(crate) struct Standing {
+    pub(crate) load: WorkerLoad,
+    /// Whether it answers and takes requests, as far as is known.
+    pub(crate) well: bool,
 }
 
 #[derive(Debug, Default)]
@@ -52,7 +68,6 @@ struct Report {
     prefill_tokens_per_s: Option<f64>,
     itl_ms: Option<f64>,
     kv_used: f64,
-    paths: Vec<PathStatus>,
 }
 
 /// The load of a worker as the scheduler sees it.
@@ -68,6 +83,8 @@ pub(crate) struct WorkerLoad {
     pub(crate) itl_ms: Option<f64>,
     /// Share of KV blocks that hold live requests, 0 to 1.
     pub(crate) kv_used: f64,
+    /// By which factor its prefills take longer than its speed says.
+    pub(crate) slowness: f64,
 }
 
 impl Worker {
@@ -77,8 +94,14 @@ impl Worker {
         let health = Health {
             authority,
             name: member.worker.clone(),
+            identity: BlockHash::root(0)
+                .child(&member.worker.as_str().bytes().map(u32::from).collect::<Vec<_>>())
+                .0,
             requests: AtomicU32::new(0),
             prefill_tokens: AtomicU64::new(0),
+            known: Known::new(member.kv.as_ref().map(|kv| kv.block_tokens)),
+            pairs: Pairs::default(),
+            slowness: AtomicU32::new(1000),
             seen: Mutex::default(),
         };
         Ok(Self { member, health: Arc::new(health) })
@@ -116,14 +139,10 @@ impl Worker {
     }
 
     /// Whether new requests should keep away from it for now.
+    #[cfg(test)]
     pub(crate) fn is_down(&self, now: Instant) -> bool {
         let seen = self.health.seen();
         seen.down_until.is_some_and(|until| now < until)
-    }
-
-    /// Whether it says that it drains or makes no progress, whatever the view says.
-    pub(crate) fn is_unwilling(&self) -> bool {
-        self.health.seen().unwilling
     }
 
     /// How long its state has not been answered.
@@ -144,34 +163,43 @@ impl Worker {
     }
 
     /// Its load: the last report, corrected by what this router began and ended since.
+    #[cfg(test)]
     pub(crate) fn load(&self) -> WorkerLoad {
-        let own_requests = self.health.requests.load(Ordering::Relaxed);
-        let own_tokens = self.health.prefill_tokens.load(Ordering::Relaxed);
-        let seen = self.health.seen();
-        let Some(report) = &seen.report else {
-            return WorkerLoad {
-                requests: own_requests,
-                prefill_tokens: own_tokens,
-                ..WorkerLoad::default()
-            };
-        };
-        let others = report.requests.saturating_sub(report.own_requests);
-        let other_tokens = report.prefill_tokens.saturating_sub(report.own_prefill_tokens);
-        WorkerLoad {
-            requests: own_requests + others,
-            prefill_tokens: own_tokens + other_tokens,
-            prefill_tokens_per_s: report.prefill_tokens_per_s,
-            itl_ms: report.itl_ms,
-            kv_used: report.kv_used,
-        }
+        self.health.load(&self.health.seen())
     }
 
-    /// The measured bandwidth from a prefill worker to this one, in bytes per second.
-    pub(crate) fn bandwidth_from(&self, prefill: &WorkerId) -> Option<f64> {
+    /// Its load, and whether it is well.
+    pub(crate) fn standing(&self, now: Instant, frozen: Duration) -> Standing {
         let seen = self.health.seen();
-        let paths = &seen.report.as_ref()?.paths;
-        let path = paths.iter().find(|path| path.prefill == *prefill && path.decode == self.member.worker)?;
-        path.gb_per_s.map(|gb| gb * 1e9).filter(|bytes| bytes.is_finite() && *bytes > 0.0)
+        let down = seen.down_until.is_some_and(|until| now < until);
+        let silent = seen.silent_since.map_or(Duration::ZERO, |since| now.duration_since(since));
+        let well = !down && !seen.unwilling && silent < frozen / 2;
+        Standing { load: self.health.load(&seen), well }
+    }
+
+    /// Where the prefix index knows it.
+    pub(crate) fn known(&self) -> &Known {
+        &self.health.known
+    }
+
+    /// The way from a prefill worker to this one; `None` while it is avoided.
+    pub(crate) fn link_from(&self, prefill: &Self, now: Instant) -> Option<Link> {
+        self.health.pairs.link(&prefill.member, now)
+    }
+
+    /// A handoff from a prefill worker came to its end, or had to be given up; `true` when the pair is avoided from now.
+    pub(crate) fn handed_off(&self, prefill: &Self, well: bool, now: Instant) -> bool {
+        self.health.pairs.ended(&prefill.member, well, now)
+    }
+
+    /// A prefill that was predicted to take this long took that long, in seconds.
+    pub(crate) fn calibrate(&self, predicted_s: f64, actual_s: f64) {
+        self.health.calibrate(predicted_s, actual_s);
+    }
+
+    /// The same number for the same worker, in every life and every router.
+    pub(crate) fn identity(&self) -> u64 {
+        self.health.identity
     }
 
     /// Books a request on this worker until the guard is dropped.
@@ -204,7 +232,55 @@ impl Drop for Occupied {
     }
 }
 
+/// Weight of a new sample of how wrong predictions are.
+const SLOWNESS_WEIGHT: f64 = 0.1;
+/// Predictions are corrected by a factor between 1 and this. Below 1, a worker that was tried would be preferred to equal
+/// ones that were not.
+const SLOWNESS_MAX: f64 = 4.0;
+/// Shorter predictions are noise.
+const CALIBRATED_FROM_S: f64 = 0.005;
+
 impl Health {
+    /// Where the prefix index knows the worker.
+    pub(super) fn known(&self) -> &Known {
+        &self.known
+    }
+
+    fn calibrate(&self, predicted_s: f64, actual_s: f64) {
+        if predicted_s < CALIBRATED_FROM_S || !actual_s.is_finite() {
+            return;
+        }
+        let before = f64::from(self.slowness.load(Ordering::Relaxed)) / 1000.0;
+        let sample = (actual_s / predicted_s).clamp(1.0, SLOWNESS_MAX);
+        // In proportions: half as long and twice as long cancel out.
+        let after = before * (sample / before).powf(SLOWNESS_WEIGHT);
+        self.slowness.store((after * 1000.0).round() as u32, Ordering::Relaxed);
+    }
+
+    fn load(&self, seen: &Seen) -> WorkerLoad {
+        let own_requests = self.requests.load(Ordering::Relaxed);
+        let own_tokens = self.prefill_tokens.load(Ordering::Relaxed);
+        let slowness = f64::from(self.slowness.load(Ordering::Relaxed)) / 1000.0;
+        let Some(report) = &seen.report else {
+            return WorkerLoad {
+                requests: own_requests,
+                prefill_tokens: own_tokens,
+                slowness,
+                ..WorkerLoad::default()
+            };
+        };
+        let others = report.requests.saturating_sub(report.own_requests);
+        let other_tokens = report.prefill_tokens.saturating_sub(report.own_prefill_tokens);
+        WorkerLoad {
+            requests: own_requests + others,
+            prefill_tokens: own_tokens + other_tokens,
+            prefill_tokens_per_s: report.prefill_tokens_per_s,
+            itl_ms: report.itl_ms,
+            kv_used: report.kv_used,
+            slowness,
+        }
+    }
+
     fn seen(&self) -> MutexGuard<'_, Seen> {
         self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -222,8 +298,8 @@ impl Health {
             prefill_tokens_per_s: positive(status.prefill_tokens_per_s),
             itl_ms: positive(status.itl_ms),
             kv_used: f64::from(live) / f64::from(blocks.total().max(1)),
-            paths: status.paths,
         };
+        self.pairs.reported(&self.name, &status.paths);
         let unwilling = matches!(status.state.as_str(), "draining" | "unhealthy");
         let mut seen = self.seen();
         *seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling };

@@ -18,6 +18,7 @@ fn the_smallest_chat_has_the_documented_defaults() {
     let ask =
         chat(&json!({ "model": "m", "messages": [{ "role": "user", "content": "hi" }], "seed": 1 })).unwrap();
     let expected = Ask {
+        user: None,
         model: "m".to_owned(),
         input: Input::Chat(vec![Message { role: "user", content: "hi".to_owned(), name: None }]),
         stream: false,

@@ -1,6 +1,6 @@
 //! What a prefill would cost, here or there.
 
-use super::Candidate;
+use super::{Candidate, Work};
 
 /// Prefill speed assumed of a worker that has measured none: what the reference engine does on two cores with the
 /// tiny model, within a factor of two.
@@ -13,6 +13,9 @@ const HANDOFF_S: f64 = 0.002;
 const DEFAULT_ITL_S: f64 = 0.02;
 /// Tokens by which a new request delays each request that shares its batch, in the cost of a decode worker.
 const DELAY_TOKENS: f64 = 0.4;
+
+/// Tokens of an answer for which a decode worker that is slower than it should be is charged.
+const LATE_TOKENS: f64 = 20.0;
 
 /// Which part a worker plays.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -31,16 +34,18 @@ pub(crate) struct Prefill {
 }
 
 impl Prefill {
-    /// Predicts the prefill of `tokens` on a worker that plays `side`.
+    /// Predicts the prefill of the work on a worker that plays `side` and computes what it has not cached.
     ///
     /// On the decode side each chunk waits for a decode step of the requests already running.
-    pub(crate) fn on(candidate: &Candidate, tokens: u32, side: Side) -> Self {
+    pub(crate) fn on(candidate: &Candidate, work: Work, side: Side) -> Self {
+        let tokens = work.uncached(candidate.cached_tokens);
         let speed = candidate.prefill_tokens_per_s.unwrap_or(DEFAULT_PREFILL_TOKENS_PER_S);
         let step_s = match side {
             Side::Decode if candidate.requests > 0 => itl_s(candidate),
             Side::Decode | Side::Prefill => 0.0,
         };
-        let seconds = |tokens: f64| tokens / speed + (tokens / CHUNK_TOKENS).ceil() * step_s;
+        let seconds =
+            |tokens: f64| (tokens / speed + (tokens / CHUNK_TOKENS).ceil() * step_s) * candidate.slowness;
         Self { queue_s: seconds(candidate.prefill_tokens as f64), compute_s: seconds(f64::from(tokens)) }
     }
 
@@ -57,7 +62,7 @@ pub(crate) struct Timing {
     pub(crate) prefill: Prefill,
     /// On the decode worker itself.
     pub(crate) decode: Prefill,
-    /// Moving the KV cache from one to the other.
+    /// Moving what the decode worker lacks, as far as it is not hidden behind the computing.
     pub(crate) transfer_s: f64,
 }
 
@@ -73,11 +78,24 @@ pub(crate) fn remote_is_sooner(timing: &Timing) -> bool {
     timing.remote_s() < timing.decode.total_s()
 }
 
+/// Chunks in which so many tokens are computed.
+pub(crate) fn chunks(tokens: u32) -> f64 {
+    (f64::from(tokens) / CHUNK_TOKENS).ceil().max(1.0)
+}
+
+/// The part of a transfer of `moved_s` that is left when the last of `chunks` has been computed: that chunk's own, and what
+/// the link could not keep up with.
+pub(crate) fn visible_s(moved_s: f64, compute_s: f64, chunks: f64) -> f64 {
+    (moved_s / chunks).max(moved_s - compute_s * (1.0 - 1.0 / chunks))
+}
+
 /// What one more request costs on a decode worker: the tokens it delays for those that share its batch, more where
-/// blocks are short.
-pub(crate) fn decode_cost_s(decode: &Candidate) -> f64 {
+/// blocks are short, and more where tokens come slower than they should.
+pub(crate) fn decode_cost_s(decode: &Candidate, slo_itl_s: f64) -> f64 {
     let scarcity = 1.0 / (1.0 - decode.kv_used.clamp(0.0, 0.99));
-    f64::from(decode.requests) * itl_s(decode) * DELAY_TOKENS * scarcity
+    let late_s = (itl_s(decode) - slo_itl_s).max(0.0);
+    let others = f64::from(decode.requests) * itl_s(decode) * DELAY_TOKENS * scarcity;
+    if decode.requests == 0 { 0.0 } else { others + late_s * LATE_TOKENS }
 }
 
 fn itl_s(candidate: &Candidate) -> f64 {

@@ -5,33 +5,37 @@ use super::*;
 fn candidate(key: usize, requests: u32, prefill_tokens: u64) -> Candidate {
     Candidate {
         key,
+        identity: key as u64,
         requests,
         prefill_tokens,
         prefill_tokens_per_s: Some(1000.0),
+        slowness: 1.0,
         itl_ms: Some(10.0),
         kv_used: 0.0,
+        cached_tokens: 0,
     }
 }
 
 fn rules(policy: PolicyKind, disaggregation: Disaggregation) -> Rules {
-    Rules { policy, disaggregation, seed: 42 }
+    Rules { policy, disaggregation, seed: 42, slo_itl_s: 0.05, spill_requests: None }
 }
 
-const ALL: [PolicyKind; 6] = [
+const ALL: [PolicyKind; 7] = [
     PolicyKind::KvAware,
     PolicyKind::Prefix,
     PolicyKind::RoundRobin,
     PolicyKind::Random,
     PolicyKind::LeastLoaded,
     PolicyKind::PowerOfTwo,
+    PolicyKind::Session,
 ];
 
-fn free(_: usize, _: usize) -> f64 {
-    0.0
+fn free(_: usize, _: usize, _: u32) -> Option<f64> {
+    Some(0.0)
 }
 
 fn work(ticket: u64) -> Work {
-    Work { tokens: 500, ticket }
+    Work { tokens: 500, ticket, session: None }
 }
 
 /// How often each of `count` idle decode workers is chosen in `turns` turns.
@@ -97,17 +101,17 @@ fn power_of_two_balances_better_than_random() {
     assert!(worst(PolicyKind::Random) > 110, "{}", worst(PolicyKind::Random));
 }
 
-fn timing(queue_p: f64, queue_d: f64, transfer_s: f64) -> Timing {
+fn ways(queue_p: f64, queue_d: f64, transfer_s: f64) -> Timing {
     let prefill = Prefill { queue_s: queue_p, compute_s: 0.5 };
     Timing { prefill, decode: Prefill { queue_s: queue_d, compute_s: 0.5 }, transfer_s }
 }
 
 #[test]
 fn remote_prefill_must_pay_for_its_transfer() {
-    assert!(!remote_is_sooner(&timing(0.0, 0.0, 0.0)), "equal and idle: stay");
-    assert!(remote_is_sooner(&timing(0.0, 0.1, 0.05)));
-    assert!(!remote_is_sooner(&timing(0.0, 0.1, 0.2)));
-    assert!(!remote_is_sooner(&timing(0.3, 0.1, 0.0)));
+    assert!(!remote_is_sooner(&ways(0.0, 0.0, 0.0)), "equal and idle: stay");
+    assert!(remote_is_sooner(&ways(0.0, 0.1, 0.05)));
+    assert!(!remote_is_sooner(&ways(0.0, 0.1, 0.2)));
+    assert!(!remote_is_sooner(&ways(0.3, 0.1, 0.0)));
 }
 
 #[test]
@@ -131,7 +135,8 @@ fn the_joint_policy_takes_the_nearer_pair() {
         decode: vec![candidate(0, 1, 5000), candidate(1, 1, 5000)],
         prefill: vec![candidate(2, 0, 0), candidate(3, 0, 0)],
     };
-    let transfer_s = |prefill: usize, decode: usize| if (prefill, decode) == (3, 1) { 0.01 } else { 0.4 };
+    let transfer_s =
+        |prefill: usize, decode: usize, _| Some(if (prefill, decode) == (3, 1) { 0.01 } else { 0.4 });
     for ticket in 0..20 {
         let rules = rules(PolicyKind::KvAware, Disaggregation::Auto);
         let choice = choose(&snapshot, work(ticket), rules, &transfer_s).unwrap();
@@ -177,18 +182,146 @@ fn a_worker_that_has_measured_nothing_is_tried() {
     assert!(tried);
 }
 
-fn any_candidates(from: usize) -> impl Strategy<Value = Vec<Candidate>> {
-    let one =
-        (0u32..50, 0u64..20_000, prop::option::of(1.0f64..1e5), prop::option::of(0.1f64..500.0), 0.0f64..1.0);
-    prop::collection::vec(one, 1..6).prop_map(move |all| {
-        let build = |(i, (requests, prefill_tokens, prefill_tokens_per_s, itl_ms, kv_used))| Candidate {
-            key: from + i,
-            requests,
-            prefill_tokens,
-            prefill_tokens_per_s,
-            itl_ms,
-            kv_used,
+#[test]
+fn a_cached_prefix_is_worth_its_tokens_and_no_more() {
+    let with =
+        |requests, queued, cached_tokens| Candidate { cached_tokens, ..candidate(0, requests, queued) };
+    let chosen = |near: Candidate, far: Candidate| {
+        let decode = vec![near, Candidate { key: 1, ..far }];
+        let snapshot = Snapshot { decode, prefill: Vec::new() };
+        let rules = rules(PolicyKind::KvAware, Disaggregation::Auto);
+        choose(&snapshot, work(3), rules, &free).unwrap().decode
+    };
+    assert_eq!(chosen(with(0, 0, 400), with(0, 0, 0)), 0, "idle: where the prefix is");
+    assert_eq!(chosen(with(0, 300, 400), with(0, 0, 0)), 0, "waiting 300 tokens saves 400");
+    assert_eq!(chosen(with(0, 600, 400), with(0, 0, 0)), 1, "waiting 600 tokens does not");
+}
+
+#[test]
+fn what_the_decode_worker_has_is_not_moved() {
+    let cached = Candidate { cached_tokens: 480, ..candidate(1, 1, 5000) };
+    let snapshot =
+        Snapshot { decode: vec![candidate(0, 1, 5000), cached], prefill: vec![candidate(2, 0, 0)] };
+    // A slow link: a millisecond a token.
+    let transfer_s = |_, _, tokens: u32| Some(f64::from(tokens) * 0.001);
+    for ticket in 0..20 {
+        let rules = rules(PolicyKind::KvAware, Disaggregation::Always);
+        let choice = choose(&snapshot, work(ticket), rules, &transfer_s).unwrap();
+        assert_eq!(choice, Choice { decode: 1, prefill: Some(2) });
+    }
+}
+
+#[test]
+fn a_pair_to_be_avoided_is_avoided() {
+    let snapshot = Snapshot {
+        decode: vec![candidate(0, 0, 9000)],
+        prefill: vec![candidate(1, 0, 0), candidate(2, 0, 0)],
+    };
+    let broken =
+        |broken: &'static [usize]| move |p: usize, _: usize, _: u32| (!broken.contains(&p)).then_some(0.0);
+    for policy in ALL {
+        for ticket in 0..20 {
+            let rules = rules(policy, Disaggregation::Always);
+            let choice = choose(&snapshot, work(ticket), rules, &broken(&[1])).unwrap();
+            assert_ne!(choice.prefill, Some(1), "{policy}");
+            let alone = choose(&snapshot, work(ticket), rules, &broken(&[1, 2])).unwrap();
+            assert_eq!(alone, Choice { decode: 0, prefill: None }, "{policy}: better alone than not at all");
+        }
+    }
+}
+
+#[test]
+fn a_session_stays_where_it_is_while_workers_come_and_go() {
+    let of = |session: u64, workers: &[u64]| {
+        let candidates = workers.iter().enumerate();
+        let decode =
+            candidates.map(|(key, identity)| Candidate { identity: *identity, ..candidate(key, 0, 0) });
+        let snapshot = Snapshot { decode: decode.collect(), prefill: Vec::new() };
+        let work = Work { session: Some(session), ..work(session * 31) };
+        let choice =
+            choose(&snapshot, work, rules(PolicyKind::Session, Disaggregation::Auto), &free).unwrap();
+        workers[choice.decode]
+    };
+    let mut counts = std::collections::BTreeMap::new();
+    for session in 0..1000 {
+        let at = of(session, &[10, 20, 30, 40]);
+        *counts.entry(at).or_insert(0) += 1;
+        assert_eq!(of(session, &[40, 30, 20, 10]), at, "whatever the order");
+        let after = of(session, &[10, 30, 40]);
+        assert!(after == at || at == 20, "only the sessions of a worker that is gone move");
+    }
+    assert!(counts.values().all(|count| (180..320).contains(count)), "{counts:?}");
+}
+
+#[test]
+fn a_worker_too_far_ahead_is_passed_over() {
+    let near = Candidate { cached_tokens: 400, ..candidate(0, 9, 0) };
+    let snapshot = Snapshot { decode: vec![near, candidate(1, 2, 0)], prefill: Vec::new() };
+    let chosen = |spill_requests| {
+        let rules = Rules { spill_requests, ..rules(PolicyKind::Prefix, Disaggregation::Auto) };
+        choose(&snapshot, work(1), rules, &free).unwrap().decode
+    };
+    assert_eq!((chosen(None), chosen(Some(7)), chosen(Some(6))), (0, 0, 1));
+}
+
+#[test]
+fn large_fleets_are_searched_well_enough() {
+    let mut worst: f64 = 1.0;
+    for seed in 0..40u64 {
+        let any = |key: usize, what: u64| draw(seed, key as u64, what);
+        let make = |key: usize| Candidate {
+            cached_tokens: (any(key, 1) % 4) as u32 * 120,
+            prefill_tokens_per_s: Some(500.0 + (any(key, 2) % 2000) as f64),
+            ..candidate(key, (any(key, 3) % 20) as u32, any(key, 4) % 3000)
         };
+        let snapshot =
+            Snapshot { decode: (0..100).map(make).collect(), prefill: (100..200).map(make).collect() };
+        let transfer_s = |p: usize, d: usize, tokens: u32| {
+            Some(f64::from(tokens) / (2000.0 + (draw(seed, p as u64, d as u64) % 20_000) as f64))
+        };
+        let rules = rules(PolicyKind::KvAware, Disaggregation::Auto);
+        let choice = choose(&snapshot, work(seed), rules, &transfer_s).unwrap();
+        let cost = |p: Option<usize>, d: usize| {
+            let decode = &snapshot.decode[d];
+            let first = match p {
+                Some(p) => {
+                    timing(&snapshot.prefill[p - 100], decode, work(seed), &transfer_s).unwrap().remote_s()
+                }
+                None => Prefill::on(decode, work(seed), Side::Decode).total_s(),
+            };
+            first + predict::decode_cost_s(decode, rules.slo_itl_s)
+        };
+        let all = (0..100).flat_map(|d| (100..200).map(Some).chain([None]).map(move |p| (p, d)));
+        let lowest = all.map(|(p, d)| cost(p, d)).min_by(f64::total_cmp).unwrap();
+        worst = worst.max(cost(choice.prefill, choice.decode) / lowest);
+    }
+    assert!(worst < 1.25, "{worst}");
+}
+
+fn any_candidates(from: usize) -> impl Strategy<Value = Vec<Candidate>> {
+    let one = (
+        0u32..50,
+        0u64..20_000,
+        prop::option::of(1.0f64..1e5),
+        prop::option::of(0.1f64..500.0),
+        0.0f64..1.0,
+        0u32..5000,
+    );
+    prop::collection::vec(one, 1..6).prop_map(move |all| {
+        let build =
+            |(i, (requests, prefill_tokens, prefill_tokens_per_s, itl_ms, kv_used, cached_tokens))| {
+                Candidate {
+                    key: from + i,
+                    identity: i as u64,
+                    requests,
+                    prefill_tokens,
+                    prefill_tokens_per_s,
+                    slowness: 1.0,
+                    itl_ms,
+                    kv_used,
+                    cached_tokens,
+                }
+            };
         all.into_iter().enumerate().map(build).collect()
     })
 }
@@ -204,13 +337,13 @@ proptest! {
     ) {
         let snapshot = Snapshot { decode, prefill };
         let rules = rules(policy, Disaggregation::Auto);
-        let work = Work { tokens, ticket };
+        let work = Work { tokens, ticket, session: None };
         let choice = choose(&snapshot, work, rules, &free).unwrap();
         prop_assert!(snapshot.decode.iter().any(|candidate| candidate.key == choice.decode));
         if let Some(key) = choice.prefill {
             let prefill = snapshot.prefill.iter().find(|candidate| candidate.key == key).unwrap();
             let decode = snapshot.decode.iter().find(|candidate| candidate.key == choice.decode).unwrap();
-            prop_assert!(remote_is_sooner(&super::timing(prefill, decode, work, &free)));
+            prop_assert!(remote_is_sooner(&super::timing(prefill, decode, work, &free).unwrap()));
         }
         prop_assert_eq!(choose(&snapshot, work, rules, &free), Some(choice));
     }

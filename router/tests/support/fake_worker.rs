@@ -7,11 +7,11 @@ use std::sync::atomic::{AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use baton_config::protocol::FailureCode;
 use baton_config::protocol::{
     BlockCounts, FinishReason, GenerateEvent, GenerateRequest, HandoffOutcome, PrefillReply, PrefillReport,
     PrefillRequest, TokenLogprob, WorkerError, WorkerStatus,
 };
+use baton_config::protocol::{FailureCode, KvEventBatch};
 use baton_config::{Epoch, PoolName, Role, WorkerId};
 use baton_router::Member;
 use bytes::Bytes;
@@ -100,6 +100,7 @@ struct Script {
     default: Mutex<Act>,
     prefill_hangs: Mutex<bool>,
     prefill_status: Mutex<Option<u16>>,
+    kv_events: Mutex<Option<Vec<KvEventBatch>>>,
     name: WorkerId,
     role: Role,
 }
@@ -140,6 +141,7 @@ impl FakeWorker {
             default: Mutex::new(Act::Good),
             prefill_hangs: Mutex::new(false),
             prefill_status: Mutex::new(None),
+            kv_events: Mutex::new(None),
             name: worker.clone(),
             role,
         });
@@ -179,6 +181,12 @@ impl FakeWorker {
     /// Prefill calls are answered with this status.
     pub(crate) fn fail_prefill(&self, status: u16) -> &Self {
         *self.script.prefill_status.lock().expect("unpoisoned") = Some(status);
+        self
+    }
+
+    /// Follows of KV events get these lines and then nothing; without, the worker has no events.
+    pub(crate) fn kv_events(&self, batches: Vec<KvEventBatch>) -> &Self {
+        *self.script.kv_events.lock().expect("unpoisoned") = Some(batches);
         self
     }
 
@@ -223,6 +231,7 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>)
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     match path.as_str() {
         "/v1/state" => whole(200, &state(&script, &seen)),
+        "/v1/kv/events" => kv_events(&script),
         "/v1/prefill" => prefill(&body, &script, seen).await,
         _ if method == http::Method::DELETE => {
             let id = path.rsplit('/').next().unwrap_or_default();
@@ -263,6 +272,20 @@ fn state(script: &Script, seen: &Seen) -> WorkerStatus {
         age_ms: None,
         drain: None,
     }
+}
+
+fn kv_events(script: &Script) -> Answer {
+    let Some(batches) = script.kv_events.lock().expect("unpoisoned").clone() else {
+        return whole(404, &WorkerError { code: FailureCode::Refused, message: "no events".to_owned() });
+    };
+    let mut lines = Vec::new();
+    for batch in &batches {
+        serde_json::to_writer(&mut lines, batch).expect("serializable");
+        lines.push(b'\n');
+    }
+    let first = futures_util::stream::iter([Ok(Frame::data(Bytes::from(lines)))]);
+    let open = futures_util::StreamExt::chain(first, futures_util::stream::pending());
+    Response::new(StreamBody::new(open).boxed_unsync())
 }
 
 async fn prefill(body: &[u8], script: &Script, seen: Arc<Seen>) -> Answer {

@@ -1,0 +1,214 @@
+//! Takes a snapshot of the fleet, looks the prompt up in the prefix index, and has the scheduler choose.
+
+use std::fmt::Write as _;
+use std::sync::Arc;
+use std::sync::atomic::Ordering;
+
+use baton_config::fleet::PolicyKind;
+use baton_config::prefix::BlockHash;
+use baton_config::{Epoch, WorkerId};
+use tokio::time::Instant;
+
+use super::{DEFAULT_BANDWIDTH, Dispatcher, Job};
+use crate::fleet::{Standing, Worker};
+use crate::index::{Depth, Found, Namespace};
+use crate::schedule::{self, Candidate, Predicted, Snapshot, Work};
+
+/// Kinds of block hashes looked up for one request at most; workers of further ones count as having nothing.
+const NAMESPACES_MAX: usize = 4;
+/// What a block on the host of a worker, or in storage, is worth beside one on its device.
+const LOWER_TIER_WORTH: f64 = 0.75;
+/// Candidates that an explanation shows.
+const EXPLAINED_MAX: usize = 6;
+
+/// Workers for one attempt, and what was expected of them.
+#[derive(Debug)]
+pub(super) struct Placement {
+    pub(super) decode: Arc<Worker>,
+    pub(super) prefill: Option<Arc<Worker>>,
+    pub(super) predicted: Option<Predicted>,
+}
+
+/// One prompt in the index.
+struct Looked {
+    namespace: Namespace,
+    chain: Vec<BlockHash>,
+    found: Found,
+}
+
+impl Looked {
+    fn at(dispatcher: &Dispatcher, namespace: Namespace, tokens: &[u32]) -> Self {
+        // Tenants share what is cached: nothing salts the chains yet.
+        let chain = namespace.scheme.chain(0, namespace.block_tokens, tokens);
+        let mut found = Found::default();
+        dispatcher.fleet.index.find(namespace, &chain, &mut found);
+        Self { namespace, chain, found }
+    }
+
+    /// Tokens that the worker has, by worth.
+    fn cached_tokens(&self, worker: &Worker) -> u32 {
+        let Depth { device, any } = worker.known().depth(&self.found);
+        let blocks = f64::from(device) + LOWER_TIER_WORTH * f64::from(any - device.min(any));
+        (blocks * f64::from(self.namespace.block_tokens)) as u32
+    }
+}
+
+impl Dispatcher {
+    /// Chooses workers for a job with `sent` tokens behind it, among those not in `avoid`.
+    pub(super) fn choose(&self, job: &Job, sent: &[u32], avoid: &[(WorkerId, Epoch)]) -> Option<Placement> {
+        let workers = self.fleet.workers();
+        let now = Instant::now();
+        let standings: Vec<Option<Standing>> = workers
+            .iter()
+            .map(|worker| worker.member.ready.then(|| worker.standing(now, self.timeouts.frozen)))
+            .collect();
+        let replay: Vec<u32>;
+        let tokens: &[u32] = if sent.is_empty() {
+            &job.prompt
+        } else {
+            replay = job.prompt.iter().chain(sent).copied().collect();
+            &replay
+        };
+        let looked = self.look_up(&workers, tokens);
+        let avoided = |worker: &Worker| {
+            avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
+        };
+        let candidates = |fits: &dyn Fn(&Worker, &Standing) -> bool| -> Vec<Candidate> {
+            let all = workers.iter().zip(&standings).enumerate();
+            let fitting = all.filter_map(|(key, (worker, standing))| {
+                let standing = standing.as_ref().filter(|standing| fits(worker, standing))?;
+                Some(candidate(key, worker, standing, &looked))
+            });
+            fitting.collect()
+        };
+        let mut decode = candidates(&|w, standing| w.member.role.decodes() && standing.well && !avoided(w));
+        if decode.is_empty() {
+            // Rather one that may be down than none.
+            decode = candidates(&|w, _| w.member.role.decodes() && !avoided(w));
+        }
+        let prefill = candidates(&|w, standing| w.member.role.prefills() && standing.well);
+        let work = Work {
+            tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+            ticket: self.tickets.fetch_add(1, Ordering::Relaxed),
+            session: job.session,
+        };
+        let transfer_s = |prefill: usize, decode: usize, tokens: u32| {
+            transfer_s(&workers[prefill], &workers[decode], tokens, now)
+        };
+        let snapshot = Snapshot::new(decode, prefill);
+        let choice = schedule::choose(&snapshot, work, self.rules, &transfer_s)?;
+        if let Some(explanation) = &job.explain {
+            let offers = schedule::offers(&snapshot, work, self.rules, &transfer_s);
+            let text = explain(&workers, &snapshot, work, choice, offers);
+            tracing::info!(request = job.request_id, policy = %self.rules.policy, explanation = text, "placed");
+            explanation.put(text);
+        }
+        let predicted = schedule::predicted(&snapshot, choice, work, &transfer_s);
+        let placement = Placement {
+            decode: Arc::clone(&workers[choice.decode]),
+            prefill: choice.prefill.map(|key| Arc::clone(&workers[key])),
+            predicted,
+        };
+        self.book(&placement, work, &looked, now);
+        Some(placement)
+    }
+
+    /// One decision: decode and prefill worker.
+    pub(crate) fn decide(&self, job: &Job) -> Option<(Arc<Worker>, Option<Arc<Worker>>)> {
+        self.choose(job, &[], &[]).map(|placement| (placement.decode, placement.prefill))
+    }
+
+    /// The prompt in the index, for each way in which blocks are hashed; nothing for policies that do not ask.
+    fn look_up(&self, workers: &[Arc<Worker>], tokens: &[u32]) -> Vec<Looked> {
+        if !matches!(self.rules.policy, PolicyKind::KvAware | PolicyKind::Prefix) {
+            return Vec::new();
+        }
+        let mut looked: Vec<Looked> = Vec::new();
+        for worker in workers {
+            let namespace = worker.known().namespace();
+            let known = looked.iter().any(|looked| looked.namespace == namespace);
+            if !known && looked.len() < NAMESPACES_MAX {
+                looked.push(Looked::at(self, namespace, tokens));
+            }
+        }
+        looked
+    }
+
+    fn book(&self, placement: &Placement, work: Work, looked: &[Looked], now: Instant) {
+        if let Some(predicted) = &placement.predicted {
+            self.metrics
+                .predicted_cached
+                .inc_by(u64::from(work.tokens - predicted.uncached_tokens.min(work.tokens)));
+        }
+        for worker in [Some(&placement.decode), placement.prefill.as_ref()].into_iter().flatten() {
+            let namespace = worker.known().namespace();
+            if let Some(looked) = looked.iter().find(|looked| looked.namespace == namespace) {
+                worker.known().sent(&self.fleet.index, now, namespace, &looked.chain);
+            }
+        }
+    }
+}
+
+fn candidate(key: usize, worker: &Worker, standing: &Standing, looked: &[Looked]) -> Candidate {
+    let load = &standing.load;
+    let namespace = worker.known().namespace();
+    let looked = looked.iter().find(|looked| looked.namespace == namespace);
+    Candidate {
+        key,
+        identity: worker.identity(),
+        requests: load.requests,
+        prefill_tokens: load.prefill_tokens,
+        prefill_tokens_per_s: load.prefill_tokens_per_s,
+        slowness: load.slowness,
+        itl_ms: load.itl_ms,
+        kv_used: load.kv_used,
+        cached_tokens: looked.map_or(0, |looked| looked.cached_tokens(worker)),
+    }
+}
+
+fn transfer_s(prefill: &Worker, decode: &Worker, tokens: u32, now: Instant) -> Option<f64> {
+    let link = decode.link_from(prefill, now)?;
+    let Some(geometry) = &prefill.member.kv else { return Some(0.0) };
+    let bytes = geometry.token_bytes().0 as f64 * f64::from(tokens);
+    Some(bytes / link.bytes_per_s.unwrap_or(DEFAULT_BANDWIDTH) + link.latency_s.unwrap_or(0.0))
+}
+
+/// The best ways with their terms, the chosen one first, as JSON.
+fn explain(
+    workers: &[Arc<Worker>],
+    snapshot: &Snapshot,
+    work: Work,
+    choice: schedule::Choice,
+    mut offers: Vec<schedule::Offer>,
+) -> String {
+    offers.sort_by(|a, b| {
+        (a.choice != choice).cmp(&(b.choice != choice)).then(a.cost_s().total_cmp(&b.cost_s()))
+    });
+    let find = |side: &[Candidate], key: usize| side.iter().find(|candidate| candidate.key == key).cloned();
+    let mut text = format!("{{\"tokens\":{},\"looked_at\":{},\"ways\":[", work.tokens, offers.len());
+    for (rank, offer) in offers.iter().take(EXPLAINED_MAX).enumerate() {
+        let Some(decode) = find(&snapshot.decode, offer.choice.decode) else { continue };
+        let comma = if rank > 0 { "," } else { "" };
+        // Writing to a string cannot fail; names of workers need no escapes.
+        let _ = write!(
+            text,
+            "{comma}{{\"decode\":\"{}\",\"decode_cached\":{},\"requests\":{},\"chosen\":{},\"first_token_ms\":{:.3},\"decode_ms\":{:.3}",
+            workers[decode.key].member.worker,
+            decode.cached_tokens,
+            decode.requests,
+            offer.choice == choice,
+            offer.first_token_s * 1e3,
+            offer.decode_s * 1e3,
+        );
+        if let Some(prefill) = offer.choice.prefill.and_then(|key| find(&snapshot.prefill, key)) {
+            let _ = write!(
+                text,
+                ",\"prefill\":\"{}\",\"prefill_cached\":{},\"queued_tokens\":{}",
+                workers[prefill.key].member.worker, prefill.cached_tokens, prefill.prefill_tokens,
+            );
+        }
+        text.push('}');
+    }
+    text.push_str("]}");
+    text
+}
