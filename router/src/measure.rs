@@ -74,6 +74,7 @@ pub fn decisions(what: Decisions) -> Result<Vec<Duration>, MeasureError> {
         max_tokens: 1,
         sampling: Sampling::default(),
         logits_digest: false,
+        cache_salt: 0,
         end_tokens: Arc::new([]),
         deadline: tokio::time::Instant::now() + Duration::from_secs(3600),
         session: None,

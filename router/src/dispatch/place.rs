@@ -37,9 +37,8 @@ struct Looked {
 }
 
 impl Looked {
-    fn at(dispatcher: &Dispatcher, namespace: Namespace, tokens: &[u32]) -> Self {
-        // Tenants share what is cached: nothing salts the chains yet.
-        let chain = namespace.scheme.chain(0, namespace.block_tokens, tokens);
+    fn at(dispatcher: &Dispatcher, namespace: Namespace, salt: u64, tokens: &[u32]) -> Self {
+        let chain = namespace.scheme.chain(salt, namespace.block_tokens, tokens);
         let mut found = Found::default();
         dispatcher.fleet.index.find(namespace, &chain, &mut found);
         Self { namespace, chain, found }
@@ -69,7 +68,7 @@ impl Dispatcher {
             replay = job.prompt.iter().chain(sent).copied().collect();
             &replay
         };
-        let looked = self.look_up(&workers, tokens);
+        let looked = self.look_up(&workers, job.cache_salt, tokens);
         let avoided = |worker: &Worker| {
             avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
         };
@@ -119,7 +118,7 @@ impl Dispatcher {
     }
 
     /// The prompt in the index, for each way in which blocks are hashed; nothing for policies that do not ask.
-    fn look_up(&self, workers: &[Arc<Worker>], tokens: &[u32]) -> Vec<Looked> {
+    fn look_up(&self, workers: &[Arc<Worker>], salt: u64, tokens: &[u32]) -> Vec<Looked> {
         if !matches!(self.rules.policy, PolicyKind::KvAware | PolicyKind::Prefix) {
             return Vec::new();
         }
@@ -128,7 +127,7 @@ impl Dispatcher {
             let namespace = worker.known().namespace();
             let known = looked.iter().any(|looked| looked.namespace == namespace);
             if !known && looked.len() < NAMESPACES_MAX {
-                looked.push(Looked::at(self, namespace, tokens));
+                looked.push(Looked::at(self, namespace, salt, tokens));
             }
         }
         looked
