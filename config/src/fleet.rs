@@ -146,7 +146,7 @@ impl Fleet {
         check::seeds(&reader, &pools);
         check::autoscale(&reader, &pools);
         let pairs = pairs::plan(&reader, &pools);
-        let unsupported = availability::list(&reader, &router, &pools);
+        let unsupported = availability::list(&reader, &pools);
         let (faults, resolved) = reader.finish();
         match model {
             Some(model) if faults.is_empty() => Ok(Self {

@@ -21,6 +21,9 @@ pub struct Load {
 
 impl Load {
     /// Asks for `prompts` in turn, over and over, and compares each answer with the expected one.
+    ///
+    /// # Panics
+    /// When there are not as many answers as prompts.
     pub fn start(client: &Client, prompts: &[Prompt], expected: &[Answer]) -> Self {
         assert_eq!(prompts.len(), expected.len());
         let (stop, answered) = (CancellationToken::new(), Arc::new(AtomicUsize::new(0)));

@@ -32,7 +32,8 @@ struct Identity {
 /// holder that does not answer its own API serves nobody.
 pub(super) async fn holder_answers(record: &WorkerRecord) -> bool {
     let ask = async {
-        let mut answer = HTTP.as_ref()?.get(format!("http://{}/v1/state", record.address)).send().await.ok()?;
+        let mut answer =
+            HTTP.as_ref()?.get(format!("http://{}/v1/state", record.address)).send().await.ok()?;
         let mut body = Vec::new();
         while let Some(chunk) = answer.chunk().await.ok()? {
             if body.len() + chunk.len() > ANSWER_MAX_BYTES {

@@ -61,7 +61,9 @@ pub(crate) fn registration(request: &Register, pools: &BTreeMap<PoolName, PoolOp
 /// Checks that a worker serves the model of the fleet.
 pub(crate) fn model(given: &str, wanted: Option<&str>) -> Result<(), Fault> {
     match wanted {
-        Some(wanted) if wanted != given => fault("model", format!("{given} is not that of the fleet, {wanted}")),
+        Some(wanted) if wanted != given => {
+            fault("model", format!("{given} is not that of the fleet, {wanted}"))
+        }
         Some(_) | None => Ok(()),
     }
 }

@@ -1,6 +1,6 @@
 //! What parses but is not part of this build: the one table to shorten when something gets built.
 
-use super::{BackendKind, EngineKind, PolicyKind, Pool, RouterSpec};
+use super::{BackendKind, EngineKind, PolicyKind, Pool};
 use crate::choice::Choice;
 use crate::fault::{Fault, Position};
 use crate::geometry::Dtype;
@@ -83,7 +83,7 @@ impl Dtype {
 }
 
 /// Gathers everything of a document that is not part of this build.
-pub(super) fn list(reader: &Reader<'_>, router: &RouterSpec, pools: &[(String, Pool)]) -> Vec<Unsupported> {
+pub(super) fn list(reader: &Reader<'_>, pools: &[(String, Pool)]) -> Vec<Unsupported> {
     let mut out = Vec::new();
     let mut push = |path: &str, what: String, remedy: &str, required: bool| {
         let at = reader.position(path);
