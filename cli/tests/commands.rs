@@ -94,7 +94,7 @@ fn bad_usage_exits_with_2() {
         &["status", "--conductor", "ftp://x"],
         2,
         &expect![[r#"
-        error: conductor "ftp://x" is not a URL: write http://HOST:PORT
+        error: conductor "ftp://x" is not a URL: write http://HOST:PORT or https://HOST:PORT
     "#]],
     );
     refused(

@@ -342,8 +342,7 @@ impl Etcd {
     /// # Panics
     /// When no member answers.
     pub async fn revision(&self) -> i64 {
-        let reply = self.any_client().await.get("x", None).await.expect("a read");
-        reply.header().expect("a header").revision()
+        self.read("x", None).await.header().expect("a header").revision()
     }
 
     /// Keys with a prefix, with their values.
@@ -351,10 +350,20 @@ impl Etcd {
     /// # Panics
     /// When no member answers.
     pub async fn keys(&self, prefix: &str) -> Vec<(String, String)> {
-        let mut client = self.any_client().await;
-        let reply = client.get(prefix, Some(GetOptions::new().with_prefix())).await.expect("a read");
+        let reply = self.read(prefix, Some(GetOptions::new().with_prefix())).await;
         let text = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
         reply.kvs().iter().map(|kv| (text(kv.key()), text(kv.value()))).collect()
+    }
+
+    /// A read, again and again while the members look for a leader.
+    async fn read(&self, key: &str, options: Option<GetOptions>) -> GetResponse {
+        let deadline = Instant::now() + PATIENCE;
+        loop {
+            match self.any_client().await.get(key, options.clone()).await {
+                Ok(reply) => return reply,
+                Err(error) => assert!(Instant::now() < deadline, "no read: {error}"),
+            }
+        }
     }
 
     /// Forgets the history up to now, after two more writes: watches from before this call can't go on.

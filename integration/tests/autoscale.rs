@@ -31,7 +31,7 @@ fn fleet(autoscale: &str) -> FleetOptions {
     options
 }
 
-/// Clients that ask one prompt after the other until they are told to stop.
+/// Clients that ask one prompt after the other, with a pause between, until they are told to stop.
 struct Load {
     stop: Arc<AtomicBool>,
     answered: Arc<AtomicU64>,
@@ -39,7 +39,7 @@ struct Load {
 }
 
 impl Load {
-    fn start(client: &Client, clients: u64) -> Self {
+    fn start(client: &Client, clients: u64, pause: Duration) -> Self {
         let (stop, answered) = (Arc::new(AtomicBool::new(false)), Arc::new(AtomicU64::new(0)));
         let mut set = JoinSet::new();
         for who in 0..clients {
@@ -56,6 +56,7 @@ impl Load {
                         return Err(format!("client {who}, round {round}: {answer:?}"));
                     }
                     answered.fetch_add(1, Ordering::Relaxed);
+                    tokio::time::sleep(pause).await;
                 }
                 Ok(())
             });
@@ -117,7 +118,7 @@ async fn a_prefill_pool_follows_a_load_step_up_and_down_and_no_request_fails() {
     let fleet = Fleet::start(fleet("min: 1, max: 4, scaler: process")).await;
     let client = fleet.client();
     ready(&fleet, 1).await;
-    let load = Load::start(&client, CLIENTS);
+    let load = Load::start(&client, CLIENTS, Duration::ZERO);
     ready(&fleet, 4).await;
     eventually("every worker takes its part", STEP, async || {
         let tokens = prefilled(&fleet).await?;
@@ -141,8 +142,8 @@ async fn a_prefill_pool_follows_a_load_step_up_and_down_and_no_request_fails() {
 
     let answered = load.end().await;
     assert!(answered > CLIENTS, "{answered} answers");
-    // While the pool shrinks, somebody still asks.
-    let trickle = Load::start(&client, 1);
+    // While the pool shrinks, somebody still asks, but seldom enough that one worker is plenty.
+    let trickle = Load::start(&client, 1, Duration::from_millis(500));
     ready(&fleet, 1).await;
     assert!(trickle.end().await > 0);
     eventually("the processes of those that left are gone", STEP, async || {
@@ -169,7 +170,7 @@ async fn a_prefill_pool_follows_a_load_step_up_and_down_and_no_request_fails() {
 #[tokio::test]
 async fn a_dry_run_tells_what_it_would_do_and_starts_nobody() {
     let fleet = Fleet::start(fleet("min: 1, max: 4, scaler: process, dry_run: true")).await;
-    let load = Load::start(&fleet.client(), CLIENTS);
+    let load = Load::start(&fleet.client(), CLIENTS, Duration::ZERO);
     let pool = eventually("a decision is told", STEP, async || {
         pool(&fleet).await.filter(|pool| pool["autoscale"]["desired"].as_u64() >= Some(2))
     })

@@ -3,6 +3,7 @@
 #![cfg(test)]
 
 use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt;
 use std::time::Duration;
 
 use baton_integration::etcd::{Etcd, EtcdOptions};
@@ -222,6 +223,7 @@ async fn tokens_of_the_store_are_lost_in_its_restart() {
     let directory = tempfile::tempdir().unwrap();
     let file = directory.path().join("password");
     std::fs::write(&file, password).unwrap();
+    std::fs::set_permissions(&file, PermissionsExt::from_mode(0o600)).unwrap();
     let auth = format!(", auth: {{ user: {user}, password_file: {} }}", file.display());
     let options = over(&etcd, &auth);
     survives(etcd, options, async |etcd, fleet| {
