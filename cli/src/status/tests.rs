@@ -1,4 +1,4 @@
-use baton_conductor::api::{AutoscaleStatus, ConductorStatus, PoolStatus};
+use baton_conductor::api::{ConductorStatus, PoolStatus};
 use expect_test::expect;
 
 use super::problems::Severity;
@@ -112,16 +112,6 @@ fn sick() -> FleetStatus {
     (prefill.operator_set, status.pools[0].set_by) = (true, "operator");
     let decode = &mut status.pools[1].status;
     (decode.ready, decode.draining, decode.empty_ms, decode.short_ms) = (0, 1, Some(40_000), Some(41_000));
-    decode.autoscale = Some(AutoscaleStatus {
-        desired: 2,
-        decision: "at_max".to_owned(),
-        reason: "KV 97% over 80%, and 2 is the most".to_owned(),
-        dry_run: false,
-        scaler: "kubernetes".to_owned(),
-        decided_ms_ago: 21_000,
-        problem: Some("403 from the API server".to_owned()),
-    });
-    status.pools[1].set_by = "autoscaler";
     let [prefill, silent, drained] = &mut status.workers[..] else { panic!("three workers") };
     prefill.state = "unhealthy".to_owned();
     prefill.last_error = Some("the engine made no progress for 14s".to_owned());
