@@ -166,7 +166,12 @@ fn scaler_problems(row: &PoolRow, found: &mut Vec<Problem>) {
             "pool {name} shall have {} workers, and the scaler {scaler} fails: {problem}",
             scale.desired
         );
-        add(found, Severity::Degraded, what, "mend it, or change the number where the scaler would; what runs goes on");
+        add(
+            found,
+            Severity::Degraded,
+            what,
+            "mend it, or change the number where the scaler would; what runs goes on",
+        );
     }
 }
 
