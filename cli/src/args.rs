@@ -8,7 +8,7 @@ use std::path::PathBuf;
 use baton_config::{PoolName, WorkerId};
 use clap::{Parser, Subcommand, ValueEnum};
 
-pub(crate) use self::bench::{Bench, BenchArgs, BenchTransferArgs};
+pub(crate) use self::bench::{Bench, BenchArgs, BenchIndexArgs, BenchRouterArgs, BenchTransferArgs};
 
 /// One OpenAI-compatible endpoint in front of LLM engines that prefill on one worker and decode on another.
 #[derive(Debug, Parser)]

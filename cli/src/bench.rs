@@ -1,5 +1,8 @@
 //! `baton bench`.
 
+mod index;
+pub(crate) mod router;
+
 use std::ffi::OsString;
 use std::time::Duration;
 
@@ -19,6 +22,8 @@ const THREADS: usize = 2;
 pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     match &args.what {
         Bench::Transfer(args) => transfer(args),
+        Bench::Router(args) => router::run(args),
+        Bench::Index(args) => index::run(args),
         Bench::TransferPeer => runtime(THREADS)?
             .block_on(bench::serve_peer())
             .map_err(|error| Failure::because("the other process of the bench", &error)),

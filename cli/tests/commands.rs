@@ -63,6 +63,8 @@ fn help_and_version_go_to_stdout() {
         "doctor",
         "kv",
         "bench transfer",
+        "bench router",
+        "bench index",
     ];
     for command in commands {
         let words: Vec<&str> = command.split(' ').chain(["--help"]).collect();
@@ -319,4 +321,50 @@ fn the_transfer_bench_measures_every_backend_that_works_here() {
     {
         assert_eq!(run(&["bench", "transfer", bad]).status.code(), Some(2), "{bad}");
     }
+}
+
+#[test]
+fn a_bench_of_the_router_gives_the_figures_of_both_ways() {
+    let output = run(&[
+        "bench",
+        "router",
+        "--workload",
+        "short,shared",
+        "--concurrency",
+        "2",
+        "--seconds",
+        "0.2",
+        "--workers",
+        "2",
+        "--json",
+    ]);
+    assert!(output.status.success(), "{}", text(&output.stderr));
+    let rows: Vec<serde_json::Value> =
+        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert_eq!(rows.len(), 2);
+    for (row, (workload, tokens)) in rows.iter().zip([("short", 4), ("shared", 64)]) {
+        assert_eq!(row["workload"], workload);
+        assert_eq!(row["failed"], 0, "{row}");
+        let requests = row["requests"].as_u64().unwrap();
+        assert!(requests > 0 && row["tokens"] == requests * tokens, "{row}");
+        for figure in
+            ["req_per_s", "first_p50_us", "cpu_s", "cpu_s_per_1000", "cpu_us_per_token", "resident_mib"]
+        {
+            assert!(row[figure].as_f64().unwrap() > 0.0, "{figure} in {row}");
+        }
+        assert!(row["direct"]["first_p50_us"].as_f64().unwrap() > 0.0, "{row}");
+    }
+    assert!(rows[1]["hit_rate"].as_f64().unwrap() > 0.0, "{}", rows[1]);
+    assert!(rows[0]["worst_share"].as_f64().unwrap() >= 0.5, "{}", rows[0]);
+}
+
+#[test]
+fn a_bench_of_another_gateway_needs_its_address() {
+    refused(
+        &["bench", "router", "--url", "127.0.0.1:1"],
+        2,
+        &expect![[r#"
+            error: "127.0.0.1:1" is not what can be measured: write http://HOST:PORT
+        "#]],
+    );
 }

@@ -53,6 +53,8 @@ pub struct BatchItem<'a> {
 pub struct Forward {
     /// One row of `vocab` logits per item that asked, in their order.
     pub logits: Vec<f32>,
+    /// Instead of logits, from an executor without: the next token of each item that asked.
+    pub tokens: Vec<u32>,
     /// How long the modelled hardware would have taken; zero where the pass itself took its time.
     pub modelled: Duration,
 }
@@ -108,6 +110,11 @@ impl ExecuteError {
 pub trait Executor: Send {
     /// The model that runs.
     fn model(&self) -> &ModelInfo;
+
+    /// Whether it computes logits that tokens are chosen from. One that does not names the tokens itself.
+    fn has_logits(&self) -> bool {
+        true
+    }
 
     /// Computes the KV rows of the new tokens of every item into `arena`, and the logits asked for into `out`.
     ///

@@ -1,4 +1,7 @@
-//! How long a scheduling decision takes, for benches: the real dispatcher before a fleet that answers nobody.
+//! What parts of the router cost, for benches: a scheduling decision of the real dispatcher before a fleet that answers nobody, and
+//! the prefix index.
+
+mod index;
 
 use std::sync::Arc;
 use std::time::{Duration, Instant};
@@ -13,6 +16,8 @@ use crate::index::{PrefixIndex, Tier};
 use crate::metrics::Metrics;
 use crate::options::Timeouts;
 use crate::schedule::Rules;
+
+pub use self::index::{IndexFigures, IndexLoad, prefix_index};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy)]

@@ -12,6 +12,7 @@
 //! | `GET /v1/state` | anybody | `WorkerStatus` |
 //! | `GET /v1/kv/events?since=SEQ` | router | NDJSON of `KvEventBatch` |
 //! | `GET /livez`, `/readyz`, `/metrics` | probes, Prometheus | text |
+//! | OpenAI's paths, see [`openai`] | benches, other gateways | of simulated engines only |
 //!
 //! Errors are a `WorkerError`: 400 refused, 404 unknown handoff, 409 another epoch, 410 ended handoff, 413 too large,
 //! 429 overloaded, 503 unavailable.
@@ -43,6 +44,7 @@ mod generate;
 mod handoffs;
 mod kv_events;
 mod lines;
+mod openai;
 mod prefill;
 pub(crate) mod state;
 
@@ -106,6 +108,8 @@ pub(crate) struct Shared {
     pub(crate) pool: PoolName,
     pub(crate) role: Role,
     pub(crate) model: ModelInfo,
+    /// Whether the engine is simulated: it then serves OpenAI's paths too.
+    pub(crate) simulated: bool,
     pub(crate) engine: EngineHandle,
     pub(crate) handoffs: Handoffs,
     pub(crate) kv_log: Arc<KvLog>,
@@ -139,7 +143,8 @@ impl Shared {
 
 /// The routes of a worker.
 pub(crate) fn routes(shared: Arc<Shared>, body_max_bytes: usize) -> Router {
-    Router::new()
+    let openai = if shared.simulated { openai::routes() } else { Router::new() };
+    openai
         .route("/v1/generate", post(generate::generate))
         .route("/v1/prefill", post(prefill::prefill))
         .route("/v1/handoffs/{id}/ticket", post(handoffs::ticket))

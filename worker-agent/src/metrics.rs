@@ -81,6 +81,8 @@ pub enum RequestKind {
     Generate,
     /// `POST /v1/prefill`.
     Prefill,
+    /// `POST /v1/chat/completions` and `/v1/completions`, of simulated engines.
+    Openai,
 }
 
 impl RequestKind {
@@ -88,6 +90,7 @@ impl RequestKind {
         match self {
             Self::Generate => "generate",
             Self::Prefill => "prefill",
+            Self::Openai => "openai",
         }
     }
 }
@@ -170,7 +173,7 @@ impl Metrics {
             metrics.fallbacks.with_label_values(&[why.name()]);
         }
         for end in RequestEnd::ALL {
-            for kind in [RequestKind::Generate, RequestKind::Prefill] {
+            for kind in [RequestKind::Generate, RequestKind::Prefill, RequestKind::Openai] {
                 metrics.requests.with_label_values(&[kind.name(), end.name()]);
             }
         }
@@ -294,6 +297,7 @@ mod tests {
             "baton_stale_epoch_refused_total 0",
             "baton_agent_local_prefill_total{reason=\"stalled\"} 0",
             "baton_agent_requests_total{end=\"ok\",kind=\"prefill\"} 0",
+            "baton_agent_requests_total{end=\"cancelled\",kind=\"openai\"} 0",
             "baton_agent_tokens_total{kind=\"imported\"} 0",
             "baton_agent_audit_failures_total 0",
         ] {

@@ -265,6 +265,7 @@ fn sim_config(spec: &SimSpec) -> SimConfig {
         decode_per_sequence_us: us(spec.decode_per_seq),
         decode_per_context_token_ns: us(spec.decode_per_context_token) * 1e3,
         seed: spec.seed,
+        check_kv: spec.check_kv,
         ..SimConfig::default()
     }
 }

@@ -195,6 +195,7 @@ impl Worker {
             pool: options.pool.clone(),
             role: options.role,
             model,
+            simulated: matches!(options.engine, EngineChoice::Sim { .. }),
             engine,
             handoffs,
             kv_log,

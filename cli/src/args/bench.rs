@@ -1,11 +1,17 @@
 //! What `baton bench` is asked to do.
 
+mod index;
+mod router;
+
 use std::path::PathBuf;
 
 use baton_config::Bytes;
 use baton_transfer::BackendKind;
 use baton_transfer::bench::{Op, Shape};
 use clap::Subcommand;
+
+pub(crate) use self::index::BenchIndexArgs;
+pub(crate) use self::router::BenchRouterArgs;
 
 #[derive(Debug, clap::Args)]
 pub(crate) struct BenchArgs {
@@ -17,6 +23,10 @@ pub(crate) struct BenchArgs {
 pub(crate) enum Bench {
     /// Reads of scattered blocks, for each backend, with and without digests.
     Transfer(BenchTransferArgs),
+    /// What a router costs, with the engines alone beside it.
+    Router(BenchRouterArgs),
+    /// The prefix index: bytes a block, time of an event and of a lookup.
+    Index(BenchIndexArgs),
     /// The other process of `bench transfer`, which starts it.
     #[command(hide = true)]
     TransferPeer,

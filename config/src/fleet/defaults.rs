@@ -107,6 +107,8 @@ pub const SIM_DECODE_PER_SEQ: Duration = Duration::from_micros(100);
 pub const SIM_DECODE_PER_CONTEXT_TOKEN: Duration = Duration::from_nanos(20);
 /// `pools[].engine.seed`.
 pub const SIM_SEED: u64 = 0;
+/// `pools[].engine.check_kv`.
+pub const SIM_CHECK_KV: bool = true;
 
 /// `pools[].kv.block_tokens`.
 pub const BLOCK_TOKENS: u32 = 16;

@@ -78,6 +78,9 @@ pub struct SimSpec {
     pub decode_per_context_token: Duration,
     /// Stands for the weights: the tokens and KV bytes it makes up follow from it; the same in every sim pool of a fleet.
     pub seed: u64,
+    /// Whether the KV bytes are written and checked. Without it a token costs the worker next to nothing: for measuring
+    /// what stands in front of it.
+    pub check_kv: bool,
     /// Batching.
     pub limits: EngineLimits,
 }
@@ -166,6 +169,7 @@ impl SimSpec {
             decode_per_seq,
             decode_per_context_token,
             seed: section.integer("seed", 0..=u64::MAX, defaults::SIM_SEED),
+            check_kv: section.flag("check_kv", defaults::SIM_CHECK_KV),
             limits: EngineLimits::read(section),
         }
     }

@@ -39,6 +39,14 @@ impl Engine {
             return Err(SubmitError::BadToken { token, vocab });
         }
         sampler::check(&spec.sampling, vocab)?;
+        if !self.executor.has_logits() {
+            if spec.sampling.logprobs.is_some() {
+                return Err(SubmitError::NoLogits("log-probabilities"));
+            }
+            if spec.logits_digest {
+                return Err(SubmitError::NoLogits("digest of them"));
+            }
+        }
         if self.waiting.len() >= self.limits.max_waiting_sequences as usize {
             return Err(SubmitError::QueueFull { waiting: self.waiting.len() as u32 });
         }

@@ -138,22 +138,33 @@ impl Engine {
         assert_eq!(batch.len(), shares.len(), "planned sequences exist");
         self.executor.forward(&self.arena, &batch, &mut self.forward)?;
         let rows = shares.iter().filter(|share| share.last).count();
-        if self.forward.logits.len() == rows * self.executor.model().vocab as usize {
+        let wanted = match self.executor.has_logits() {
+            true => (rows * self.executor.model().vocab as usize, 0),
+            false => (0, rows),
+        };
+        let numbers = (self.forward.logits.len(), self.forward.tokens.len());
+        if numbers == wanted {
             return Ok(());
         }
-        let numbers = self.forward.logits.len();
-        Err(ExecuteError::Broken { reason: format!("{numbers} logits for {rows} rows") })
+        let (logits, tokens) = numbers;
+        Err(ExecuteError::Broken { reason: format!("{logits} logits and {tokens} tokens for {rows} rows") })
     }
 
     /// Books what a forward pass computed, and chooses tokens.
     fn advance(&mut self, shares: &[Share], events: &mut Vec<EngineEvent>) {
         let logits = std::mem::take(&mut self.forward.logits);
+        let tokens = std::mem::take(&mut self.forward.tokens);
         let mut rows = logits.chunks_exact(self.executor.model().vocab as usize);
+        let mut named = tokens.iter();
         for share in shares {
             self.book(share, events);
-            if share.last
-                && let Some(row) = rows.next()
-            {
+            if !share.last {
+                continue;
+            }
+            if let Some(token) = named.next() {
+                let next = FirstToken { token: *token, logprob: None, logits_digest: None };
+                self.emit(share.id, next, events);
+            } else if let Some(row) = rows.next() {
                 match self.choose(share.id, row) {
                     Ok(first) => self.emit(share.id, first, events),
                     Err(error) => self.fail(share.id, error, events),
@@ -161,6 +172,7 @@ impl Engine {
             }
         }
         self.forward.logits = logits;
+        self.forward.tokens = tokens;
     }
 
     fn book(&mut self, share: &Share, events: &mut Vec<EngineEvent>) {

@@ -123,6 +123,9 @@ pub enum SubmitError {
     /// A sampling value out of range.
     #[error(transparent)]
     BadSampling(#[from] RangeError),
+    /// Something that is made of logits, from an executor that has none.
+    #[error("this engine has no logits, and so no {0}")]
+    NoLogits(&'static str),
     /// Too many wait already: retry elsewhere or later.
     #[error("{waiting} sequences are waiting already")]
     QueueFull {

@@ -208,3 +208,20 @@ fn malformed_items_are_refused() {
         assert!(matches!(error, ExecuteError::Malformed { item: 1, .. }));
     }
 }
+
+#[test]
+fn unchecked_tokens_are_named_without_logits_and_follow_the_oracle() {
+    let config = SimConfig { check_kv: false, ..config(u32::MAX) };
+    let (arena, mut sim) = (arena(KvLayout::Nhd, Dtype::F32, 8), Sim::new(config.clone(), model()));
+    let mut tokens = prompt(20);
+    let expected = oracle(&config, &model(), &tokens, 10);
+    for next in &expected {
+        // Zeroes are no rows of this sequence, and nobody looks.
+        let out = pass(&mut sim, &arena, &table(4), &tokens, tokens.len() - 1).unwrap();
+        assert_eq!((out.logits.len(), out.tokens.as_slice()), (0, [*next].as_slice()));
+        assert!(out.modelled > Duration::ZERO);
+        tokens.push(*next);
+    }
+    let distinct: std::collections::HashSet<_> = expected.iter().collect();
+    assert!(distinct.len() > 5, "{expected:?}");
+}

@@ -28,7 +28,7 @@ fn sim_of(engine: &str) -> SimConfig {
 #[test]
 fn the_simulation_is_the_one_of_the_fleet_file() {
     let config = sim_of(
-        ", seed: 7, prefill_us_base: 1, prefill_us_per_token: 2, prefill_ns_per_token2: 3, decode_us_base: 4, \
+        ", check_kv: false, seed: 7, prefill_us_base: 1, prefill_us_per_token: 2, prefill_ns_per_token2: 3, decode_us_base: 4, \
          decode_us_per_seq: 5, decode_ns_per_context_token: 6",
     );
     let expected = SimConfig {
@@ -39,10 +39,12 @@ fn the_simulation_is_the_one_of_the_fleet_file() {
         decode_per_sequence_us: 5.0,
         decode_per_context_token_ns: 6.0,
         seed: 7,
+        check_kv: false,
         ..SimConfig::default()
     };
     assert_eq!(config, expected);
     assert_eq!(sim_of("").seed, 0);
+    assert!(sim_of("").check_kv, "what others hand over is checked unless the file says otherwise");
 }
 
 #[test]

@@ -1,0 +1,210 @@
+//! The fleet that is measured: `baton up` of simulated engines, in processes of their own.
+
+use std::fs;
+use std::path::Path;
+use std::process::Stdio;
+use std::time::Duration;
+
+use baton_conductor::api::Listing;
+use rustix::process::{Pid, Signal, kill_process};
+use serde::Serialize;
+use serde_json::Value;
+use tempfile::TempDir;
+use tokio::io::{AsyncBufReadExt, BufReader};
+use tokio::process::{Child, Command};
+
+use super::process;
+use super::workload::Engines;
+use crate::failure::Failure;
+
+/// From start to the line that says that it is ready.
+const READY_WITHIN: Duration = Duration::from_secs(60);
+const ENDED_WITHIN: Duration = Duration::from_secs(20);
+/// What requests call the model.
+pub(super) const MODEL_ID: &str = "bench";
+/// The longest prompt is 1 MB, and takes a token for some bytes.
+const CONTEXT_TOKENS: u32 = 1 << 20;
+
+/// A running fleet.
+#[derive(Debug)]
+pub(super) struct Fleet {
+    launcher: Child,
+    pub(super) place: Place,
+    // Removed with the fleet.
+    _directory: TempDir,
+}
+
+/// Where the parts of a fleet are.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Place {
+    pub(super) router: String,
+    pub(super) router_pid: u32,
+    pub(super) conductor: String,
+    pub(super) engines: Vec<String>,
+    /// The fleet file, for further routers.
+    config: String,
+    /// The model directory.
+    model: String,
+}
+
+/// What to start.
+#[derive(Debug, Clone, Copy)]
+pub(super) struct Wanted<'a> {
+    pub(super) engines: Engines,
+    pub(super) workers: u32,
+    pub(super) policy: &'a str,
+    pub(super) model: &'a Path,
+}
+
+impl Fleet {
+    pub(super) async fn start(wanted: Wanted<'_>) -> Result<Self, Failure> {
+        let failed =
+            |error: std::io::Error| Failure::because("the fleet of the bench cannot be set up", &error);
+        let directory = tempfile::tempdir().map_err(failed)?;
+        let model = directory.path().join("model");
+        copy_model(wanted.model, &model)?;
+        let config = directory.path().join("fleet.yaml");
+        fs::write(&config, document(&wanted, &model)).map_err(failed)?;
+        let mut launcher = Command::new(std::env::current_exe().map_err(failed)?)
+            .args(["--log", "warn", "up"])
+            .arg(&config)
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            // Ctrl-C in the terminal is for this process, which stops the fleet.
+            .process_group(0)
+            .kill_on_drop(true)
+            .spawn()
+            .map_err(failed)?;
+        let Some(stdout) = launcher.stdout.take() else {
+            return Err(Failure::failed("no stdout of baton up"));
+        };
+        let mut lines = BufReader::new(stdout).lines();
+        let line = tokio::time::timeout(READY_WITHIN, lines.next_line()).await;
+        let Ok(Ok(Some(line))) = line else {
+            let said = "the fleet of the bench did not get ready: see above";
+            return Err(Failure::failed(said));
+        };
+        let place = place(&line, &launcher, &config, &model).await?;
+        Ok(Self { launcher, place, _directory: directory })
+    }
+
+    /// Ends it.
+    pub(super) async fn stop(mut self) {
+        if let Some(pid) = self.launcher.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+            // Ended already, else.
+            let _ = kill_process(pid, Signal::TERM);
+        }
+        let _ = tokio::time::timeout(ENDED_WITHIN, self.launcher.wait()).await;
+    }
+}
+
+/// Finds the parts: `ready http://ROUTER/v1 model=ID conductor=http://CONDUCTOR`.
+async fn place(line: &str, launcher: &Child, config: &Path, model: &Path) -> Result<Place, Failure> {
+    let unread = || Failure::failed(format!("baton up said {line:?}"));
+    let word = |prefix: &str| line.split(' ').find_map(|word| word.strip_prefix(prefix));
+    let router = line.split(' ').nth(1).and_then(|url| url.strip_suffix("/v1")).ok_or_else(unread)?;
+    let conductor = word("conductor=").ok_or_else(unread)?;
+    let children = process::children(launcher.id().unwrap_or_default());
+    let is_router = |words: &[String]| words.iter().any(|word| word == "router");
+    let router_pid = children.iter().find(|(_, words)| is_router(words)).map(|(pid, _)| *pid);
+    let failed = |error: reqwest::Error| Failure::because("the workers of the bench", &error);
+    let url = format!("{conductor}/v1/workers?metadata=no");
+    let listing = crate::remote::client()?.get(url).send().await.map_err(failed)?;
+    let listing: Listing = listing.json().await.map_err(failed)?;
+    let engines = listing.workers.iter().map(|worker| format!("http://{}", worker.record.address));
+    Ok(Place {
+        router: router.to_owned(),
+        router_pid: router_pid.ok_or_else(|| Failure::failed("the router of the bench is gone"))?,
+        conductor: conductor.to_owned(),
+        engines: engines.collect(),
+        config: config.display().to_string(),
+        model: model.display().to_string(),
+    })
+}
+
+/// The text side of a model, with a KV cache of 32 bytes a token and a context that takes every prompt.
+fn copy_model(from: &Path, to: &Path) -> Result<(), Failure> {
+    let name = from.display();
+    let unread = |error: &dyn std::error::Error| {
+        Failure::Usage(format!("--model {name} is not a directory of a model with a tokenizer: {error}"))
+    };
+    fs::create_dir(to).map_err(|error| Failure::because("no directory for the model", &error))?;
+    for file in fs::read_dir(from).map_err(|error| unread(&error))?.flatten() {
+        let file_name = file.file_name();
+        let text = file_name.to_string_lossy();
+        // What the router reads; weights are not needed.
+        if text.ends_with(".json") || text.ends_with(".jinja") {
+            fs::copy(file.path(), to.join(&file_name)).map_err(|error| unread(&error))?;
+        }
+    }
+    let path = to.join("config.json");
+    let text = fs::read_to_string(&path).map_err(|error| unread(&error))?;
+    let mut config: Value = serde_json::from_str(&text).map_err(|error| unread(&error))?;
+    for (key, value) in [
+        ("num_hidden_layers", 1),
+        ("num_key_value_heads", 1),
+        ("head_dim", 8),
+        ("max_position_embeddings", CONTEXT_TOKENS),
+    ] {
+        config[key] = value.into();
+    }
+    fs::write(&path, config.to_string()).map_err(|error| unread(&error))
+}
+
+fn document(wanted: &Wanted<'_>, model: &Path) -> String {
+    let (times, blocks, chunk) = match wanted.engines {
+        Engines::Fast => {
+            ("prefill_us_base: 0, prefill_us_per_token: 0, decode_us_base: 0", 1 << 18, CONTEXT_TOKENS / 2)
+        }
+        Engines::Paced => {
+            ("prefill_us_base: 0, prefill_us_per_token: 0, decode_us_base: 20000", 1 << 16, 1 << 16)
+        }
+        Engines::Timed => {
+            ("prefill_us_base: 2000, prefill_us_per_token: 40, decode_us_base: 2000", 1600, 512)
+        }
+    };
+    let Wanted { workers, policy, .. } = *wanted;
+    // One pool that does both, as behind any gateway; limits that nothing here reaches.
+    format!(
+        "version: 1
+model: {{ id: {MODEL_ID}, path: {} }}
+conductor: {{ listen: 127.0.0.1:0 }}
+router:
+  listen: 127.0.0.1:0
+  policy: {{ kind: {policy} }}
+  disaggregation: never
+  limits: {{ body: 16MiB, queue: 4096, in_flight: 16384, connections: 32768 }}
+pools:
+  - name: sim
+    role: both
+    replicas: {workers}
+    engine: {{ kind: sim, check_kv: false, {times}, prefill_ns_per_token2: 0, decode_us_per_seq: 0, decode_ns_per_context_token: 0, prefill_chunk: {chunk}, max_batch: 16384, max_waiting: 16384 }}
+    kv: {{ block_tokens: 16, blocks: {blocks} }}
+    limits: {{ in_flight: 16384, body: 64MiB }}
+",
+        model.display()
+    )
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_fleet_of_the_bench_is_a_good_one() {
+        let directory = tempfile::tempdir().unwrap();
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny");
+        let model = directory.path().join("model");
+        copy_model(&tiny, &model).unwrap();
+        for engines in [Engines::Fast, Engines::Paced, Engines::Timed] {
+            let wanted = Wanted { engines, workers: 3, policy: "round_robin", model: &tiny };
+            let path = directory.path().join("fleet.yaml");
+            fs::write(&path, document(&wanted, &model)).unwrap();
+            let fleet = baton_config::fleet::Fleet::load(&path).unwrap();
+            assert_eq!(fleet.pools[0].replicas, 3);
+            assert_eq!(fleet.model.shape.max_context, CONTEXT_TOKENS);
+            let block = fleet.pools[0].kv.geometry(&fleet.model.shape).block_bytes();
+            assert_eq!(block, 16 * 32);
+        }
+    }
+}

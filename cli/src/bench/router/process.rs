@@ -1,0 +1,59 @@
+//! What processes cost, from `/proc`.
+
+use std::fs;
+use std::time::Duration;
+
+/// Time on a processor of all threads that live, user and system.
+pub(super) fn cpu_time(pids: &[u32]) -> Duration {
+    Duration::from_nanos(pids.iter().map(|pid| of_threads(*pid)).sum())
+}
+
+fn of_threads(pid: u32) -> u64 {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return 0 };
+    let on_cpu = threads.flatten().filter_map(|thread| {
+        let text = fs::read_to_string(thread.path().join("schedstat")).ok()?;
+        text.split_ascii_whitespace().next()?.parse::<u64>().ok()
+    });
+    on_cpu.sum()
+}
+
+/// Memory that is there, of all of them.
+pub(super) fn resident_bytes(pids: &[u32]) -> u64 {
+    let pages = pids.iter().filter_map(|pid| {
+        let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
+        text.split(' ').nth(1)?.parse::<u64>().ok()
+    });
+    pages.sum::<u64>() * rustix::param::page_size() as u64
+}
+
+/// The children of a process, each with its command line.
+pub(super) fn children(pid: u32) -> Vec<(u32, Vec<String>)> {
+    let Ok(threads) = fs::read_dir(format!("/proc/{pid}/task")) else { return Vec::new() };
+    let lists =
+        threads.flatten().filter_map(|thread| fs::read_to_string(thread.path().join("children")).ok());
+    let pids: Vec<u32> = lists
+        .flat_map(|list| list.split_ascii_whitespace().filter_map(|pid| pid.parse().ok()).collect::<Vec<_>>())
+        .collect();
+    let command = |pid: u32| {
+        let line = fs::read(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        line.split(|byte| *byte == 0).map(|word| String::from_utf8_lossy(word).into_owned()).collect()
+    };
+    pids.into_iter().map(|pid| (pid, command(pid))).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn this_process_costs_something() {
+        let own = [std::process::id()];
+        let before = cpu_time(&own);
+        let mut sum = 0u64;
+        while cpu_time(&own) < before + Duration::from_millis(20) {
+            sum = (0..100_000u64).fold(sum, |sum, n| sum.wrapping_mul(31).wrapping_add(n));
+        }
+        assert!(sum != 1 && resident_bytes(&own) > 1 << 20);
+        assert_eq!(cpu_time(&[]), Duration::ZERO);
+    }
+}

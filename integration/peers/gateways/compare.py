@@ -1,0 +1,234 @@
+"""Measures gateways in front of the same simulated engines and writes one markdown document. Started by run.sh.
+
+Usage: compare.py BATON OUT NAME...
+
+For each kind of engines (`baton bench router --hold`) every gateway is started; then each workload is sent through each of
+them in turn, round after round, by `baton bench router --url`. A figure is the median of the rounds.
+"""
+import collections
+import datetime
+import json
+import os
+import pathlib
+import platform
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+
+import peers
+
+QUICK = os.environ.get("QUICK", "") not in ("", "0")
+ROUNDS = int(os.environ.get("ROUNDS", 1 if QUICK else 3))
+SECONDS = float(os.environ.get("SECONDS_EACH", 0.7 if QUICK else 1.5))
+READY_WITHIN_S = 90
+
+# Kind of engines, workers, policies of peers, and what is sent: workload, concurrency, rounds, seconds.
+RATED = [("chats", 0, 1, SECONDS)] if QUICK else [(name, 0, 1, SECONDS) for name in ("prefixes", "zipf", "chats")]
+CLOSED = [("short", 1), ("short", 256), ("shared", 256), ("stream", 256)]
+if not QUICK:
+    CLOSED = [*[("short", c) for c in (1, 32, 256, 1024)], ("shared", 1), ("shared", 256),
+              ("stream", 1), ("stream", 256), ("large", 8)]
+GROUPS = [
+    ("engines that take no time", 2, ["round_robin"], [(*cell, ROUNDS, SECONDS) for cell in CLOSED]),
+    ("a token every 20 ms", 2, ["round_robin"], [] if QUICK else [("paced", 256, 1, 6)]),
+    ("engines with prefill times and small prefix caches", 4, ["round_robin", "cache_aware"], RATED),
+]
+
+
+def children(pid):
+    """The process and all its descendants."""
+    found = [pid]
+    for task in pathlib.Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in task.read_text().split():
+            found += children(int(child))
+    return found
+
+
+def ask(url, path="/v1/chat/completions", timeout=10):
+    body = {"model": "bench", "max_tokens": 1, "messages": [{"role": "user", "content": "hello"}]}
+    request = urllib.request.Request(url + path, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(request, timeout=timeout) as answer:
+        return answer.status
+
+
+class Gateway:
+    """A process that is measured; `direct` is none at all."""
+
+    def __init__(self, name, command, url, log, environment=None, pids=None):
+        self.name, self.command, self.url, self.log = name, command, url, log
+        self.process = None
+        self.pids = pids
+        if command:
+            self.process = subprocess.Popen(command, env=os.environ | (environment or {}), stdin=subprocess.DEVNULL,
+                                            stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
+
+    def ready(self):
+        """Waits for the first good answer; False when there is none."""
+        deadline = time.monotonic() + READY_WITHIN_S
+        while time.monotonic() < deadline:
+            if self.process and self.process.poll() is not None:
+                break
+            try:
+                if ask(self.url) == 200:
+                    # Some come up with one engine and find the others a moment later.
+                    if self.process:
+                        self.pids = children(self.process.pid)
+                    return True
+            except (OSError, urllib.error.URLError):
+                time.sleep(0.2)
+        print(f"{self.name} gave no answer: left out; see its log in {self.log.name}", file=sys.stderr)
+        return False
+
+    def stop(self):
+        if self.process and self.process.poll() is None:
+            os.killpg(self.process.pid, signal.SIGTERM)
+            try:
+                self.process.wait(10)
+            except subprocess.TimeoutExpired:
+                os.killpg(self.process.pid, signal.SIGKILL)
+                self.process.wait()
+
+
+class Held:
+    """A fleet of simulated engines with one router, by `baton bench router --hold`."""
+
+    def __init__(self, baton, workload, workers):
+        self.command = [baton, "bench", "router", "--hold", "--workload", workload, "--workers", str(workers)]
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
+        self.place = json.loads(self.process.stdout.readline())
+
+    def stop(self):
+        self.process.send_signal(signal.SIGINT)
+        self.process.wait()
+
+
+def baton_router(baton, place, policy, port, folder):
+    """Another router of the same fleet."""
+    config = pathlib.Path(folder, f"{policy}.yaml")
+    text = pathlib.Path(place["config"]).read_text()
+    config.write_text(text.replace("kind: kv_aware", f"kind: {policy}"))
+    return [baton, "--log", "warn", "router", "--config", str(config), "--conductor", place["conductor"],
+            "--listen", f"127.0.0.1:{port}"]
+
+
+def measure(baton, gateway, engines, workload, clients, seconds):
+    command = [baton, "bench", "router", "--json", "--no-direct", "--url", gateway.url, "--workload", workload,
+               "--seconds", str(seconds)]
+    if clients:
+        command += ["--concurrency", str(clients)]
+    if gateway.pids:
+        command += ["--pid", ",".join(map(str, gateway.pids))]
+    if engines:
+        command += ["--engine-url", ",".join(engines)]
+    run = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
+    if run.returncode != 0:
+        print(f"{gateway.name}, {workload} at {clients}: {run.stderr.strip()[-300:]}", file=sys.stderr)
+    return rows[0] | {"gateway": gateway.name} if rows else None
+
+
+def group(baton, out, names, workers, policies, cells, rows, commands):
+    gateways = []
+    fleet = Held(baton, cells[0][0], workers)
+    place, engines = fleet.place, fleet.place["engines"]
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            log = lambda name: open(pathlib.Path(out, f"{name.replace(' ', '-')}.log"), "w")
+            started = [Gateway("direct", None, ",".join(engines), log("direct"))]
+            started.append(Gateway("baton kv_aware", None, place["router"], log("baton"), pids=[place["router_pid"]]))
+            port = peers.free_port()
+            started.append(Gateway("baton round_robin", baton_router(baton, place, "round_robin", port, folder),
+                                   f"http://127.0.0.1:{port}", log("baton-round-robin")))
+            # A router that passes bytes through to `engine: { kind: openai }` pools of the same engines belongs here.
+            for name in names:
+                for policy in policies:
+                    port = peers.free_port()
+                    command, environment = peers.command(name, policy, port, engines)
+                    started.append(Gateway(f"{name} {policy}", command, f"http://127.0.0.1:{port}",
+                                           log(f"{name}-{policy}"), environment))
+            for gateway in started:
+                gateways.append(gateway)
+                shown = gateway.command or {"direct": ["(no gateway)"], "baton kv_aware": fleet.command}[gateway.name]
+                commands.setdefault(gateway.name, " ".join(shown))
+            good = [gateway for gateway in started if gateway.name == "direct" or gateway.ready()]
+            for workload, clients, rounds, seconds in cells:
+                for turn in range(rounds):
+                    # Whoever comes first meets a machine that has rested: not always the same one.
+                    for gateway in good[turn % len(good):] + good[:turn % len(good)]:
+                        row = measure(baton, gateway, engines, workload, clients, seconds)
+                        if row:
+                            rows.append(row)
+                            with open(pathlib.Path(out, "rows.jsonl"), "a") as file:
+                                file.write(json.dumps(row) + "\n")
+        finally:
+            for gateway in gateways:
+                gateway.stop()
+            fleet.stop()
+
+
+COLUMNS = [
+    ("requests/s", lambda r: r["req_per_s"], "{:.0f}"),
+    ("tokens/s", lambda r: r["tok_per_s"], "{:.0f}"),
+    ("first token p50 us", lambda r: r["first_p50_us"], "{:.0f}"),
+    ("p99 us", lambda r: r["first_p99_us"], "{:.0f}"),
+    ("CPU s/1000", lambda r: r["cpu_s_per_1000"], "{:.3f}"),
+    ("CPU us/token", lambda r: r["cpu_us_per_token"], "{:.2f}"),
+    ("RSS MiB", lambda r: r["resident_mib"], "{:.0f}"),
+    ("hit rate", lambda r: r["hit_rate"], "{:.2f}"),
+    ("worst share", lambda r: r["worst_share"], "{:.2f}"),
+    ("failed", lambda r: r["failed"], "{:.0f}"),
+]
+
+
+def document(rows, commands, versions):
+    cells = collections.OrderedDict()
+    for row in rows:
+        cells.setdefault((row["workload"], row["concurrency"]), collections.OrderedDict()).setdefault(
+            row["gateway"], []).append(row)
+    lines = ["# Gateways side by side", "",
+             f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} processors, Linux {platform.release()}; "
+             f"{', '.join(versions)}; median of up to {ROUNDS} rounds of {SECONDS} s, load average now "
+             f"{os.getloadavg()[0]:.1f}. What the workloads are: docs/benchmarks.md. `added` is over the row `direct`.", ""]
+    for (workload, clients), gateways in cells.items():
+        lines += [f"## {workload}, {clients} at once" if workload not in ("prefixes", "zipf", "chats") else f"## {workload}",
+                  "", "| gateway | " + " | ".join(name for name, _, _ in COLUMNS) + " | added p50 us | added p99 us |",
+                  "|---" * (len(COLUMNS) + 3) + "|"]
+        median = lambda found, value: statistics.median(value(row) for row in found)
+        direct = gateways.get("direct")
+        for name, found in gateways.items():
+            values = [form.format(median(found, value)) for _, value, form in COLUMNS]
+            added = ["-", "-"]
+            if direct and name != "direct":
+                added = [f"{median(found, value) - median(direct, value):.0f}" for _, value, _ in COLUMNS[2:4]]
+            lines.append(f"| {name} | " + " | ".join(values + added) + " |")
+        lines.append("")
+    lines += ["## Commands", "", *[f"- {name}: `{command}`" for name, command in commands.items()], ""]
+    return "\n".join(lines)
+
+
+def main(baton, out, names):
+    baton = str(pathlib.Path(baton).resolve())
+    pathlib.Path(out, "rows.jsonl").unlink(missing_ok=True)
+    version = subprocess.run([baton, "--version"], stdout=subprocess.PIPE, text=True).stdout.strip()
+    versions = [version, *[peers.version(name) for name in names]]
+    rows, commands = [], {}
+    for title, workers, policies, cells in GROUPS:
+        if cells:
+            print(f"{title}: {len(cells)} workloads", file=sys.stderr)
+            group(baton, out, [name for name in names if name != "dynamo"], workers, policies, cells, rows, commands)
+    if "dynamo" in names:
+        import dynamo_peer
+        dynamo_peer.measure_all(baton, out, CLOSED, ROUNDS, SECONDS, rows, commands)
+    text = document(rows, commands, versions)
+    pathlib.Path(out, "gateways.md").write_text(text)
+    print(text)
+
+
+if __name__ == "__main__":
+    sys.modules["compare"] = sys.modules["__main__"]
+    main(sys.argv[1], sys.argv[2], sys.argv[3:])
