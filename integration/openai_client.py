@@ -1,4 +1,4 @@
-"""The official `openai` client against a fleet: chat, streaming, completions, models, errors. Usage: openai_client.py BASE_URL"""
+"""The official `openai` client against a fleet: chat, streaming, completions, responses, models, errors. Usage: openai_client.py BASE_URL"""
 import sys
 
 import openai
@@ -63,6 +63,39 @@ assert streamed == ANSWER, streamed
 short = client.completions.create(model="tiny", prompt=prompt, temperature=0, max_tokens=2)
 assert short.choices[0].finish_reason == "length" and short.usage.completion_tokens == 2, short
 
+# Responses: whole, with instructions, and sent back as the history of the next question.
+response = client.responses.create(model="tiny", input="What does the fox eat?", temperature=0, max_output_tokens=40, store=False)
+assert response.status == "completed" and response.output_text == ANSWER, response
+assert response.id.startswith("resp_") and response.output[0].role == "assistant" and response.error is None, response
+assert response.usage.input_tokens == chat.usage.prompt_tokens and response.usage.output_tokens == chat.usage.completion_tokens, response
+assert response.usage.total_tokens == chat.usage.total_tokens and response.usage.input_tokens_details.cached_tokens >= 0, response
+history = [*turns[:1], *QUESTION, *response.output, turns[3]]
+follow = client.responses.create(model="tiny", input=history, temperature=0, max_output_tokens=30, metadata={"topic": "horses"})
+told = client.chat.completions.create(model="tiny", messages=turns, temperature=0, max_tokens=30)
+assert follow.output_text == told.choices[0].message.content and follow.metadata == {"topic": "horses"}, (follow, told)
+guided = client.responses.create(model="tiny", instructions=turns[0]["content"], input=history[1:], temperature=0, max_output_tokens=30)
+assert guided.output_text == follow.output_text and guided.instructions == turns[0]["content"], guided
+counted = client.responses.input_tokens.count(model="tiny", input="What does the fox eat?")
+assert counted.input_tokens == response.usage.input_tokens, counted
+cut = client.responses.create(model="tiny", input=QUESTION, temperature=0, max_output_tokens=2)
+assert cut.status == "incomplete" and cut.incomplete_details.reason == "max_output_tokens" and cut.usage.output_tokens == 2, cut
+likely = client.responses.create(model="tiny", input=QUESTION, temperature=0, max_output_tokens=5, top_logprobs=3,
+                                 include=["message.output_text.logprobs"])
+entries = likely.output[0].content[0].logprobs
+assert len(entries) == 5 and all(len(e.top_logprobs) == 3 and e.logprob <= 0 for e in entries), likely
+
+# Responses, streamed: typed events in order, numbered, and the whole response at the end.
+events = list(client.responses.create(model="tiny", input="What does the fox eat?", temperature=0, max_output_tokens=40, stream=True))
+kinds = [event.type for event in events]
+assert kinds[:4] == ["response.created", "response.in_progress", "response.output_item.added", "response.content_part.added"], kinds
+assert kinds[-4:] == ["response.output_text.done", "response.content_part.done", "response.output_item.done", "response.completed"], kinds
+assert [event.sequence_number for event in events] == list(range(len(events))), events
+assert "".join(event.delta for event in events if event.type == "response.output_text.delta") == ANSWER, events
+assert events[-1].response.output_text == ANSWER and events[-1].response.usage.output_tokens == response.usage.output_tokens, events[-1]
+with client.responses.stream(model="tiny", input="What does the fox eat?", temperature=0, max_output_tokens=40) as stream:
+    assert "".join(event.delta for event in stream if event.type == "response.output_text.delta") == ANSWER
+    assert stream.get_final_response().output_text == ANSWER
+
 
 def refused(error, param, call):
     try:
@@ -78,4 +111,9 @@ refused(openai.NotFoundError, "model", lambda: client.chat.completions.create(mo
 refused(openai.BadRequestError, "temperature", lambda: client.chat.completions.create(model="tiny", messages=QUESTION, temperature=3))
 refused(openai.BadRequestError, "messages", lambda: client.chat.completions.create(model="tiny", messages=[]))
 refused(openai.BadRequestError, "prompt", lambda: client.completions.create(model="tiny", prompt=[5] * 9000, max_tokens=1))
+refused(openai.BadRequestError, "previous_response_id", lambda: client.responses.create(model="tiny", input="hi", previous_response_id=response.id))
+refused(openai.BadRequestError, "background", lambda: client.responses.create(model="tiny", input="hi", background=True))
+refused(openai.BadRequestError, "tools", lambda: client.responses.create(model="tiny", input="hi", tools=[{"type": "web_search"}]))
+refused(openai.NotFoundError, None, lambda: client.responses.retrieve(response.id))
+refused(openai.BadRequestError, "model", lambda: client.embeddings.create(model="tiny", input="hi"))
 print("openai client: all good")

@@ -8,7 +8,7 @@ as_root() {
     if [ "$(id -u)" = 0 ]; then "$@"; else sudo "$@"; fi
 }
 
-# The official `openai` client runs in a virtual environment of its own.
+# The official `openai` and `anthropic` clients run in a virtual environment of their own.
 venv=target/openai-venv
 if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
     echo "== installing python3-venv"
@@ -24,10 +24,10 @@ if ! dpkg -s $packages >/dev/null 2>&1; then
     as_root apt-get update -qq
     as_root apt-get install -y -qq --no-install-recommends $packages >/dev/null
 fi
-if ! "$venv/bin/python" -c 'import openai' 2>/dev/null; then
-    echo "== installing the openai client"
+if ! "$venv/bin/python" -c 'import anthropic, openai' 2>/dev/null; then
+    echo "== installing the openai and anthropic clients"
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check -r integration/requirements.txt
+    "$venv/bin/python" -m pip install --quiet --disable-pip-version-check -r integration/requirements.txt
 fi
 # What renders the manifests of examples/kubernetes, and the schemas they are checked against.
 tools=target/kubernetes

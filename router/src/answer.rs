@@ -3,7 +3,10 @@
 mod choice;
 mod encode;
 mod events;
+mod messages;
+mod responses;
 mod whole;
+mod writer;
 
 use std::convert::Infallible;
 use std::pin::Pin;
@@ -17,9 +20,10 @@ use hyper::body::{Body, Frame, SizeHint};
 use crate::dispatch::{DispatchError, Dispatcher};
 use crate::model::Model;
 pub(crate) use choice::{ChoiceSpec, Delta};
-pub(crate) use encode::{Api, ChunkWriter, Head, Meter};
+pub(crate) use encode::{Api, Head, Meter};
 pub(crate) use events::EventStream;
 pub(crate) use whole::collect;
+pub(crate) use writer::EventWriter;
 
 /// Choices of one request that are generated at the same time; further ones follow as these end.
 const CHOICES_AT_ONCE: usize = 16;

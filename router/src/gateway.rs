@@ -1,5 +1,7 @@
 //! From a request's head to its answer.
 
+mod text;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -15,7 +17,7 @@ use tokio::time::Instant;
 
 use crate::account::Entry;
 use crate::admit::{Gate, Place};
-use crate::answer::{self, AnswerBody, Api, ChoiceSpec, ChunkWriter, EventStream, Head, Meter};
+use crate::answer::{self, AnswerBody, Api, ChoiceSpec, EventStream, EventWriter, Head, Meter};
 use crate::body;
 use crate::clock::unix_seconds;
 use crate::dispatch::{DispatchError, Dispatcher, Explanation, Job};
@@ -24,7 +26,7 @@ use crate::model::{Model, PromptError, TemplateError};
 use crate::options::{Limits, Timeouts};
 use crate::reply::{self, Refusal};
 use crate::request::{self, Ask, Bounds, Input, Prompt};
-use crate::routes::Route;
+use crate::routes::{Dialect, Route, Work};
 use crate::tenant::{Auth, Principal};
 
 /// Bodies larger than this are parsed and tokenized on a thread of their own, so that nobody else waits.
@@ -97,24 +99,22 @@ impl Gateway {
     /// Answers one request. Never fails: what goes wrong is an answer too.
     pub(crate) async fn handle(self: Arc<Self>, request: Request<Incoming>) -> Response<AnswerBody> {
         let path = request.uri().path();
-        let route = Route::of_path(path);
+        let (route, dialect) = (Route::of_path(path), Dialect::of_path(path));
         let mut entry = Entry::open(Arc::clone(&self.metrics), route);
         let principal = match self.check(route, &request, &mut entry) {
             Ok(principal) => principal,
             Err(refused) => {
-                let response = refused.response();
+                let response = refused.response(dialect);
                 entry.refused(&refused);
                 return response;
             }
         };
-        let response = match (route, principal) {
-            (Route::Chat, Some(principal)) => {
-                return self.generate(Api::Chat, request, entry, principal).await;
+        let response = match (route.work(), principal) {
+            (Work::Generate(api), Some(principal)) => {
+                return self.generate(api, request, entry, principal).await;
             }
-            (Route::Completions, Some(principal)) => {
-                return self.generate(Api::Completions, request, entry, principal).await;
-            }
-            (route, _) => self.simple(route, path),
+            (Work::Text(job), Some(principal)) => self.text(job, request, &principal).await,
+            _ => self.simple(route, path),
         };
         match response {
             Ok(response) => {
@@ -123,7 +123,7 @@ impl Gateway {
             }
             Err(refused) => {
                 entry.refused(&refused);
-                refused.response()
+                refused.response(dialect)
             }
         }
     }
@@ -156,7 +156,7 @@ impl Gateway {
             Route::Health | Route::Ready => self.readiness(),
             Route::Metrics => reply::text(true, "text/plain; version=0.0.4", self.metrics.render()),
             // These go elsewhere before this is asked.
-            Route::Chat | Route::Completions | Route::Other => return Err(Refusal::Internal),
+            _ => return Err(Refusal::Internal),
         })
     }
 
@@ -213,10 +213,7 @@ impl Gateway {
                 prepared.placing = placing.or_user(prepared.ask.user.as_deref());
                 Arc::clone(&self).answer(api, prepared, started, Held { entry, place }).await
             }
-            Err(refused) => {
-                entry.refused(&refused);
-                refused.response()
-            }
+            Err(error) => refused(entry, &error, api),
         };
         let response = match explanation.as_ref().and_then(Explanation::get) {
             Some(text) => reply::explained(response, text),
@@ -245,42 +242,64 @@ impl Gateway {
         request: Request<Incoming>,
         principal: &Principal,
     ) -> Result<(Prepared, Place), Refusal> {
+        let (bytes, place) = self.admit(request, principal).await?;
+        let mut prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes)).await?;
+        prepared.cache_salt = self.auth.salt(principal)?;
+        Ok((prepared, place))
+    }
+
+    /// Reads a body and waits for a place, as soon as the head says that both may be had.
+    async fn admit(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        principal: &Principal,
+    ) -> Result<(Bytes, Place), Refusal> {
         let headers = request.headers();
         body::check_head(headers, self.limits.body)?;
         let max_wait = body::max_wait(headers)?;
         let announced = body::announced(headers).unwrap_or(0);
         self.gate.check(principal, announced, max_wait).map_err(Refusal::Overloaded)?;
-        let cache_salt = self.auth.salt(principal)?;
         let bytes = body::read(request.into_body(), self.limits.body, self.timeouts.body).await?;
-        let place =
-            self.gate.enter(principal, bytes.len() as u64, max_wait).await.map_err(Refusal::Overloaded)?;
-        let mut prepared = if bytes.len() <= INLINE_MAX_BYTES {
-            self.prepare(api, &bytes)?
-        } else {
-            let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
-            let this = Arc::clone(self);
-            tokio::task::spawn_blocking(move || this.prepare(api, &bytes)).await.map_err(|error| {
-                tracing::error!(%error, "preparing a request panicked");
-                Refusal::Internal
-            })??
-        };
-        prepared.cache_salt = cache_salt;
-        Ok((prepared, place))
+        let entered = self.gate.enter(principal, bytes.len() as u64, max_wait).await;
+        Ok((bytes, entered.map_err(Refusal::Overloaded)?))
+    }
+
+    /// Does what takes a while for large bodies.
+    async fn work<T: Send + 'static>(
+        self: &Arc<Self>,
+        bytes: Bytes,
+        job: impl FnOnce(&Self, &[u8]) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        if bytes.len() <= INLINE_MAX_BYTES {
+            return job(self, &bytes);
+        }
+        let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
+        let this = Arc::clone(self);
+        tokio::task::spawn_blocking(move || job(&this, &bytes)).await.map_err(|error| {
+            tracing::error!(%error, "preparing a request panicked");
+            Refusal::Internal
+        })?
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds { vocab: self.model.vocab, choices: self.limits.choices, messages: self.limits.messages }
     }
 
     /// Parses, validates and tokenizes.
     fn prepare(&self, api: Api, bytes: &[u8]) -> Result<Prepared, Refusal> {
-        let bounds =
-            Bounds { vocab: self.model.vocab, choices: self.limits.choices, messages: self.limits.messages };
-        let mut ask = match api {
-            Api::Chat => request::parse_chat(bytes, &bounds)?,
-            Api::Completions => request::parse_completions(bytes, &bounds)?,
+        let parse = match api {
+            Api::Chat => request::parse_chat,
+            Api::Completions => request::parse_completions,
+            Api::Responses => request::parse_responses,
+            Api::Messages => request::parse_messages,
         };
+        let mut ask = parse(bytes, &self.bounds())?;
         self.check_model(&ask.model)?;
         let input = std::mem::replace(&mut ask.input, Input::Prompts(Vec::new()));
         let prompts = match input {
             Input::Chat(messages) => {
-                let tokens = self.model.chat_tokens(&messages).map_err(|e| prompt_refusal(&e, "messages"))?;
+                let tokens = self.model.chat_tokens(&messages);
+                let tokens = tokens.map_err(|e| prompt_refusal(&e, api.prompt_field()))?;
                 vec![Tokenized { tokens, echo: None }]
             }
             Input::Prompts(prompts) => {
@@ -313,7 +332,7 @@ impl Gateway {
         if prompt as u64 + wanted <= limit {
             return Ok(());
         }
-        let param = if api == Api::Chat { "messages" } else { "prompt" };
+        let param = api.prompt_field();
         let message = format!(
             "This model's maximum context length is {limit} tokens. However, you requested {} tokens ({prompt} in the \
              prompt, {wanted} in the completion). Please reduce the prompt or the completion length.",
@@ -326,14 +345,13 @@ impl Gateway {
     async fn answer(
         self: Arc<Self>,
         api: Api,
-        prepared: Prepared,
+        mut prepared: Prepared,
         started: Instant,
         held: Held,
     ) -> Response<AnswerBody> {
         let Held { entry, mut place } = held;
-        let Ok(head) = self.head(api, &prepared.ask) else {
-            entry.refused(&Refusal::Internal);
-            return Refusal::Internal.response();
+        let Ok(head) = self.head(api, &mut prepared.ask) else {
+            return refused(entry, &Refusal::Internal, api);
         };
         let prompt_tokens: u64 = prepared.prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
         self.metrics.prompt_tokens.inc_by(prompt_tokens);
@@ -351,9 +369,9 @@ impl Gateway {
             return match collected {
                 Ok(body) => {
                     entry.answered(200);
-                    reply::named(reply::json(StatusCode::OK, body), &head.id)
+                    reply::named(reply::json(StatusCode::OK, body), &head.id, api.dialect())
                 }
-                Err(error) => refused(entry, &refusal(&error)),
+                Err(error) => refused(entry, &refusal(&error, api), api),
             };
         }
         // The status is decided by the first token: no error may hide inside a 200 that has not begun. But a client, or a
@@ -362,28 +380,28 @@ impl Gateway {
         let first = match tokio::time::timeout(keep_alive, deltas.next()).await {
             Err(_) => None,
             Ok(Some(Ok(first))) => Some(first),
-            Ok(Some(Err(error))) => return refused(entry, &refusal(&error)),
-            Ok(None) => return refused(entry, &Refusal::Internal),
+            Ok(Some(Err(error))) => return refused(entry, &refusal(&error, api), api),
+            Ok(None) => return refused(entry, &Refusal::Internal, api),
         };
         let id = head.id.clone();
-        let writer = ChunkWriter::new(head, choices);
+        let writer = EventWriter::new(head, choices);
         let events = EventStream::new(deltas, first, writer, meter, (entry, place), keep_alive);
-        reply::named(reply::event_stream(AnswerBody::Events(Box::pin(events))), &id)
+        reply::named(reply::event_stream(AnswerBody::Events(Box::pin(events))), &id, api.dialect())
     }
 
-    fn head(&self, api: Api, ask: &Ask) -> Result<Head, getrandom::Error> {
+    fn head(&self, api: Api, ask: &mut Ask) -> Result<Head, getrandom::Error> {
         let mut random = [0; 12];
         getrandom::fill(&mut random)?;
-        let kind = if api == Api::Chat { "chatcmpl" } else { "cmpl" };
         let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
         Ok(Head {
             api,
-            id: format!("{kind}-{hex}"),
+            id: format!("{}{hex}", api.id_prefix()),
             created: unix_seconds(),
             model: ask.model.clone(),
             logprobs: ask.sampling.logprobs.is_some(),
             debug: ask.debug,
             include_usage: ask.include_usage,
+            repeats: ask.repeats.take(),
             vocabulary: Arc::clone(&self.model.vocabulary),
         })
     }
@@ -429,19 +447,19 @@ impl Gateway {
     }
 }
 
-fn refused(entry: Entry, refusal: &Refusal) -> Response<AnswerBody> {
+fn refused(entry: Entry, refusal: &Refusal, api: Api) -> Response<AnswerBody> {
     entry.refused(refusal);
-    refusal.response()
+    refusal.response(api.dialect())
 }
 
 /// What a client is told of a generation that failed.
-pub(crate) fn refusal(error: &DispatchError) -> Refusal {
+pub(crate) fn refusal(error: &DispatchError, api: Api) -> Refusal {
     match error {
         DispatchError::NoWorker => Refusal::NoWorker,
         DispatchError::Overloaded => Refusal::WorkersBusy,
         DispatchError::Refused => Refusal::malformed("The model's workers cannot serve this request."),
         DispatchError::TooLong { tokens } => Refusal::coded(
-            "prompt",
+            api.prompt_field(),
             "context_length_exceeded",
             format!(
                 "The KV cache of the workers is too small for {tokens} prompt tokens. Please reduce the prompt, \

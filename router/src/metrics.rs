@@ -193,7 +193,7 @@ impl Metrics {
     }
 
     fn set_labels(&self) {
-        for route in Route::ALL {
+        for route in Route::all() {
             self.requests.with_label_values(&[route.label(), "200"]);
         }
         for outcome in [Outcome::Ok, Outcome::ClientError, Outcome::Refused, Outcome::Failed] {

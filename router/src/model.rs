@@ -221,6 +221,16 @@ impl Model {
         self.or_bos(tokens)
     }
 
+    /// The text of a conversation, with or without what begins the assistant's answer.
+    pub(crate) fn chat_text(
+        &self,
+        messages: &[Message],
+        generation_prompt: bool,
+    ) -> Result<String, PromptError> {
+        let template = self.template.as_ref().filter(|template| template.exists());
+        Ok(template.ok_or(PromptError::NoTemplate)?.render_up_to(messages, generation_prompt)?)
+    }
+
     /// The tokens of a text to be continued.
     pub(crate) fn text_tokens(&self, text: &str) -> Result<Vec<u32>, PromptError> {
         let tokens = self.vocabulary.encode(text, true).map_err(PromptError::Tokenizer)?;

@@ -1,4 +1,4 @@
-//! Turns what went wrong into HTTP: the only file that knows status codes and the error body of the OpenAI API.
+//! Turns what went wrong into HTTP: the only file that knows status codes and the error bodies of both APIs.
 
 use bytes::Bytes;
 use http::header::{ALLOW, CACHE_CONTROL, CONTENT_TYPE, HeaderValue, RETRY_AFTER, WWW_AUTHENTICATE};
@@ -6,6 +6,7 @@ use http::{Response, StatusCode};
 
 use crate::admit::{Left, Reason, Refused};
 use crate::answer::AnswerBody;
+use crate::routes::Dialect;
 
 /// Longest text of a request that an error message repeats, in characters.
 const QUOTE_MAX_CHARS: usize = 100;
@@ -25,6 +26,8 @@ pub(crate) enum Refusal {
     UnknownModel { model: String },
     /// No such path.
     UnknownPath { method: String, path: String },
+    /// A response by its id: none is kept.
+    NotStored { id: String },
     /// The path exists, the method does not.
     Method { method: String, path: String, allow: &'static str },
     /// The body did not arrive in time.
@@ -89,7 +92,9 @@ impl Refusal {
     pub(crate) fn status(&self) -> StatusCode {
         match self {
             Self::Invalid { .. } | Self::ContextLength { .. } => StatusCode::BAD_REQUEST,
-            Self::UnknownModel { .. } | Self::UnknownPath { .. } => StatusCode::NOT_FOUND,
+            Self::UnknownModel { .. } | Self::UnknownPath { .. } | Self::NotStored { .. } => {
+                StatusCode::NOT_FOUND
+            }
             Self::Unauthorized { .. } => StatusCode::UNAUTHORIZED,
             Self::Forbidden { .. } => StatusCode::FORBIDDEN,
             Self::Method { .. } => StatusCode::METHOD_NOT_ALLOWED,
@@ -106,12 +111,37 @@ impl Refusal {
     }
 
     /// The error body.
-    pub(crate) fn body(&self) -> Bytes {
+    pub(crate) fn body(&self, dialect: Dialect) -> Bytes {
+        let body = match dialect {
+            Dialect::OpenAi => self.openai_body(),
+            Dialect::Anthropic => self.anthropic_body(),
+        };
+        Bytes::from(body.to_string())
+    }
+
+    /// Anthropic's errors have no place for the field at fault but the message, which names it.
+    fn anthropic_body(&self) -> serde_json::Value {
+        let kind = match self.status().as_u16() {
+            401 => "authentication_error",
+            403 => "permission_error",
+            404 => "not_found_error",
+            413 => "request_too_large",
+            429 => "rate_limit_error",
+            503 => "overloaded_error",
+            504 => "timeout_error",
+            400..500 => "invalid_request_error",
+            _ => "api_error",
+        };
+        serde_json::json!({ "type": "error", "error": { "type": kind, "message": self.message() } })
+    }
+
+    fn openai_body(&self) -> serde_json::Value {
         let (kind, code) = match self {
             Self::Invalid { code, .. } => ("invalid_request_error", *code),
             Self::ContextLength { .. } => ("invalid_request_error", Some("context_length_exceeded")),
             Self::UnknownModel { .. } => ("invalid_request_error", Some("model_not_found")),
             Self::UnknownPath { .. } => ("invalid_request_error", Some("unknown_url")),
+            Self::NotStored { .. } => ("invalid_request_error", Some("response_not_found")),
             Self::Method { .. } => ("invalid_request_error", Some("method_not_supported")),
             Self::SlowBody => ("invalid_request_error", Some("request_timeout")),
             Self::TooLarge { .. } => ("invalid_request_error", Some("request_too_large")),
@@ -139,13 +169,13 @@ impl Refusal {
             Self::UnknownModel { .. } => Some("model"),
             _ => None,
         };
-        let body = serde_json::json!({
+        serde_json::json!({
             "error": { "message": self.message(), "type": kind, "param": param, "code": code }
-        });
-        Bytes::from(body.to_string())
+        })
     }
 
-    fn message(&self) -> String {
+    /// What the client is told.
+    pub(crate) fn message(&self) -> String {
         match self {
             Self::Invalid { message, .. }
             | Self::ContextLength { message, .. }
@@ -155,6 +185,9 @@ impl Refusal {
             }
             Self::UnknownPath { method, path } => {
                 format!("Unknown request URL: {} {}.", quoted(method), quoted(path))
+            }
+            Self::NotStored { id } => {
+                format!("Response '{}' is not found: this service keeps no responses.", quoted(id))
             }
             Self::Method { method, path, allow } => {
                 format!("Method {} is not allowed on {}; use {allow}.", quoted(method), quoted(path))
@@ -178,8 +211,8 @@ impl Refusal {
     }
 
     /// The whole answer.
-    pub(crate) fn response(&self) -> Response<AnswerBody> {
-        let mut response = json(self.status(), self.body());
+    pub(crate) fn response(&self, dialect: Dialect) -> Response<AnswerBody> {
+        let mut response = json(self.status(), self.body(dialect));
         let headers = response.headers_mut();
         match self {
             Self::Overloaded(refused) => {
@@ -311,9 +344,12 @@ pub(crate) fn json(status: StatusCode, body: Bytes) -> Response<AnswerBody> {
     response
 }
 
-/// The answer with its id in `x-request-id`, under which the log knows it.
-pub(crate) fn named(mut response: Response<AnswerBody>, id: &str) -> Response<AnswerBody> {
+/// The answer with its id in `x-request-id`, under which the log knows it; Anthropic's clients look for another name.
+pub(crate) fn named(mut response: Response<AnswerBody>, id: &str, dialect: Dialect) -> Response<AnswerBody> {
     if let Ok(value) = HeaderValue::from_str(id) {
+        if dialect == Dialect::Anthropic {
+            response.headers_mut().insert("request-id", value.clone());
+        }
         response.headers_mut().insert("x-request-id", value);
     }
     response

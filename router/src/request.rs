@@ -2,8 +2,13 @@
 
 mod chat;
 mod completions;
+mod content;
 mod fields;
+mod messages;
+mod plain;
+mod responses;
 mod sampling;
+mod tokens;
 
 use baton_config::protocol::Sampling;
 
@@ -12,6 +17,11 @@ use fields::Fields;
 
 pub(crate) use chat::Message;
 pub(crate) use completions::Prompt;
+pub(crate) use responses::Repeats;
+pub(crate) use tokens::{
+    Source, Tokenize, no_embeddings, parse_count_input, parse_count_messages, parse_detokenize,
+    parse_embeddings, parse_tokenize,
+};
 
 /// A valid request: nothing in it needs checking again, except that the prompt fits the model once tokenized.
 #[derive(Debug, Clone, PartialEq)]
@@ -38,6 +48,8 @@ pub(crate) struct Ask {
     pub(crate) user: Option<String>,
     /// The debugging extension.
     pub(crate) debug: Debug,
+    /// What the answer repeats of the request (responses only).
+    pub(crate) repeats: Option<Box<Repeats>>,
 }
 
 /// What to go on from.
@@ -78,6 +90,11 @@ const STOP_MAX: usize = 4;
 /// Longest text in `stop`, in bytes.
 const STOP_MAX_BYTES: usize = 1024;
 
+/// What `service_tier` may say; there is one tier here.
+const SERVICE_TIERS: &[&str] = &["auto", "default", "flex", "scale", "priority", "fast", "ultrafast"];
+/// What `prompt_cache_retention` may say; what is kept is for the workers to decide.
+const CACHE_RETENTIONS: &[&str] = &["in_memory", "in-memory", "24h"];
+
 /// Engine fields that never pass: with a forged one a client could reach into another request or worker.
 const INTERNAL_FIELDS: [&str; 10] = [
     "kv_transfer_params",
@@ -117,6 +134,7 @@ pub(crate) fn parse_chat(body: &[u8], bounds: &Bounds) -> Result<Ask, Refusal> {
             stop: Vec::new(),
             echo: false,
             debug: Debug::default(),
+            repeats: None,
         },
     )?;
     fields.finish(&INTERNAL_FIELDS)?;
@@ -151,8 +169,74 @@ pub(crate) fn parse_completions(body: &[u8], bounds: &Bounds) -> Result<Ask, Ref
             stop: Vec::new(),
             echo,
             debug: Debug::default(),
+            repeats: None,
         },
     )?;
+    fields.finish(&INTERNAL_FIELDS)?;
+    Ok(ask)
+}
+
+/// Parses the body of `POST /v1/responses`.
+pub(crate) fn parse_responses(body: &[u8], bounds: &Bounds) -> Result<Ask, Refusal> {
+    let mut fields = Fields::parse_body(body)?;
+    let model = model_name(&mut fields)?;
+    responses::refuse_state(&mut fields)?;
+    let (messages, instructions) = responses::messages(&mut fields, bounds.messages)?;
+    let max_tokens = fields.integer("max_output_tokens", 1, i64::from(u32::MAX))?.map(saturate);
+    let (logprobs, top_logprobs) = responses::logprobs(&mut fields)?;
+    let sampling = Sampling { logprobs, ..sampling::common(&mut fields, bounds)? };
+    let stream = stream(&mut fields)?;
+    if let Some(mut options) = stream_options(&mut fields, stream)? {
+        options.boolean("include_obfuscation")?;
+        options.finish(&[])?;
+    }
+    let repeats = Repeats {
+        instructions,
+        max_output_tokens: max_tokens,
+        temperature: sampling.temperature,
+        top_p: sampling.top_p,
+        top_logprobs,
+        ..responses::repeats(&mut fields)?
+    };
+    let (stop, debug) = (stop(&mut fields)?, debug(&mut fields)?);
+    fields.finish(&INTERNAL_FIELDS)?;
+    Ok(Ask {
+        model,
+        input: Input::Chat(messages),
+        stream,
+        include_usage: false,
+        n: 1,
+        max_tokens,
+        sampling,
+        stop,
+        echo: false,
+        user: repeats.user.clone(),
+        debug,
+        repeats: Some(Box::new(repeats)),
+    })
+}
+
+/// Parses the body of `POST /v1/messages`.
+pub(crate) fn parse_messages(body: &[u8], bounds: &Bounds) -> Result<Ask, Refusal> {
+    let mut fields = Fields::parse_body(body)?;
+    let model = model_name(&mut fields)?;
+    let max_tokens = messages::max_tokens(&mut fields)?;
+    let messages = messages::messages(&mut fields, bounds.messages)?;
+    messages::refuse_unsupported(&mut fields)?;
+    let ask = Ask {
+        model,
+        input: Input::Chat(messages),
+        stream: stream(&mut fields)?,
+        include_usage: false,
+        n: 1,
+        max_tokens: Some(max_tokens),
+        sampling: messages::sampling(&mut fields)?,
+        stop: messages::stops(&mut fields)?,
+        echo: false,
+        user: messages::user(&mut fields)?,
+        debug: debug(&mut fields)?,
+        repeats: None,
+    };
     fields.finish(&INTERNAL_FIELDS)?;
     Ok(ask)
 }
@@ -182,50 +266,66 @@ fn choices(fields: &mut Fields<'_>, prompts: usize, bounds: &Bounds) -> Result<u
     Ok(n)
 }
 
-/// The fields that both APIs share.
+/// The fields that chat and completions share.
 fn common(fields: &mut Fields<'_>, mut ask: Ask) -> Result<Ask, Refusal> {
-    ask.stream = fields.boolean("stream")?.unwrap_or(false);
-    if let Some(mut options) = fields.object("stream_options")? {
-        if !ask.stream {
-            return Err(Refusal::invalid(
-                "stream_options",
-                "'stream_options' is only allowed when 'stream' is true.",
-            ));
-        }
+    ask.stream = stream(fields)?;
+    if let Some(mut options) = stream_options(fields, ask.stream)? {
         ask.include_usage = options.boolean("include_usage")?.unwrap_or(false);
         options.boolean("include_obfuscation")?;
         options.finish(&[])?;
     }
     ask.stop = stop(fields)?;
-    if let Some(mut debug) = fields.object("baton")? {
-        ask.debug = Debug {
-            report: true,
-            token_ids: debug.boolean("token_ids")?.unwrap_or(false),
-            logits_digest: debug.boolean("logits_digest")?.unwrap_or(false),
-        };
-        debug.finish(&[])?;
-    }
+    ask.debug = debug(fields)?;
     ask.user = fields.string("user")?;
-    for name in ["safety_identifier", "prompt_cache_key", "prompt_cache_retention", "service_tier"] {
+    for name in ["safety_identifier", "prompt_cache_key"] {
         fields.string(name)?;
     }
+    fields.word("prompt_cache_retention", CACHE_RETENTIONS)?;
+    fields.word("service_tier", SERVICE_TIERS)?;
     fields.boolean("store")?;
     fields.metadata("metadata")?;
     Ok(ask)
 }
 
+fn stream(fields: &mut Fields<'_>) -> Result<bool, Refusal> {
+    Ok(fields.boolean("stream")?.unwrap_or(false))
+}
+
+fn stream_options<'a>(fields: &mut Fields<'a>, stream: bool) -> Result<Option<Fields<'a>>, Refusal> {
+    let options = fields.object("stream_options")?;
+    if options.is_some() && !stream {
+        let message = "'stream_options' is only allowed when 'stream' is true.";
+        return Err(Refusal::invalid("stream_options", message));
+    }
+    Ok(options)
+}
+
+fn debug(fields: &mut Fields<'_>) -> Result<Debug, Refusal> {
+    let Some(mut object) = fields.object("baton")? else { return Ok(Debug::default()) };
+    let debug = Debug {
+        report: true,
+        token_ids: object.boolean("token_ids")?.unwrap_or(false),
+        logits_digest: object.boolean("logits_digest")?.unwrap_or(false),
+    };
+    object.finish(&[])?;
+    Ok(debug)
+}
+
 fn stop(fields: &mut Fields<'_>) -> Result<Vec<String>, Refusal> {
     let stops = fields.strings("stop", STOP_MAX)?.unwrap_or_default();
-    for stop in &stops {
-        if stop.is_empty() {
-            return Err(Refusal::invalid("stop", "'stop' must not contain an empty string."));
-        }
-        if stop.len() > STOP_MAX_BYTES {
-            let message = format!("Each text of 'stop' may have at most {STOP_MAX_BYTES} bytes.");
-            return Err(Refusal::invalid("stop", message));
-        }
+    stops.into_iter().map(|stop| check_stop("stop", stop)).collect()
+}
+
+/// Bounds a text that ends an answer.
+fn check_stop(name: &str, stop: String) -> Result<String, Refusal> {
+    if stop.is_empty() {
+        return Err(Refusal::invalid(name, format!("'{name}' must not contain an empty string.")));
     }
-    Ok(stops)
+    if stop.len() > STOP_MAX_BYTES {
+        let message = format!("Each text of '{name}' may have at most {STOP_MAX_BYTES} bytes.");
+        return Err(Refusal::invalid(name, message));
+    }
+    Ok(stop)
 }
 
 #[cfg(test)]

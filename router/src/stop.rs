@@ -9,12 +9,14 @@ pub(crate) struct StopMatcher {
     stops: Vec<String>,
     /// Held back: a proper beginning of at least one stop string, or empty.
     held: String,
+    /// Which stop string ended the text.
+    matched: Option<usize>,
 }
 
 impl StopMatcher {
     /// A matcher at the start of a text; without stop strings it passes everything through.
     pub(crate) fn new(stops: Vec<String>) -> Self {
-        Self { stops, held: String::new() }
+        Self { stops, held: String::new(), matched: None }
     }
 
     /// Takes the next piece, appends to `out` what is safe to show, and says whether the text has ended.
@@ -24,9 +26,10 @@ impl StopMatcher {
             return false;
         }
         self.held.push_str(piece);
-        if let Some(start) = self.first_match() {
+        if let Some((start, which)) = self.first_match() {
             out.push_str(&self.held[..start]);
             self.held.clear();
+            self.matched = Some(which);
             return true;
         }
         let safe = self.held.len() - self.longest_beginning();
@@ -41,10 +44,17 @@ impl StopMatcher {
         self.held.clear();
     }
 
-    /// Where the match that ends first begins; of several that end there, the longest.
-    fn first_match(&self) -> Option<usize> {
-        let found = |stop: &String| self.held.find(stop.as_str()).map(|start| (start + stop.len(), start));
-        self.stops.iter().filter_map(found).min().map(|(_, start)| start)
+    /// The stop string that ended the text, once one has.
+    pub(crate) fn matched(&self) -> Option<&str> {
+        self.matched.map(|which| self.stops[which].as_str())
+    }
+
+    /// Where the match that ends first begins, of several that end there the longest; and which string it is.
+    fn first_match(&self) -> Option<(usize, usize)> {
+        let found = |(which, stop): (usize, &String)| {
+            self.held.find(stop.as_str()).map(|start| (start + stop.len(), start, which))
+        };
+        self.stops.iter().enumerate().filter_map(found).min().map(|(_, start, which)| (start, which))
     }
 
     /// Bytes at the end of the text that could be the beginning of a stop string.

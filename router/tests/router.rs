@@ -10,6 +10,8 @@ mod model_dir;
 
 #[path = "router/api.rs"]
 mod api;
+#[path = "router/bad_fields.rs"]
+mod bad_fields;
 #[path = "router/bad_input.rs"]
 mod bad_input;
 #[path = "router/faults.rs"]
@@ -18,13 +20,21 @@ mod faults;
 mod http2;
 #[path = "router/limits.rs"]
 mod limits;
+#[path = "router/messages.rs"]
+mod messages;
 #[path = "router/placement.rs"]
 mod placement;
+#[path = "router/responses.rs"]
+mod responses;
+#[path = "router/shapes.rs"]
+mod shapes;
 #[path = "router/smuggling.rs"]
 mod smuggling;
 #[path = "router/streams.rs"]
 mod streams;
 #[path = "router/tenants.rs"]
 mod tenants;
+#[path = "router/tokens.rs"]
+mod tokens;
 #[path = "router/wrong_types.rs"]
 mod wrong_types;

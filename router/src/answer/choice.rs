@@ -45,6 +45,8 @@ pub(crate) struct Delta {
 #[derive(Debug)]
 pub(crate) struct End {
     pub(crate) reason: FinishReason,
+    /// The stop string that ended it, if one did.
+    pub(crate) stop: Option<String>,
     pub(crate) trace: Trace,
     /// Milliseconds from the request to the first token.
     pub(crate) ttft_ms: Option<f64>,
@@ -152,6 +154,7 @@ impl Run {
         let ttft = self.first_at.map(|at| at.duration_since(self.spec.started));
         delta.end = Some(End {
             reason,
+            stop: self.stops.matched().map(str::to_owned),
             trace: self.generation.trace().clone(),
             ttft_ms: ttft.map(|ttft| ttft.as_secs_f64() * 1000.0),
         });

@@ -1,4 +1,4 @@
-//! The JSON of chunks and answers in both shapes of the OpenAI API.
+//! The JSON that answers are made of, and the chunks of chat and completions.
 //!
 //! Chunks are written by hand: everything that is the same in all chunks of a stream is formatted once.
 
@@ -10,29 +10,63 @@ use serde_json::{Value, json};
 
 use super::choice::{Delta, End};
 use crate::model::Vocabulary;
-use crate::request::Debug;
+use crate::request::{Debug, Repeats};
+use crate::routes::Dialect;
 
 /// What stands for a log-probability of minus infinity, which JSON cannot say (OpenAI's choice).
 const LOWEST_LOGPROB: f32 = -9999.0;
 
-/// Which of the two shapes.
+/// The shape of requests and answers.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Api {
     Chat,
     Completions,
+    Responses,
+    Messages,
+}
+
+impl Api {
+    /// How the ids of its answers begin.
+    pub(crate) fn id_prefix(self) -> &'static str {
+        match self {
+            Self::Chat => "chatcmpl-",
+            Self::Completions => "cmpl-",
+            Self::Responses => "resp_",
+            Self::Messages => "msg_",
+        }
+    }
+
+    /// The field of its requests that holds the prompt.
+    pub(crate) fn prompt_field(self) -> &'static str {
+        match self {
+            Self::Chat | Self::Messages => "messages",
+            Self::Completions => "prompt",
+            Self::Responses => "input",
+        }
+    }
+
+    /// The shape of its errors.
+    pub(crate) fn dialect(self) -> Dialect {
+        match self {
+            Self::Chat | Self::Completions | Self::Responses => Dialect::OpenAi,
+            Self::Messages => Dialect::Anthropic,
+        }
+    }
 }
 
 /// What all chunks of an answer share.
 #[derive(Debug, Clone)]
 pub(crate) struct Head {
     pub(crate) api: Api,
-    /// `chatcmpl-...` or `cmpl-...`.
+    /// Begins as [`Api::id_prefix`] says.
     pub(crate) id: String,
     pub(crate) created: u64,
     pub(crate) model: String,
     pub(crate) logprobs: bool,
     pub(crate) debug: Debug,
     pub(crate) include_usage: bool,
+    /// What of the request is told again.
+    pub(crate) repeats: Option<Box<Repeats>>,
     pub(crate) vocabulary: Arc<Vocabulary>,
 }
 
@@ -140,11 +174,16 @@ fn token_text(vocabulary: &Vocabulary, token: u32) -> (String, Vec<u8>) {
 
 /// `logprobs` in the shape of chat.
 pub(super) fn chat_logprobs(vocabulary: &Vocabulary, entries: &[(u32, TokenLogprob)]) -> Value {
+    json!({ "content": token_logprobs(vocabulary, entries), "refusal": null })
+}
+
+/// The log-probabilities of tokens, each with its text and bytes, as chat and responses show them.
+pub(super) fn token_logprobs(vocabulary: &Vocabulary, entries: &[(u32, TokenLogprob)]) -> Vec<Value> {
     let one = |token: u32, logprob: f32| {
         let (text, bytes) = token_text(vocabulary, token);
         json!({ "token": text, "logprob": finite(logprob), "bytes": bytes })
     };
-    let content: Vec<Value> = entries
+    entries
         .iter()
         .map(|(token, logprob)| {
             let mut entry = one(*token, logprob.logprob);
@@ -152,8 +191,7 @@ pub(super) fn chat_logprobs(vocabulary: &Vocabulary, entries: &[(u32, TokenLogpr
                 logprob.top.iter().map(|(token, logprob)| one(*token, *logprob)).collect();
             entry
         })
-        .collect();
-    json!({ "content": content, "refusal": null })
+        .collect()
 }
 
 /// `logprobs` in the shape of completions; `offset` is where the text of the first token begins, in characters.
@@ -192,10 +230,7 @@ pub(crate) struct ChunkWriter {
 impl ChunkWriter {
     /// A writer for `choices` choices.
     pub(crate) fn new(head: Head, choices: usize) -> Self {
-        let object = match head.api {
-            Api::Chat => "chat.completion.chunk",
-            Api::Completions => "text_completion",
-        };
+        let object = if head.api == Api::Chat { "chat.completion.chunk" } else { "text_completion" };
         let shared = json!({
             "id": head.id, "object": object, "created": head.created, "model": head.model,
             "system_fingerprint": null
@@ -204,6 +239,11 @@ impl ChunkWriter {
         prefix.extend_from_slice(shared.to_string().trim_end_matches('}').as_bytes());
         prefix.extend_from_slice(b",\"choices\":[");
         Self { head, prefix, choices: vec![(false, 0); choices] }
+    }
+
+    /// The API of the stream.
+    pub(super) fn api(&self) -> Api {
+        self.head.api
     }
 
     /// Writes one delta: the role first, then the text, then the end in a chunk of its own.
@@ -226,9 +266,10 @@ impl ChunkWriter {
         }
         if let Some(end) = &delta.end {
             self.open(delta.index, out);
-            match self.head.api {
-                Api::Chat => out.extend_from_slice(b",\"delta\":{}"),
-                Api::Completions => self.text("", out),
+            if self.head.api == Api::Chat {
+                out.extend_from_slice(b",\"delta\":{}");
+            } else {
+                self.text("", out);
             }
             let quiet = Debug { token_ids: false, logits_digest: false, ..self.head.debug };
             self.extension(baton_object(quiet, &[], None, Some(end)), out);
@@ -254,16 +295,13 @@ impl ChunkWriter {
     }
 
     fn text(&self, text: &str, out: &mut Vec<u8>) {
-        match self.head.api {
-            Api::Chat => {
-                out.extend_from_slice(b",\"delta\":{\"content\":");
-                json_into(text, out);
-                out.push(b'}');
-            }
-            Api::Completions => {
-                out.extend_from_slice(b",\"text\":");
-                json_into(text, out);
-            }
+        if self.head.api == Api::Chat {
+            out.extend_from_slice(b",\"delta\":{\"content\":");
+            json_into(text, out);
+            out.push(b'}');
+        } else {
+            out.extend_from_slice(b",\"text\":");
+            json_into(text, out);
         }
     }
 
@@ -272,11 +310,10 @@ impl ChunkWriter {
             return;
         }
         let vocabulary = &self.head.vocabulary;
-        let value = match self.head.api {
-            Api::Chat => chat_logprobs(vocabulary, &delta.logprobs),
-            Api::Completions => {
-                completion_logprobs(vocabulary, &delta.logprobs, &mut self.choices[delta.index as usize].1)
-            }
+        let value = if self.head.api == Api::Chat {
+            chat_logprobs(vocabulary, &delta.logprobs)
+        } else {
+            completion_logprobs(vocabulary, &delta.logprobs, &mut self.choices[delta.index as usize].1)
         };
         out.extend_from_slice(b",\"logprobs\":");
         json_into(&value, out);
@@ -302,18 +339,11 @@ impl ChunkWriter {
     }
 }
 
-/// Writes an error event, after which the stream ends.
-pub(super) fn error_event(body: &[u8], out: &mut Vec<u8>) {
-    out.extend_from_slice(b"data: ");
-    out.extend_from_slice(body);
-    out.extend_from_slice(b"\n\n");
-}
-
-fn json_into<T: Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
+pub(super) fn json_into<T: Serialize + ?Sized>(value: &T, out: &mut Vec<u8>) {
     if let Err(error) = serde_json::to_writer(out, value) {
-        tracing::error!(%error, "a chunk could not be written");
+        tracing::error!(%error, "a part of an answer could not be written");
     }
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

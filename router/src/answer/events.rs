@@ -11,7 +11,8 @@ use tokio::time::{Instant, Sleep};
 
 use super::Deltas;
 use super::choice::Delta;
-use super::encode::{ChunkWriter, Meter, error_event};
+use super::encode::Meter;
+use super::writer::EventWriter;
 use crate::account::Entry;
 use crate::admit::Place;
 use crate::dispatch::DispatchError;
@@ -20,17 +21,15 @@ use crate::gateway::refusal;
 /// Bytes after which a frame is handed over although more is ready.
 const FRAME_BYTES: usize = 16 << 10;
 
-/// What is sent where there is nothing to send: clients ignore it, proxies see that the stream lives.
-const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
-
 /// Server-sent events, made as the client takes them.
 ///
 /// Whatever is ready goes into one frame. Dropping it, because the client left or because it ended, gives everything
 /// back: the place, the workers, the entry in the books.
 pub(crate) struct EventStream {
     deltas: Deltas,
-    writer: ChunkWriter,
+    writer: EventWriter,
     meter: Meter,
+    begun: bool,
     /// The delta that was waited for before the answer began.
     first: Option<Delta>,
     held: Option<(Entry, Place)>,
@@ -74,7 +73,7 @@ impl EventStream {
     pub(crate) fn new(
         deltas: Deltas,
         first: Option<Delta>,
-        writer: ChunkWriter,
+        writer: EventWriter,
         meter: Meter,
         held: (Entry, Place),
         keep_alive: Duration,
@@ -82,7 +81,7 @@ impl EventStream {
         let mut quiet = Quiet::new(keep_alive);
         // Without a first delta the client has waited long enough.
         quiet.spoken = first.is_some();
-        Self { deltas, writer, meter, first, held: Some(held), quiet }
+        Self { deltas, writer, meter, begun: false, first, held: Some(held), quiet }
     }
 
     /// The next bytes; `None` at the end.
@@ -92,6 +91,9 @@ impl EventStream {
             return Poll::Ready(None);
         }
         let mut out = Vec::with_capacity(512);
+        if !std::mem::replace(&mut this.begun, true) {
+            this.writer.begin(this.meter.usage(), &mut out);
+        }
         if let Some(first) = this.first.take() {
             this.write(&first, &mut out);
         }
@@ -99,7 +101,7 @@ impl EventStream {
             match this.deltas.poll_next_unpin(cx) {
                 Poll::Pending if out.is_empty() => {
                     std::task::ready!(this.quiet.poll(cx));
-                    out.extend_from_slice(KEEP_ALIVE);
+                    out.extend_from_slice(this.writer.keep_alive());
                     return Poll::Ready(Some(Bytes::from(out)));
                 }
                 Poll::Pending => break,
@@ -132,7 +134,8 @@ impl EventStream {
     }
 
     fn break_off(&mut self, error: &DispatchError, out: &mut Vec<u8>) {
-        error_event(&refusal(error).body(), out);
+        let refusal = refusal(error, self.writer.api());
+        self.writer.broken(&refusal, self.meter.usage(), out);
         if let Some((entry, _place)) = self.held.take() {
             entry.broke();
         }

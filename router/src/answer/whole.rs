@@ -7,6 +7,8 @@ use serde_json::{Value, json};
 use super::Deltas;
 use super::choice::{Delta, End};
 use super::encode::{Api, Head, Meter, baton_object, chat_logprobs, completion_logprobs, reason_name};
+use super::messages::MessageWriter;
+use super::responses::ResponseWriter;
 use crate::dispatch::DispatchError;
 
 /// Waits for all choices and writes the answer.
@@ -32,6 +34,13 @@ pub(crate) async fn collect(
     let object = match head.api {
         Api::Chat => "chat.completion",
         Api::Completions => "text_completion",
+        // These have one choice.
+        Api::Responses => {
+            return Ok(ResponseWriter::new(head.clone()).whole(wholes.swap_remove(0), meter.usage()));
+        }
+        Api::Messages => {
+            return Ok(MessageWriter::new(head.clone()).whole(wholes.swap_remove(0), meter.usage()));
+        }
     };
     let choices: Vec<Value> = wholes.into_iter().map(|whole| choice(head, whole)).collect();
     let answer = json!({
@@ -45,19 +54,19 @@ fn choice(head: &Head, whole: Delta) -> Value {
     let reason = whole.end.as_ref().map(|end: &End| reason_name(end.reason));
     let mut choice = json!({ "index": whole.index, "finish_reason": reason, "logprobs": null });
     if head.logprobs {
-        choice["logprobs"] = match head.api {
-            Api::Chat => chat_logprobs(&head.vocabulary, &whole.logprobs),
-            Api::Completions => completion_logprobs(&head.vocabulary, &whole.logprobs, &mut 0),
+        choice["logprobs"] = if head.api == Api::Chat {
+            chat_logprobs(&head.vocabulary, &whole.logprobs)
+        } else {
+            completion_logprobs(&head.vocabulary, &whole.logprobs, &mut 0)
         };
     }
     if let Some(object) = baton_object(head.debug, &whole.tokens, whole.logits_digest, whole.end.as_ref()) {
         choice["baton"] = object;
     }
-    match head.api {
-        Api::Chat => {
-            choice["message"] = json!({ "role": "assistant", "content": whole.text, "refusal": null });
-        }
-        Api::Completions => choice["text"] = Value::String(whole.text),
+    if head.api == Api::Chat {
+        choice["message"] = json!({ "role": "assistant", "content": whole.text, "refusal": null });
+    } else {
+        choice["text"] = Value::String(whole.text);
     }
     choice
 }

@@ -134,6 +134,16 @@ impl Vocabulary {
         self.window(ids)
     }
 
+    /// The text of `ids` at once, special tokens by their names: what gives these ids again when it is tokenized.
+    pub(crate) fn spell(&self, ids: &[u32]) -> Result<String, String> {
+        self.tokenizer.decode(ids, false).map_err(|error| error.to_string())
+    }
+
+    /// A token as the vocabulary writes it; empty where the model has an id that the tokenizer does not know.
+    pub(crate) fn name(&self, id: u32) -> String {
+        self.tokenizer.id_to_token(id).unwrap_or_default()
+    }
+
     /// The bytes of one token by itself, special tokens by their name: what log-probabilities show.
     pub(crate) fn token_bytes(&self, id: u32) -> Vec<u8> {
         let plain = match &self.table {

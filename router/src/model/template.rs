@@ -146,6 +146,15 @@ impl ChatTemplate {
 
     /// The text of a conversation, up to where the assistant's answer begins.
     pub(super) fn render(&self, messages: &[Message]) -> Result<String, TemplateError> {
+        self.render_up_to(messages, true)
+    }
+
+    /// The text of a conversation, with or without what begins the assistant's answer.
+    pub(super) fn render_up_to(
+        &self,
+        messages: &[Message],
+        generation_prompt: bool,
+    ) -> Result<String, TemplateError> {
         let render = || {
             self.environment.get_template(NAME)?.render(context! {
                 messages => messages,
@@ -153,7 +162,7 @@ impl ChatTemplate {
                 eos_token => self.special.eos.as_deref().unwrap_or_default(),
                 pad_token => self.special.pad.as_deref().unwrap_or_default(),
                 unk_token => self.special.unk.as_deref().unwrap_or_default(),
-                add_generation_prompt => true,
+                add_generation_prompt => generation_prompt,
             })
         };
         render().map_err(|error: minijinja::Error| {

@@ -14,6 +14,7 @@ fn every_refusal() -> Vec<Refusal> {
         Refusal::ContextLength { message: "Too long.".to_owned(), param: "messages" },
         Refusal::UnknownModel { model: "gpt-9\"\n".to_owned() },
         Refusal::UnknownPath { method: "GET".to_owned(), path: "/x".repeat(200) },
+        Refusal::NotStored { id: "resp_1".to_owned() },
         Refusal::Method { method: "PUT".to_owned(), path: "/livez".to_owned(), allow: "GET, HEAD" },
         Refusal::SlowBody,
         Refusal::TooLarge { limit: 4096 },
@@ -39,7 +40,7 @@ fn every_refusal() -> Vec<Refusal> {
 fn bodies_and_headers_are_golden() {
     let mut lines = String::new();
     for refusal in every_refusal() {
-        let response = refusal.response();
+        let response = refusal.response(Dialect::OpenAi);
         let mut headers: Vec<String> = response
             .headers()
             .iter()
@@ -47,13 +48,15 @@ fn bodies_and_headers_are_golden() {
             .map(|(name, value)| format!(" {name}: {}", value.to_str().unwrap()))
             .collect();
         headers.sort();
-        let body = refusal.body();
+        let body = refusal.body(Dialect::OpenAi);
+        let anthropic = refusal.body(Dialect::Anthropic);
         lines.push_str(&format!(
-            "{} {:?}{}\n  {}\n",
+            "{} {:?}{}\n  {}\n  {}\n",
             response.status().as_u16(),
             refusal.outcome(),
             headers.concat(),
-            std::str::from_utf8(&body).unwrap()
+            std::str::from_utf8(&body).unwrap(),
+            std::str::from_utf8(&anthropic).unwrap()
         ));
     }
     expect_file!["golden.txt"].assert_eq(&lines);
@@ -63,7 +66,7 @@ fn bodies_and_headers_are_golden() {
 fn no_refusal_is_a_422_and_every_one_parses() {
     for refusal in every_refusal() {
         assert_ne!(refusal.status().as_u16(), 422);
-        let body: serde_json::Value = serde_json::from_slice(&refusal.body()).unwrap();
+        let body: serde_json::Value = serde_json::from_slice(&refusal.body(Dialect::OpenAi)).unwrap();
         assert!(body["error"]["message"].as_str().unwrap().len() < 400);
         assert!(body["error"]["type"].is_string());
     }

@@ -17,44 +17,53 @@ pub(crate) enum Prompt {
 
 /// Reads `prompt`: a string, an array of strings, token ids, or an array of arrays of token ids.
 pub(super) fn prompts(fields: &mut Fields<'_>, bounds: &Bounds) -> Result<Vec<Prompt>, Refusal> {
-    let Some(raw) = fields.take("prompt") else {
-        return Err(Refusal::coded("prompt", "missing_required_parameter", "'prompt' is required."));
-    };
+    texts(fields, "prompt", bounds)
+}
+
+/// Reads a field of the four shapes of `prompt`.
+pub(super) fn texts(fields: &mut Fields<'_>, field: &str, bounds: &Bounds) -> Result<Vec<Prompt>, Refusal> {
+    let Some(raw) = fields.take(field) else { return Err(fields.missing(field)) };
     match kind(raw) {
-        "a string" => return Ok(vec![Prompt::Text(string_at("prompt", raw)?)]),
+        "a string" => return Ok(vec![Prompt::Text(string_at(field, raw)?)]),
         "an array" => {}
         other => {
-            let message = format!("'prompt' must be a string or an array, not {other}.");
-            return Err(Refusal::coded("prompt", "invalid_type", message));
+            let message = format!("'{field}' must be a string or an array, not {other}.");
+            return Err(Refusal::coded(field, "invalid_type", message));
         }
     }
     let first = raw.get()[1..].trim_start().as_bytes().first().copied();
     match first {
         Some(b']') | None => {
-            Err(Refusal::coded("prompt", "empty_array", "'prompt' must not be an empty array."))
+            Err(Refusal::coded(field, "empty_array", format!("'{field}' must not be an empty array.")))
         }
-        Some(b'"') => items_at("prompt", raw, bounds.choices as usize)?
+        Some(b'"') => items_at(field, raw, bounds.choices as usize)?
             .iter()
             .enumerate()
-            .map(|(i, item)| string_at(&format!("prompt[{i}]"), item).map(Prompt::Text))
+            .map(|(i, item)| string_at(&format!("{field}[{i}]"), item).map(Prompt::Text))
             .collect(),
-        Some(b'[') => items_at("prompt", raw, bounds.choices as usize)?
+        Some(b'[') => items_at(field, raw, bounds.choices as usize)?
             .iter()
             .enumerate()
-            .map(|(i, item)| token_ids(&format!("prompt[{i}]"), item, bounds))
+            .map(|(i, item)| prompt_of_ids(&format!("{field}[{i}]"), item, bounds))
             .collect(),
-        Some(_) => Ok(vec![token_ids("prompt", raw, bounds)?]),
+        Some(_) => Ok(vec![prompt_of_ids(field, raw, bounds)?]),
     }
 }
 
-fn token_ids(name: &str, raw: &RawValue, bounds: &Bounds) -> Result<Prompt, Refusal> {
+fn prompt_of_ids(name: &str, raw: &RawValue, bounds: &Bounds) -> Result<Prompt, Refusal> {
+    let ids = token_ids(name, raw, bounds)?;
+    if ids.is_empty() {
+        return Err(Refusal::coded(name, "empty_array", format!("'{name}' must not be empty.")));
+    }
+    Ok(Prompt::Tokens(ids))
+}
+
+/// Reads an array of token ids, all below the model's vocabulary.
+pub(super) fn token_ids(name: &str, raw: &RawValue, bounds: &Bounds) -> Result<Vec<u32>, Refusal> {
     let Ok(ids) = serde_json::from_str::<Vec<u32>>(raw.get()) else {
         let message = format!("'{name}' must hold token ids only: integers from 0 to {}.", bounds.vocab - 1);
         return Err(Refusal::coded(name, "invalid_type", message));
     };
-    if ids.is_empty() {
-        return Err(Refusal::coded(name, "empty_array", format!("'{name}' must not be empty.")));
-    }
     if let Some(at) = ids.iter().position(|id| *id >= bounds.vocab) {
         let message = format!(
             "'{name}[{at}]' is {}, but token ids of this model end at {}.",
@@ -63,7 +72,7 @@ fn token_ids(name: &str, raw: &RawValue, bounds: &Bounds) -> Result<Prompt, Refu
         );
         return Err(Refusal::coded(name, "invalid_token_id", message));
     }
-    Ok(Prompt::Tokens(ids))
+    Ok(ids)
 }
 
 /// Refuses what would change the answer and is not supported.

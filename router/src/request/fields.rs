@@ -4,7 +4,7 @@
 //! twice is refused: whoever reads the body next might take the other one.
 
 use std::borrow::Cow;
-use std::collections::HashSet;
+use std::collections::{BTreeMap, HashSet};
 use std::fmt;
 
 use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
@@ -160,6 +160,11 @@ impl<'a> Fields<'a> {
         Ok(Self { path, entries })
     }
 
+    /// Where the object is.
+    pub(super) fn path(&self) -> &str {
+        &self.path
+    }
+
     /// The full name of a field of this object.
     pub(super) fn name(&self, field: &str) -> String {
         join(&self.path, field)
@@ -170,6 +175,11 @@ impl<'a> Fields<'a> {
         let at = self.entries.iter().position(|(key, _)| key == field)?;
         let (_, raw) = self.entries.swap_remove(at);
         (raw.get() != "null").then_some(raw)
+    }
+
+    /// Looks at a field without taking it; one that is `null` counts as absent.
+    pub(super) fn peek(&self, field: &str) -> Option<&'a RawValue> {
+        self.entries.iter().find(|(key, raw)| key == field && raw.get() != "null").map(|(_, raw)| *raw)
     }
 
     fn mistyped(&self, field: &str, expected: &str, raw: &RawValue) -> Refusal {
@@ -271,9 +281,56 @@ impl<'a> Fields<'a> {
         Fields::parse(self.name(field), raw).map(Some)
     }
 
+    /// Takes a string of at most `max` characters.
+    pub(super) fn short(&mut self, field: &str, max: usize) -> Result<Option<String>, Refusal> {
+        let text = self.string(field)?;
+        if text.as_ref().is_some_and(|text| text.chars().count() > max) {
+            let name = self.name(field);
+            let message = format!("'{name}' may have at most {max} characters.");
+            return Err(Refusal::coded(name, "string_above_max_length", message));
+        }
+        Ok(text)
+    }
+
+    /// Takes one of several words.
+    pub(super) fn word(
+        &mut self,
+        field: &str,
+        words: &'static [&'static str],
+    ) -> Result<Option<&'static str>, Refusal> {
+        let Some(text) = self.string(field)? else { return Ok(None) };
+        let known = words.iter().find(|word| **word == text);
+        known.copied().map(Some).ok_or_else(|| {
+            let name = self.name(field);
+            let message = format!("'{name}' must be {}, not '{}'.", alternatives(words), quoted(&text));
+            Refusal::coded(name, "invalid_value", message)
+        })
+    }
+
+    /// Takes a string that must be there.
+    pub(super) fn required(&mut self, field: &str) -> Result<String, Refusal> {
+        self.string(field)?.ok_or_else(|| self.missing(field))
+    }
+
+    /// What is said of a field that must be there and is not.
+    pub(super) fn missing(&self, field: &str) -> Refusal {
+        let name = self.name(field);
+        let message = format!("'{name}' is required.");
+        Refusal::coded(name, "missing_required_parameter", message)
+    }
+
+    /// Takes a value without effect, which must at least be `expected`, as [`kind`] says it.
+    pub(super) fn ignore(&mut self, field: &str, expected: &str) -> Result<(), Refusal> {
+        match self.take(field) {
+            Some(raw) if kind(raw) != expected => Err(self.mistyped(field, expected, raw)),
+            _ => Ok(()),
+        }
+    }
+
     /// Takes a map of strings as OpenAI bounds it: 16 pairs, keys of 64 and values of 512 characters.
-    pub(super) fn metadata(&mut self, field: &str) -> Result<(), Refusal> {
-        let Some(mut object) = self.object(field)? else { return Ok(()) };
+    pub(super) fn metadata(&mut self, field: &str) -> Result<Option<BTreeMap<String, String>>, Refusal> {
+        let Some(mut object) = self.object(field)? else { return Ok(None) };
+        let mut pairs = BTreeMap::new();
         let name = self.name(field);
         if object.entries.len() > 16 {
             return Err(Refusal::invalid(name, format!("'{field}' may have at most 16 pairs.")));
@@ -284,8 +341,9 @@ impl<'a> Fields<'a> {
                 let message = format!("Keys of '{field}' may have at most 64 characters, values 512.");
                 return Err(Refusal::invalid(name, message));
             }
+            pairs.insert(key, value);
         }
-        Ok(())
+        Ok(Some(pairs))
     }
 
     /// The names of the fields left.
@@ -301,6 +359,16 @@ impl<'a> Fields<'a> {
         let name = join(&self.path, &quoted(key));
         let message = format!("'{name}' is not a known parameter.");
         Err(Refusal::coded(name, "unknown_parameter", message))
+    }
+}
+
+/// `'a', 'b' or 'c'`.
+pub(super) fn alternatives(words: &[&str]) -> String {
+    let quoted: Vec<String> = words.iter().map(|word| format!("'{word}'")).collect();
+    match quoted.split_last() {
+        Some((last, [])) => last.clone(),
+        Some((last, rest)) => format!("{} or {last}", rest.join(", ")),
+        None => String::new(),
     }
 }
 

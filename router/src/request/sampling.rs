@@ -15,7 +15,7 @@ const CHAT_LOGPROBS_MAX: i64 = 20;
 /// Most `logprobs` of completions (OpenAI's bound).
 const COMPLETION_LOGPROBS_MAX: i64 = 5;
 /// Stands for a `top_p` of 0, which OpenAI takes as "the likeliest token only".
-const SMALLEST_TOP_P: f32 = 1e-6;
+pub(super) const SMALLEST_TOP_P: f32 = 1e-6;
 
 /// Reads everything but the log-probabilities, which the two APIs ask for differently.
 pub(super) fn common(fields: &mut Fields<'_>, bounds: &Bounds) -> Result<Sampling, Refusal> {
@@ -42,7 +42,8 @@ pub(super) fn common(fields: &mut Fields<'_>, bounds: &Bounds) -> Result<Samplin
     })
 }
 
-fn random_seed() -> Result<u64, Refusal> {
+/// A seed that nobody asked for.
+pub(super) fn random_seed() -> Result<u64, Refusal> {
     getrandom::u64().map_err(|error| {
         tracing::error!(%error, "no random numbers from the system");
         Refusal::Internal

@@ -29,6 +29,7 @@ fn the_smallest_chat_has_the_documented_defaults() {
         stop: Vec::new(),
         echo: false,
         debug: Debug::default(),
+        repeats: None,
     };
     assert_eq!(ask, expected);
 }
@@ -136,6 +137,135 @@ const FIELDS: [&str; 32] = [
     "prediction",
 ];
 
+type Parse = fn(&[u8]) -> Result<(), Refusal>;
+
+/// What the parsers of the routes beside chat and completions take, and what each of them makes of a body.
+fn parsers() -> [(&'static str, Value, Parse); 8] {
+    let messages = json!([{ "role": "user", "content": "hi" }]);
+    [
+        ("responses", json!({ "model": "m", "input": "hi" }), |b| parse_responses(b, &BOUNDS).map(drop)),
+        ("messages", json!({ "model": "m", "messages": messages, "max_tokens": 1 }), |b| {
+            parse_messages(b, &BOUNDS).map(drop)
+        }),
+        ("count messages", json!({ "model": "m", "messages": messages }), |b| {
+            parse_count_messages(b, &BOUNDS).map(drop)
+        }),
+        ("count input", json!({ "input": "hi" }), |b| parse_count_input(b, &BOUNDS).map(drop)),
+        ("tokenize", json!({ "prompt": "hi" }), |b| parse_tokenize(b, &BOUNDS).map(drop)),
+        ("tokenize chat", json!({ "messages": messages }), |b| parse_tokenize(b, &BOUNDS).map(drop)),
+        ("detokenize", json!({ "tokens": [1] }), |b| parse_detokenize(b, &BOUNDS).map(drop)),
+        ("embeddings", json!({ "model": "m", "input": "hi" }), |b| parse_embeddings(b, &BOUNDS).map(drop)),
+    ]
+}
+
+#[test]
+fn the_smallest_response_has_the_documented_defaults() {
+    let ask = parse_responses(br#"{"model":"m","input":"hi","seed":1}"#, &BOUNDS).unwrap();
+    let repeats = ask.repeats.clone().unwrap();
+    let expected = Ask {
+        user: None,
+        model: "m".to_owned(),
+        input: Input::Chat(vec![Message { role: "user", content: "hi".to_owned(), name: None }]),
+        stream: false,
+        include_usage: false,
+        n: 1,
+        max_tokens: None,
+        sampling: Sampling { seed: 1, ..Sampling::default() },
+        stop: Vec::new(),
+        echo: false,
+        debug: Debug::default(),
+        repeats: ask.repeats.clone(),
+    };
+    assert_eq!(ask, expected);
+    expect_test::expect![[r#""#]].assert_eq(&serde_json::to_string(&repeats).unwrap());
+}
+
+#[test]
+fn every_field_of_a_response_arrives_where_it_belongs() {
+    let body = json!({
+        "model": "m", "instructions": "be", "input": [{ "role": "assistant", "content": [{ "type": "output_text", "text": "a",
+        "annotations": [], "logprobs": [] }] }], "max_output_tokens": 5, "temperature": 0.5, "top_p": 0.25, "top_k": 40,
+        "stream": true, "stream_options": { "include_obfuscation": false }, "stop": "a", "user": "u",
+        "include": ["message.output_text.logprobs", "file_search_call.results"], "top_logprobs": 4,
+        "baton": { "token_ids": true }
+    });
+    let ask = parse_responses(body.to_string().as_bytes(), &BOUNDS).unwrap();
+    assert_eq!((ask.stream, ask.max_tokens, ask.user.as_deref()), (true, Some(5), Some("u")));
+    assert_eq!((ask.sampling.temperature, ask.sampling.top_p, ask.sampling.top_k), (0.5, 0.25, 40));
+    assert_eq!((ask.sampling.logprobs, ask.stop), (Some(4), vec!["a".to_owned()]));
+    assert_eq!(ask.debug, Debug { report: true, token_ids: true, logits_digest: false });
+    let message = |role, content: &str| Message { role, content: content.to_owned(), name: None };
+    assert_eq!(ask.input, Input::Chat(vec![message("system", "be"), message("assistant", "a")]));
+}
+
+#[test]
+fn log_probabilities_are_reported_only_when_included() {
+    let ask = parse_responses(br#"{"model":"m","input":"hi","top_logprobs":3}"#, &BOUNDS).unwrap();
+    assert_eq!((ask.sampling.logprobs, ask.repeats.unwrap().top_logprobs), (None, 3));
+}
+
+#[test]
+fn every_field_of_a_message_arrives_where_it_belongs() {
+    let body = json!({
+        "model": "m", "max_tokens": 5, "system": "be", "temperature": 0, "top_p": 0, "top_k": 3, "stream": true,
+        "stop_sequences": ["a", " b"], "metadata": { "user_id": "u" },
+        "messages": [{ "role": "user", "content": "a" }, { "role": "user", "content": [{ "type": "text", "text": "b" }] }]
+    });
+    let ask = parse_messages(body.to_string().as_bytes(), &BOUNDS).unwrap();
+    assert_eq!((ask.stream, ask.max_tokens, ask.n), (true, Some(5), 1));
+    assert_eq!((ask.stop, ask.user.as_deref()), (vec!["a".to_owned(), " b".to_owned()], Some("u")));
+    assert_eq!((ask.sampling.temperature, ask.sampling.top_k), (0.0, 3));
+    assert!(ask.sampling.top_p > 0.0);
+    let message = |role, content: &str| Message { role, content: content.to_owned(), name: None };
+    assert_eq!(ask.input, Input::Chat(vec![message("system", "be"), message("user", "a\nb")]));
+    let again = parse_messages(body.to_string().as_bytes(), &BOUNDS).unwrap();
+    assert_ne!(again.sampling.seed, ask.sampling.seed, "nobody can give a seed: each request has its own");
+}
+
+#[test]
+fn texts_get_special_tokens_and_conversations_have_them() {
+    let special = |body: Value| parse_tokenize(body.to_string().as_bytes(), &BOUNDS).unwrap().add_special;
+    assert!(special(json!({ "prompt": "a" })));
+    assert!(!special(json!({ "prompt": "a", "add_special_tokens": false })));
+    let messages = json!([{ "role": "user", "content": "hi" }]);
+    assert!(!special(json!({ "messages": messages })));
+    assert!(special(json!({ "messages": messages, "add_special_tokens": true })));
+}
+
+/// Fields of the routes beside chat and completions.
+const MORE_FIELDS: [&str; 30] = [
+    "model",
+    "input",
+    "messages",
+    "prompt",
+    "tokens",
+    "system",
+    "instructions",
+    "max_tokens",
+    "max_output_tokens",
+    "temperature",
+    "top_p",
+    "top_k",
+    "stop",
+    "stop_sequences",
+    "stream",
+    "stream_options",
+    "metadata",
+    "include",
+    "top_logprobs",
+    "text",
+    "reasoning",
+    "thinking",
+    "output_config",
+    "tool_choice",
+    "tools",
+    "truncation",
+    "service_tier",
+    "add_special_tokens",
+    "dimensions",
+    "store",
+];
+
 proptest! {
     #![proptest_config(ProptestConfig::with_cases(2000))]
 
@@ -172,7 +302,33 @@ proptest! {
     }
 
     #[test]
+    fn any_value_of_any_field_of_any_route_is_taken_or_blamed_on_a_field(
+        changes in prop::collection::vec((prop::sample::select(&MORE_FIELDS[..]), any_json()), 1..4),
+        which in 0usize..8,
+    ) {
+        let (name, mut body, parse) = parsers()[which].clone();
+        for (field, value) in &changes {
+            body[*field] = value.clone();
+        }
+        match parse(body.to_string().as_bytes()) {
+            Ok(()) => {}
+            Err(Refusal::Invalid { param, message, .. }) => {
+                let param = param.unwrap_or_default();
+                let top = param.split(['.', '[']).next().unwrap_or_default();
+                // A field that is missing may be one that was set to nothing.
+                let blamed = changes.iter().any(|(field, _)| *field == top) || top == "prompt";
+                prop_assert!(blamed, "{name}: {param}: {message}");
+                prop_assert!(message.len() < 600, "{message}");
+            }
+            Err(other) => prop_assert!(false, "{other:?}"),
+        }
+    }
+
+    #[test]
     fn any_bytes_are_refused_without_a_panic(bytes in prop::collection::vec(any::<u8>(), 0..100)) {
+        for (_, _, parse) in parsers() {
+            prop_assert!(parse(&bytes).is_err());
+        }
         prop_assert!(parse_chat(&bytes, &BOUNDS).is_err());
         prop_assert!(parse_completions(&bytes, &BOUNDS).is_err());
     }

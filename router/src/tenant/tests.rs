@@ -67,7 +67,7 @@ fn a_key_is_good_whole_and_nothing_less() {
     ] {
         let refused = auth.authenticate(&bearer(bad)).unwrap_err();
         assert_eq!(refused.status().as_u16(), 401, "{bad}");
-        let body = String::from_utf8(refused.body().to_vec()).unwrap();
+        let body = String::from_utf8(refused.body(crate::routes::Dialect::OpenAi).to_vec()).unwrap();
         assert!(body.contains("\"code\":\"invalid_api_key\"") && !body.contains(bad), "{body}");
     }
 }

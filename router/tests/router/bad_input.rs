@@ -16,7 +16,7 @@ async fn start() -> (FakeWorker, Harness) {
 }
 
 /// Checks the shape of an error and gives it as one line.
-fn error_line(answer: &Answer) -> String {
+pub(crate) fn error_line(answer: &Answer) -> String {
     assert!((400..500).contains(&answer.status), "{} {}", answer.status, answer.text);
     assert_eq!(answer.headers["content-type"], "application/json");
     let body = answer.json();
@@ -287,7 +287,7 @@ async fn paths_methods_and_types() {
         ("GET", "/"),
         ("GET", "/v1/chat/completions"),
         ("DELETE", "/v1/models"),
-        ("POST", "/v1/embeddings"),
+        ("POST", "/v1/images/generations"),
         ("TRACE", "/metrics"),
         ("BREW", "/v1/completions"),
         ("GET", "/v1/models/nope"),

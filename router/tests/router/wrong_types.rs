@@ -96,25 +96,101 @@ const VALUES: [&str; 34] = [
     "{\"\\ud800\":1}",
 ];
 
+const RESPONSES: [&str; 24] = [
+    "input",
+    "instructions",
+    "max_output_tokens",
+    "max_tool_calls",
+    "include",
+    "top_logprobs",
+    "text",
+    "truncation",
+    "reasoning",
+    "tools",
+    "tool_choice",
+    "parallel_tool_calls",
+    "previous_response_id",
+    "conversation",
+    "prompt",
+    "background",
+    "context_management",
+    "moderation",
+    "prompt_cache_options",
+    "messages",
+    "stream_options",
+    "max_completion_tokens",
+    "image",
+    "access_programs",
+];
+const MESSAGES: [&str; 18] = [
+    "messages",
+    "system",
+    "stop_sequences",
+    "tools",
+    "tool_choice",
+    "thinking",
+    "output_config",
+    "mcp_servers",
+    "container",
+    "inference_geo",
+    "context_management",
+    "diagnostics",
+    "speed",
+    "cache_control",
+    "prompt",
+    "input",
+    "user_profile_id",
+    "workspace_id",
+];
+const TOKENIZE: [&str; 12] = [
+    "prompt",
+    "messages",
+    "add_special_tokens",
+    "return_token_strs",
+    "add_generation_prompt",
+    "continue_final_message",
+    "chat_template",
+    "chat_template_kwargs",
+    "mm_processor_kwargs",
+    "media_io_kwargs",
+    "tools",
+    "tokens",
+];
+const EMBEDDINGS: [&str; 3] = ["input", "dimensions", "encoding_format"];
+
+/// Fields whose limits follow from another one.
+const RELATED: [&str; 8] =
+    ["messages", "prompt", "n", "stream_options", "top_logprobs", "echo", "input", "tokens"];
+
 fn check(answer: &Answer, field: &str, value: &str) {
     let case = format!("{field}: {value}: {} {}", answer.status, answer.text);
     match answer.status {
         200 => {}
         400 | 404 => {
             assert_eq!(answer.headers["content-type"], "application/json", "{case}");
-            let error = &answer.json()["error"];
-            assert_eq!(error["type"], "invalid_request_error", "{case}");
-            assert!(error["message"].as_str().is_some_and(|text| text.len() < 600), "{case}");
+            let body = answer.json();
+            let error = &body["error"];
+            let message = error["message"].as_str().unwrap_or_default();
+            assert!((1..600).contains(&message.len()), "{case}");
+            let kind = error["type"].as_str().unwrap_or_default();
+            assert!(matches!(kind, "invalid_request_error" | "not_found_error"), "{case}");
+            let named =
+                |text: &str| text.starts_with(field) || RELATED.iter().any(|name| text.starts_with(name));
             match &error["param"] {
-                // The body as a whole is no JSON, or the field's limit follows from another one.
-                Value::Null => {
-                    assert!(error["message"].as_str().is_some_and(|text| text.contains("JSON")), "{case}")
+                // Anthropic's errors have nothing but the message.
+                Value::Null if body["type"] == "error" => {
+                    let mut quoted = message.split('\'').skip(1).step_by(2);
+                    let is_named = quoted.any(named) || message.starts_with("The model '");
+                    assert!(
+                        is_named || message.contains("JSON") || message.contains("chat template"),
+                        "{case}"
+                    );
                 }
+                // The body as a whole is no JSON.
+                Value::Null => assert!(message.contains("JSON"), "{case}"),
                 Value::String(param) => {
-                    let related = ["messages", "prompt", "n", "stream_options", "top_logprobs", "echo"];
-                    let named =
-                        param.starts_with(field) || related.iter().any(|name| param.starts_with(name));
-                    assert!(named, "{case}");
+                    let whole_model = param == "model" && error["code"] == "unsupported_model";
+                    assert!(named(param) || whole_model, "{case}");
                 }
                 other => panic!("{other}: {case}"),
             }
@@ -129,9 +205,22 @@ async fn every_field_takes_every_kind_of_value_or_says_its_name() {
     let harness = Harness::start(&[&worker], |_| {}).await;
     let chat = json!({ "model": "tiny", "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 1 });
     let plain = json!({ "model": "tiny", "prompt": "hi", "max_tokens": 1 });
-    for (path, base, own) in
-        [("/v1/chat/completions", chat, &CHAT[..]), ("/v1/completions", plain, &COMPLETIONS[..])]
-    {
+    let input = json!({ "model": "tiny", "input": "hi", "max_output_tokens": 1 });
+    let turns = json!({ "model": "tiny", "messages": [{ "role": "user", "content": "hi" }] });
+    let bounded =
+        json!({ "model": "tiny", "messages": [{ "role": "user", "content": "hi" }], "max_tokens": 1 });
+    for (path, base, own) in [
+        ("/v1/chat/completions", chat, &CHAT[..]),
+        ("/v1/completions", plain, &COMPLETIONS[..]),
+        ("/v1/responses", input, &RESPONSES[..]),
+        ("/v1/responses/input_tokens", json!({ "model": "tiny", "input": "hi" }), &RESPONSES[..]),
+        ("/v1/messages", bounded, &MESSAGES[..]),
+        ("/v1/messages/count_tokens", turns.clone(), &MESSAGES[..]),
+        ("/tokenize", json!({ "prompt": "hi" }), &TOKENIZE[..]),
+        ("/v1/tokenize", turns, &TOKENIZE[..]),
+        ("/detokenize", json!({ "tokens": [104] }), &TOKENIZE[..]),
+        ("/v1/embeddings", json!({ "model": "tiny", "input": "hi" }), &EMBEDDINGS[..]),
+    ] {
         for field in SHARED.iter().chain(own) {
             let bodies: Vec<(&str, String)> = VALUES
                 .iter()
@@ -153,21 +242,53 @@ async fn every_field_takes_every_kind_of_value_or_says_its_name() {
     harness.finish().await;
 }
 
-#[tokio::test]
-async fn messages_hold_nothing_but_messages() {
+/// Puts every value into every field of one message, wherever `place` puts the message.
+async fn within(path: &str, fields: &[&str], message: Value, place: impl Fn(String) -> String) {
     let worker = FakeWorker::start("decode-0", Role::Decode).await;
     let harness = Harness::start(&[&worker], |_| {}).await;
-    for field in ["role", "content", "name", "refusal", "tool_calls", "tool_call_id", "junk"] {
+    for field in fields {
         for value in VALUES {
-            let mut message = json!({ "role": "user", "content": "hi" });
-            message.as_object_mut().expect("an object").remove(field);
+            let mut message = message.clone();
+            message.as_object_mut().expect("an object").remove(*field);
             let message = message.to_string();
-            let body = format!(
-                "{{\"model\":\"tiny\",\"max_tokens\":1,\"messages\":[{{\"{field}\":{value},{}]}}",
-                &message[1..]
-            );
-            check(&harness.ask("POST", "/v1/chat/completions", body).await, field, value);
+            let comma = if message == "{}" { "" } else { "," };
+            let body = place(format!("{{\"{field}\":{value}{comma}{}", &message[1..]));
+            check(&harness.ask("POST", path, body).await, field, value);
         }
     }
     harness.finish().await;
+}
+
+#[tokio::test]
+async fn messages_hold_nothing_but_messages() {
+    let fields = ["role", "content", "name", "refusal", "tool_calls", "tool_call_id", "junk"];
+    let message = json!({ "role": "user", "content": "hi" });
+    let chat = |message| format!("{{\"model\":\"tiny\",\"max_tokens\":1,\"messages\":[{message}]}}");
+    within("/v1/chat/completions", &fields, message.clone(), chat).await;
+    within("/v1/messages", &fields, message.clone(), chat).await;
+    let tokenize = |message| format!("{{\"messages\":[{message}]}}");
+    within("/tokenize", &fields, message.clone(), tokenize).await;
+    let item = |message| format!("{{\"model\":\"tiny\",\"max_output_tokens\":1,\"input\":[{message}]}}");
+    let fields = ["type", "role", "content", "id", "status", "phase", "call_id", "junk"];
+    within("/v1/responses", &fields, message, item).await;
+}
+
+#[tokio::test]
+async fn parts_hold_nothing_but_text() {
+    let fields = ["type", "text", "cache_control", "citations", "annotations", "logprobs", "junk"];
+    let part = |kind: &str| json!({ "type": kind, "text": "hi" });
+    let chat = |part| {
+        format!(
+            "{{\"model\":\"tiny\",\"max_tokens\":1,\"messages\":[{{\"role\":\"user\",\"content\":[{part}]}}]}}"
+        )
+    };
+    within("/v1/chat/completions", &fields, part("text"), chat).await;
+    within("/v1/messages", &fields, part("text"), chat).await;
+    let input = |part| {
+        format!(
+            "{{\"model\":\"tiny\",\"max_output_tokens\":1,\"input\":[{{\"role\":\"user\",\"content\":\"a\"}},\
+             {{\"role\":\"assistant\",\"content\":[{part}]}}]}}"
+        )
+    };
+    within("/v1/responses", &fields, part("output_text"), input).await;
 }

@@ -72,6 +72,28 @@ pub(crate) fn sse(text: &str) -> Vec<String> {
     blocks.map(|block| block.strip_prefix("data: ").expect("an event").to_owned()).collect()
 }
 
+/// The data of named events, each checked against its name; comments are left out.
+pub(crate) fn typed(text: &str) -> Vec<Value> {
+    let blocks = text.split_terminator("\n\n").filter(|block| !block.starts_with(':'));
+    let data = |block: &str| {
+        let (name, data) = block
+            .strip_prefix("event: ")
+            .and_then(|rest| rest.split_once("\ndata: "))
+            .unwrap_or_else(|| panic!("no event: {block}"));
+        let event: Value = serde_json::from_str(data).expect("JSON");
+        assert_eq!(event["type"].as_str(), Some(name), "{block}");
+        event
+    };
+    blocks.map(data).collect()
+}
+
+/// The types of events, repetitions in a row left out.
+pub(crate) fn types(events: &[Value]) -> Vec<&str> {
+    let mut types: Vec<&str> = events.iter().map(|event| event["type"].as_str().expect("a type")).collect();
+    types.dedup();
+    types
+}
+
 impl Harness {
     /// A router before `workers`, with every default but those that `change` touches.
     pub(crate) async fn start(workers: &[&FakeWorker], change: impl FnOnce(&mut RouterOptions)) -> Self {
@@ -152,6 +174,10 @@ impl Harness {
 
     pub(crate) async fn complete(&self, body: &Value) -> Answer {
         self.ask("POST", "/v1/completions", body.to_string()).await
+    }
+
+    pub(crate) async fn post(&self, path: &str, body: &Value) -> Answer {
+        self.ask("POST", path, body.to_string()).await
     }
 
     /// The value of a metric; `name` with its labels, as exported.

@@ -6,25 +6,28 @@ use super::*;
 use crate::dispatch::Trace;
 use crate::model::tests::model_dir::byte_level_tokenizer;
 
-fn head(api: Api) -> Head {
+/// A head of the model `m"}`.
+pub(in crate::answer) fn head(api: Api) -> Head {
     let tokenizer = tokenizers::Tokenizer::from_bytes(byte_level_tokenizer().to_string()).unwrap();
     Head {
         api,
-        id: "id-1".to_owned(),
+        id: format!("{}1", api.id_prefix()),
         created: 7,
         model: "m\"}".to_owned(),
         logprobs: false,
         debug: Debug::default(),
         include_usage: false,
+        repeats: None,
         vocabulary: Arc::new(Vocabulary::new(tokenizer)),
     }
 }
 
-fn delta(text: &str, tokens: &[u32]) -> Delta {
+pub(in crate::answer) fn delta(text: &str, tokens: &[u32]) -> Delta {
     Delta { text: text.to_owned(), tokens: tokens.to_vec(), ..Delta::default() }
 }
 
-fn end() -> End {
+/// An end that was reported in full.
+pub(in crate::answer) fn end() -> End {
     let report = PrefillReport {
         cached_tokens: 1,
         imported_tokens: 2,
@@ -40,7 +43,7 @@ fn end() -> End {
         report: Some(report),
         migrations: 1,
     };
-    End { reason: FinishReason::Stop, trace, ttft_ms: Some(12.5) }
+    End { reason: FinishReason::Stop, stop: None, trace, ttft_ms: Some(12.5) }
 }
 
 fn written(head: Head, deltas: &[Delta]) -> String {
@@ -64,13 +67,13 @@ fn a_chat_stream_is_golden() {
     let mut last = delta("", &[]);
     last.end = Some(end());
     expect![[r#"
-        data: {"created":7,"id":"id-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":null}
+        data: {"created":7,"id":"chatcmpl-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[{"index":0,"delta":{"role":"assistant","content":""},"finish_reason":null}],"usage":null}
 
-        data: {"created":7,"id":"id-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[{"index":0,"delta":{"content":"hi"},"baton":{"logits_digest":"00000000000000ab","token_ids":[104,105]},"finish_reason":null}],"usage":null}
+        data: {"created":7,"id":"chatcmpl-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[{"index":0,"delta":{"content":"hi"},"baton":{"logits_digest":"00000000000000ab","token_ids":[104,105]},"finish_reason":null}],"usage":null}
 
-        data: {"created":7,"id":"id-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[{"index":0,"delta":{},"baton":{"decision":"disaggregated","decode_worker":"d","migrations":1,"prefill":{"cached_tokens":1,"fallback":null,"imported_bytes":3,"imported_tokens":2,"prefill_ms":1.5,"queue_ms":0.5,"transfer_tail_ms":0.25},"prefill_worker":"p","ttft_ms":12.5},"finish_reason":"stop"}],"usage":null}
+        data: {"created":7,"id":"chatcmpl-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[{"index":0,"delta":{},"baton":{"decision":"disaggregated","decode_worker":"d","migrations":1,"prefill":{"cached_tokens":1,"fallback":null,"imported_bytes":3,"imported_tokens":2,"prefill_ms":1.5,"queue_ms":0.5,"transfer_tail_ms":0.25},"prefill_worker":"p","ttft_ms":12.5},"finish_reason":"stop"}],"usage":null}
 
-        data: {"created":7,"id":"id-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7,"prompt_tokens_details":{"cached_tokens":1}}}
+        data: {"created":7,"id":"chatcmpl-1","model":"m\"}","object":"chat.completion.chunk","system_fingerprint":null,"choices":[],"usage":{"prompt_tokens":5,"completion_tokens":2,"total_tokens":7,"prompt_tokens_details":{"cached_tokens":1}}}
 
         data: [DONE]
 
@@ -82,9 +85,9 @@ fn a_completion_stream_is_golden() {
     let mut last = delta("", &[]);
     last.end = Some(end());
     expect![[r#"
-        data: {"created":7,"id":"id-1","model":"m\"}","object":"text_completion","system_fingerprint":null,"choices":[{"index":0,"text":"hi","finish_reason":null}]}
+        data: {"created":7,"id":"cmpl-1","model":"m\"}","object":"text_completion","system_fingerprint":null,"choices":[{"index":0,"text":"hi","finish_reason":null}]}
 
-        data: {"created":7,"id":"id-1","model":"m\"}","object":"text_completion","system_fingerprint":null,"choices":[{"index":0,"text":"","finish_reason":"stop"}]}
+        data: {"created":7,"id":"cmpl-1","model":"m\"}","object":"text_completion","system_fingerprint":null,"choices":[{"index":0,"text":"","finish_reason":"stop"}]}
 
         data: [DONE]
 
