@@ -254,22 +254,23 @@ impl Gateway {
         let bytes = body::read(request.into_body(), self.limits.body, self.timeouts.body).await?;
         let place =
             self.gate.enter(principal, bytes.len() as u64, max_wait).await.map_err(Refusal::Overloaded)?;
-        let mut prepared = if bytes.len() <= INLINE_MAX_BYTES {
-            self.prepare(api, &bytes)?
+        let prepared = if bytes.len() <= INLINE_MAX_BYTES {
+            self.prepare(api, &bytes, cache_salt)?
         } else {
             let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
             let this = Arc::clone(self);
-            tokio::task::spawn_blocking(move || this.prepare(api, &bytes)).await.map_err(|error| {
-                tracing::error!(%error, "preparing a request panicked");
-                Refusal::Internal
-            })??
+            tokio::task::spawn_blocking(move || this.prepare(api, &bytes, cache_salt)).await.map_err(
+                |error| {
+                    tracing::error!(%error, "preparing a request panicked");
+                    Refusal::Internal
+                },
+            )??
         };
-        prepared.cache_salt = cache_salt;
         Ok((prepared, place))
     }
 
     /// Parses, validates and tokenizes.
-    fn prepare(&self, api: Api, bytes: &[u8]) -> Result<Prepared, Refusal> {
+    fn prepare(&self, api: Api, bytes: &[u8], cache_salt: u64) -> Result<Prepared, Refusal> {
         let bounds =
             Bounds { vocab: self.model.vocab, choices: self.limits.choices, messages: self.limits.messages };
         let mut ask = match api {
@@ -280,24 +281,27 @@ impl Gateway {
         let input = std::mem::replace(&mut ask.input, Input::Prompts(Vec::new()));
         let prompts = match input {
             Input::Chat(messages) => {
-                let tokens = self.model.chat_tokens(&messages).map_err(|e| prompt_refusal(&e, "messages"))?;
+                let tokens = self
+                    .model
+                    .chat_tokens(&messages, cache_salt)
+                    .map_err(|e| prompt_refusal(&e, "messages"))?;
                 vec![Tokenized { tokens, echo: None }]
             }
             Input::Prompts(prompts) => {
-                let tokenize = |prompt| self.tokenize(prompt, ask.echo);
+                let tokenize = |prompt| self.tokenize(prompt, ask.echo, cache_salt);
                 prompts.into_iter().map(tokenize).collect::<Result<_, _>>()?
             }
         };
         for prompt in &prompts {
             self.check_context(api, prompt.tokens.len(), ask.max_tokens)?;
         }
-        Ok(Prepared { ask, prompts, cache_salt: 0, placing: Placing::default() })
+        Ok(Prepared { ask, prompts, cache_salt, placing: Placing::default() })
     }
 
-    fn tokenize(&self, prompt: Prompt, echo: bool) -> Result<Tokenized, Refusal> {
+    fn tokenize(&self, prompt: Prompt, echo: bool, salt: u64) -> Result<Tokenized, Refusal> {
         match prompt {
             Prompt::Text(text) => {
-                let tokens = self.model.text_tokens(&text).map_err(|e| prompt_refusal(&e, "prompt"))?;
+                let tokens = self.model.text_tokens(&text, salt).map_err(|e| prompt_refusal(&e, "prompt"))?;
                 Ok(Tokenized { tokens, echo: echo.then_some(text) })
             }
             Prompt::Tokens(tokens) => {
