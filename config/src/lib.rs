@@ -10,6 +10,7 @@ pub mod cidr;
 pub mod environment;
 pub mod fault;
 pub mod fleet;
+pub mod frames;
 pub mod geometry;
 pub mod keys;
 pub mod model_shape;

@@ -1,6 +1,7 @@
 //! Messages between the router and worker agents, and between two worker agents.
 //!
-//! All are JSON over HTTP/1.1; a generation is streamed as newline-delimited JSON, one [`GenerateEvent`] a line.
+//! All are JSON over HTTP/1.1; a generation is streamed as newline-delimited JSON, one [`GenerateEvent`] a line. Between a
+//! router and a worker the same messages travel in [`crate::frames`], all generations over one connection.
 //! Token ids only: text, templates and tokenizers stay in the router. Receivers check every field against their
 //! own limits; nothing here is trusted because it parsed.
 

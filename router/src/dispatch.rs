@@ -5,6 +5,7 @@
 
 mod attempt;
 mod call;
+mod frames;
 mod lines;
 mod place;
 
@@ -22,6 +23,7 @@ use crate::options::Timeouts;
 use crate::schedule::Rules;
 use attempt::{Attempt, Event, Lost};
 pub(crate) use call::{CallError, Caller};
+pub(crate) use frames::Lane;
 use place::Placement;
 
 /// Workers that are tried before the first token.
@@ -32,6 +34,9 @@ const MIGRATIONS_MAX: u32 = 3;
 const DEFAULT_BANDWIDTH: f64 = 1e9;
 /// Between two looks for a replacement worker, besides changes of the view.
 const RETRY_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
+
+/// How long the view of the fleet may lag behind its workers.
+const VIEW_LAG: std::time::Duration = std::time::Duration::from_millis(500);
 
 /// What all generations share.
 #[derive(Debug)]
@@ -162,6 +167,8 @@ pub(crate) struct Generation {
     overloaded: bool,
     /// How many of them, before a token, for want of KV memory.
     too_long: usize,
+    /// How many of them, before a token, because they leave or are in another life.
+    unavailable: usize,
     /// Set while a stream that had begun looks for another worker.
     moving: Option<(MoveReason, Instant)>,
     trace: Trace,
@@ -178,6 +185,7 @@ impl Generation {
             failed: Vec::new(),
             overloaded: false,
             too_long: 0,
+            unavailable: 0,
             moving: None,
             trace: Trace::default(),
         }
@@ -279,6 +287,7 @@ impl Generation {
             return Err(DispatchError::Refused);
         }
         self.too_long += usize::from(matches!(lost, Lost::TooLong(_)) && sent == 0);
+        self.unavailable += usize::from(matches!(lost, Lost::Unavailable(_)) && sent == 0);
         self.overloaded |= matches!(lost, Lost::Overloaded);
         self.failed.push((worker.member.worker.clone(), worker.member.epoch));
         if sent == 0 {
@@ -314,17 +323,31 @@ impl Generation {
         }
     }
 
+    /// Whether all workers that were asked are other than the view says.
+    fn is_outdated(&self) -> bool {
+        self.sent.is_empty() && self.unavailable > 0 && self.unavailable == self.failed.len()
+    }
+
     /// Finds workers and sends both calls.
     async fn place(&mut self) -> Result<Attempt, DispatchError> {
+        if let Some(placement) = self.dispatcher.choose(&self.job, &self.sent, &self.failed) {
+            return self.open(placement);
+        }
         let mut changes = self.dispatcher.fleet.changes();
+        // Workers that are in another life than the view says may be in view again in a moment.
+        let lag = Instant::now() + VIEW_LAG;
         loop {
             if let Some(placement) = self.dispatcher.choose(&self.job, &self.sent, &self.failed) {
                 return self.open(placement);
             }
-            let Some((reason, patience)) = self.moving else { return Err(self.exhausted()) };
-            if Instant::now() >= patience {
-                self.dispatcher.metrics.migrated(reason, false);
-                return Err(DispatchError::WorkerLost);
+            match self.moving {
+                Some((_, patience)) if Instant::now() < patience => {}
+                Some((reason, _)) => {
+                    self.dispatcher.metrics.migrated(reason, false);
+                    return Err(DispatchError::WorkerLost);
+                }
+                None if self.is_outdated() && Instant::now() < lag => {}
+                None => return Err(self.exhausted()),
             }
             changes.mark_unchanged();
             let _ = tokio::time::timeout(RETRY_EVERY, changes.changed()).await;

@@ -243,8 +243,8 @@ impl Gateway {
         principal: &Principal,
     ) -> Result<(Prepared, Place), Refusal> {
         let (bytes, place) = self.admit(request, principal).await?;
-        let mut prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes)).await?;
-        prepared.cache_salt = self.auth.salt(principal)?;
+        let cache_salt = self.auth.salt(principal)?;
+        let prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes, cache_salt)).await?;
         Ok((prepared, place))
     }
 
@@ -286,7 +286,7 @@ impl Gateway {
     }
 
     /// Parses, validates and tokenizes.
-    fn prepare(&self, api: Api, bytes: &[u8]) -> Result<Prepared, Refusal> {
+    fn prepare(&self, api: Api, bytes: &[u8], cache_salt: u64) -> Result<Prepared, Refusal> {
         let parse = match api {
             Api::Chat => request::parse_chat,
             Api::Completions => request::parse_completions,
@@ -298,25 +298,25 @@ impl Gateway {
         let input = std::mem::replace(&mut ask.input, Input::Prompts(Vec::new()));
         let prompts = match input {
             Input::Chat(messages) => {
-                let tokens = self.model.chat_tokens(&messages);
+                let tokens = self.model.chat_tokens(&messages, cache_salt);
                 let tokens = tokens.map_err(|e| prompt_refusal(&e, api.prompt_field()))?;
                 vec![Tokenized { tokens, echo: None }]
             }
             Input::Prompts(prompts) => {
-                let tokenize = |prompt| self.tokenize(prompt, ask.echo);
+                let tokenize = |prompt| self.tokenize(prompt, ask.echo, cache_salt);
                 prompts.into_iter().map(tokenize).collect::<Result<_, _>>()?
             }
         };
         for prompt in &prompts {
             self.check_context(api, prompt.tokens.len(), ask.max_tokens)?;
         }
-        Ok(Prepared { ask, prompts, cache_salt: 0, placing: Placing::default() })
+        Ok(Prepared { ask, prompts, cache_salt, placing: Placing::default() })
     }
 
-    fn tokenize(&self, prompt: Prompt, echo: bool) -> Result<Tokenized, Refusal> {
+    fn tokenize(&self, prompt: Prompt, echo: bool, salt: u64) -> Result<Tokenized, Refusal> {
         match prompt {
             Prompt::Text(text) => {
-                let tokens = self.model.text_tokens(&text).map_err(|e| prompt_refusal(&e, "prompt"))?;
+                let tokens = self.model.text_tokens(&text, salt).map_err(|e| prompt_refusal(&e, "prompt"))?;
                 Ok(Tokenized { tokens, echo: echo.then_some(text) })
             }
             Prompt::Tokens(tokens) => {

@@ -1,6 +1,7 @@
 //! The text side of a model directory: tokenizer, chat template, special tokens, limits.
 
 mod decode;
+mod encode;
 mod template;
 
 use std::path::{Path, PathBuf};
@@ -212,12 +213,12 @@ impl Model {
         })
     }
 
-    /// The tokens of a conversation, ready for the answer of the assistant.
-    pub(crate) fn chat_tokens(&self, messages: &[Message]) -> Result<Vec<u32>, PromptError> {
+    /// The tokens of a conversation, ready for the answer of the assistant; `salt` as in [`Vocabulary::encode`].
+    pub(crate) fn chat_tokens(&self, messages: &[Message], salt: u64) -> Result<Vec<u32>, PromptError> {
         let template = self.template.as_ref().filter(|template| template.exists());
         let text = template.ok_or(PromptError::NoTemplate)?.render(messages)?;
         // The template writes the special tokens itself.
-        let tokens = self.vocabulary.encode(&text, false).map_err(PromptError::Tokenizer)?;
+        let tokens = self.vocabulary.encode(&text, false, salt).map_err(PromptError::Tokenizer)?;
         self.or_bos(tokens)
     }
 
@@ -231,9 +232,9 @@ impl Model {
         Ok(template.ok_or(PromptError::NoTemplate)?.render_up_to(messages, generation_prompt)?)
     }
 
-    /// The tokens of a text to be continued.
-    pub(crate) fn text_tokens(&self, text: &str) -> Result<Vec<u32>, PromptError> {
-        let tokens = self.vocabulary.encode(text, true).map_err(PromptError::Tokenizer)?;
+    /// The tokens of a text to be continued; `salt` as in [`Vocabulary::encode`].
+    pub(crate) fn text_tokens(&self, text: &str, salt: u64) -> Result<Vec<u32>, PromptError> {
+        let tokens = self.vocabulary.encode(text, true, salt).map_err(PromptError::Tokenizer)?;
         self.or_bos(tokens)
     }
 

@@ -233,6 +233,7 @@ impl Server {
         self.tracker.wait().await;
         self.gateway.dispatcher.tracker.close();
         self.gateway.dispatcher.tracker.wait().await;
+        self.gateway.dispatcher.caller.carriers().close().await;
     }
 
     async fn accept(&self, listener: &TcpListener) {

@@ -1,6 +1,8 @@
 //! The router over real sockets, with workers that misbehave as told.
 #![cfg(test)]
 
+#[path = "support/fake_frames.rs"]
+mod fake_frames;
 #[path = "support/fake_worker.rs"]
 mod fake_worker;
 #[path = "support/harness.rs"]
@@ -16,6 +18,8 @@ mod bad_fields;
 mod bad_input;
 #[path = "router/faults.rs"]
 mod faults;
+#[path = "router/frames.rs"]
+mod frames;
 #[path = "router/http2.rs"]
 mod http2;
 #[path = "router/limits.rs"]

@@ -32,7 +32,7 @@ mod decode_io;
 mod handle;
 mod prefill_io;
 
-use handle::Command;
+use handle::{Command, NewsSink};
 pub use handle::{DecodeNews, Handoffs, Open, OpenFailure};
 
 /// Commands waiting for the owner at most; senders wait beyond that.
@@ -110,7 +110,7 @@ struct DecodeLeg {
     blocks: Vec<u32>,
     /// Aborts the read under way.
     pull: CancellationToken,
-    news: mpsc::Sender<DecodeNews>,
+    news: NewsSink,
     /// The request is over; only a fence may be outstanding.
     closed: bool,
 }
@@ -118,7 +118,7 @@ struct DecodeLeg {
 impl DecodeLeg {
     /// The request's task takes one piece of news, or has ended.
     fn tell(&self, news: DecodeNews) {
-        let _ = self.news.try_send(news);
+        self.news.tell(news);
     }
 }
 
@@ -167,7 +167,14 @@ impl Owner {
     fn take(&mut self, command: Command, out: &mut Vec<Action>) {
         match command {
             Command::OpenPrefill(opening, seq, answer) => self.open_prefill(opening, seq, answer, out),
-            Command::OpenDecode(opening, seq, answer) => self.open_decode(opening, seq, answer, out),
+            Command::OpenDecode(opening, seq, news, answer) => {
+                let id = opening.id;
+                let opened = self.open_decode(opening, seq, news, out);
+                let is_open = opened.is_ok();
+                if answer.send(opened).is_err() && is_open {
+                    self.take(Command::CloseDecode(id), out);
+                }
+            }
             Command::PrefillBlocks(id, blocks) => {
                 if let Some(leg) = self.prefills.get_mut(&id) {
                     leg.blocks = blocks;
@@ -245,28 +252,22 @@ impl Owner {
         &mut self,
         opening: Opening,
         seq: SeqId,
-        answer: oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>,
+        news: NewsSink,
         out: &mut Vec<Action>,
-    ) {
-        let (id, own_epoch, peer) = (opening.id, opening.own_epoch, opening.peer.clone());
-        let (news, receiver) = mpsc::channel(1);
-        let result = self.desk.open_decode(now(), opening, out);
-        if result.is_ok() {
-            let leg = DecodeLeg {
-                seq,
-                peer,
-                epoch: own_epoch,
-                blocks: Vec::new(),
-                pull: CancellationToken::new(),
-                news,
-                closed: false,
-            };
-            self.decodes.insert(id, leg);
-        }
-        let opened = result.is_ok();
-        if answer.send(result.map(|()| receiver)).is_err() && opened {
-            self.take(Command::CloseDecode(id), out);
-        }
+    ) -> Result<(), OpenError> {
+        let (id, epoch, peer) = (opening.id, opening.own_epoch, opening.peer.clone());
+        self.desk.open_decode(now(), opening, out)?;
+        let leg = DecodeLeg {
+            seq,
+            peer,
+            epoch,
+            blocks: Vec::new(),
+            pull: CancellationToken::new(),
+            news,
+            closed: false,
+        };
+        self.decodes.insert(id, leg);
+        Ok(())
     }
 
     /// Peers that were in the last view and are not in this one are gone, and so are those with a newer life. One that

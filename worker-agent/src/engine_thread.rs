@@ -1,8 +1,9 @@
 //! The thread that owns the engine.
 //!
 //! Everybody else holds an [`EngineHandle`]: commands go in by a bounded channel, events come out by one bounded
-//! channel per sequence, what is known about the engine as a whole by a watch. The thread sleeps on its channel when
-//! the engine is idle, and never waits for a reader: a sequence's channel has room for all it can ever emit.
+//! channel per sequence or, for those that share a connection, by the inbox of that, which a step wakes once; what is known
+//! about the engine as a whole comes by a watch. The thread sleeps on its channel when the engine is idle, and never waits
+//! for a reader: a sequence's channel has room for all it can ever emit.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -14,6 +15,7 @@ use baton_engine::engine::{AuditError, EngineLoad, Purpose, Step, SubmitError, W
 use baton_engine::{Engine, EngineEvent, SeqId, SequenceSpec};
 use tokio::sync::{mpsc, oneshot, watch};
 
+use crate::inbox::Port;
 use crate::kv_log::KvLog;
 use crate::meter::Mean;
 
@@ -79,6 +81,7 @@ pub enum AuditFailure {
 
 enum Command {
     Submit { spec: Box<SequenceSpec>, taken: oneshot::Sender<Result<Sequence, SubmitError>> },
+    SubmitTo { spec: Box<SequenceSpec>, port: Port, taken: oneshot::Sender<Result<SeqId, SubmitError>> },
     Imported(SeqId, u32),
     StartDecode(SeqId, FirstToken),
     PrefillLocally(SeqId),
@@ -193,6 +196,16 @@ impl EngineHandle {
         Ok(answer.await.map_err(|_| EngineGone)??)
     }
 
+    /// The same; its events go into `port`, which gets none of the progress of a prefill.
+    ///
+    /// # Errors
+    /// When the engine refuses it or is gone.
+    pub async fn submit_to(&self, spec: SequenceSpec, port: Port) -> Result<SeqId, TakeError> {
+        let (taken, answer) = oneshot::channel();
+        self.send(Command::SubmitTo { spec: Box::new(spec), port, taken }).await?;
+        Ok(answer.await.map_err(|_| EngineGone)??)
+    }
+
     /// See [`Engine::imported`].
     pub async fn imported(&self, id: SeqId, upto: u32) {
         self.tell(Command::Imported(id, upto)).await;
@@ -275,11 +288,16 @@ impl EngineHandle {
 
 /// Where the events of a sequence go, and what is measured on the way.
 struct Route {
-    events: mpsc::Sender<EngineEvent>,
+    events: Sink,
     /// Prompt tokens, unless another worker computes them.
     prompt: Option<u32>,
     computed: u32,
     last_token: Option<Instant>,
+}
+
+enum Sink {
+    Own(mpsc::Sender<EngineEvent>),
+    Shared(Port),
 }
 
 struct Thread {
@@ -365,6 +383,7 @@ impl Thread {
     fn obey(&mut self, command: Command) -> Go {
         match command {
             Command::Submit { spec, taken } => self.submit(*spec, taken),
+            Command::SubmitTo { spec, port, taken } => self.submit_to(*spec, port, taken),
             Command::Imported(id, upto) => self.engine.imported(id, upto),
             Command::StartDecode(id, first) => self.engine.start_decode(id, first),
             Command::PrefillLocally(id) => self.engine.prefill_locally(id),
@@ -389,8 +408,6 @@ impl Thread {
     }
 
     fn submit(&mut self, spec: SequenceSpec, taken: oneshot::Sender<Result<Sequence, SubmitError>>) {
-        let id = SeqId(self.next_id);
-        self.next_id += 1;
         let tokens = match spec.purpose {
             Purpose::Export => 1,
             Purpose::Generate | Purpose::Import => {
@@ -398,24 +415,47 @@ impl Thread {
                 room.min(spec.max_tokens as usize) + 1
             }
         };
+        let (sender, events) = mpsc::channel(tokens + EVENTS_BESIDES_TOKENS);
+        let result = self.enter(spec, Sink::Own(sender)).map(|id| Sequence { id, events });
+        if let Err(Ok(sequence)) = taken.send(result) {
+            self.leave(sequence.id);
+        }
+    }
+
+    fn submit_to(
+        &mut self,
+        spec: SequenceSpec,
+        port: Port,
+        taken: oneshot::Sender<Result<SeqId, SubmitError>>,
+    ) {
+        let result = self.enter(spec, Sink::Shared(port));
+        if let Err(Ok(id)) = taken.send(result) {
+            self.leave(id);
+        }
+    }
+
+    fn enter(&mut self, spec: SequenceSpec, events: Sink) -> Result<SeqId, SubmitError> {
+        let id = SeqId(self.next_id);
+        self.next_id += 1;
         let prompt = (spec.purpose != Purpose::Import).then_some(spec.tokens.len());
         let prompt = prompt.and_then(|tokens| u32::try_from(tokens).ok());
-        let result = self.engine.submit(id, spec, Instant::now()).map(|()| {
-            let (sender, events) = mpsc::channel(tokens + EVENTS_BESIDES_TOKENS);
-            self.routes.insert(id, Route { events: sender, prompt, computed: 0, last_token: None });
-            Sequence { id, events }
-        });
-        if let Err(Ok(sequence)) = taken.send(result) {
-            // Whoever asked left in the meantime.
-            self.routes.remove(&sequence.id);
-            self.engine.cancel(sequence.id, Writers::Gone);
-        }
+        self.engine.submit(id, spec, Instant::now())?;
+        self.routes.insert(id, Route { events, prompt, computed: 0, last_token: None });
+        Ok(id)
+    }
+
+    /// Whoever asked for the sequence left in the meantime.
+    fn leave(&mut self, id: SeqId) {
+        self.routes.remove(&id);
+        self.engine.cancel(id, Writers::Gone);
     }
 
     /// Hands the events of a step to their sequences and measures.
     fn dispatch(&mut self, events: &mut Vec<EngineEvent>, began: Instant) {
         let now = Instant::now();
         let mut prefilled = 0;
+        // One port of each inbox that was empty.
+        let mut sleeping: Vec<Port> = Vec::new();
         for event in events.drain(..) {
             let id = event.id();
             let Some(route) = self.routes.get_mut(&id) else { continue };
@@ -432,8 +472,9 @@ impl Thread {
                     prefilled += upto.saturating_sub(route.computed);
                     route.computed = route.computed.max(*upto);
                     // Only the latest matters; the last places are for events that do.
-                    if route.events.capacity() <= EVENTS_BESIDES_TOKENS / 2 {
-                        continue;
+                    match &route.events {
+                        Sink::Own(events) if events.capacity() > EVENTS_BESIDES_TOKENS / 2 => {}
+                        Sink::Own(_) | Sink::Shared(_) => continue,
                     }
                 }
                 EngineEvent::Token { .. } => {
@@ -443,17 +484,26 @@ impl Thread {
                 }
                 EngineEvent::Finished { .. } | EngineEvent::Failed { .. } => {}
             }
-            // A closed channel: its owner has left and its cancel is on the way.
-            if let Err(mpsc::error::TrySendError::Full(event)) = route.events.try_send(event) {
-                tracing::error!(?event, "a sequence emitted more than it can: it is cancelled");
-                self.routes.remove(&id);
-                self.engine.cancel(id, Writers::Gone);
-                continue;
+            match &route.events {
+                Sink::Shared(port) => {
+                    if port.put(event) {
+                        sleeping.push(port.clone());
+                    }
+                }
+                // A closed channel: its owner has left and its cancel is on the way.
+                Sink::Own(events) => {
+                    if let Err(mpsc::error::TrySendError::Full(event)) = events.try_send(event) {
+                        tracing::error!(?event, "a sequence emitted more than it can: it is cancelled");
+                        self.leave(id);
+                        continue;
+                    }
+                }
             }
             if last {
                 self.routes.remove(&id);
             }
         }
+        sleeping.iter().for_each(Port::wake);
         self.prefilled += u64::from(prefilled);
         if prefilled >= SPEED_MIN_TOKENS {
             self.prefill_speed.add(f64::from(prefilled) / now.duration_since(began).as_secs_f64());

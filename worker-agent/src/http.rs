@@ -2,7 +2,8 @@
 //!
 //! | method and path | who calls | answer |
 //! |---|---|---|
-//! | `POST /v1/generate` | router | NDJSON of `GenerateEvent` |
+//! | `POST /v1/generate` | anybody | NDJSON of `GenerateEvent` |
+//! | `GET /v1/stream?epoch=N`, an upgrade | router | frames: any number of generations, see `baton_config::frames` |
 //! | `POST /v1/prefill` | router | `PrefillReply` at the end of the handoff |
 //! | `POST /v1/handoffs/{id}/ticket` | prefill worker | `TicketAck` when the blocks were read |
 //! | `POST /v1/handoffs/{id}/want` | decode worker | 204 |
@@ -46,7 +47,9 @@ mod kv_events;
 mod lines;
 mod openai;
 mod prefill;
+mod prompt_cost;
 pub(crate) mod state;
+mod stream;
 
 /// A step of the engine that takes this long means that requests make no progress.
 pub(crate) const UNREADY_AFTER: Duration = Duration::from_secs(10);
@@ -126,6 +129,8 @@ pub(crate) struct Shared {
     /// The server stops: endless answers end.
     pub(crate) stop: CancellationToken,
     pub(crate) last_error: Mutex<Option<Mishap>>,
+    /// Longest request, in bytes.
+    pub(crate) body_max: usize,
 }
 
 impl Shared {
@@ -142,10 +147,12 @@ impl Shared {
 }
 
 /// The routes of a worker.
-pub(crate) fn routes(shared: Arc<Shared>, body_max_bytes: usize) -> Router {
+pub(crate) fn routes(shared: Arc<Shared>) -> Router {
+    let body_max_bytes = shared.body_max;
     let openai = if shared.simulated { openai::routes() } else { Router::new() };
     openai
         .route("/v1/generate", post(generate::generate))
+        .route(baton_config::frames::PATH, get(stream::stream))
         .route("/v1/prefill", post(prefill::prefill))
         .route("/v1/handoffs/{id}/ticket", post(handoffs::ticket))
         .route("/v1/handoffs/{id}/want", post(handoffs::want))

@@ -27,6 +27,7 @@ pub mod engine_thread;
 pub mod handoff;
 mod http;
 mod in_flight;
+pub mod inbox;
 pub mod kv_log;
 pub mod metadata_cache;
 pub mod meter;

@@ -209,8 +209,9 @@ impl Worker {
             abort: CancellationToken::new(),
             stop: CancellationToken::new(),
             last_error: Mutex::new(None),
+            body_max: usize::try_from(options.body_max.0).unwrap_or(usize::MAX),
         });
-        serve_http(&shared, listener, options.body_max.0);
+        serve_http(&shared, listener);
         Ok(Self { options, stop, address, shared, io, memory, phase, life, engine_thread, handoffs_stop })
     }
 
@@ -520,9 +521,8 @@ fn staging_slots(staging_bytes: u64, block_bytes: usize) -> usize {
     usize::try_from(staging_bytes / block_bytes.max(1) as u64).unwrap_or(usize::MAX).clamp(8, 1 << 16)
 }
 
-fn serve_http(shared: &Arc<Shared>, listener: TcpListener, body_max_bytes: u64) {
-    let body_max = usize::try_from(body_max_bytes).unwrap_or(usize::MAX);
-    let routes = routes(Arc::clone(shared), body_max);
+fn serve_http(shared: &Arc<Shared>, listener: TcpListener) {
+    let routes = routes(Arc::clone(shared));
     // A token is a small write: it must not wait for the acknowledgement of the one before.
     let listener = listener.tap_io(|stream| {
         if let Err(error) = stream.set_nodelay(true) {

@@ -13,6 +13,7 @@ use baton_config::protocol::{
 };
 use bytes::Bytes;
 use futures_util::FutureExt as _;
+use http::uri::Authority;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
 use hyper_util::client::legacy::ResponseFuture;
@@ -20,6 +21,7 @@ use tokio::time::{Instant, Sleep};
 use tokio_util::task::TaskTracker;
 
 use super::call::{self, CallError, Caller};
+use super::frames::{Found, Item, Stream, Way};
 use super::lines::{LineError, Lines};
 use super::place::Placement;
 use super::{Dispatcher, Job};
@@ -49,8 +51,8 @@ pub(super) enum Event {
 }
 
 /// Why an attempt ended without an end.
-#[derive(Debug, thiserror::Error)]
-pub(super) enum Lost {
+#[derive(Debug, Clone, thiserror::Error)]
+pub(crate) enum Lost {
     /// Never connected.
     #[error("cannot connect: {0}")]
     Unreachable(String),
@@ -152,21 +154,85 @@ impl From<LineError> for Lost {
 type PrefillCall = Pin<Box<dyn Future<Output = ()> + Send>>;
 
 /// The call to the decode worker, until its answer begins.
-type Opening = Pin<Box<dyn Future<Output = Result<Incoming, Lost>> + Send>>;
+type Opening = Pin<Box<dyn Future<Output = Result<Source, Lost>> + Send>>;
 
 /// The answer of the decode worker.
 enum Source {
     /// Not begun.
     Opening(Opening),
-    /// Streaming.
-    Open(Incoming),
+    /// Streaming, over a connection of its own.
+    Lines(Box<(Incoming, Lines)>),
+    /// Streaming, over the connection that it shares with others.
+    Frames(Stream),
+}
+
+impl Source {
+    /// Begins a generation; `request` is ready to be sent at once where it is known how.
+    fn open(caller: &Caller, worker: &Worker, request: &GenerateRequest) -> Self {
+        let (authority, epoch) = (worker.authority(), worker.member.epoch);
+        let finding = match worker.lane().find(caller, authority, epoch) {
+            Found::Now(Way::Plain) => {
+                return Self::Opening(Box::pin(opened(post(caller, authority, request))));
+            }
+            Found::Now(Way::Frames(link)) => match Stream::open(&link, request) {
+                Ok(stream) => return Self::Frames(stream),
+                Err(lost) => return Self::Opening(Box::pin(std::future::ready(Err(lost)))),
+            },
+            Found::Soon(finding) => finding,
+        };
+        let (caller, authority, request) = (caller.clone(), authority.clone(), request.clone());
+        Self::Opening(Box::pin(async move {
+            match finding.await? {
+                Way::Frames(link) => Stream::open(&link, &request).map(Self::Frames),
+                Way::Plain => opened(post(&caller, &authority, &request)).await,
+            }
+        }))
+    }
+
+    /// What is there already.
+    fn ready(&mut self) -> Result<Option<Item>, Lost> {
+        match self {
+            Self::Opening(_) => Ok(None),
+            Self::Lines(answer) => {
+                let event = answer.1.next_event()?;
+                Ok(event.map(|event| Item::Event(Box::new(event))))
+            }
+            Self::Frames(stream) => Ok(stream.ready()),
+        }
+    }
+
+    /// Reads the next piece of the answer; safe to drop at any await and call again.
+    async fn read(&mut self) -> Result<Option<Item>, Lost> {
+        match self {
+            Self::Opening(call) => {
+                *self = call.as_mut().await?;
+                Ok(None)
+            }
+            Self::Frames(stream) => std::future::poll_fn(|cx| stream.poll_next(cx)).await.map(Some),
+            Self::Lines(answer) => {
+                let (body, lines) = &mut **answer;
+                match body.frame().await {
+                    Some(Ok(frame)) => {
+                        if let Some(data) = frame.data_ref() {
+                            lines.push(data)?;
+                        }
+                        Ok(None)
+                    }
+                    Some(Err(error)) => Err(Lost::Broken(chain(&error))),
+                    None if lines.is_mid_line() => {
+                        Err(Lost::Broken("the stream ended within a line".to_owned()))
+                    }
+                    None => Err(Lost::Broken("the stream ended without an end".to_owned())),
+                }
+            }
+        }
+    }
 }
 
 /// One attempt.
 pub(super) struct Attempt {
     pub(super) pair: Pair,
     source: Source,
-    lines: Lines,
     occupied: Occupied,
     prefill: Option<PrefillCall>,
     timeouts: Timeouts,
@@ -221,8 +287,7 @@ impl Attempt {
                 peer: prefill.peer(),
             }),
         };
-        let call = dispatcher.caller.post(pair.decode.authority(), "/v1/generate", encode(&generate));
-        let source = Source::Opening(Box::pin(opened(call)));
+        let source = Source::open(&dispatcher.caller, &pair.decode, &generate);
         let prefill = remote.map(|(id, prefill)| {
             let request = PrefillRequest {
                 request_id: job.request_id.clone(),
@@ -248,7 +313,6 @@ impl Attempt {
         Self {
             pair,
             source,
-            lines: Lines::default(),
             occupied,
             prefill,
             timeouts: dispatcher.timeouts.clone(),
@@ -265,32 +329,49 @@ impl Attempt {
     /// Waits for the next event.
     pub(super) async fn next(&mut self) -> Result<Event, Lost> {
         loop {
-            if let Some(event) = self.lines.next_event()? {
-                self.progress_at = Instant::now();
-                return self.take(event);
+            if let Some(item) = self.source.ready()? {
+                return self.take(item);
             }
             tokio::select! {
                 biased;
-                read = read(&mut self.source, &mut self.lines) => read?,
+                read = self.source.read() => {
+                    let read = read?;
+                    self.progress_at = Instant::now();
+                    if let Some(item) = read {
+                        return self.take(item);
+                    }
+                }
                 () = wait(&mut self.prefill), if self.prefill.is_some() => self.prefill = None,
                 () = self.tick.as_mut() => self.check_progress()?,
             }
         }
     }
 
-    fn take(&mut self, event: GenerateEvent) -> Result<Event, Lost> {
+    fn take(&mut self, item: Item) -> Result<Event, Lost> {
+        let event = match item {
+            Item::Token(token) => {
+                self.begin();
+                return Ok(Event::Token { token, logprob: None, logits_digest: None });
+            }
+            Item::Event(event) => *event,
+        };
         match event {
             GenerateEvent::Token { token, logprob, logits_digest } => {
-                if !self.begun {
-                    self.begun = true;
-                    self.occupied.prefilled();
-                    self.calibrate();
-                }
+                self.begin();
                 Ok(Event::Token { token, logprob, logits_digest })
             }
             GenerateEvent::Prefilled(report) => Ok(Event::Prefilled(report)),
             GenerateEvent::Finished { reason } => Ok(Event::Finished(reason)),
             GenerateEvent::Failed { code, message } => Err(Lost::of_code(code, message)),
+        }
+    }
+
+    /// Notes that tokens come.
+    fn begin(&mut self) {
+        if !self.begun {
+            self.begun = true;
+            self.occupied.prefilled();
+            self.calibrate();
         }
     }
 
@@ -320,7 +401,14 @@ impl Attempt {
         let hasty = !(self.begun && self.irreplaceable);
         let frozen =
             hasty && quiet >= self.timeouts.frozen && self.pair.decode.is_suspect(now, self.timeouts.frozen);
-        if quiet >= patience || frozen { Err(Lost::Silent(quiet)) } else { Ok(()) }
+        if quiet < patience && !frozen {
+            return Ok(());
+        }
+        if let Source::Frames(stream) = &self.source {
+            // It may be the connection that is dead: others get another one.
+            self.pair.decode.lane().retire(stream.link());
+        }
+        Err(Lost::Silent(quiet))
     }
 
     /// Lets what is left of a finished attempt end by itself, so that its connections can be used again.
@@ -328,11 +416,11 @@ impl Attempt {
         let Self { source, prefill, occupied, .. } = self;
         drop(occupied);
         let body = match source {
-            Source::Open(mut body) => match body.frame().now_or_never() {
+            Source::Lines(mut answer) => match answer.0.frame().now_or_never() {
                 Some(None) => None,
-                _ => Some(body),
+                _ => Some(answer.0),
             },
-            Source::Opening(_) => None,
+            Source::Opening(_) | Source::Frames(_) => None,
         };
         if body.is_none() && prefill.is_none() {
             return;
@@ -351,33 +439,16 @@ impl Attempt {
     }
 }
 
-/// Reads the next piece of the answer; safe to drop at any await and call again.
-async fn read(source: &mut Source, lines: &mut Lines) -> Result<(), Lost> {
-    match source {
-        Source::Opening(call) => {
-            let body = call.as_mut().await?;
-            *source = Source::Open(body);
-            Ok(())
-        }
-        Source::Open(body) => match body.frame().await {
-            Some(Ok(frame)) => {
-                if let Some(data) = frame.data_ref() {
-                    lines.push(data)?;
-                }
-                Ok(())
-            }
-            Some(Err(error)) => Err(Lost::Broken(chain(&error))),
-            None if lines.is_mid_line() => Err(Lost::Broken("the stream ended within a line".to_owned())),
-            None => Err(Lost::Broken("the stream ended without an end".to_owned())),
-        },
-    }
+/// Begins a generation over a connection of its own.
+fn post(caller: &Caller, authority: &Authority, request: &GenerateRequest) -> ResponseFuture {
+    caller.post(authority, "/v1/generate", encode(request))
 }
 
 /// Waits for the head of the answer and, if that is an error, for its body.
-async fn opened(call: ResponseFuture) -> Result<Incoming, Lost> {
+async fn opened(call: ResponseFuture) -> Result<Source, Lost> {
     let response = call.await.map_err(call::sort)?;
     match tokio::time::timeout(LINGER, call::accepted(response)).await {
-        Ok(accepted) => Ok(accepted?),
+        Ok(accepted) => Ok(Source::Lines(Box::new((accepted?, Lines::default())))),
         Err(_) => Err(Lost::protocol("an error answer without an end")),
     }
 }

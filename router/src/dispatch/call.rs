@@ -3,16 +3,19 @@
 use std::time::Duration;
 
 use baton_config::protocol::{FailureCode, WorkerError, WorkerStatus};
-use baton_config::{Epoch, HandoffId};
+use baton_config::{Epoch, HandoffId, frames};
 use bytes::Bytes;
-use http::header::CONTENT_TYPE;
+use http::header::{CONNECTION, CONTENT_TYPE, UPGRADE};
 use http::uri::Authority;
 use http::{HeaderValue, Method, Request, Response, StatusCode, Uri};
 use http_body_util::{BodyExt as _, Full, Limited};
 use hyper::body::Incoming;
+use hyper::upgrade::Upgraded;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::client::legacy::{Client, ResponseFuture};
 use hyper_util::rt::{TokioExecutor, TokioTimer};
+
+use super::frames::Carriers;
 
 /// Idle connections kept per worker.
 const IDLE_CONNECTIONS: usize = 256;
@@ -24,6 +27,13 @@ const ANSWER_MAX_BYTES: usize = 4 << 20;
 /// Bytes of a worker's answer that the kernel keeps for us: what it would take by itself is megabytes for each client that
 /// does not read.
 const RECEIVE_BYTES: usize = 256 << 10;
+
+/// A connection without a byte is probed after this long,
+const PROBE_AFTER: Duration = Duration::from_secs(15);
+/// this often,
+const PROBE_EVERY: Duration = Duration::from_secs(5);
+/// and so many times before it counts as broken.
+const PROBES: u32 = 3;
 
 /// Why a call to a worker failed.
 #[derive(Debug, thiserror::Error)]
@@ -53,6 +63,7 @@ pub(crate) enum CallError {
 #[derive(Debug, Clone)]
 pub(crate) struct Caller {
     client: Client<HttpConnector, Full<Bytes>>,
+    carriers: Carriers,
 }
 
 impl Caller {
@@ -62,12 +73,43 @@ impl Caller {
         connector.set_connect_timeout(Some(connect));
         connector.set_nodelay(true);
         connector.set_recv_buffer_size(Some(RECEIVE_BYTES));
+        // A connection of frames is quiet for as long as there are no requests: something on the way may forget it.
+        connector.set_keepalive(Some(PROBE_AFTER));
+        connector.set_keepalive_interval(Some(PROBE_EVERY));
+        connector.set_keepalive_retries(Some(PROBES));
         let client = Client::builder(TokioExecutor::new())
             .pool_timer(TokioTimer::new())
             .pool_idle_timeout(IDLE_FOR)
             .pool_max_idle_per_host(IDLE_CONNECTIONS)
             .build(connector);
-        Self { client }
+        Self { client, carriers: Carriers::default() }
+    }
+
+    /// Owners of connections of frames.
+    pub(crate) fn carriers(&self) -> &Carriers {
+        &self.carriers
+    }
+
+    /// A connection of frames to the worker in this life; `None` where it speaks none.
+    pub(super) async fn frames(
+        &self,
+        authority: &Authority,
+        epoch: Epoch,
+    ) -> Result<Option<Upgraded>, CallError> {
+        let mut request = Request::new(Full::default());
+        *request.uri_mut() = uri(authority, &format!("{}?epoch={}", frames::PATH, epoch.0));
+        let headers = request.headers_mut();
+        headers.insert(CONNECTION, HeaderValue::from_static("upgrade"));
+        headers.insert(UPGRADE, HeaderValue::from_static(frames::PROTOCOL));
+        let response = self.client.request(request).await.map_err(sort)?;
+        match response.status() {
+            StatusCode::SWITCHING_PROTOCOLS => {
+                let upgraded = hyper::upgrade::on(response).await;
+                upgraded.map(Some).map_err(|error| CallError::Broken(Box::new(error)))
+            }
+            StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED => Ok(None),
+            _ => accepted(response).await.map(|_| None),
+        }
     }
 
     /// Begins a POST; the future resolves when the head of the answer is there.

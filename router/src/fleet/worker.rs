@@ -13,6 +13,7 @@ use tokio::time::Instant;
 use super::Member;
 use super::known::Known;
 use super::pairs::{Link, Pairs};
+use crate::dispatch::Lane;
 
 /// How long a worker that refused a connection is avoided, unless it answers its state before.
 const DOWN_FOR: Duration = Duration::from_secs(2);
@@ -34,6 +35,7 @@ pub(crate) struct Health {
     prefill_tokens: AtomicU64,
     known: Known,
     pairs: Pairs,
+    lane: Lane,
     /// By how much its prefills take longer than predicted, in thousandths.
     slowness: AtomicU32,
     seen: Mutex<Seen>,
@@ -101,6 +103,7 @@ impl Worker {
             prefill_tokens: AtomicU64::new(0),
             known: Known::new(member.kv.as_ref().map(|kv| kv.block_tokens)),
             pairs: Pairs::default(),
+            lane: Lane::default(),
             slowness: AtomicU32::new(1000),
             seen: Mutex::default(),
         };
@@ -136,6 +139,11 @@ impl Worker {
     /// Where to call it.
     pub(crate) fn authority(&self) -> &Authority {
         &self.health.authority
+    }
+
+    /// How it is called in this life.
+    pub(crate) fn lane(&self) -> &Lane {
+        &self.health.lane
     }
 
     /// Whether new requests should keep away from it for now.

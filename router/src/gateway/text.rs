@@ -54,14 +54,15 @@ impl Gateway {
         principal: &Principal,
     ) -> Result<Response<AnswerBody>, Refusal> {
         let (bytes, _place) = self.admit(request, principal).await?;
-        let body = self.work(bytes, move |this, bytes| this.text_body(job, bytes)).await?;
+        let salt = self.auth.salt(principal)?;
+        let body = self.work(bytes, move |this, bytes| this.text_body(job, bytes, salt)).await?;
         Ok(reply::json(StatusCode::OK, body))
     }
 
-    fn text_body(&self, job: TextJob, bytes: &[u8]) -> Result<Bytes, Refusal> {
+    fn text_body(&self, job: TextJob, bytes: &[u8], salt: u64) -> Result<Bytes, Refusal> {
         let bounds = self.bounds();
         match job {
-            TextJob::Tokenize => json(&self.tokenized(request::parse_tokenize(bytes, &bounds)?)?),
+            TextJob::Tokenize => json(&self.tokenized(request::parse_tokenize(bytes, &bounds)?, salt)?),
             TextJob::Detokenize => {
                 let ask = request::parse_detokenize(bytes, &bounds)?;
                 self.check_named(ask.model.as_deref())?;
@@ -71,12 +72,12 @@ impl Gateway {
             TextJob::CountMessages => {
                 let ask = request::parse_count_messages(bytes, &bounds)?;
                 self.check_named(ask.model.as_deref())?;
-                json(&CountedMessages { input_tokens: self.count(&ask.messages, "messages")? })
+                json(&CountedMessages { input_tokens: self.count(&ask.messages, "messages", salt)? })
             }
             TextJob::CountInput => {
                 let ask = request::parse_count_input(bytes, &bounds)?;
                 self.check_named(ask.model.as_deref())?;
-                let input_tokens = self.count(&ask.messages, "input")?;
+                let input_tokens = self.count(&ask.messages, "input", salt)?;
                 json(&CountedInput { object: "response.input_tokens", input_tokens })
             }
             TextJob::Embeddings => {
@@ -87,7 +88,7 @@ impl Gateway {
         }
     }
 
-    fn tokenized(&self, ask: Tokenize) -> Result<Tokenized, Refusal> {
+    fn tokenized(&self, ask: Tokenize, salt: u64) -> Result<Tokenized, Refusal> {
         self.check_named(ask.model.as_deref())?;
         let text = match ask.source {
             Source::Text(text) => text,
@@ -97,14 +98,14 @@ impl Gateway {
             }
         };
         let vocabulary = &self.model.vocabulary;
-        let tokens = vocabulary.encode(&text, ask.add_special).map_err(broken)?;
+        let tokens = vocabulary.encode(&text, ask.add_special, salt).map_err(broken)?;
         let token_strs = ask.names.then(|| tokens.iter().map(|token| vocabulary.name(*token)).collect());
         Ok(Tokenized { count: tokens.len(), max_model_len: self.model.max_context, tokens, token_strs })
     }
 
     /// The tokens that a conversation would be generated from.
-    fn count(&self, messages: &[Message], field: &'static str) -> Result<usize, Refusal> {
-        let tokens = self.model.chat_tokens(messages).map_err(|error| prompt_refusal(&error, field))?;
+    fn count(&self, messages: &[Message], field: &'static str, salt: u64) -> Result<usize, Refusal> {
+        let tokens = self.model.chat_tokens(messages, salt).map_err(|error| prompt_refusal(&error, field))?;
         Ok(tokens.len())
     }
 

@@ -10,6 +10,8 @@ use std::sync::Arc;
 
 use tokenizers::{DecoderWrapper, Tokenizer};
 
+use super::encode::Pieces;
+
 /// Most tokens a window waits for a character to be complete: UTF-8 has at most four bytes a character.
 const WINDOW_MAX_TOKENS: usize = 6;
 
@@ -19,6 +21,7 @@ pub(crate) struct Vocabulary {
     tokenizer: Tokenizer,
     /// Bytes of every token, for byte-level decoders.
     table: Option<ByteTable>,
+    pieces: Pieces,
 }
 
 /// The bytes of all tokens, back to back.
@@ -98,7 +101,8 @@ impl Vocabulary {
         let _ = tokenizer.with_truncation(None);
         let ids = largest_id(&tokenizer).map_or(0, |id| id.saturating_add(1));
         let table = is_byte_level(tokenizer.get_decoder()).then(|| ByteTable::new(&tokenizer, ids));
-        Self { tokenizer, table }
+        let pieces = Pieces::of(&tokenizer);
+        Self { tokenizer, table, pieces }
     }
 
     /// The number of ids, gaps included.
@@ -119,10 +123,10 @@ impl Vocabulary {
         self.tokenizer.token_to_id(token)
     }
 
-    /// The tokens of `text`, with the special tokens the tokenizer adds by itself if asked for.
-    pub(crate) fn encode(&self, text: &str, add_special: bool) -> Result<Vec<u32>, String> {
-        let encoding = self.tokenizer.encode_fast(text, add_special).map_err(|error| error.to_string())?;
-        Ok(encoding.get_ids().to_vec())
+    /// The tokens of `text`, with the special tokens the tokenizer adds by itself if asked for. That a text was seen before
+    /// is felt under the same `salt` only.
+    pub(crate) fn encode(&self, text: &str, add_special: bool, salt: u64) -> Result<Vec<u32>, String> {
+        self.pieces.encode(&self.tokenizer, text, add_special, salt)
     }
 
     /// The text of `ids` at once, special tokens left out.

@@ -37,7 +37,7 @@ fn a_directory_gives_limits_names_and_tokens() {
     assert_eq!(model.names, ["tiny", "other"]);
     assert_eq!((model.vocab, model.max_context), (model_dir::VOCAB, model_dir::CONTEXT));
     assert_eq!((model.eos.as_slice(), model.bos), (&[model_dir::EOS][..], Some(model_dir::BOS)));
-    let tokens = model.chat_tokens(&[user(" hello ")]).unwrap();
+    let tokens = model.chat_tokens(&[user(" hello ")], 0).unwrap();
     let text = model.vocabulary.decode(&tokens);
     assert_eq!(text, "user: hello\nassistant: ");
     assert_eq!(tokens[0], model_dir::BOS);
@@ -54,22 +54,22 @@ fn generation_config_names_the_end_tokens() {
 #[test]
 fn a_template_file_comes_before_the_configuration() {
     let model = spoiled("chat_template.jinja", Some("{{ messages[0].content }}!")).unwrap();
-    let tokens = model.chat_tokens(&[user("hi")]).unwrap();
+    let tokens = model.chat_tokens(&[user("hi")], 0).unwrap();
     assert_eq!(model.vocabulary.decode(&tokens), "hi!");
 }
 
 #[test]
 fn an_empty_prompt_is_the_first_token_or_refused() {
     let model = spoiled("chat_template.jinja", Some("")).unwrap();
-    assert_eq!(model.chat_tokens(&[user("hi")]).unwrap(), [model_dir::BOS]);
+    assert_eq!(model.chat_tokens(&[user("hi")], 0).unwrap(), [model_dir::BOS]);
     let nameless = r#"{"vocab_size":300,"max_position_embeddings":64}"#;
     let dir = tempfile::tempdir().unwrap();
     model_dir::write(dir.path());
     std::fs::write(dir.path().join("config.json"), nameless).unwrap();
     std::fs::write(dir.path().join("tokenizer_config.json"), "{}").unwrap();
     let model = Model::load(&options(dir.path())).unwrap();
-    assert!(matches!(model.text_tokens(""), Err(PromptError::Empty)));
-    assert!(matches!(model.chat_tokens(&[user("hi")]), Err(PromptError::NoTemplate)));
+    assert!(matches!(model.text_tokens("", 0), Err(PromptError::Empty)));
+    assert!(matches!(model.chat_tokens(&[user("hi")], 0), Err(PromptError::NoTemplate)));
 }
 
 #[test]

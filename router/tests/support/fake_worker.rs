@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
@@ -12,7 +12,7 @@ use baton_config::protocol::{
     PrefillRequest, TokenLogprob, WorkerError, WorkerStatus,
 };
 use baton_config::protocol::{FailureCode, KvEventBatch};
-use baton_config::{Epoch, PoolName, Role, WorkerId};
+use baton_config::{Epoch, PoolName, Role, WorkerId, frames};
 use baton_router::Member;
 use bytes::Bytes;
 use http_body_util::combinators::UnsyncBoxBody;
@@ -24,6 +24,7 @@ use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
 
+use super::fake_frames;
 use super::model_dir::EOS;
 
 /// What a worker does with one generate call.
@@ -39,7 +40,7 @@ pub(crate) enum Act {
     CloseAfter(usize),
     /// Sends nothing more after so many tokens.
     SilentAfter(usize),
-    /// Sends a line that is no event after so many tokens.
+    /// Sends what is not of the protocol after so many tokens.
     GarbageAfter(usize),
     /// Says that it failed after so many tokens.
     FailAfter(usize, FailureCode),
@@ -83,6 +84,8 @@ pub(crate) struct Seen {
     pub(crate) prefilling: AtomicUsize,
     /// Handoffs ended by the router.
     pub(crate) ended: Mutex<Vec<String>>,
+    /// Connections of frames.
+    pub(crate) connections: AtomicUsize,
     /// Bytes handed to the socket.
     pub(crate) sent: AtomicUsize,
 }
@@ -95,20 +98,30 @@ pub(crate) struct FakeWorker {
     _tasks: JoinSet<()>,
 }
 
-struct Script {
+pub(super) struct Script {
     acts: Mutex<VecDeque<Act>>,
     default: Mutex<Act>,
     prefill_hangs: Mutex<bool>,
     prefill_status: Mutex<Option<u16>>,
     kv_events: Mutex<Option<Vec<KvEventBatch>>>,
+    speaks_frames: AtomicBool,
     name: WorkerId,
     role: Role,
 }
 
-struct Open(Arc<Seen>);
+impl Script {
+    /// What the next generate call does.
+    pub(super) fn next(&self, request: &GenerateRequest, seen: &Seen) -> Act {
+        seen.generate.lock().expect("unpoisoned").push(request.clone());
+        let next = self.acts.lock().expect("unpoisoned").pop_front();
+        next.unwrap_or_else(|| self.default.lock().expect("unpoisoned").clone())
+    }
+}
+
+pub(super) struct Open(pub(super) Arc<Seen>);
 
 impl Open {
-    fn begin(seen: &Arc<Seen>) -> Self {
+    pub(super) fn begin(seen: &Arc<Seen>) -> Self {
         seen.open.fetch_add(1, Ordering::SeqCst);
         Self(Arc::clone(seen))
     }
@@ -128,7 +141,7 @@ impl Drop for Prefilling {
     }
 }
 
-type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
+pub(super) type Answer = Response<UnsyncBoxBody<Bytes, std::io::Error>>;
 
 impl FakeWorker {
     /// Starts a worker that behaves well.
@@ -142,6 +155,7 @@ impl FakeWorker {
             prefill_hangs: Mutex::new(false),
             prefill_status: Mutex::new(None),
             kv_events: Mutex::new(None),
+            speaks_frames: AtomicBool::new(true),
             name: worker.clone(),
             role,
         });
@@ -190,6 +204,12 @@ impl FakeWorker {
         self
     }
 
+    /// From now on the worker is one that speaks no frames: each call is a request of its own.
+    pub(crate) fn without_frames(&self) -> &Self {
+        self.script.speaks_frames.store(false, Ordering::SeqCst);
+        self
+    }
+
     /// Generate calls seen.
     pub(crate) fn generated(&self) -> Vec<GenerateRequest> {
         self.seen.generate.lock().expect("unpoisoned").clone()
@@ -221,6 +241,7 @@ async fn accept(listener: TcpListener, script: Arc<Script>, seen: Arc<Seen>) {
             let _ = hyper::server::conn::http1::Builder::new()
                 .max_buf_size(32 << 10)
                 .serve_connection(TokioIo::new(stream), service)
+                .with_upgrades()
                 .await;
         });
     }
@@ -228,6 +249,9 @@ async fn accept(listener: TcpListener, script: Arc<Script>, seen: Arc<Seen>) {
 
 async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>) -> Answer {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
+    if path == frames::PATH && script.speaks_frames.load(Ordering::SeqCst) {
+        return fake_frames::upgrade(request, script, seen);
+    }
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     match path.as_str() {
         "/v1/state" => whole(200, &state(&script, &seen)),
@@ -240,9 +264,7 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>)
         }
         "/v1/generate" => {
             let request: GenerateRequest = serde_json::from_slice(&body).expect("a request of the protocol");
-            seen.generate.lock().expect("unpoisoned").push(request.clone());
-            let next = script.acts.lock().expect("unpoisoned").pop_front();
-            let act = next.unwrap_or_else(|| script.default.lock().expect("unpoisoned").clone());
+            let act = script.next(&request, &seen);
             generate(request, act, seen)
         }
         _ => whole(404, &WorkerError { code: FailureCode::Refused, message: path }),
@@ -326,8 +348,9 @@ fn line(event: &GenerateEvent) -> Bytes {
 }
 
 /// One step of a stream.
-enum Step {
-    Send(Bytes),
+pub(super) enum Step {
+    Send(GenerateEvent),
+    Garbage,
     Break,
     Hang,
     Wait(Duration),
@@ -343,7 +366,12 @@ fn generate(request: GenerateRequest, act: Act, seen: Arc<Seen>) -> Answer {
         loop {
             match steps.next() {
                 None => return None,
-                Some(Step::Send(bytes)) => {
+                Some(Step::Garbage) => {
+                    let garbage = Bytes::from_static(b"{\"event\":\"tok\n");
+                    return Some((Ok(Frame::data(garbage)), Some((steps, open))));
+                }
+                Some(Step::Send(event)) => {
+                    let bytes = line(&event);
                     open.0.sent.fetch_add(bytes.len(), Ordering::SeqCst);
                     return Some((Ok(Frame::data(bytes)), Some((steps, open))));
                 }
@@ -360,25 +388,25 @@ fn generate(request: GenerateRequest, act: Act, seen: Arc<Seen>) -> Answer {
     Response::new(StreamBody::new(stream).boxed_unsync())
 }
 
-fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item = Step> + Send> {
+pub(super) fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item = Step> + Send> {
     let (all, last): (usize, Vec<Step>) = match &act {
         Act::DieAfter(n) => (*n, vec![Step::Break]),
         Act::CloseAfter(n) => (*n, vec![]),
         Act::SilentAfter(n) => (*n, vec![Step::Hang]),
-        Act::GarbageAfter(n) => (*n, vec![Step::Send(Bytes::from_static(b"{\"event\":\"tok\n"))]),
+        Act::GarbageAfter(n) => (*n, vec![Step::Garbage]),
         Act::FailAfter(n, code) => {
             let failed = GenerateEvent::Failed { code: *code, message: "as told".to_owned() };
-            (*n, vec![Step::Send(line(&failed))])
+            (*n, vec![Step::Send(failed)])
         }
         Act::EosAfter(n) => {
             let eos = GenerateEvent::Token { token: EOS, logprob: None, logits_digest: None };
             let end = GenerateEvent::Finished { reason: FinishReason::Stop };
-            (*n, vec![Step::Send(line(&eos)), Step::Send(line(&end))])
+            (*n, vec![Step::Send(eos), Step::Send(end)])
         }
         Act::Endless => (usize::MAX, vec![]),
         _ => {
             let end = GenerateEvent::Finished { reason: FinishReason::Length };
-            (request.max_tokens as usize, vec![Step::Send(line(&end))])
+            (request.max_tokens as usize, vec![Step::Send(end)])
         }
     };
     let said = match &act {
@@ -414,7 +442,7 @@ fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item = Step> + 
         });
         let logits_digest = digest.then_some(0xABCD_0000 + i as u64);
         let event = GenerateEvent::Token { token, logprob, logits_digest };
-        pause.map(Step::Wait).into_iter().chain([Step::Send(line(&event))])
+        pause.map(Step::Wait).into_iter().chain([Step::Send(event)])
     });
-    Box::new([Step::Send(line(&report))].into_iter().chain(body).chain(last))
+    Box::new([Step::Send(report)].into_iter().chain(body).chain(last))
 }

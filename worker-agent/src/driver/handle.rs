@@ -8,6 +8,7 @@ use tokio::sync::{mpsc, oneshot, watch};
 
 use crate::handoff::decode::ImportReport;
 use crate::handoff::{Answer, DecodeEvent, GiveUp, OpenError, Opening, PrefillEvent};
+use crate::inbox::Port;
 
 /// How the handoff of a generate request went.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -31,10 +32,29 @@ pub enum OpenFailure {
     Closed,
 }
 
+/// Where the news of a decode side goes.
+#[derive(Debug)]
+pub(super) enum NewsSink {
+    /// To the task of the request.
+    Own(mpsc::Sender<DecodeNews>),
+    /// To where the events of its sequence go.
+    Shared(Port),
+}
+
+impl NewsSink {
+    /// Passes it on; the request may have ended.
+    pub(super) fn tell(&self, news: DecodeNews) {
+        match self {
+            Self::Own(news_of_one) => drop(news_of_one.try_send(news)),
+            Self::Shared(port) => port.tell(news),
+        }
+    }
+}
+
 /// What the owner is asked to do.
 pub(super) enum Command {
     OpenPrefill(Opening, SeqId, oneshot::Sender<Result<oneshot::Receiver<HandoffOutcome>, OpenError>>),
-    OpenDecode(Opening, SeqId, oneshot::Sender<Result<mpsc::Receiver<DecodeNews>, OpenError>>),
+    OpenDecode(Opening, SeqId, NewsSink, oneshot::Sender<Result<(), OpenError>>),
     PrefillBlocks(HandoffId, Vec<BlockId>),
     Prefill(HandoffId, PrefillEvent),
     DecodeAdmitted { id: HandoffId, cached: u32, blocks: Vec<BlockId> },
@@ -87,7 +107,26 @@ impl Handoffs {
         opening: Opening,
         seq: SeqId,
     ) -> Result<mpsc::Receiver<DecodeNews>, OpenFailure> {
-        let opened = self.ask(|answer| Command::OpenDecode(opening, seq, answer)).await;
+        let (news, receiver) = mpsc::channel(1);
+        self.begin_decode(opening, seq, NewsSink::Own(news)).await?;
+        Ok(receiver)
+    }
+
+    /// The same; the news goes where the events of the sequence go.
+    ///
+    /// # Errors
+    /// [`OpenFailure`].
+    pub async fn open_decode_into(
+        &self,
+        opening: Opening,
+        seq: SeqId,
+        port: Port,
+    ) -> Result<(), OpenFailure> {
+        self.begin_decode(opening, seq, NewsSink::Shared(port)).await
+    }
+
+    async fn begin_decode(&self, opening: Opening, seq: SeqId, news: NewsSink) -> Result<(), OpenFailure> {
+        let opened = self.ask(|answer| Command::OpenDecode(opening, seq, news, answer)).await;
         Ok(opened.ok_or(OpenFailure::Closed)??)
     }
 

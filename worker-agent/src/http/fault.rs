@@ -4,8 +4,8 @@ use axum::Json;
 use axum::body::Bytes;
 use axum::extract::rejection::BytesRejection;
 use axum::response::{IntoResponse, Response};
-use baton_config::HandoffId;
-use baton_config::protocol::{FailureCode, WorkerError};
+use baton_config::protocol::{FailureCode, GenerateEvent, WorkerError};
+use baton_config::{Epoch, HandoffId};
 use baton_engine::engine::SubmitError;
 use http::StatusCode;
 use serde::de::DeserializeOwned;
@@ -40,9 +40,23 @@ impl Fault {
         Self::new(StatusCode::TOO_MANY_REQUESTS, FailureCode::Overloaded, message)
     }
 
+    /// Another life of this worker is meant.
+    pub(crate) fn stale(current: Option<Epoch>) -> Self {
+        let current = current.map_or_else(|| "none".to_owned(), |epoch| epoch.to_string());
+        let message = format!("the message is of another life of a worker, this one is in epoch {current}");
+        Self::new(StatusCode::CONFLICT, FailureCode::Unavailable, message)
+    }
+
     /// Whether another life of this worker was meant.
     pub(crate) fn is_stale(&self) -> bool {
         self.status == StatusCode::CONFLICT
+    }
+}
+
+impl From<Fault> for GenerateEvent {
+    /// The same where there is no answer of its own to say it with.
+    fn from(Fault { code, message, .. }: Fault) -> Self {
+        Self::Failed { code, message }
     }
 }
 
@@ -95,12 +109,7 @@ impl From<OpenFailure> for Fault {
 /// The fault that stands for an answer which is none of the good ones.
 pub(crate) fn of_answer(answer: Answer) -> Fault {
     match answer {
-        Answer::Stale { current } => {
-            let current = current.map_or_else(|| "none".to_owned(), |epoch| epoch.to_string());
-            let message =
-                format!("the message is of another life of a worker, this one is in epoch {current}");
-            Fault::new(StatusCode::CONFLICT, FailureCode::Unavailable, message)
-        }
+        Answer::Stale { current } => Fault::stale(current),
         Answer::Unknown => {
             Fault::new(StatusCode::NOT_FOUND, FailureCode::Unavailable, "no such handoff is known here")
         }

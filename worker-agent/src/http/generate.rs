@@ -8,17 +8,16 @@ use axum::extract::State;
 use axum::extract::rejection::BytesRejection;
 use axum::response::Response;
 use baton_config::HandoffId;
-use baton_config::protocol::{FailureCode, GenerateEvent, GenerateRequest, HandoffRef, PrefillReport};
+use baton_config::protocol::{FailureCode, GenerateEvent, GenerateRequest, HandoffRef};
 use baton_engine::EngineEvent;
 use baton_engine::engine::{Purpose, SequenceSpec, Writers};
 use tokio::sync::{mpsc, oneshot};
-use tokio::time::Instant;
 
 use super::fault::{Fault, parse};
+use super::prompt_cost::PromptCost;
 use super::{Shared, lines};
 use crate::driver::{DecodeNews, OpenFailure};
 use crate::engine_thread::Sequence;
-use crate::handoff::decode::ImportReport;
 use crate::handoff::{GiveUp, OpenError, Opening};
 use crate::metrics::{RequestEnd, RequestKind, TokenKind};
 use crate::validate;
@@ -80,13 +79,7 @@ struct Generation {
     out: mpsc::Sender<Bytes>,
     sequence: Sequence,
     handoff: Option<(HandoffId, mpsc::Receiver<DecodeNews>)>,
-    prompt: u32,
-    cached: u32,
-    queued: Duration,
-    admitted: Option<Instant>,
-    import: ImportReport,
-    fallback: Option<GiveUp>,
-    reported: bool,
+    cost: PromptCost,
 }
 
 /// Why a request's task ends.
@@ -145,19 +138,7 @@ impl Generation {
                 }
             }
         }
-        Ok(Self {
-            shared,
-            out,
-            sequence,
-            handoff: opened,
-            prompt,
-            cached: 0,
-            queued: Duration::ZERO,
-            admitted: None,
-            import: ImportReport::default(),
-            fallback,
-            reported: false,
-        })
+        Ok(Self { shared, out, sequence, handoff: opened, cost: PromptCost::new(prompt, fallback) })
     }
 
     async fn run(mut self) {
@@ -191,9 +172,8 @@ impl Generation {
                 }
                 () = out.closed() => return End::Left,
                 Some(news) = next_news(&mut self.handoff) => {
-                    if self.take_news(news) {
-                        let message = "a transfer could not be confirmed to have ended".to_owned();
-                        return End::Failed(FailureCode::Engine, message);
+                    if let Err(unfenced) = self.cost.take_news(news) {
+                        return End::Failed(FailureCode::Engine, unfenced.to_string());
                     }
                     continue;
                 }
@@ -208,25 +188,10 @@ impl Generation {
         }
     }
 
-    /// Whether the news is that the request cannot go on.
-    fn take_news(&mut self, news: DecodeNews) -> bool {
-        match news {
-            DecodeNews::Imported(report) => self.import = report,
-            DecodeNews::Local(why, report) => {
-                self.import = report;
-                self.fallback = Some(why);
-            }
-            DecodeNews::Failed => return true,
-        }
-        false
-    }
-
     async fn pass_on(&mut self, event: EngineEvent) -> Option<End> {
         match event {
             EngineEvent::Admitted { cached_tokens, blocks, queued, .. } => {
-                self.cached = cached_tokens;
-                self.queued = queued;
-                self.admitted = Some(Instant::now());
+                self.cost.admitted(cached_tokens, queued);
                 if let Some((id, _)) = &self.handoff {
                     self.shared.handoffs.decode_admitted(*id, cached_tokens, blocks).await;
                 }
@@ -234,7 +199,7 @@ impl Generation {
             }
             EngineEvent::Prefilled { .. } => None,
             EngineEvent::Token { token, logprob, logits_digest, .. } => {
-                if !self.reported
+                if self.cost.is_due()
                     && let Err(end) = self.report().await
                 {
                     return Some(end);
@@ -251,24 +216,13 @@ impl Generation {
 
     /// Says what the prompt cost, right before the first token.
     async fn report(&mut self) -> Result<(), End> {
-        self.reported = true;
         // The news of a handoff is sent before the engine is told to go on, so it is there by now.
         if let Some(news) = self.handoff.as_mut().and_then(|(_, news)| news.try_recv().ok()) {
-            self.take_news(news);
+            self.cost
+                .take_news(news)
+                .map_err(|unfenced| End::Failed(FailureCode::Engine, unfenced.to_string()))?;
         }
-        let prefilled = self.admitted.map_or(Duration::ZERO, |at| at.elapsed());
-        let computed = self.prompt.saturating_sub(self.cached + self.import.tokens);
-        self.shared.metrics.tokens(TokenKind::Cached, u64::from(self.cached));
-        self.shared.metrics.tokens(TokenKind::Computed, u64::from(computed));
-        let report = PrefillReport {
-            cached_tokens: self.cached,
-            imported_tokens: self.import.tokens,
-            imported_bytes: self.import.bytes,
-            queue_ms: self.queued.as_secs_f64() * 1e3,
-            prefill_ms: prefilled.as_secs_f64() * 1e3,
-            transfer_tail_ms: self.import.tail.as_secs_f64() * 1e3,
-            fallback: self.fallback.filter(|why| why.is_fault()).map(|why| why.name().to_owned()),
-        };
+        let report = self.cost.report(&self.shared.metrics);
         self.send(&GenerateEvent::Prefilled(report)).await
     }
 

@@ -118,7 +118,7 @@ proptest! {
     #[test]
     fn any_text_comes_through_both_vocabularies(text in "[a-c é😀\u{4e00}\u{0301}]{0,40}") {
         for vocabulary in [byte_level(), metaspace()] {
-            let ids = vocabulary.encode(&text, true).unwrap();
+            let ids = vocabulary.encode(&text, true, 0).unwrap();
             let shown = pieces(&vocabulary, &ids);
             prop_assert_eq!(shown.concat(), vocabulary.decode(&ids));
             prop_assert!(!shown.iter().any(|piece| piece.contains('\u{FFFD}')), "{:?}", shown);

@@ -1,0 +1,225 @@
+//! Text to token ids, a piece at a time, each piece tokenized once.
+//!
+//! A conversation comes back with every turn, a little longer. It is cut where the tokenizer itself cuts or provably does
+//! not look across, so that the ids of the whole are those of the pieces, one after the other; pieces that were seen before
+//! cost a look into a table.
+//!
+//! - At *marks*, added tokens that are cut out of the raw text before anything else happens to it (`normalized: false`).
+//!   A piece begins with its mark, so that what is true of text at the very beginning only (`prepend_scheme: first`) is not
+//!   true of it. Added tokens that swallow spaces to their left, ask for word boundaries, or could be overlapped from the
+//!   left by another added token are no marks.
+//! - Within plain text before ` x` after `x`, where both are ASCII letters, for pre-tokenizers whose expressions are known to
+//!   end a match there, whatever comes before and after ([`WORD_PATTERNS`]).
+//!
+//! Where none of this holds, or the tokenizer is not deterministic, nothing is cut and nothing is kept.
+
+mod cache;
+
+use std::sync::Arc;
+
+use tokenizers::pre_tokenizers::split::SplitPattern;
+use tokenizers::tokenizer::SplitDelimiterBehavior;
+use tokenizers::{
+    AddedToken, ModelWrapper, NormalizerWrapper, PostProcessorWrapper, PreTokenizerWrapper, Tokenizer,
+};
+
+use cache::Cache;
+
+/// Bytes of pieces and their tokens that are kept.
+const CACHE_BYTES: usize = 16 << 20;
+/// A plain text is cut at the first place after so many bytes: short enough that texts share pieces, long enough that
+/// looking one up is nothing beside tokenizing it.
+const CHUNK_BYTES: usize = 256;
+
+/// Expressions in which letters, within a match, are followed by nothing but letters. All of a text is matched by them.
+const WORD_PATTERNS: [&str; 2] = [
+    // Llama 3, and GPT-4 without possessive quantifiers.
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+    // Qwen 2 and later.
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
+];
+
+/// How the texts of one tokenizer are cut, and the pieces that were seen.
+#[derive(Debug)]
+pub(super) struct Pieces {
+    /// Marks, by their first byte.
+    marks: Vec<Vec<String>>,
+    /// Whether plain text is cut between words.
+    words: bool,
+    /// What the tokenizer puts around a text by itself; `None` where that is not just put around.
+    around: Option<(Vec<u32>, Vec<u32>)>,
+    /// Absent where nothing can be kept.
+    cache: Option<Cache>,
+}
+
+impl Pieces {
+    /// Finds out where texts may be cut.
+    pub(super) fn of(tokenizer: &Tokenizer) -> Self {
+        let mut added: Vec<&AddedToken> =
+            tokenizer.get_added_vocabulary().get_added_tokens_decoder().values().collect();
+        added.retain(|token| !token.content.is_empty());
+        let mut marks = vec![Vec::new(); 256];
+        let steady = is_deterministic(tokenizer.get_model())
+            && !tokenizer.get_added_vocabulary().get_encode_special_tokens();
+        let raw: Vec<&AddedToken> = added.iter().copied().filter(|token| !token.normalized).collect();
+        for mark in raw.iter().filter(|token| is_mark(token, &raw)) {
+            marks[usize::from(mark.content.as_bytes()[0])].push(mark.content.clone());
+        }
+        let words = splits_words(tokenizer.get_pre_tokenizer())
+            && keeps_words(tokenizer.get_normalizer())
+            && added.iter().all(|token| leaves_words_alone(token));
+        Self { marks, words, around: around(tokenizer), cache: steady.then(|| Cache::new(CACHE_BYTES)) }
+    }
+
+    /// The ids of a text; pieces of texts of another `salt` are not found.
+    pub(super) fn encode(
+        &self,
+        tokenizer: &Tokenizer,
+        text: &str,
+        add_special: bool,
+        salt: u64,
+    ) -> Result<Vec<u32>, String> {
+        let around = match (&self.around, add_special) {
+            (_, false) => Some((&[][..], &[][..])),
+            (Some((before, after)), true) => Some((&before[..], &after[..])),
+            (None, true) => None,
+        };
+        let (Some(cache), Some((before, after))) = (&self.cache, around) else {
+            return whole(tokenizer, text, add_special);
+        };
+        let mut ids = Vec::with_capacity(text.len() / 3 + before.len() + after.len());
+        ids.extend_from_slice(before);
+        for piece in self.cut(text) {
+            if let Some(known) = cache.get(salt, piece) {
+                ids.extend_from_slice(&known);
+                continue;
+            }
+            let new: Arc<[u32]> = whole(tokenizer, piece, false)?.into();
+            ids.extend_from_slice(&new);
+            cache.put(salt, piece, new);
+        }
+        ids.extend_from_slice(after);
+        Ok(ids)
+    }
+
+    /// The pieces of a text, none of them empty.
+    fn cut<'a>(&'a self, text: &'a str) -> impl Iterator<Item = &'a str> {
+        let mut rest = text;
+        std::iter::from_fn(move || {
+            let (piece, after) = rest.split_at_checked(self.next_cut(rest)?)?;
+            rest = after;
+            Some(piece)
+        })
+    }
+
+    /// Where the first piece of a text ends.
+    fn next_cut(&self, text: &str) -> Option<usize> {
+        if text.is_empty() {
+            return None;
+        }
+        let bytes = text.as_bytes();
+        let is_mark = |at: usize| {
+            self.marks[usize::from(bytes[at])].iter().any(|mark| bytes[at..].starts_with(mark.as_bytes()))
+        };
+        let is_word = |at: usize| {
+            self.words
+                && at > CHUNK_BYTES
+                && bytes[at] == b' '
+                && bytes[at - 1].is_ascii_alphabetic()
+                && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)
+        };
+        let cut = (1..bytes.len()).find(|at| is_word(*at) || is_mark(*at));
+        Some(cut.unwrap_or(bytes.len()))
+    }
+}
+
+fn whole(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>, String> {
+    let encoding = tokenizer.encode_fast(text, add_special).map_err(|error| error.to_string())?;
+    Ok(encoding.get_ids().to_vec())
+}
+
+fn is_deterministic(model: &ModelWrapper) -> bool {
+    match model {
+        ModelWrapper::BPE(bpe) => bpe.dropout.is_none(),
+        ModelWrapper::WordPiece(_) | ModelWrapper::WordLevel(_) | ModelWrapper::Unigram(_) => true,
+    }
+}
+
+/// Whether a raw added token, wherever it occurs, begins a match of the tokenizer's own search.
+fn is_mark(token: &AddedToken, raw: &[&AddedToken]) -> bool {
+    let plain = !token.single_word && !token.lstrip && !token.normalized;
+    // Others look at what is next to them: at words, at spaces.
+    let first = token.content.chars().next();
+    let aloof = first.is_some_and(|c| !c.is_whitespace() && !c.is_alphanumeric() && c != '_');
+    plain && aloof && !raw.iter().any(|other| reaches_into(&other.content, &token.content))
+}
+
+/// Whether an occurrence of `other` can begin before one of `token` and end after its beginning.
+fn reaches_into(other: &str, token: &str) -> bool {
+    let suffixes = other.char_indices().skip(1).map(|(at, _)| &other[at..]);
+    suffixes.into_iter().any(|suffix| token.starts_with(suffix) || suffix.starts_with(token))
+}
+
+/// Whether the pre-tokenizer ends a match between a letter and a space.
+fn splits_words(pre_tokenizer: Option<&PreTokenizerWrapper>) -> bool {
+    use PreTokenizerWrapper::{ByteLevel, Sequence, Split};
+    match pre_tokenizer {
+        // Its own expression is that of GPT-2, for which the same holds.
+        Some(ByteLevel(bytes)) => !bytes.add_prefix_space && bytes.use_regex,
+        Some(Sequence(sequence)) => match sequence.as_ref() {
+            [Split(split), ByteLevel(bytes)] => {
+                let known = match &split.pattern {
+                    SplitPattern::Regex(pattern) => WORD_PATTERNS.contains(&pattern.as_str()),
+                    SplitPattern::String(_) => false,
+                };
+                let isolated = split.behavior == SplitDelimiterBehavior::Isolated && !split.invert;
+                known && isolated && !bytes.add_prefix_space && !bytes.use_regex
+            }
+            _ => false,
+        },
+        _ => false,
+    }
+}
+
+/// Whether the normalizer does the same to two texts and to one made of both, where they meet as ASCII letter and space.
+fn keeps_words(normalizer: Option<&NormalizerWrapper>) -> bool {
+    // Composition needs a combining character, and there is none.
+    matches!(normalizer, None | Some(NormalizerWrapper::NFC(_)))
+}
+
+/// Whether an added token neither holds a space nor takes those around it.
+fn leaves_words_alone(token: &AddedToken) -> bool {
+    !token.lstrip && !token.rstrip && !token.content.contains(char::is_whitespace)
+}
+
+/// What the tokenizer puts before and after any text.
+fn around(tokenizer: &Tokenizer) -> Option<(Vec<u32>, Vec<u32>)> {
+    fn puts_around(processor: &PostProcessorWrapper) -> bool {
+        match processor {
+            PostProcessorWrapper::Sequence(all) => all.as_ref().iter().all(puts_around),
+            PostProcessorWrapper::Roberta(_)
+            | PostProcessorWrapper::Bert(_)
+            | PostProcessorWrapper::ByteLevel(_)
+            | PostProcessorWrapper::Template(_) => true,
+        }
+    }
+    if !tokenizer.get_post_processor().is_none_or(puts_around) {
+        return None;
+    }
+    let mut found = None;
+    // A template may leave the text out or put it twice; two texts tell.
+    for text in ["a", "a b"] {
+        let bare = whole(tokenizer, text, false).ok()?;
+        let dressed = whole(tokenizer, text, true).ok()?;
+        let more = dressed.len().checked_sub(bare.len())?;
+        let before = (0..=more).find(|at| dressed[*at..].starts_with(&bare))?;
+        let this = (dressed[..before].to_vec(), dressed[before + bare.len()..].to_vec());
+        if *found.get_or_insert_with(|| this.clone()) != this {
+            return None;
+        }
+    }
+    found
+}
+
+#[cfg(test)]
+mod tests;
