@@ -4,6 +4,8 @@
 //! knows no certificate authority but those it is given: it works in an image without any. Conductors are called
 //! through a [`Caller`], which shows them who is calling; nobody else is ever shown that.
 
+use std::path::Path;
+
 use rustls::ClientConfig;
 
 mod caller;
@@ -15,6 +17,26 @@ pub use fault::TlsFault;
 /// The start of a client; add timeouts and build it.
 pub fn builder() -> reqwest::ClientBuilder {
     builder_with(crate::tls::trusting_nobody())
+}
+
+/// The same, for servers of other projects; see [`server_tls`].
+pub fn builder_for_servers(tls: ClientConfig) -> reqwest::ClientBuilder {
+    builder_with(tls)
+}
+
+/// The TLS of a client of `servers`: it believes `ca_file`, or the authorities of the system; nobody where no server
+/// speaks TLS.
+///
+/// # Errors
+/// When there is nobody to believe and somebody should be.
+pub fn server_tls<'a>(
+    servers: impl IntoIterator<Item = &'a str>,
+    ca_file: Option<&Path>,
+) -> Result<ClientConfig, crate::TlsError> {
+    match servers.into_iter().any(|url| url.starts_with("https:")) {
+        true => crate::tls::trusting(ca_file),
+        false => Ok(crate::tls::trusting_nobody()),
+    }
 }
 
 /// A client without any timeout, for tools and tests that put their own deadlines around calls.

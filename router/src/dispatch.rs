@@ -22,7 +22,7 @@ use crate::options::Timeouts;
 use crate::schedule::Rules;
 use attempt::{Attempt, Event, Lost};
 pub(crate) use call::{CallError, Caller};
-use place::Placement;
+pub(crate) use place::{Placement, Sought};
 
 /// Workers that are tried before the first token.
 const ATTEMPTS_MAX: usize = 4;

@@ -1,5 +1,7 @@
 //! From a request's head to its answer.
 
+mod pass_on;
+
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 
@@ -19,11 +21,12 @@ use crate::answer::{self, AnswerBody, Api, ChoiceSpec, ChunkWriter, EventStream,
 use crate::body;
 use crate::clock::unix_seconds;
 use crate::dispatch::{DispatchError, Dispatcher, Explanation, Job};
+use crate::forward::Forwarder;
 use crate::metrics::Metrics;
 use crate::model::{Model, PromptError, TemplateError};
 use crate::options::{Limits, Timeouts};
 use crate::reply::{self, Refusal};
-use crate::request::{self, Ask, Bounds, Input, Prompt};
+use crate::request::{self, Ask, Bounds, Input, Passing, Prompt};
 use crate::routes::Route;
 use crate::tenant::{Auth, Principal};
 
@@ -38,6 +41,8 @@ const EXPLAIN_HEADER: &str = "x-baton-explain";
 pub(crate) struct Gateway {
     pub(crate) model: Arc<Model>,
     pub(crate) dispatcher: Arc<Dispatcher>,
+    /// Passes everything that a server of another project answers on to such servers, where there are any.
+    pub(crate) forward: Option<Arc<Forwarder>>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) auth: Arc<Auth>,
@@ -99,6 +104,10 @@ impl Gateway {
         let path = request.uri().path();
         let route = Route::of_path(path);
         let mut entry = Entry::open(Arc::clone(&self.metrics), route);
+        if let (Some(forwarder), Some(passing)) = (&self.forward, Passing::of_path(path)) {
+            let forwarder = Arc::clone(forwarder);
+            return self.pass_on(forwarder, passing, request, entry).await;
+        }
         let principal = match self.check(route, &request, &mut entry) {
             Ok(principal) => principal,
             Err(refused) => {
@@ -140,11 +149,16 @@ impl Gateway {
         if !route.needs_key() {
             return Ok(None);
         }
-        let principal = self.auth.authenticate(request.headers())?;
+        self.principal(request.headers(), entry).map(Some)
+    }
+
+    /// Whose request it is.
+    fn principal(&self, headers: &HeaderMap, entry: &mut Entry) -> Result<Arc<Principal>, Refusal> {
+        let principal = self.auth.authenticate(headers)?;
         if self.auth.is_guarded() {
             entry.belongs_to(&principal);
         }
-        Ok(Some(principal))
+        Ok(principal)
     }
 
     /// Answers what takes no work.
@@ -172,10 +186,14 @@ impl Gateway {
     }
 
     fn model_object(&self, name: &str) -> serde_json::Value {
-        json!({
-            "id": name, "object": "model", "created": 0, "owned_by": "baton", "root": self.model.id,
-            "max_model_len": self.model.max_context
-        })
+        let mut object = json!({
+            "id": name, "object": "model", "created": 0, "owned_by": "baton", "root": self.model.id
+        });
+        // The servers that run it know better.
+        if self.forward.is_none() {
+            object["max_model_len"] = self.model.max_context.into();
+        }
+        object
     }
 
     fn models(&self) -> Response<AnswerBody> {
@@ -218,14 +236,24 @@ impl Gateway {
                 refused.response()
             }
         };
-        let response = match explanation.as_ref().and_then(Explanation::get) {
+        self.annotated(response, explanation.as_ref(), &principal)
+    }
+
+    /// The answer with what is told beside it.
+    fn annotated(
+        &self,
+        response: Response<AnswerBody>,
+        explanation: Option<&Explanation>,
+        principal: &Principal,
+    ) -> Response<AnswerBody> {
+        let response = match explanation.and_then(Explanation::get) {
             Some(text) => reply::explained(response, text),
             None => response,
         };
         if principal.quota == Quota::default() {
             return response;
         }
-        reply::with_left(response, self.gate.left(&principal))
+        reply::with_left(response, self.gate.left(principal))
     }
 
     /// What the head of a request says about where it should go.
@@ -245,33 +273,52 @@ impl Gateway {
         request: Request<Incoming>,
         principal: &Principal,
     ) -> Result<(Prepared, Place), Refusal> {
+        let (bytes, place) = self.admit(request, principal).await?;
+        let mut prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes)).await?;
+        prepared.cache_salt = self.auth.salt(principal)?;
+        Ok((prepared, place))
+    }
+
+    /// Reads a body and waits for a place, as soon as the head says that both may be had.
+    async fn admit(
+        self: &Arc<Self>,
+        request: Request<Incoming>,
+        principal: &Principal,
+    ) -> Result<(Bytes, Place), Refusal> {
         let headers = request.headers();
         body::check_head(headers, self.limits.body)?;
         let max_wait = body::max_wait(headers)?;
         let announced = body::announced(headers).unwrap_or(0);
         self.gate.check(principal, announced, max_wait).map_err(Refusal::Overloaded)?;
-        let cache_salt = self.auth.salt(principal)?;
         let bytes = body::read(request.into_body(), self.limits.body, self.timeouts.body).await?;
-        let place =
-            self.gate.enter(principal, bytes.len() as u64, max_wait).await.map_err(Refusal::Overloaded)?;
-        let mut prepared = if bytes.len() <= INLINE_MAX_BYTES {
-            self.prepare(api, &bytes)?
-        } else {
-            let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
-            let this = Arc::clone(self);
-            tokio::task::spawn_blocking(move || this.prepare(api, &bytes)).await.map_err(|error| {
-                tracing::error!(%error, "preparing a request panicked");
-                Refusal::Internal
-            })??
-        };
-        prepared.cache_salt = cache_salt;
-        Ok((prepared, place))
+        let entered = self.gate.enter(principal, bytes.len() as u64, max_wait).await;
+        Ok((bytes, entered.map_err(Refusal::Overloaded)?))
+    }
+
+    /// Does what takes a while for large bodies.
+    async fn work<T: Send + 'static>(
+        self: &Arc<Self>,
+        bytes: Bytes,
+        job: impl FnOnce(&Self, &Bytes) -> Result<T, Refusal> + Send + 'static,
+    ) -> Result<T, Refusal> {
+        if bytes.len() <= INLINE_MAX_BYTES {
+            return job(self, &bytes);
+        }
+        let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
+        let this = Arc::clone(self);
+        tokio::task::spawn_blocking(move || job(&this, &bytes)).await.map_err(|error| {
+            tracing::error!(%error, "preparing a request panicked");
+            Refusal::Internal
+        })?
+    }
+
+    fn bounds(&self) -> Bounds {
+        Bounds { vocab: self.model.vocab, choices: self.limits.choices, messages: self.limits.messages }
     }
 
     /// Parses, validates and tokenizes.
     fn prepare(&self, api: Api, bytes: &[u8]) -> Result<Prepared, Refusal> {
-        let bounds =
-            Bounds { vocab: self.model.vocab, choices: self.limits.choices, messages: self.limits.messages };
+        let bounds = self.bounds();
         let mut ask = match api {
             Api::Chat => request::parse_chat(bytes, &bounds)?,
             Api::Completions => request::parse_completions(bytes, &bounds)?,

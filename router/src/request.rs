@@ -3,6 +3,7 @@
 mod chat;
 mod completions;
 mod fields;
+mod passed;
 mod sampling;
 
 use baton_config::protocol::Sampling;
@@ -12,6 +13,7 @@ use fields::Fields;
 
 pub(crate) use chat::Message;
 pub(crate) use completions::Prompt;
+pub(crate) use passed::{Passed, Passing, parse_passed};
 
 /// A valid request: nothing in it needs checking again, except that the prompt fits the model once tokenized.
 #[derive(Debug, Clone, PartialEq)]

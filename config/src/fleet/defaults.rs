@@ -108,6 +108,9 @@ pub const SIM_DECODE_PER_CONTEXT_TOKEN: Duration = Duration::from_nanos(20);
 /// `pools[].engine.seed`.
 pub const SIM_SEED: u64 = 0;
 
+/// `pools[].engine.silent_timeout_ms`: servers that parse tool calls may hold back what they have for a while.
+pub const SILENT_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// `pools[].kv.block_tokens`.
 pub const BLOCK_TOKENS: u32 = 16;
 /// `pools[].kv.layout`.
