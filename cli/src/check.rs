@@ -44,8 +44,12 @@ pub(crate) fn load(flag: Option<&Path>, environment: &Environment) -> Result<Fle
 /// Refuses a model directory that the parts of the fleet would refuse, before any of them is started.
 pub(crate) fn model(fleet: &Fleet) -> Result<(), Failure> {
     let remedy = "use a complete directory of one Llama, Qwen2 or Qwen3 model, as it was published";
+    // Whoever passes requests on needs no model of its own.
+    let Some(directory) = fleet.model.directory.as_ref().filter(|_| !fleet.passes_on()) else {
+        return Ok(());
+    };
     if fleet.pools.iter().any(|pool| pool.engine.kind() == EngineKind::Reference) {
-        Reference::inspect(&fleet.model.path).map_err(|error| fleet.model_fault(chain(&error), remedy))?;
+        Reference::inspect(&directory.path).map_err(|error| fleet.model_fault(chain(&error), remedy))?;
     }
     baton_router::inspect(&RouterOptions::from_fleet(fleet).model)
         .map_err(|error| fleet.model_fault(chain(&error), remedy))?;

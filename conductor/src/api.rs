@@ -51,6 +51,9 @@ pub struct Register {
     pub kv: Option<KvGeometry>,
     /// `host:port` on which the worker already listens.
     pub address: String,
+    /// As in [`WorkerRecord::server`].
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
     /// Transfer metadata, base64.
     #[serde(default)]
     pub transfer: String,

@@ -21,6 +21,26 @@ pub fn builder() -> reqwest::ClientBuilder {
     builder_with(crate::tls::trusting_nobody())
 }
 
+/// The same, for servers of other projects; see [`server_tls`].
+pub fn builder_for_servers(tls: ClientConfig) -> reqwest::ClientBuilder {
+    builder_with(tls)
+}
+
+/// The TLS of a client of `servers`: it believes `ca_file`, or the authorities of the system; nobody where no server
+/// speaks TLS.
+///
+/// # Errors
+/// When there is nobody to believe and somebody should be.
+pub fn server_tls<'a>(
+    servers: impl IntoIterator<Item = &'a str>,
+    ca_file: Option<&Path>,
+) -> Result<ClientConfig, crate::TlsError> {
+    match servers.into_iter().any(|url| url.starts_with("https:")) {
+        true => crate::tls::trusting(ca_file),
+        false => Ok(crate::tls::trusting_nobody()),
+    }
+}
+
 /// A client without any timeout, for tools and tests that put their own deadlines around calls.
 pub fn client() -> reqwest::Client {
     match builder().build() {

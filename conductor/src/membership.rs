@@ -43,6 +43,8 @@ pub struct Registration {
     pub kv: Option<KvGeometry>,
     /// `host:port` of the HTTP API; the worker must already listen there.
     pub address: String,
+    /// As in [`WorkerRecord::server`](crate::record::WorkerRecord::server).
+    pub server: Option<String>,
     /// Metadata of the transfer agent, base64.
     pub transfer: String,
     /// State to start in.
@@ -225,9 +227,9 @@ impl Membership {
 
 impl Registration {
     fn into_request(self) -> Register {
-        let Self { worker, pool, role, model, engine, kv, address, transfer, state } = self;
+        let Self { worker, pool, role, model, engine, kv, address, server, transfer, state } = self;
         let (incarnation, pid) = (random_id(), std::process::id());
-        Register { worker, incarnation, pool, role, model, engine, kv, address, transfer, state, pid }
+        Register { worker, incarnation, pool, role, model, engine, kv, address, server, transfer, state, pid }
     }
 }
 

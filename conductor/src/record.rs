@@ -58,6 +58,10 @@ pub struct WorkerRecord {
     pub kv: Option<KvGeometry>,
     /// `host:port` of its HTTP API.
     pub address: String,
+    /// `http://HOST:PORT` of the OpenAI-compatible server that it stands beside, where requests go to that instead of to
+    /// the worker.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server: Option<String>,
     /// Metadata of its transfer agent, base64; opaque here, without remote keys. Shared by all records of one life;
     /// empty where it was not asked for.
     pub transfer: Arc<str>,

@@ -153,6 +153,10 @@ impl Registry {
         validate::registration(&request, &self.pools)?;
         validate::model(&request.model, self.rules.model.as_deref())?;
         validate::allowed(&request.address, &self.rules.allowed_addresses)?;
+        if let Some(server) = &request.server {
+            // Where the worker says that requests go must be as good a place as where it says that it is.
+            validate::allowed(&validate::authority(server)?, &self.rules.allowed_addresses)?;
+        }
         let key = worker_key(&request.worker);
         for _ in 0..ATTEMPTS {
             let held = self.store.get(&key).await?;
@@ -299,6 +303,7 @@ impl Registry {
             engine: request.engine.clone(),
             kv: request.kv,
             address: request.address.clone(),
+            server: request.server.clone(),
             transfer: request.transfer.as_str().into(),
             state: request.state,
             pid: request.pid,

@@ -52,6 +52,9 @@ pub enum TlsError {
         /// Why not.
         why: String,
     },
+    /// A server of another project speaks TLS, and there is nobody to believe.
+    #[error("this system names no authority to trust: name that of the server with engine.ca_file")]
+    UnknownServer,
     /// There is an `https` endpoint and nobody to believe.
     #[error("this system names no authority to trust: name one with conductor.tls.ca_file")]
     NoAuthorities,
@@ -226,6 +229,17 @@ impl fmt::Debug for ClientFiles {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         f.write_str("ClientFiles(secret)")
     }
+}
+
+/// The side of a client of servers of other projects, whose certificates are of this authority, or of one of the
+/// system's.
+pub(crate) fn trusting(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+    let roots = match ca_file {
+        Some(path) => authorities(&read_public(path)?, path)?,
+        None => system_authorities().map_err(|_| TlsError::UnknownServer)?,
+    };
+    let builder = versions(ClientConfig::builder_with_provider(provider()));
+    Ok(builder.with_root_certificates(roots).with_no_client_auth())
 }
 
 /// A client's side that trusts nobody: for plain HTTP.

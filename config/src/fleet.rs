@@ -14,6 +14,7 @@ pub mod defaults;
 pub mod engine;
 pub mod explain;
 pub mod listen;
+pub mod openai;
 pub mod pairs;
 pub mod pool;
 pub mod router;
@@ -31,6 +32,7 @@ pub use availability::{Unsupported, accelerator_is_available};
 pub use conductor::{ConductorSpec, EtcdAuth, EtcdSpec, EtcdTls, StoreSpec};
 pub use engine::{EngineKind, EngineLimits, EngineSpec, ReferenceSpec, RemoteSpec, SimSpec};
 pub use listen::Listen;
+pub use openai::OpenaiSpec;
 pub use pairs::PairPath;
 pub use pool::{KvCapacity, KvSpec, Pool, WorkerLimits};
 pub use router::{
@@ -40,10 +42,11 @@ pub use router::{
 pub use transfer::{BackendKind, Choose, Integrity, TransferLimitsSpec, TransferPath, TransferSpec};
 
 use crate::environment;
-use crate::fault::{Fault, Faults};
+use crate::fault::{Fault, Faults, Position};
 use crate::model_shape::ModelShape;
 use crate::names::PoolName;
 use crate::reader::{Lookup, Origin, Reader, Resolved, Section, Text, read_scalar};
+use crate::units::Bytes;
 use crate::yaml::{self, MAX_DOCUMENT_BYTES};
 
 /// A whole fleet document.
@@ -70,12 +73,20 @@ pub struct Fleet {
 pub struct ModelSpec {
     /// Name in answers and metrics; always accepted in requests. The last part of `path` by default.
     pub id: String,
+    /// All names accepted in requests; `id` is the first.
+    pub served_as: Vec<String>,
+    /// `None` only in a fleet that passes every request on to servers of other projects.
+    pub directory: Option<ModelDirectory>,
+}
+
+/// Where a model lies.
+#[derive(Debug, Clone, PartialEq, Eq)]
+#[non_exhaustive]
+pub struct ModelDirectory {
     /// A Hugging Face directory: `config.json`, `tokenizer.json`, `*.safetensors`.
     ///
     /// A relative path of the file is looked up in the fleet file's directory first, then in the working directory.
     pub path: PathBuf,
-    /// All names accepted in requests; `id` is the first.
-    pub served_as: Vec<String>,
     /// The numbers of its `config.json`.
     pub shape: ModelShape,
 }
@@ -133,11 +144,12 @@ impl Fleet {
         let reader = Reader::new(source.environment, source.directory.clone());
         let mut document = Section::open(&reader, String::new(), root);
         read_version(&mut document);
-        let model = ModelSpec::read(&mut document);
+        let draft = ModelDraft::read(&mut document);
         let conductor = ConductorSpec::read(document.section("conductor"));
         let router = RouterSpec::read(document.section("router"));
         let pools = pool::read_pools(&mut document);
         drop(document);
+        let model = draft.and_then(|draft| draft.finish(&reader, &pools));
         check::names(&reader, &pools);
         check::roles(&reader, &pools);
         check::ports(&reader, &conductor, &router, &pools);
@@ -145,6 +157,7 @@ impl Fleet {
         check::weights(&reader, model.as_ref(), &pools);
         check::seeds(&reader, &pools);
         check::autoscale(&reader, &pools);
+        openai::check(&reader, &pools);
         let pairs = pairs::plan(&reader, &pools);
         let unsupported = availability::list(&reader, &pools);
         let (faults, resolved) = reader.finish();
@@ -161,6 +174,16 @@ impl Fleet {
             }),
             _ => Err(failed(faults)),
         }
+    }
+
+    /// Whether requests are passed on to servers of other projects: then all are, and nobody here knows tokens.
+    pub fn passes_on(&self) -> bool {
+        self.pools.iter().any(|pool| matches!(pool.engine, EngineSpec::Openai(_)))
+    }
+
+    /// Bytes of the KV cache of one worker of a pool; 0 where a server of another project holds it.
+    pub fn kv_bytes(&self, pool: &Pool) -> Bytes {
+        self.model.directory.as_ref().map_or(Bytes(0), |model| pool.kv_bytes(&model.shape))
     }
 
     /// The pool of that name.
@@ -215,10 +238,19 @@ fn read_version(document: &mut Section<'_, '_>) {
     document.required("version", expected, |text| text.integer().filter(|version| *version == 1));
 }
 
-impl ModelSpec {
-    /// `None` if it is missing or at fault.
+/// `model:` as written: whether a directory is needed depends on the pools.
+struct ModelDraft {
+    at: Option<Position>,
+    id: Option<String>,
+    served_as: Vec<String>,
+    named: bool,
+    directory: Option<ModelDirectory>,
+}
+
+impl ModelDraft {
+    const PATH_EXPECTED: &str = "the path of a model directory";
+
     fn read(document: &mut Section<'_, '_>) -> Option<Self> {
-        const PATH_EXPECTED: &str = "the path of a model directory";
         let reader = document.reader;
         let Some(mut section) = document.section_if_given("model") else {
             document.missing("model", "a section, such as { path: examples/models/tiny }");
@@ -227,7 +259,9 @@ impl ModelSpec {
         let given = section.optional("id", "a name without spaces", |text| {
             text.words().filter(|name| !name.contains(char::is_whitespace))
         });
-        let path = section.required("path", PATH_EXPECTED, Text::words).map(|path| reader.resolve(&path));
+        let named = section.has("path");
+        let path =
+            section.optional("path", Self::PATH_EXPECTED, Text::words).map(|path| reader.resolve(&path));
         let id = given.or_else(|| {
             let name = path.as_ref()?.file_name()?.to_string_lossy().replace(char::is_whitespace, "-");
             reader.record(section.child("id"), &name, None);
@@ -238,9 +272,31 @@ impl ModelSpec {
             let name = read_scalar(reader, &path, node, "a name", Text::words);
             served_as.extend(name.filter(|name| !served_as.contains(name)));
         }
-        let path = path?;
-        let shape = check::model(&section, &path)?;
-        Some(Self { id: id?, path, served_as, shape })
+        let directory = path.and_then(|path| {
+            let shape = check::model(&section, &path)?;
+            Some(ModelDirectory { path, shape })
+        });
+        Some(Self { at: section.at, id, served_as, named, directory })
+    }
+
+    /// `None` if it is at fault, or lacks what the pools need.
+    fn finish(self, reader: &Reader<'_>, pools: &[(String, Pool)]) -> Option<ModelSpec> {
+        let Self { at, id, served_as, named, directory } = self;
+        let passes_on =
+            !pools.is_empty() && pools.iter().all(|(_, pool)| pool.engine.kind() == EngineKind::Openai);
+        if !named && !passes_on {
+            let remedy = format!("write `path:` with {}", Self::PATH_EXPECTED);
+            reader.fault("model.path", at, "is missing", remedy);
+            return None;
+        }
+        if !named && id.is_none() && reader.is_clean("model") {
+            let remedy = "write `id:` with the name of the model, as clients ask for it";
+            reader.fault("model.id", at, "is missing", remedy);
+        }
+        if named && directory.is_none() {
+            return None;
+        }
+        Some(ModelSpec { id: id?, served_as, directory })
     }
 }
 

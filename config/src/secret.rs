@@ -12,6 +12,8 @@ pub const TOKEN_MIN_CHARS: usize = 32;
 pub const TOKEN_MAX_CHARS: usize = 1024;
 /// Tokens a file may hold: the one in use, and the one before or after it.
 pub const TOKENS_MAX: usize = 2;
+/// Most characters of a key of another service.
+const API_KEY_MAX_CHARS: usize = 4096;
 /// Largest file read: a bundle of authorities.
 const FILE_MAX_BYTES: u64 = 4 << 20;
 /// Fewest different characters of a token: random ones have more, placeholders have fewer.
@@ -67,6 +69,14 @@ pub enum SecretFault {
         path: PathBuf,
         /// How many.
         lines: usize,
+    },
+    /// What stands there is no key of a service.
+    #[error("{} holds no API key: {what}; write the key alone into it", path.display())]
+    ApiKey {
+        /// The file.
+        path: PathBuf,
+        /// What is wrong with it.
+        what: &'static str,
     },
     /// What stands there is no token.
     #[error(
@@ -160,6 +170,26 @@ fn token_fault(token: &str) -> Option<&'static str> {
     }
 }
 
+/// Reads a file that holds the key of somebody else's service: one line, whatever that service calls a key.
+///
+/// # Errors
+/// When it cannot be read, others can read it too, or a header could not carry what it holds.
+pub fn read_api_key(path: &Path) -> Result<Token, SecretFault> {
+    let bytes = read_secret(path)?;
+    let text = String::from_utf8_lossy(&bytes);
+    let key = text.trim();
+    let what = match key.len() {
+        0 => Some("it is empty"),
+        1..=API_KEY_MAX_CHARS if key.bytes().all(|byte| byte.is_ascii_graphic()) => None,
+        1..=API_KEY_MAX_CHARS => Some("it has characters that are not printable ASCII"),
+        _ => Some("it is too long"),
+    };
+    match what {
+        None => Ok(Token(key.to_owned())),
+        Some(what) => Err(SecretFault::ApiKey { path: path.to_owned(), what }),
+    }
+}
+
 /// Reads a file that holds a secret.
 ///
 /// # Errors
@@ -220,6 +250,26 @@ mod tests {
         let two = load(&format!("\n{TWO}\n{ONE}"), 0o440).unwrap();
         assert_eq!((two.shown().reveal(), two.accepted()[1].reveal()), (TWO, ONE));
         assert_eq!(format!("{two:?}"), "Tokens([Token(secret), Token(secret)])");
+    }
+
+    #[test]
+    fn an_api_key_is_one_word_of_any_length() {
+        let folder = tempfile::tempdir().unwrap();
+        let path = folder.path().join("key");
+        let read = |content: &str, mode: u32| {
+            write(&path, content).unwrap();
+            set_permissions(&path, Permissions::from_mode(mode)).unwrap();
+            read_api_key(&path)
+        };
+        assert_eq!(read("EMPTY\n", 0o600).unwrap().reveal(), "EMPTY");
+        for (content, mode, expected) in [
+            ("", 0o600, "it is empty"),
+            ("a b", 0o600, "not printable"),
+            ("sk-x", 0o644, "open to every user"),
+        ] {
+            let error = read(content, mode).unwrap_err().to_string();
+            assert!(error.contains(expected), "{expected:?} in {error}");
+        }
     }
 
     #[test]

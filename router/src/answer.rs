@@ -8,7 +8,6 @@ mod responses;
 mod whole;
 mod writer;
 
-use std::convert::Infallible;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::task::{Context, Poll};
@@ -18,12 +17,13 @@ use futures_util::stream::{self, BoxStream, StreamExt as _};
 use hyper::body::{Body, Frame, SizeHint};
 
 use crate::dispatch::{DispatchError, Dispatcher};
+use crate::forward::Relay;
 use crate::model::Model;
 pub(crate) use choice::{ChoiceSpec, Delta};
 pub(crate) use encode::{Api, Head, Meter};
-pub(crate) use events::EventStream;
+pub(crate) use events::{EventStream, Quiet};
 pub(crate) use whole::collect;
-pub(crate) use writer::EventWriter;
+pub(crate) use writer::{EventWriter, KEEP_ALIVE};
 
 /// Choices of one request that are generated at the same time; further ones follow as these end.
 const CHOICES_AT_ONCE: usize = 16;
@@ -44,6 +44,11 @@ pub(crate) fn deltas(dispatcher: &Arc<Dispatcher>, model: &Arc<Model>, mut specs
     runs.flatten_unordered(CHOICES_AT_ONCE).boxed()
 }
 
+/// An answer whose status and length promised more than came.
+#[derive(Debug, thiserror::Error)]
+#[error("the answer broke off")]
+pub(crate) struct BrokenOff;
+
 /// The body of any answer.
 #[derive(Debug)]
 pub(crate) enum AnswerBody {
@@ -51,6 +56,8 @@ pub(crate) enum AnswerBody {
     Full(Option<Bytes>),
     /// As it is generated.
     Events(Pin<Box<EventStream>>),
+    /// As it comes from another server.
+    Relayed(Box<Relay>),
 }
 
 impl AnswerBody {
@@ -58,20 +65,28 @@ impl AnswerBody {
     pub(crate) fn full(bytes: Bytes) -> Self {
         Self::Full(Some(bytes))
     }
+
+    /// A body that comes from another server.
+    pub(crate) fn relayed(relay: Relay) -> Self {
+        Self::Relayed(Box::new(relay))
+    }
 }
 
 impl Body for AnswerBody {
     type Data = Bytes;
-    type Error = Infallible;
+    type Error = BrokenOff;
 
     fn poll_frame(
         self: Pin<&mut Self>,
         cx: &mut Context<'_>,
-    ) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
+    ) -> Poll<Option<Result<Frame<Bytes>, BrokenOff>>> {
         match self.get_mut() {
             Self::Full(bytes) => Poll::Ready(bytes.take().map(|bytes| Ok(Frame::data(bytes)))),
             Self::Events(events) => {
                 events.as_mut().poll_bytes(cx).map(|bytes| bytes.map(|bytes| Ok(Frame::data(bytes))))
+            }
+            Self::Relayed(relay) => {
+                relay.poll_bytes(cx).map(|bytes| bytes.map(|bytes| bytes.map(Frame::data)))
             }
         }
     }
@@ -83,7 +98,7 @@ impl Body for AnswerBody {
     fn size_hint(&self) -> SizeHint {
         match self {
             Self::Full(bytes) => SizeHint::with_exact(bytes.as_ref().map_or(0, Bytes::len) as u64),
-            Self::Events(_) => SizeHint::default(),
+            Self::Events(_) | Self::Relayed(_) => SizeHint::default(),
         }
     }
 }

@@ -24,7 +24,7 @@ use crate::schedule::Rules;
 use attempt::{Attempt, Event, Lost};
 pub(crate) use call::{CallError, Caller};
 pub(crate) use frames::Lane;
-use place::Placement;
+pub(crate) use place::{Placement, Sought};
 
 /// Workers that are tried before the first token.
 const ATTEMPTS_MAX: usize = 4;

@@ -1,5 +1,6 @@
 //! From a request's head to its answer.
 
+mod pass_on;
 mod text;
 
 use std::sync::Arc;
@@ -21,6 +22,7 @@ use crate::answer::{self, AnswerBody, Api, ChoiceSpec, EventStream, EventWriter,
 use crate::body;
 use crate::clock::unix_seconds;
 use crate::dispatch::{DispatchError, Dispatcher, Explanation, Job};
+use crate::forward::Forwarder;
 use crate::metrics::Metrics;
 use crate::model::{Model, PromptError, TemplateError};
 use crate::options::{Limits, Timeouts};
@@ -40,6 +42,8 @@ const EXPLAIN_HEADER: &str = "x-baton-explain";
 pub(crate) struct Gateway {
     pub(crate) model: Arc<Model>,
     pub(crate) dispatcher: Arc<Dispatcher>,
+    /// Passes everything that a server of another project answers on to such servers, where there are any.
+    pub(crate) forward: Option<Arc<Forwarder>>,
     pub(crate) metrics: Arc<Metrics>,
     pub(crate) gate: Arc<Gate>,
     pub(crate) auth: Arc<Auth>,
@@ -109,6 +113,10 @@ impl Gateway {
                 return response;
             }
         };
+        if let (Some(forwarder), Some(passing), Some(principal)) = (&self.forward, route.passing(), &principal) {
+            let (forwarder, principal) = (Arc::clone(forwarder), Arc::clone(principal));
+            return self.pass_on(forwarder, passing, request, entry, principal).await;
+        }
         let response = match (route.work(), principal) {
             (Work::Generate(api), Some(principal)) => {
                 return self.generate(api, request, entry, principal).await;
@@ -140,11 +148,16 @@ impl Gateway {
         if !route.needs_key() {
             return Ok(None);
         }
-        let principal = self.auth.authenticate(request.headers())?;
+        self.principal(request.headers(), entry).map(Some)
+    }
+
+    /// Whose request it is.
+    fn principal(&self, headers: &HeaderMap, entry: &mut Entry) -> Result<Arc<Principal>, Refusal> {
+        let principal = self.auth.authenticate(headers)?;
         if self.auth.is_guarded() {
             entry.belongs_to(&principal);
         }
-        Ok(Some(principal))
+        Ok(principal)
     }
 
     /// Answers what takes no work.
@@ -172,10 +185,14 @@ impl Gateway {
     }
 
     fn model_object(&self, name: &str) -> serde_json::Value {
-        json!({
-            "id": name, "object": "model", "created": 0, "owned_by": "baton", "root": self.model.id,
-            "max_model_len": self.model.max_context
-        })
+        let mut object = json!({
+            "id": name, "object": "model", "created": 0, "owned_by": "baton", "root": self.model.id
+        });
+        // The servers that run it know better.
+        if self.forward.is_none() {
+            object["max_model_len"] = self.model.max_context.into();
+        }
+        object
     }
 
     fn models(&self) -> Response<AnswerBody> {
@@ -213,16 +230,26 @@ impl Gateway {
                 prepared.placing = placing.or_user(prepared.ask.user.as_deref());
                 Arc::clone(&self).answer(api, prepared, started, Held { entry, place }).await
             }
-            Err(error) => refused(entry, &error, api),
+            Err(error) => refused(entry, &error, api.dialect()),
         };
-        let response = match explanation.as_ref().and_then(Explanation::get) {
+        self.annotated(response, explanation.as_ref(), &principal)
+    }
+
+    /// The answer with what is told beside it.
+    fn annotated(
+        &self,
+        response: Response<AnswerBody>,
+        explanation: Option<&Explanation>,
+        principal: &Principal,
+    ) -> Response<AnswerBody> {
+        let response = match explanation.and_then(Explanation::get) {
             Some(text) => reply::explained(response, text),
             None => response,
         };
         if principal.quota == Quota::default() {
             return response;
         }
-        reply::with_left(response, self.gate.left(&principal))
+        reply::with_left(response, self.gate.left(principal))
     }
 
     /// What the head of a request says about where it should go.
@@ -268,7 +295,7 @@ impl Gateway {
     async fn work<T: Send + 'static>(
         self: &Arc<Self>,
         bytes: Bytes,
-        job: impl FnOnce(&Self, &[u8]) -> Result<T, Refusal> + Send + 'static,
+        job: impl FnOnce(&Self, &Bytes) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
         if bytes.len() <= INLINE_MAX_BYTES {
             return job(self, &bytes);
@@ -351,7 +378,7 @@ impl Gateway {
     ) -> Response<AnswerBody> {
         let Held { entry, mut place } = held;
         let Ok(head) = self.head(api, &mut prepared.ask) else {
-            return refused(entry, &Refusal::Internal, api);
+            return refused(entry, &Refusal::Internal, api.dialect());
         };
         let prompt_tokens: u64 = prepared.prompts.iter().map(|prompt| prompt.tokens.len() as u64).sum();
         self.metrics.prompt_tokens.inc_by(prompt_tokens);
@@ -371,7 +398,7 @@ impl Gateway {
                     entry.answered(200);
                     reply::named(reply::json(StatusCode::OK, body), &head.id, api.dialect())
                 }
-                Err(error) => refused(entry, &refusal(&error, api), api),
+                Err(error) => refused(entry, &refusal(&error, api), api.dialect()),
             };
         }
         // The status is decided by the first token: no error may hide inside a 200 that has not begun. But a client, or a
@@ -380,8 +407,8 @@ impl Gateway {
         let first = match tokio::time::timeout(keep_alive, deltas.next()).await {
             Err(_) => None,
             Ok(Some(Ok(first))) => Some(first),
-            Ok(Some(Err(error))) => return refused(entry, &refusal(&error, api), api),
-            Ok(None) => return refused(entry, &Refusal::Internal, api),
+            Ok(Some(Err(error))) => return refused(entry, &refusal(&error, api), api.dialect()),
+            Ok(None) => return refused(entry, &Refusal::Internal, api.dialect()),
         };
         let id = head.id.clone();
         let writer = EventWriter::new(head, choices);
@@ -447,9 +474,9 @@ impl Gateway {
     }
 }
 
-fn refused(entry: Entry, refusal: &Refusal, api: Api) -> Response<AnswerBody> {
+fn refused(entry: Entry, refusal: &Refusal, dialect: Dialect) -> Response<AnswerBody> {
     entry.refused(refusal);
-    refusal.response(api.dialect())
+    refusal.response(dialect)
 }
 
 /// What a client is told of a generation that failed.

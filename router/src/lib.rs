@@ -9,6 +9,9 @@
 //! client <--SSE/JSON-- answer (detokenize, stop strings, encode) <+
 //! ```
 //!
+//! Where servers of other projects generate, [`forward`] passes requests on to them instead of all that comes after the
+//! gateway.
+//!
 //! Invariants: requests begun = ok + client errors + refused + failed + in flight (`account`); the tokens of a stream
 //! are at every moment a prefix of what one undisturbed engine would have produced (`dispatch`); text shown is always
 //! a prefix of the text of all tokens (`model::decode`, `stop`). What is absent: this crate never sees KV bytes,
@@ -22,6 +25,7 @@ mod body;
 mod clock;
 mod dispatch;
 mod fleet;
+mod forward;
 mod gateway;
 pub mod index;
 pub mod measure;
@@ -37,6 +41,7 @@ mod stop;
 mod tenant;
 
 pub use fleet::{Member, Roster, RosterFeed};
+pub use forward::{ForwardOptions, ForwardPool, ServersError};
 pub use model::{ModelError, inspect};
 pub use options::{Limits, ModelOptions, RouterOptions, Timeouts};
 pub use server::{ServeError, Stop, serve, serve_with};

@@ -111,6 +111,7 @@ fn worker(number: usize, what: Decisions) -> Result<Arc<Worker>, MeasureError> {
         pool: name.parse().map_err(|error| refused(&error))?,
         role,
         address: format!("127.0.0.1:{}", 10_000 + number),
+        server: None,
         kv: None,
         ready: true,
     };

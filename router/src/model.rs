@@ -9,6 +9,7 @@ use std::sync::Arc;
 
 use serde::Deserialize;
 use tokenizers::Tokenizer;
+use tokenizers::models::bpe::BPE;
 
 use crate::options::ModelOptions;
 use crate::request::Message;
@@ -166,7 +167,31 @@ pub fn inspect(options: &ModelOptions) -> Result<(), ModelError> {
     Model::load(options).map(|_| ())
 }
 
+fn names(options: &ModelOptions) -> Vec<String> {
+    let mut names = vec![options.id.clone()];
+    for name in &options.served_as {
+        if !names.contains(name) {
+            names.push(name.clone());
+        }
+    }
+    names
+}
+
 impl Model {
+    /// A model that other servers run: nothing is known of it but its names, and it makes no tokens of any text.
+    pub(crate) fn elsewhere(options: &ModelOptions) -> Self {
+        Self {
+            id: options.id.clone(),
+            names: names(options),
+            vocab: 0,
+            max_context: 0,
+            eos: Vec::new(),
+            vocabulary: Arc::new(Vocabulary::new(Tokenizer::new(BPE::default()))),
+            bos: None,
+            template: None,
+        }
+    }
+
     /// Reads the model directory of `options`.
     pub(crate) fn load(options: &ModelOptions) -> Result<Self, ModelError> {
         let dir = &options.path;
@@ -195,15 +220,9 @@ impl Model {
         let named_bos = template.as_ref().and_then(|template| vocabulary.id(template.bos()?));
         let bos = named_bos.or_else(|| config.bos_token_id.0.first().copied()).filter(|id| *id < vocab);
         let limit = config.max_position_embeddings.unwrap_or(CONTEXT_DEFAULT);
-        let mut names = vec![options.id.clone()];
-        for name in &options.served_as {
-            if !names.contains(name) {
-                names.push(name.clone());
-            }
-        }
         Ok(Self {
             id: options.id.clone(),
-            names,
+            names: names(options),
             vocab,
             max_context: options.max_context.map_or(limit, |asked| asked.min(limit)),
             eos: eos.0,

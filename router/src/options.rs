@@ -5,8 +5,10 @@ use std::time::Duration;
 
 use baton_config::Bytes;
 use baton_config::fleet::{
-    AuthSpec, ConductorAccess, Disaggregation, Fleet, PolicyKind, ServerTls, defaults,
+    AuthSpec, ConductorAccess, Disaggregation, EngineSpec, Fleet, PolicyKind, Pool, ServerTls, defaults,
 };
+
+use crate::forward::{ForwardOptions, ForwardPool};
 
 /// Everything a router needs to know; the command line fills it from the fleet document.
 #[derive(Debug, Clone)]
@@ -39,6 +41,8 @@ pub struct RouterOptions {
     pub auth: Option<AuthSpec>,
     /// What it shows to clients; plain HTTP without.
     pub tls: Option<ServerTls>,
+    /// Servers of other projects that all requests are passed on to; without, workers generate.
+    pub forward: Option<ForwardOptions>,
     /// Seed of the scheduler's tie-breaks and random policies; the same seed, the same choices.
     pub seed: u64,
 }
@@ -61,6 +65,7 @@ impl RouterOptions {
             explain: defaults::EXPLAIN,
             auth: None,
             tls: None,
+            forward: None,
             seed: defaults::POLICY_SEED,
         }
     }
@@ -71,7 +76,7 @@ impl RouterOptions {
         let model = ModelOptions {
             id: fleet.model.id.clone(),
             served_as: fleet.model.served_as.clone(),
-            path: fleet.model.path.clone(),
+            path: fleet.model.directory.as_ref().map(|model| model.path.clone()).unwrap_or_default(),
             max_context: None,
         };
         Self {
@@ -104,9 +109,21 @@ impl RouterOptions {
             explain: router.explain,
             auth: router.auth.clone(),
             tls: router.tls.clone(),
+            forward: forward(fleet),
             seed: router.policy.seed,
         }
     }
+}
+
+fn forward(fleet: &Fleet) -> Option<ForwardOptions> {
+    let pool = |pool: &Pool| match &pool.engine {
+        EngineSpec::Openai(servers) => {
+            let pool_options = ForwardPool { servers: servers.clone(), in_flight_max: pool.limits.in_flight };
+            Some((pool.name.clone(), pool_options))
+        }
+        _ => None,
+    };
+    fleet.passes_on().then(|| ForwardOptions { pools: fleet.pools.iter().filter_map(pool).collect() })
 }
 
 /// The model a router serves.
@@ -116,7 +133,7 @@ pub struct ModelOptions {
     pub id: String,
     /// Other names it is served as.
     pub served_as: Vec<String>,
-    /// Directory with `config.json`, `tokenizer.json` and the chat template.
+    /// Directory with `config.json`, `tokenizer.json` and the chat template; not looked at where requests are passed on.
     pub path: PathBuf,
     /// Tokens of prompt and answer together; the model's own limit where absent.
     pub max_context: Option<u32>,

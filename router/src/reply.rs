@@ -8,6 +8,10 @@ use crate::admit::{Left, Reason, Refused};
 use crate::answer::AnswerBody;
 use crate::routes::Dialect;
 
+mod foreign;
+
+pub(crate) use foreign::refused_by_server;
+
 /// Longest text of a request that an error message repeats, in characters.
 const QUOTE_MAX_CHARS: usize = 100;
 
@@ -50,6 +54,16 @@ pub(crate) enum Refusal {
     NoWorker,
     /// The worker died and the request could not be moved.
     WorkerLost,
+    /// A server of another project refused the request, in its own words.
+    RefusedByServer {
+        status: StatusCode,
+        message: String,
+        kind: String,
+        param: Option<String>,
+        code: Option<String>,
+    },
+    /// No server takes the router's key: a fault of whoever runs both.
+    ServerDenied,
     /// The whole request took too long.
     TimedOut,
     /// A fault of the router itself.
@@ -104,7 +118,8 @@ impl Refusal {
             Self::MediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded(_) | Self::WorkersBusy => StatusCode::TOO_MANY_REQUESTS,
             Self::NoWorker => StatusCode::SERVICE_UNAVAILABLE,
-            Self::WorkerLost => StatusCode::BAD_GATEWAY,
+            Self::RefusedByServer { status, .. } => *status,
+            Self::WorkerLost | Self::ServerDenied => StatusCode::BAD_GATEWAY,
             Self::TimedOut => StatusCode::GATEWAY_TIMEOUT,
             Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
@@ -160,11 +175,13 @@ impl Refusal {
             Self::WorkersBusy => ("rate_limit_error", Some("overloaded")),
             Self::NoWorker => ("server_error", Some("no_worker")),
             Self::WorkerLost => ("server_error", Some("worker_lost")),
+            Self::RefusedByServer { kind, code, .. } => (kind.as_str(), code.as_deref()),
+            Self::ServerDenied => ("server_error", Some("server_denied")),
             Self::TimedOut => ("server_error", Some("timeout")),
             Self::Internal => ("server_error", Some("internal_error")),
         };
         let param = match self {
-            Self::Invalid { param, .. } => param.as_deref(),
+            Self::Invalid { param, .. } | Self::RefusedByServer { param, .. } => param.as_deref(),
             Self::ContextLength { param, .. } => Some(*param),
             Self::UnknownModel { .. } => Some("model"),
             _ => None,
@@ -179,6 +196,7 @@ impl Refusal {
         match self {
             Self::Invalid { message, .. }
             | Self::ContextLength { message, .. }
+            | Self::RefusedByServer { message, .. }
             | Self::MediaType { message } => message.clone(),
             Self::UnknownModel { model } => {
                 format!("The model '{}' does not exist. GET /v1/models lists what is served.", quoted(model))
@@ -205,6 +223,7 @@ impl Refusal {
                 "The worker that served this request was lost and it could not be moved to another one."
                     .to_owned()
             }
+            Self::ServerDenied => "The server behind this service does not let it in.".to_owned(),
             Self::TimedOut => "The request took longer than the service allows.".to_owned(),
             Self::Internal => "The service failed to answer this request.".to_owned(),
         }
@@ -341,6 +360,14 @@ pub(crate) fn json(status: StatusCode, body: Bytes) -> Response<AnswerBody> {
     let mut response = Response::new(AnswerBody::full(body));
     *response.status_mut() = status;
     response.headers_mut().insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
+    response
+}
+
+/// An answer of a server of another project, as it is.
+pub(crate) fn relayed(status: StatusCode, kind: HeaderValue, body: AnswerBody) -> Response<AnswerBody> {
+    let mut response = Response::new(body);
+    *response.status_mut() = status;
+    response.headers_mut().insert(CONTENT_TYPE, kind);
     response
 }
 

@@ -5,6 +5,7 @@ mod completions;
 mod content;
 mod fields;
 mod messages;
+mod passed;
 mod plain;
 mod responses;
 mod sampling;
@@ -17,6 +18,7 @@ use fields::Fields;
 
 pub(crate) use chat::Message;
 pub(crate) use completions::Prompt;
+pub(crate) use passed::{Passed, Passing, parse_passed};
 pub(crate) use responses::Repeats;
 pub(crate) use tokens::{
     Source, Tokenize, no_embeddings, parse_count_input, parse_count_messages, parse_detokenize,

@@ -4,6 +4,7 @@ use http::Method;
 
 use crate::answer::Api;
 use crate::reply::Refusal;
+use crate::request::Passing;
 
 /// What a request asks for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -141,6 +142,22 @@ impl Route {
 
     fn line(self) -> &'static Line {
         &TABLE[self as usize]
+    }
+
+    /// How it is called at a server of another project, if it is passed on to one.
+    pub(crate) fn passing(self) -> Option<Passing> {
+        match self.work() {
+            Work::Generate(Api::Chat) => Some(Passing::Chat),
+            Work::Generate(Api::Completions) => Some(Passing::Completions),
+            Work::Generate(Api::Responses) => Some(Passing::Responses),
+            Work::Generate(Api::Messages) => Some(Passing::Messages),
+            Work::Text(TextJob::CountInput) => Some(Passing::CountInput),
+            Work::Text(TextJob::CountMessages) => Some(Passing::CountMessages),
+            Work::Text(TextJob::Tokenize) => Some(Passing::Tokenize),
+            Work::Text(TextJob::Detokenize) => Some(Passing::Detokenize),
+            Work::Text(TextJob::Embeddings) => Some(Passing::Embeddings),
+            Work::Head => None,
+        }
     }
 
     /// The value of the `route` label.

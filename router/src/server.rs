@@ -10,6 +10,7 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use baton_conductor::client::{Client, ClientError, ClientOptions};
+use baton_config::fleet::Disaggregation;
 use futures_util::future::BoxFuture;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
@@ -19,6 +20,7 @@ use tokio_util::task::TaskTracker;
 use crate::admit::Gate;
 use crate::dispatch::{Caller, Dispatcher};
 use crate::fleet::{Fleet, Keeper, RosterFeed, roster};
+use crate::forward::{Forwarder, ServersError};
 use crate::gateway::Gateway;
 use crate::index::PrefixIndex;
 use crate::metrics::Metrics;
@@ -46,6 +48,9 @@ pub enum ServeError {
     /// Who asks cannot be told.
     #[error(transparent)]
     Auth(#[from] AuthError),
+    /// The servers that requests are passed on to cannot be called.
+    #[error(transparent)]
+    Servers(#[from] ServersError),
     /// The certificate cannot be shown.
     #[error("TLS cannot be spoken")]
     Tls(#[from] baton_conductor::TlsError),
@@ -102,9 +107,12 @@ pub async fn serve_with(
 ) -> Result<(), ServeError> {
     let address = listener.local_addr().map_err(ServeError::Listener)?;
     let model_options = options.model.clone();
-    let model = tokio::task::spawn_blocking(move || Model::load(&model_options))
-        .await
-        .map_err(|panicked| ServeError::Listener(std::io::Error::other(panicked)))??;
+    let model = match &options.forward {
+        Some(_) => Model::elsewhere(&model_options),
+        None => tokio::task::spawn_blocking(move || Model::load(&model_options))
+            .await
+            .map_err(|panicked| ServeError::Listener(std::io::Error::other(panicked)))??,
+    };
     let metrics = Arc::new(Metrics::new()?);
     let auth = Arc::new(Auth::new(options.auth.as_ref(), Arc::clone(&metrics))?);
     let tls = options.tls.as_ref().map(Tls::load).transpose()?.map(Arc::new);
@@ -129,8 +137,11 @@ pub async fn serve_with(
     if let Some(tls) = &tls {
         until_end(Box::pin(Arc::clone(tls).follow()));
     }
-    let dispatcher = dispatcher(&options, fleet, caller, Arc::clone(&metrics), model.vocab);
-    let gateway = Arc::new(gateway(&options, model, dispatcher, metrics, auth));
+    let dispatcher = Arc::new(dispatcher(&options, fleet, caller, Arc::clone(&metrics), model.vocab));
+    let forwarder = |options| Forwarder::new(options, Arc::clone(&dispatcher)).map(Arc::new);
+    let forward = options.forward.as_ref().map(forwarder).transpose()?;
+    let gateway = Gateway { forward, ..gateway(&options, model, dispatcher, metrics, auth) };
+    let gateway = Arc::new(gateway);
     tracing::info!(%address, model = gateway.model.id, "router serves");
     let server = Server {
         connections: Arc::new(Semaphore::new(options.limits.connections as usize)),
@@ -156,7 +167,11 @@ fn dispatcher(
 ) -> Dispatcher {
     let rules = Rules {
         policy: options.policy,
-        disaggregation: options.disaggregation,
+        // A server of another project keeps the KV cache that it computes.
+        disaggregation: match &options.forward {
+            Some(_) => Disaggregation::Never,
+            None => options.disaggregation,
+        },
         seed: options.seed,
         slo_itl_s: options.slo_itl.as_secs_f64(),
         spill_requests: (options.spill_requests > 0).then_some(options.spill_requests),
@@ -167,7 +182,7 @@ fn dispatcher(
 fn gateway(
     options: &RouterOptions,
     model: Model,
-    dispatcher: Dispatcher,
+    dispatcher: Arc<Dispatcher>,
     metrics: Arc<Metrics>,
     auth: Arc<Auth>,
 ) -> Gateway {
@@ -175,7 +190,8 @@ fn gateway(
     let gate = Gate::new(limits.in_flight, limits.queue, options.timeouts.queue, Arc::clone(&metrics));
     Gateway {
         model: Arc::new(model),
-        dispatcher: Arc::new(dispatcher),
+        dispatcher,
+        forward: None,
         gate: Arc::new(gate),
         auth,
         metrics,

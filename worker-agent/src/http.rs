@@ -55,6 +55,8 @@ mod stream;
 pub(crate) const UNREADY_AFTER: Duration = Duration::from_secs(10);
 /// And this long, that the process is beyond help.
 pub(crate) const DEAD_AFTER: Duration = Duration::from_secs(60);
+/// The media type Prometheus expects.
+pub(crate) const PROMETHEUS: &str = "text/plain; version=0.0.4";
 /// Longest `last_error`, in characters.
 const LAST_ERROR_MAX_CHARS: usize = 512;
 
@@ -144,6 +146,11 @@ impl Shared {
     pub(crate) fn last_error(&self) -> Option<Mishap> {
         self.last_error.lock().unwrap_or_else(PoisonError::into_inner).clone()
     }
+}
+
+/// A duration as messages have it.
+pub(crate) fn millis(duration: Duration) -> u64 {
+    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 /// The routes of a worker.

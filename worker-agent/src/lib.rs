@@ -9,6 +9,8 @@
 //!  conductor ◄── Membership, Client ── run (build, join, serve, drain, leave)
 //! ```
 //!
+//! Where a server of another project computes, [`sidecar`] stands beside it instead of all this.
+//!
 //! Invariants:
 //! 1. The state of every handoff lives in one place, [`handoff::Desk`], which does no I/O and reads no clock.
 //! 2. The engine's thread waits for nobody but its own channel; no slow client, peer or transfer holds it up.
@@ -36,7 +38,9 @@ pub mod options;
 pub mod path;
 pub mod peer;
 pub mod run;
+pub mod sidecar;
 pub mod validate;
 
 pub use options::{OptionsError, WorkerOptions};
 pub use run::{RunError, Stop, run};
+pub use sidecar::{SidecarError, SidecarOptions, SidecarOptionsError};

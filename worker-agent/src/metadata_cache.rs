@@ -100,6 +100,7 @@ mod tests {
             model: "m".to_owned(),
             engine: "sim".to_owned(),
             kv: None,
+            server: None,
             address: "127.0.0.1:1".to_owned(),
             transfer: transfer.into(),
             state: WorkerState::Ready,

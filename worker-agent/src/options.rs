@@ -3,7 +3,7 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use baton_config::fleet::{self, ConductorAccess, EngineSpec, Fleet, SimSpec, TransferPath};
+use baton_config::fleet::{self, ConductorAccess, EngineSpec, Fleet, ModelDirectory, SimSpec, TransferPath};
 use baton_config::{Accelerator, Bytes, Dtype, KvGeometry, KvLayout, PoolName, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
@@ -33,7 +33,7 @@ pub struct WorkerOptions {
     pub arena: ArenaOptions,
     /// How blocks move.
     pub transfer: TransferOptions,
-    /// `host:port` peers and routers are told; the address it listens at without.
+    /// Host that peers and routers are told; that of the listening address without.
     pub advertise: Option<String>,
     /// `http://host:port` of each conductor.
     pub conductors: Vec<String>,
@@ -145,7 +145,9 @@ pub enum OptionsError {
         known: Vec<String>,
     },
     /// An engine this worker can't run.
-    #[error("pool {pool} asks for engine {kind}: this build runs reference and sim")]
+    #[error(
+        "pool {pool} asks for engine {kind}, which is not one that computes in a worker: those are reference and sim"
+    )]
     Engine {
         /// The pool.
         pool: PoolName,
@@ -174,15 +176,18 @@ impl WorkerOptions {
         let known = || fleet.pools.iter().map(|p| p.name.to_string()).collect();
         let pool =
             fleet.pool(pool).ok_or_else(|| OptionsError::NoPool { pool: pool.clone(), known: known() })?;
-        let model_info = model_info(fleet);
+        let other = || OptionsError::Engine { pool: pool.name.clone(), kind: pool.engine.kind() };
+        // Every fleet has one whose pools compute by themselves.
+        let directory = fleet.model.directory.as_ref().ok_or_else(other)?;
+        let model_info = model_info(fleet, directory);
         let engine = match &pool.engine {
             EngineSpec::Reference(spec) => {
-                EngineChoice::Reference { model_dir: fleet.model.path.clone(), threads: spec.threads }
+                EngineChoice::Reference { model_dir: directory.path.clone(), threads: spec.threads }
             }
             EngineSpec::Sim(spec) => {
                 EngineChoice::Sim { config: sim_config(spec), model: model_info.clone() }
             }
-            other => return Err(OptionsError::Engine { pool: pool.name.clone(), kind: other.kind() }),
+            _ => return Err(other()),
         };
         let limits = pool.engine.limits().map_or_else(EngineLimits::default, |limits| EngineLimits {
             prefill_chunk_tokens: limits.prefill_chunk,
@@ -220,8 +225,8 @@ impl WorkerOptions {
 }
 
 /// The model of a fleet as an engine without weights knows it.
-fn model_info(fleet: &Fleet) -> ModelInfo {
-    let shape = &fleet.model.shape;
+fn model_info(fleet: &Fleet, model: &ModelDirectory) -> ModelInfo {
+    let shape = &model.shape;
     ModelInfo {
         name: fleet.model.id.clone(),
         vocab: shape.vocab,

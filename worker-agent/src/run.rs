@@ -225,7 +225,8 @@ impl Worker {
             model: options.model.clone(),
             engine: options.engine.kind().to_owned(),
             kv: Some(options.arena.geometry),
-            address: options.advertise.clone().unwrap_or_else(|| self.address.to_string()),
+            address: told_address(options.advertise.as_deref(), self.address),
+            server: None,
             transfer: base64::engine::general_purpose::STANDARD.encode(self.io.agent.metadata()),
             state: WorkerState::Joining,
         };
@@ -427,8 +428,17 @@ impl<'a> Upkeep<'a> {
     }
 }
 
+/// `host:port` at which others reach what listens at `address`.
+pub(crate) fn told_address(advertise: Option<&str>, address: SocketAddr) -> String {
+    match advertise {
+        None => address.to_string(),
+        Some(host) if host.contains(':') => format!("[{host}]:{}", address.port()),
+        Some(host) => format!("{host}:{}", address.port()),
+    }
+}
+
 /// Waits until an operator asks for a drain.
-async fn asked(mut drain: watch::Receiver<bool>) {
+pub(crate) async fn asked(mut drain: watch::Receiver<bool>) {
     if drain.wait_for(|asked| *asked).await.is_err() {
         // The membership ended without anybody asking.
         std::future::pending::<()>().await;

@@ -19,7 +19,9 @@ pub(crate) fn run(args: &RouterArgs, environment: &Environment) -> Result<(), Fa
         let stop = baton_router::Stop { drain: stop.drain, now: stop.now };
         baton_router::serve(options, listener, stop).await.map_err(|error| match error {
             // What the fleet document names has to be put right first.
-            ServeError::Auth(_) | ServeError::Tls(_) => Failure::Usage(chain(&error)),
+            ServeError::Auth(_) | ServeError::Tls(_) | ServeError::Servers(_) => {
+                Failure::Usage(chain(&error))
+            }
             error => Failure::of(&error),
         })
     })

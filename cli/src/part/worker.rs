@@ -3,9 +3,9 @@
 use std::net::SocketAddr;
 
 use baton_config::environment::Environment;
-use baton_config::fleet::{Fleet, Listen, Pool};
+use baton_config::fleet::{EngineKind, Fleet, Listen, Pool};
 use baton_config::{Accelerator, PoolName, WorkerId};
-use baton_worker_agent::WorkerOptions;
+use baton_worker_agent::{SidecarOptions, WorkerOptions};
 
 use super::{conductors, fits_memory, io_threads, listen, run_part};
 use crate::args::WorkerArgs;
@@ -27,7 +27,10 @@ pub(crate) fn run(args: &WorkerArgs, environment: &Environment) -> Result<(), Fa
     let in_host_memory =
         |pool: &&Pool| !matches!(pool.accelerator, Accelerator::Cuda | Accelerator::Trainium);
     if let Some(pool) = fleet.pool(&args.pool).filter(in_host_memory) {
-        fits_memory(pool.kv_bytes(&fleet.model.shape), "this worker takes")?;
+        fits_memory(fleet.kv_bytes(pool), "this worker takes")?;
+    }
+    if fleet.pool(&args.pool).is_some_and(|pool| pool.engine.kind() == EngineKind::Openai) {
+        return sidecar(args, environment, &fleet, (name, index, address));
     }
     let mut options = WorkerOptions::from_fleet(&fleet, &args.pool, name, index)
         .map_err(|error| Failure::Usage(chain(&error)))?;
@@ -36,6 +39,28 @@ pub(crate) fn run(args: &WorkerArgs, environment: &Environment) -> Result<(), Fa
         let listener = listen(address).await?;
         let stop = baton_worker_agent::Stop { drain: stop.drain, now: stop.now };
         baton_worker_agent::run(options, listener, stop).await.map_err(|error| {
+            match error.is_configuration() {
+                true => Failure::Usage(chain(&error)),
+                false => Failure::of(&error),
+            }
+        })
+    })
+}
+
+/// The worker of a pool whose requests are passed on to servers of another project.
+fn sidecar(
+    args: &WorkerArgs,
+    environment: &Environment,
+    fleet: &Fleet,
+    (name, index, address): (WorkerId, u16, SocketAddr),
+) -> Result<(), Failure> {
+    let mut options = SidecarOptions::from_fleet(fleet, &args.pool, name, index)
+        .map_err(|error| Failure::Usage(chain(&error)))?;
+    options.conductors = conductors(args.conductor.as_deref(), environment, fleet)?;
+    run_part(1, |stop| async move {
+        let listener = listen(address).await?;
+        let stop = baton_worker_agent::Stop { drain: stop.drain, now: stop.now };
+        baton_worker_agent::sidecar::run(options, listener, stop).await.map_err(|error| {
             match error.is_configuration() {
                 true => Failure::Usage(chain(&error)),
                 false => Failure::of(&error),

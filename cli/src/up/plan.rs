@@ -49,7 +49,7 @@ impl Plan {
             .pools
             .iter()
             .filter(in_host_memory)
-            .map(|pool| pool.kv_bytes(&fleet.model.shape).0.saturating_mul(u64::from(pool.replicas)));
+            .map(|pool| fleet.kv_bytes(pool).0.saturating_mul(u64::from(pool.replicas)));
         fits_memory(Bytes(memory.fold(0, u64::saturating_add)), "the workers of this fleet take")?;
         let mut ports = Ports::new(std::process::id());
         let router = settle(listen.unwrap_or(fleet.router.listen.address), true, &mut ports)?;

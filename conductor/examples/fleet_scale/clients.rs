@@ -171,6 +171,7 @@ fn registration(i: usize, address: &str) -> Result<Registration> {
         model: "m".to_owned(),
         engine: "sim".to_owned(),
         kv: None,
+        server: None,
         address: address.to_owned(),
         transfer: "A".repeat(METADATA_BYTES),
         state: WorkerState::Ready,

@@ -44,6 +44,7 @@ fn record(name: &str, address: String, epoch: u64) -> Arc<WorkerRecord> {
         model: "tiny".to_owned(),
         engine: "sim".to_owned(),
         kv: None,
+        server: None,
         address,
         transfer: "".into(),
         state: WorkerState::Ready,

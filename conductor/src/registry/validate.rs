@@ -109,9 +109,25 @@ fn geometry(kv: &KvGeometry) -> Result<(), Fault> {
     kv.check().map_err(|error| Fault { field: "kv", fault: format!("({kv}) cannot be: {error}") })
 }
 
+/// `host:port` of the URL of a server that requests are passed on to.
+pub(crate) fn authority(server: &str) -> Result<String, Fault> {
+    const SHAPE: &str = "must be http://HOST:PORT or https://HOST:PORT that others can connect to";
+    let (rest, port) = match server.split_once("://") {
+        Some(("http", rest)) => (rest, 80),
+        Some(("https", rest)) => (rest, 443),
+        _ => return fault("server", SHAPE),
+    };
+    let named = rest.rsplit_once(':').is_some_and(|(_, port)| !port.ends_with(']'));
+    let authority = if named { rest.to_owned() } else { format!("{rest}:{port}") };
+    if is_address(&authority) { Ok(authority) } else { fault("server", SHAPE) }
+}
+
 fn address(text: &str) -> Result<(), Fault> {
-    const SHAPE: &str = "must be host:port that others can connect to";
-    let Some((host, port)) = text.rsplit_once(':') else { return fault("address", SHAPE) };
+    if is_address(text) { Ok(()) } else { fault("address", "must be host:port that others can connect to") }
+}
+
+fn is_address(text: &str) -> bool {
+    let Some((host, port)) = text.rsplit_once(':') else { return false };
     let port_fits = port.bytes().all(|b| b.is_ascii_digit()) && port.parse::<u16>().is_ok_and(|p| p > 0);
     let bare = host.strip_prefix('[').and_then(|h| h.strip_suffix(']'));
     let ip: Option<IpAddr> = match bare {
@@ -122,7 +138,7 @@ fn address(text: &str) -> Result<(), Fault> {
         Some(ip) => !ip.is_unspecified() && !ip.is_multicast(),
         None => bare.is_none() && is_dns_name(host),
     };
-    if port_fits && host_fits { Ok(()) } else { fault("address", SHAPE) }
+    port_fits && host_fits
 }
 
 fn is_dns_name(host: &str) -> bool {

@@ -112,6 +112,7 @@ mod tests {
             model: "tiny".to_owned(),
             engine: "sim".to_owned(),
             kv: None,
+            server: None,
             address: "127.0.0.1:1".to_owned(),
             transfer: "".into(),
             state,

@@ -127,6 +127,7 @@ fn registration(name: &str, address: &str) -> Registration {
         model: "tiny".to_owned(),
         engine: "reference".to_owned(),
         kv: None,
+        server: None,
         address: address.to_owned(),
         transfer: "AAEC".to_owned(),
         state: WorkerState::Joining,

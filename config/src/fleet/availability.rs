@@ -34,8 +34,8 @@ impl EngineKind {
     /// Whether this build has it.
     pub fn is_available(self) -> bool {
         match self {
-            Self::Reference | Self::Sim => true,
-            Self::Vllm | Self::Sglang | Self::Openai => false,
+            Self::Reference | Self::Sim | Self::Openai => true,
+            Self::Vllm | Self::Sglang => false,
         }
     }
 }
@@ -93,7 +93,12 @@ pub(super) fn list(reader: &Reader<'_>, pools: &[(String, Pool)]) -> Vec<Unsuppo
         let engine = pool.engine.kind();
         if !engine.is_available() {
             let what = format!("the engine {}", engine.word());
-            push(&format!("{path}.engine.kind"), what, "use kind: reference or kind: sim", true);
+            push(
+                &format!("{path}.engine.kind"),
+                what,
+                "use kind: reference or kind: sim, or kind: openai in every pool",
+                true,
+            );
         }
         if pool.engine.limits().is_some() && !pool.kv.dtype.is_available() {
             let what = format!("a KV cache in {} for the engine {engine}", pool.kv.dtype);

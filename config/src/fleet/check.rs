@@ -60,7 +60,7 @@ fn chain(error: &dyn Error) -> String {
 
 /// The reference engine needs weights.
 pub(super) fn weights(reader: &Reader<'_>, model: Option<&ModelSpec>, pools: &[(String, Pool)]) {
-    let Some(model) = model else { return };
+    let Some(model) = model.and_then(|model| model.directory.as_ref()) else { return };
     if !pools.iter().any(|(_, pool)| matches!(pool.engine, EngineSpec::Reference(_))) {
         return;
     }
@@ -202,7 +202,7 @@ fn span(address: SocketAddr, count: u32) -> String {
 
 /// Each KV cache holds at least two blocks, and each staging area at least two of the largest block of its pool.
 pub(super) fn memory(reader: &Reader<'_>, model: Option<&ModelSpec>, pools: &[(String, Pool)]) {
-    let Some(model) = model else { return };
+    let Some(model) = model.and_then(|model| model.directory.as_ref()) else { return };
     for (path, pool) in pools.iter().filter(|(_, pool)| pool.engine.limits().is_some()) {
         let block = pool.kv.geometry(&model.shape).block_bytes();
         let needed = Bytes(2 * block as u64);

@@ -110,6 +110,9 @@ pub const SIM_SEED: u64 = 0;
 /// `pools[].engine.check_kv`.
 pub const SIM_CHECK_KV: bool = true;
 
+/// `pools[].engine.silent_timeout_ms`: servers that parse tool calls may hold back what they have for a while.
+pub const SILENT_TIMEOUT: Duration = Duration::from_secs(60);
+
 /// `pools[].kv.block_tokens`.
 pub const BLOCK_TOKENS: u32 = 16;
 /// `pools[].kv.layout`.

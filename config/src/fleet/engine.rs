@@ -3,8 +3,8 @@
 use std::path::PathBuf;
 use std::time::Duration;
 
-use super::defaults;
 use super::listen::{URL_EXPECTED, url};
+use super::{OpenaiSpec, defaults};
 use crate::choice::choice;
 use crate::reader::Section;
 
@@ -21,7 +21,7 @@ pub enum EngineSpec {
     /// An SGLang server.
     Sglang(RemoteSpec),
     /// Any OpenAI-compatible server; no KV handoff.
-    Openai(RemoteSpec),
+    Openai(OpenaiSpec),
 }
 
 impl EngineSpec {
@@ -123,6 +123,14 @@ impl EngineSpec {
         }
     }
 
+    /// Replicas of a pool that does not say how many: one for each server it names.
+    pub(super) fn replicas(&self) -> u32 {
+        match self {
+            Self::Openai(spec) if spec.urls.len() > 1 => u32::try_from(spec.urls.len()).unwrap_or(u32::MAX),
+            _ => defaults::REPLICAS,
+        }
+    }
+
     pub(super) fn read(mut section: Section<'_, '_>) -> Self {
         match section.choice("kind", defaults::ENGINE) {
             EngineKind::Reference => {
@@ -134,7 +142,7 @@ impl EngineSpec {
             EngineKind::Sim => Self::Sim(SimSpec::read(&mut section)),
             EngineKind::Vllm => Self::Vllm(RemoteSpec::read(&mut section)),
             EngineKind::Sglang => Self::Sglang(RemoteSpec::read(&mut section)),
-            EngineKind::Openai => Self::Openai(RemoteSpec::read(&mut section)),
+            EngineKind::Openai => Self::Openai(OpenaiSpec::read(&mut section)),
         }
     }
 }

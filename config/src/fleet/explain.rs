@@ -2,8 +2,9 @@
 
 use std::fmt::{self, Write as _};
 
+use super::openai::is_loopback;
 use super::pairs::join;
-use super::{Autoscale, Fleet, PairPath, Pool, ScalerSpec};
+use super::{Autoscale, EngineSpec, Fleet, ModelDirectory, ModelSpec, PairPath, Pool, ScalerSpec};
 use crate::reader::Origin;
 use crate::units::Bytes;
 
@@ -39,33 +40,20 @@ pub fn notes(fleet: &Fleet) -> Vec<String> {
 
 fn write_all(out: &mut String, fleet: &Fleet) -> fmt::Result {
     let model = &fleet.model;
-    let shape = &model.shape;
     writeln!(out, "{}: no faults", fleet.source())?;
-    writeln!(out, "\nmodel {} in {}", model.id, model.path.display())?;
-    writeln!(
-        out,
-        "  {}: {} layers, {} heads, {} kv heads x {} dims, context of {} tokens, vocabulary of {}",
-        shape.architecture,
-        shape.layers,
-        shape.heads,
-        shape.kv_heads,
-        shape.head_dim,
-        shape.max_context,
-        shape.vocab
-    )?;
+    match &model.directory {
+        Some(directory) => write_model(out, model, directory)?,
+        None => writeln!(out, "\nmodel {}", model.id)?,
+    }
     writeln!(out, "  served as {}", model.served_as.join(", "))?;
     write_values(out, fleet)?;
-    writeln!(out, "\nKV cache of one worker")?;
-    for pool in &fleet.pools {
-        write_kv(out, fleet, pool)?;
-    }
-    write_autoscale(out, fleet)?;
-    writeln!(out, "\ntransfer paths")?;
-    if fleet.pairs().is_empty() {
-        writeln!(out, "  none: every request stays on one worker")?;
-    }
-    for pair in fleet.pairs() {
-        write_pair(out, pair)?;
+    if fleet.passes_on() {
+        writeln!(out, "\nservers that requests are passed on to")?;
+        for pool in &fleet.pools {
+            write_servers(out, fleet, pool)?;
+        }
+    } else {
+        write_engines(out, fleet)?;
     }
     let notes = notes(fleet);
     if !notes.is_empty() {
@@ -98,14 +86,69 @@ fn write_values(out: &mut String, fleet: &Fleet) -> fmt::Result {
     Ok(())
 }
 
+fn write_model(out: &mut String, model: &ModelSpec, directory: &ModelDirectory) -> fmt::Result {
+    let shape = &directory.shape;
+    writeln!(out, "\nmodel {} in {}", model.id, directory.path.display())?;
+    writeln!(
+        out,
+        "  {}: {} layers, {} heads, {} kv heads x {} dims, context of {} tokens, vocabulary of {}",
+        shape.architecture,
+        shape.layers,
+        shape.heads,
+        shape.kv_heads,
+        shape.head_dim,
+        shape.max_context,
+        shape.vocab
+    )
+}
+
+fn write_engines(out: &mut String, fleet: &Fleet) -> fmt::Result {
+    writeln!(out, "\nKV cache of one worker")?;
+    for pool in &fleet.pools {
+        write_kv(out, fleet, pool)?;
+    }
+    write_autoscale(out, fleet)?;
+    writeln!(out, "\ntransfer paths")?;
+    if fleet.pairs().is_empty() {
+        writeln!(out, "  none: every request stays on one worker")?;
+    }
+    for pair in fleet.pairs() {
+        write_pair(out, pair)?;
+    }
+    Ok(())
+}
+
+fn write_servers(out: &mut String, fleet: &Fleet, pool: &Pool) -> fmt::Result {
+    let EngineSpec::Openai(spec) = &pool.engine else { return Ok(()) };
+    writeln!(out, "  {}: {} x {}", pool.name, pool.replicas, join(&spec.urls, ", "))?;
+    match &spec.model {
+        Some(model) if *model != fleet.model.id => {
+            writeln!(out, "    know the model as {model}: requests and answers are changed accordingly")?;
+        }
+        Some(_) | None => writeln!(out, "    know the model under the name that the client uses")?,
+    }
+    let key = spec.api_key_file.as_ref().map(|path| path.display());
+    match key {
+        Some(path) => writeln!(out, "    are shown the key in {path}, by each router and worker")?,
+        None => writeln!(out, "    are shown no key")?,
+    }
+    if spec.urls.iter().any(|url| is_loopback(url)) {
+        writeln!(out, "    a loopback address is that of the host of the worker beside the server")?;
+    }
+    let health = spec.health_path.as_deref().unwrap_or("/health, or /v1/models where there is no such path");
+    writeln!(out, "    are well while GET {health} is answered and requests make progress")?;
+    writeln!(out, "    get at most {} requests of each router at once", pool.limits.in_flight)
+}
+
 fn write_kv(out: &mut String, fleet: &Fleet, pool: &Pool) -> fmt::Result {
     let Pool { name, role, replicas, accelerator, kv, .. } = pool;
     let engine = pool.engine.kind();
     writeln!(out, "  {name}: {replicas} x {role}, {engine} on {accelerator}")?;
-    if pool.engine.limits().is_none() {
+    let shape = fleet.model.directory.as_ref().map(|directory| &directory.shape);
+    let Some(shape) = shape.filter(|_| pool.engine.limits().is_some()) else {
         return writeln!(out, "    the engine decides");
-    }
-    let geometry = kv.geometry(&fleet.model.shape);
+    };
+    let geometry = kv.geometry(shape);
     let block = geometry.block_bytes();
     let blocks = kv.capacity.blocks(block);
     let tokens = u64::from(blocks) * u64::from(kv.block_tokens);
@@ -119,8 +162,8 @@ fn write_kv(out: &mut String, fleet: &Fleet, pool: &Pool) -> fmt::Result {
         geometry.token_bytes()
     )?;
     writeln!(out, "    {blocks} blocks hold {tokens} tokens in {}", Bytes(u64::from(blocks) * block as u64))?;
-    if tokens < u64::from(fleet.model.shape.max_context) {
-        let context = fleet.model.shape.max_context;
+    if tokens < u64::from(shape.max_context) {
+        let context = shape.max_context;
         writeln!(out, "    less than the model's context of {context} tokens: longer prompts are refused")?;
     }
     Ok(())

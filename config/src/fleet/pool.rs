@@ -2,11 +2,11 @@
 
 use std::time::Duration;
 
-use super::{Autoscale, EngineSpec, Listen, TransferSpec, defaults};
+use super::{Autoscale, EngineKind, EngineSpec, Listen, TransferSpec, defaults, openai};
 use crate::geometry::{Dtype, KvGeometry, KvLayout, Scales};
 use crate::model_shape::ModelShape;
 use crate::names::{Accelerator, PoolName, Role};
-use crate::reader::{Section, Text};
+use crate::reader::{Reader, Section, Text};
 use crate::units::Bytes;
 use crate::yaml::Node;
 
@@ -117,11 +117,18 @@ impl Pool {
         let role = section.choice_if_given::<Role>("role");
         let accelerator = section.choice("accelerator", defaults::ACCELERATOR);
         let engine = EngineSpec::read(section.section("engine"));
-        let kv = KvSpec::read(section.section("kv"));
-        let transfer = TransferSpec::read(section.section("transfer"), accelerator);
+        let own = engine.kind() != EngineKind::Openai;
+        if !own {
+            openai::refuse_meaningless(&mut section);
+        }
+        // What a server of another project has no use for takes no place among the values.
+        let unread = Reader::new(&|_| None, None);
+        let mut part = |key| if own { section.section(key) } else { Section::absent(&unread, String::new()) };
+        let kv = KvSpec::read(part("kv"));
+        let transfer = TransferSpec::read(part("transfer"), accelerator);
         let listen = Listen::read(&mut section, &format!("127.0.0.1:{first_port}"));
         let advertise = section.optional("advertise", "a host name or address, without a port", host);
-        let replicas = section.count("replicas", 0..=1024, defaults::REPLICAS);
+        let replicas = section.count("replicas", 0..=1024, engine.replicas());
         let autoscale =
             section.section_if_given("autoscale").map(|section| Autoscale::read(section, role, replicas));
         let limits = WorkerLimits::read(section.section("limits"));

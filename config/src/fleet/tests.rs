@@ -87,8 +87,9 @@ fn the_laptop_fleet_has_two_geometries() {
         (Role::Prefill, Accelerator::Simulated, 2)
     );
     assert_eq!((decode.role, decode.accelerator, decode.replicas), (Role::Decode, Accelerator::Cpu, 2));
-    assert_eq!(prefill.kv.geometry(&fleet.model.shape).to_string(), expect_geometry(32, "nhd"));
-    assert_eq!(decode.kv.geometry(&fleet.model.shape).to_string(), expect_geometry(16, "hnd"));
+    let shape = &fleet.model.directory.as_ref().expect("a directory").shape;
+    assert_eq!(prefill.kv.geometry(shape).to_string(), expect_geometry(32, "nhd"));
+    assert_eq!(decode.kv.geometry(shape).to_string(), expect_geometry(16, "hnd"));
     assert_eq!(decode.listen.address.port(), 7502, "replicas of all pools follow each other");
 }
 
@@ -116,8 +117,11 @@ fn the_documentation_has_every_key_with_its_default() {
     let reference = parse(&with_head("pools: [{ name: all, role: both }]\n")).unwrap();
     let scaling = parse(&with_head(SCALING)).unwrap();
     let scaling = scaling.resolved().iter().filter(|value| value.path.contains("[0].autoscale"));
-    for value in sim.resolved().iter().chain(reference.resolved()).chain(scaling) {
-        let key = format!("| `{}` |", value.path.replace("[0]", "[]"));
+    let openai = parse(PASSING).unwrap();
+    let values = sim.resolved().iter().chain(reference.resolved()).chain(scaling).chain(openai.resolved());
+    for value in values {
+        let key =
+            format!("| `{}` |", value.path.replace("[0]", "[]").replace("pass_fields[]", "pass_fields"));
         let line = page.lines().find(|line| line.starts_with(&key));
         let line = line.unwrap_or_else(|| panic!("{key} is not documented"));
         // The defaults that depend on the machine and on the file are told in words.
@@ -149,9 +153,9 @@ fn names_what_is_not_in_this_build() {
     let missing = fleet.startable().expect_err("vllm is not built yet");
     expect![[r#"
         fleet.yaml:21:21: pools[0].engine.kind: the engine vllm is not available in this build
-          remedy: use kind: reference or kind: sim
+          remedy: use kind: reference or kind: sim, or kind: openai in every pool
         fleet.yaml:30:21: pools[1].engine.kind: the engine vllm is not available in this build
-          remedy: use kind: reference or kind: sim
+          remedy: use kind: reference or kind: sim, or kind: openai in every pool
         2 faults in fleet.yaml"#]]
     .assert_eq(&missing.to_string());
     assert!(fleet.unsupported().iter().all(|u| u.required), "{:?}", fleet.unsupported());
@@ -655,7 +659,8 @@ fn relative_model_paths_are_found_beside_the_file_first() {
     let file = root.path().join("fleet.yaml");
     std::fs::write(&file, with_head("pools: [{ name: all, role: both }]\n")).unwrap();
     let fleet = Fleet::load(&file).unwrap();
-    assert_eq!(fleet.model.path, root.path().join("examples/models/tiny"));
+    let directory = fleet.model.directory.expect("a directory");
+    assert_eq!(directory.path, root.path().join("examples/models/tiny"));
     let missing = Fleet::load(&root.path().join("none.yaml")).unwrap_err().to_string();
     assert!(missing.contains("none.yaml: cannot be read: No such file"), "{missing}");
     std::fs::write(&file, b"\xff\xfe").unwrap();
@@ -846,4 +851,61 @@ fn faults_of_autoscaling_have_remedies() {
           remedy: give each pool an object of its own
         2 faults in fleet.yaml"#]],
     );
+}
+
+/// A fleet whose requests are passed on, with every key.
+const PASSING: &str = "version: 1
+model: { id: llama }
+pools:
+  - name: servers
+    role: both
+    engine: { kind: openai, url: \"http://127.0.0.1:8000/\", api_key_file: engine.key, ca_file: ca.pem, model: meta/Llama, health_path: /ping, pass_fields: [baton] }
+";
+
+#[test]
+fn a_fleet_that_passes_requests_on_needs_no_model_directory() {
+    let fleet = parse(PASSING).unwrap();
+    assert!(fleet.passes_on() && fleet.startable().is_ok() && fleet.model.directory.is_none());
+    assert_eq!(fleet.kv_bytes(&fleet.pools[0]), Bytes(0));
+    let EngineSpec::Openai(spec) = &fleet.pools[0].engine else { panic!("an openai engine") };
+    assert_eq!(spec.urls, ["http://127.0.0.1:8000"]);
+    assert_eq!((spec.model.as_deref(), spec.health_path.as_deref()), (Some("meta/Llama"), Some("/ping")));
+    assert_eq!(spec.silent_timeout, Duration::from_secs(60));
+    let several = "version: 1\nmodel: { id: llama }\npools: [{ name: a, role: both, engine: { kind: openai, urls: [http://x:1, https://y] } }]\n";
+    assert_eq!(parse(several).unwrap().pools[0].replicas, 2, "one for each server");
+}
+
+#[test]
+fn explains_a_fleet_that_passes_requests_on() {
+    let text = explain::explain(&parse(PASSING).unwrap());
+    expect![[r#""#]].assert_eq(&text);
+}
+
+#[test]
+fn servers_are_named_plainly_and_mean_nothing_else() {
+    let text = "version: 1
+model: { served_as: [x] }
+pools:
+  - name: a
+    role: both
+    engine: { kind: openai, url: \"http://x:8000/v1\", health_path: ping, pass_fields: [a b] }
+    kv: { block_tokens: 16 }
+    autoscale: { max: 4 }
+  - { name: b, role: decode, transfer: { streams: 2 }, engine: { kind: openai, urls: [http://a, \"ftp://b\", http://u:p@c], api_key: sk-secret } }
+  - { name: c, role: both, replicas: 3, engine: { kind: openai, urls: [http://a, http://b] } }
+  - { name: d, role: both, engine: { kind: openai } }
+  - { name: e, role: both, engine: { kind: openai, url: http://a, urls: [] } }
+";
+    faults(text, &expect![[r#""#]]);
+}
+
+#[test]
+fn passing_on_and_generating_do_not_mix() {
+    let text = with_head(
+        "pools:
+  - { name: own, role: both }
+  - { name: other, role: both, engine: { kind: openai, url: http://127.0.0.1:8000 } }
+",
+    );
+    faults(&text, &expect![[r#""#]]);
 }

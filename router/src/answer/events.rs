@@ -37,7 +37,7 @@ pub(crate) struct EventStream {
 }
 
 /// Notices silence without looking at the clock for every frame.
-struct Quiet {
+pub(crate) struct Quiet {
     /// Half of the longest silence: one that is seen at two ends of a period may have begun at the start of it.
     period: Duration,
     ends: Pin<Box<Sleep>>,
@@ -45,13 +45,19 @@ struct Quiet {
 }
 
 impl Quiet {
-    fn new(longest: Duration) -> Self {
+    /// Silence is to be noticed that may become this long.
+    pub(crate) fn new(longest: Duration) -> Self {
         let period = longest / 2;
         Self { period, ends: Box::pin(tokio::time::sleep(period)), spoken: true }
     }
 
+    /// Something was said.
+    pub(crate) fn speak(&mut self) {
+        self.spoken = true;
+    }
+
     /// Ready when nothing was said for a whole period; call it while there is nothing to say.
-    fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+    pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
         while self.ends.as_mut().poll(cx).is_ready() {
             self.ends.as_mut().reset(Instant::now() + self.period);
             if !std::mem::take(&mut self.spoken) {

@@ -8,7 +8,7 @@ use crate::reply::Refusal;
 use crate::routes::Dialect;
 
 /// What is sent where there is nothing to send: clients ignore it, proxies see that the stream lives.
-const COMMENT: &[u8] = b": keep-alive\n\n";
+pub(crate) const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
 
 /// Writes the events of one stream.
 #[derive(Debug)]
@@ -85,7 +85,7 @@ impl EventWriter {
     /// What bridges a silence.
     pub(super) fn keep_alive(&self) -> &'static [u8] {
         match self {
-            Self::Chunks(_) | Self::Response(_) => COMMENT,
+            Self::Chunks(_) | Self::Response(_) => KEEP_ALIVE,
             Self::Message(_) => super::messages::PING,
         }
     }

@@ -9,7 +9,7 @@ use baton_config::prefix::BlockHash;
 use baton_config::{Epoch, WorkerId};
 use tokio::time::Instant;
 
-use super::{DEFAULT_BANDWIDTH, Dispatcher, Job};
+use super::{DEFAULT_BANDWIDTH, Dispatcher, Explanation, Job};
 use crate::fleet::{Standing, Worker};
 use crate::index::{Depth, Found, Namespace};
 use crate::schedule::{self, Candidate, Predicted, Snapshot, Work};
@@ -23,10 +23,22 @@ const EXPLAINED_MAX: usize = 6;
 
 /// Workers for one attempt, and what was expected of them.
 #[derive(Debug)]
-pub(super) struct Placement {
-    pub(super) decode: Arc<Worker>,
-    pub(super) prefill: Option<Arc<Worker>>,
-    pub(super) predicted: Option<Predicted>,
+pub(crate) struct Placement {
+    pub(crate) decode: Arc<Worker>,
+    pub(crate) prefill: Option<Arc<Worker>>,
+    pub(crate) predicted: Option<Predicted>,
+}
+
+/// What workers are sought for.
+#[derive(Debug)]
+pub(crate) struct Sought<'a> {
+    pub(crate) request_id: &'a str,
+    /// The prompt and what was generated of it, or what stands for it where tokens are not known.
+    pub(crate) tokens: &'a [u32],
+    pub(crate) cache_salt: u64,
+    pub(crate) session: Option<u64>,
+    /// Where to put how they were chosen, if somebody wants to know.
+    pub(crate) explain: Option<&'a Explanation>,
 }
 
 /// One prompt in the index.
@@ -55,12 +67,6 @@ impl Looked {
 impl Dispatcher {
     /// Chooses workers for a job with `sent` tokens behind it, among those not in `avoid`.
     pub(super) fn choose(&self, job: &Job, sent: &[u32], avoid: &[(WorkerId, Epoch)]) -> Option<Placement> {
-        let workers = self.fleet.workers();
-        let now = Instant::now();
-        let standings: Vec<Option<Standing>> = workers
-            .iter()
-            .map(|worker| worker.member.ready.then(|| worker.standing(now, self.timeouts.frozen)))
-            .collect();
         let replay: Vec<u32>;
         let tokens: &[u32] = if sent.is_empty() {
             &job.prompt
@@ -68,7 +74,25 @@ impl Dispatcher {
             replay = job.prompt.iter().chain(sent).copied().collect();
             &replay
         };
-        let looked = self.look_up(&workers, job.cache_salt, tokens);
+        let sought = Sought {
+            request_id: &job.request_id,
+            tokens,
+            cache_salt: job.cache_salt,
+            session: job.session,
+            explain: job.explain.as_ref(),
+        };
+        self.choose_for(&sought, avoid)
+    }
+
+    /// The same for what need not be a job.
+    pub(crate) fn choose_for(&self, sought: &Sought<'_>, avoid: &[(WorkerId, Epoch)]) -> Option<Placement> {
+        let workers = self.fleet.workers();
+        let now = Instant::now();
+        let standings: Vec<Option<Standing>> = workers
+            .iter()
+            .map(|worker| worker.member.ready.then(|| worker.standing(now, self.timeouts.frozen)))
+            .collect();
+        let looked = self.look_up(&workers, sought.cache_salt, sought.tokens);
         let avoided = |worker: &Worker| {
             avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
         };
@@ -87,19 +111,19 @@ impl Dispatcher {
         }
         let prefill = candidates(&|w, standing| w.member.role.prefills() && standing.well);
         let work = Work {
-            tokens: u32::try_from(tokens.len()).unwrap_or(u32::MAX),
+            tokens: u32::try_from(sought.tokens.len()).unwrap_or(u32::MAX),
             ticket: self.tickets.fetch_add(1, Ordering::Relaxed),
-            session: job.session,
+            session: sought.session,
         };
         let transfer_s = |prefill: usize, decode: usize, tokens: u32| {
             transfer_s(&workers[prefill], &workers[decode], tokens, now)
         };
         let snapshot = Snapshot::new(decode, prefill);
         let choice = schedule::choose(&snapshot, work, self.rules, &transfer_s)?;
-        if let Some(explanation) = &job.explain {
+        if let Some(explanation) = sought.explain {
             let offers = schedule::offers(&snapshot, work, self.rules, &transfer_s);
             let text = explain(&workers, &snapshot, work, choice, offers);
-            tracing::info!(request = job.request_id, policy = %self.rules.policy, explanation = text, "placed");
+            tracing::info!(request = sought.request_id, policy = %self.rules.policy, explanation = text, "placed");
             explanation.put(text);
         }
         let predicted = schedule::predicted(&snapshot, choice, work, &transfer_s);

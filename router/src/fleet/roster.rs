@@ -25,6 +25,8 @@ pub struct Member {
     pub role: Role,
     /// `host:port` of its HTTP API.
     pub address: String,
+    /// `http://HOST:PORT` of the server that requests are passed on to, where the worker stands beside one.
+    pub server: Option<String>,
     /// Geometry of its KV blocks, where it has any of its own.
     pub kv: Option<KvGeometry>,
     /// Whether it may be given new requests: ready and not asked to drain.
@@ -52,6 +54,7 @@ impl Roster {
             pool: record.pool.clone(),
             role: record.role,
             address: record.address.clone(),
+            server: record.server.clone(),
             kv: record.kv,
             ready: record.state == WorkerState::Ready && !view.drain.contains(&record.worker),
         };

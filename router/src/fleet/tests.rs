@@ -14,6 +14,7 @@ fn member(name: &str, epoch: u64) -> Member {
         pool: "pool".parse().unwrap(),
         role: Role::Decode,
         address: "127.0.0.1:9".to_owned(),
+        server: None,
         kv: None,
         ready: true,
     }

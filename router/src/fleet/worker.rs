@@ -58,6 +58,8 @@ struct Seen {
     silent_since: Option<Instant>,
     /// It says itself that it should get no requests: the conductor may not have heard, or be away.
     unwilling: bool,
+    /// Of these, that it is not well.
+    unhealthy: bool,
 }
 
 /// A worker's own account, and what this router had on it at that moment.
@@ -163,6 +165,16 @@ impl Worker {
     /// Half of it suffices: the last answer may be as old as a poll when the worker freezes.
     pub(crate) fn is_suspect(&self, now: Instant, frozen: Duration) -> bool {
         self.silent_for(now) >= frozen / 2
+    }
+
+    /// Whether it last said that it is not well. One that says nothing any more says nothing about the server beside it.
+    pub(crate) fn is_unhealthy(&self) -> bool {
+        self.health.seen().unhealthy
+    }
+
+    /// Requests of this router on it.
+    pub(crate) fn own_requests(&self) -> u32 {
+        self.health.requests.load(Ordering::Relaxed)
     }
 
     /// Notes that a connection to it failed.
@@ -310,7 +322,8 @@ impl Health {
         self.pairs.reported(&self.name, &status.paths);
         let unwilling = matches!(status.state.as_str(), "draining" | "unhealthy");
         let mut seen = self.seen();
-        *seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling };
+        let unhealthy = status.state == "unhealthy";
+        *seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling, unhealthy };
     }
 
     /// Notes that a poll failed.

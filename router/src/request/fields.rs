@@ -170,6 +170,16 @@ impl<'a> Fields<'a> {
         join(&self.path, field)
     }
 
+    /// All fields that were not read yet, in their order until the first was read.
+    pub(super) fn all(&self) -> impl Iterator<Item = (&str, &'a RawValue)> {
+        self.entries.iter().map(|(key, raw)| (key.as_ref(), *raw))
+    }
+
+    /// Looks at a field without taking it; one that is `null` counts as absent.
+    pub(super) fn peek(&self, field: &str) -> Option<&'a RawValue> {
+        self.all().find(|(key, raw)| *key == field && raw.get() != "null").map(|(_, raw)| raw)
+    }
+
     /// Takes a field; one that is `null` counts as absent.
     pub(super) fn take(&mut self, field: &str) -> Option<&'a RawValue> {
         let at = self.entries.iter().position(|(key, _)| key == field)?;

@@ -168,6 +168,7 @@ impl FakeWorker {
             pool: pool(role),
             role,
             address: address.to_string(),
+            server: None,
             kv: None,
             ready: true,
         };

@@ -1,7 +1,6 @@
 //! What a worker says about itself.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::Json;
 use axum::extract::State;
@@ -10,10 +9,7 @@ use baton_config::protocol::{DrainStatus, WorkerStatus};
 use http::StatusCode;
 use tokio::time::Instant;
 
-use super::{DEAD_AFTER, Phase, Shared, UNREADY_AFTER};
-
-/// The media type Prometheus expects.
-const PROMETHEUS: &str = "text/plain; version=0.0.4";
+use super::{DEAD_AFTER, PROMETHEUS, Phase, Shared, UNREADY_AFTER, millis};
 
 /// Why the worker should get no requests, if so.
 fn unready(shared: &Shared) -> Option<String> {
@@ -85,10 +81,6 @@ pub(crate) fn drain_status(shared: &Shared) -> Option<DrainStatus> {
         leases: count(open.prefills),
         blocks_held: view.counts.held(),
     })
-}
-
-fn millis(duration: Duration) -> u64 {
-    u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
 
 pub(super) async fn drain(State(shared): State<Arc<Shared>>) -> StatusCode {

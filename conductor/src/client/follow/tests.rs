@@ -20,6 +20,7 @@ fn record(i: u64, epoch: u64) -> Arc<WorkerRecord> {
         model: "m".to_owned(),
         engine: "sim".to_owned(),
         kv: None,
+        server: None,
         address: "127.0.0.1:1".to_owned(),
         transfer: "AAEC".into(),
         state: WorkerState::Ready,

@@ -35,3 +35,25 @@ fn addresses_are_ones_that_others_can_connect_to() {
     }
     assert!(address(&format!("{}:80", "a".repeat(300))).is_err());
 }
+
+#[test]
+fn servers_are_urls_without_anything_but_an_address() {
+    for (good, expected) in [
+        ("http://10.0.0.5:8000", "10.0.0.5:8000"),
+        ("http://gpu-1", "gpu-1:80"),
+        ("https://[fd00::5]", "[fd00::5]:443"),
+    ] {
+        assert_eq!(authority(good).as_deref(), Ok(expected));
+    }
+    for bad in [
+        "",
+        "10.0.0.5:8000",
+        "ftp://a:1",
+        "http://",
+        "http://a:8000/v1",
+        "http://u@a:8000",
+        "http://0.0.0.0:8000",
+    ] {
+        assert!(authority(bad).is_err(), "{bad:?}");
+    }
+}
