@@ -17,6 +17,7 @@
 
 mod account;
 mod admit;
+mod alarm;
 mod answer;
 mod body;
 mod clock;

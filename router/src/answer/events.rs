@@ -7,18 +7,22 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use super::Deltas;
 use super::choice::Delta;
 use super::encode::{ChunkWriter, Meter, error_event};
 use crate::account::Entry;
 use crate::admit::Place;
+use crate::alarm::Alarm;
 use crate::dispatch::DispatchError;
 use crate::gateway::refusal;
 
 /// Bytes after which a frame is handed over although more is ready.
 const FRAME_BYTES: usize = 16 << 10;
+
+/// Room for a chunk or two.
+const FIRST_BYTES: usize = 512;
 
 /// What is sent where there is nothing to send: clients ignore it, proxies see that the stream lives.
 const KEEP_ALIVE: &[u8] = b": keep-alive\n\n";
@@ -41,20 +45,20 @@ pub(crate) struct EventStream {
 struct Quiet {
     /// Half of the longest silence: one that is seen at two ends of a period may have begun at the start of it.
     period: Duration,
-    ends: Pin<Box<Sleep>>,
+    ends: Alarm,
     spoken: bool,
 }
 
 impl Quiet {
     fn new(longest: Duration) -> Self {
         let period = longest / 2;
-        Self { period, ends: Box::pin(tokio::time::sleep(period)), spoken: true }
+        Self { period, ends: Alarm::after(period), spoken: true }
     }
 
     /// Ready when nothing was said for a whole period; call it while there is nothing to say.
     fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.ends.as_mut().poll(cx).is_ready() {
-            self.ends.as_mut().reset(Instant::now() + self.period);
+        while self.ends.poll(cx).is_ready() {
+            self.ends.reset(Instant::now() + self.period);
             if !std::mem::take(&mut self.spoken) {
                 return Poll::Ready(());
             }
@@ -91,7 +95,8 @@ impl EventStream {
         if this.held.is_none() {
             return Poll::Ready(None);
         }
-        let mut out = Vec::with_capacity(512);
+        // Room is made when there is something to write: often there is not.
+        let mut out = Vec::new();
         if let Some(first) = this.first.take() {
             this.write(&first, &mut out);
         }
@@ -122,6 +127,9 @@ impl EventStream {
     }
 
     fn write(&mut self, delta: &Delta, out: &mut Vec<u8>) {
+        if out.capacity() == 0 {
+            out.reserve(FIRST_BYTES);
+        }
         self.meter.add(delta);
         if let Some((entry, place)) = &mut self.held {
             let tokens = delta.tokens.len() as u64;
