@@ -11,9 +11,11 @@ mod place;
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
+use std::task::{Context, Poll, ready};
 
 use baton_config::protocol::{FinishReason, PrefillReport, Sampling, TokenLogprob};
 use baton_config::{Epoch, HandoffId, WorkerId};
+use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
@@ -155,7 +157,6 @@ impl Dispatcher {
 }
 
 /// One choice being generated.
-#[derive(Debug)]
 pub(crate) struct Generation {
     dispatcher: Arc<Dispatcher>,
     job: Job,
@@ -171,6 +172,10 @@ pub(crate) struct Generation {
     unavailable: usize,
     /// Set while a stream that had begun looks for another worker.
     moving: Option<(MoveReason, Instant)>,
+    /// Since when no worker is found.
+    waits_since: Option<Instant>,
+    /// The next change of the fleet, while it is waited for.
+    change: Option<BoxFuture<'static, ()>>,
     trace: Trace,
 }
 
@@ -187,6 +192,8 @@ impl Generation {
             too_long: 0,
             unavailable: 0,
             moving: None,
+            waits_since: None,
+            change: None,
             trace: Trace::default(),
         }
     }
@@ -196,17 +203,17 @@ impl Generation {
         &self.trace
     }
 
-    /// Waits for the next token or the end.
-    pub(crate) async fn next(&mut self) -> Result<Progress, DispatchError> {
+    /// The next token or the end.
+    pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Progress, DispatchError>> {
         loop {
             let attempt = match &mut self.attempt {
                 Some(attempt) => attempt,
                 None => {
-                    let placed = self.place().await?;
+                    let placed = ready!(self.poll_place(cx))?;
                     self.attempt.insert(placed)
                 }
             };
-            match attempt.next().await {
+            match ready!(attempt.poll_next(cx)) {
                 Ok(Event::Token { token, logprob, logits_digest }) => {
                     if token >= self.dispatcher.vocab || self.sent.len() >= self.job.max_tokens as usize {
                         self.lost(Lost::protocol("a token beyond the vocabulary or the limit"))?;
@@ -216,19 +223,19 @@ impl Generation {
                         self.dispatcher.metrics.migrated(reason, true);
                     }
                     self.sent.push(token);
-                    return Ok(Progress::Token { token, logprob, logits_digest });
+                    return Poll::Ready(Ok(Progress::Token { token, logprob, logits_digest }));
                 }
                 Ok(Event::Prefilled(report)) => self.prefilled(report),
                 Ok(Event::Finished(reason)) => {
                     if let Some(attempt) = self.attempt.take() {
                         attempt.linger(&self.dispatcher.tracker);
                     }
-                    return Ok(Progress::Finished(reason));
+                    return Poll::Ready(Ok(Progress::Finished(reason)));
                 }
                 Err(lost) => {
                     self.lost(lost)?;
                     if let Some(reason) = self.already_ended() {
-                        return Ok(Progress::Finished(reason));
+                        return Poll::Ready(Ok(Progress::Finished(reason)));
                     }
                 }
             }
@@ -329,29 +336,42 @@ impl Generation {
     }
 
     /// Finds workers and sends both calls.
-    async fn place(&mut self) -> Result<Attempt, DispatchError> {
-        if let Some(placement) = self.dispatcher.choose(&self.job, &self.sent, &self.failed) {
-            return self.open(placement);
-        }
-        let mut changes = self.dispatcher.fleet.changes();
-        // Workers that are in another life than the view says may be in view again in a moment.
-        let lag = Instant::now() + VIEW_LAG;
+    fn poll_place(&mut self, cx: &mut Context<'_>) -> Poll<Result<Attempt, DispatchError>> {
+        let mut changes = None;
         loop {
+            if let Some(change) = &mut self.change {
+                ready!(change.as_mut().poll(cx));
+                self.change = None;
+            }
             if let Some(placement) = self.dispatcher.choose(&self.job, &self.sent, &self.failed) {
-                return self.open(placement);
+                self.waits_since = None;
+                return Poll::Ready(self.open(placement));
             }
-            match self.moving {
-                Some((_, patience)) if Instant::now() < patience => {}
-                Some((reason, _)) => {
-                    self.dispatcher.metrics.migrated(reason, false);
-                    return Err(DispatchError::WorkerLost);
-                }
-                None if self.is_outdated() && Instant::now() < lag => {}
-                None => return Err(self.exhausted()),
-            }
-            changes.mark_unchanged();
-            let _ = tokio::time::timeout(RETRY_EVERY, changes.changed()).await;
+            let Some(mut changes) = changes.take() else {
+                // Once more, now that no change can be missed.
+                changes = Some(self.dispatcher.fleet.changes());
+                continue;
+            };
+            self.may_wait()?;
+            self.change = Some(Box::pin(async move {
+                let _ = tokio::time::timeout(RETRY_EVERY, changes.changed()).await;
+            }));
         }
+    }
+
+    /// Whether it is worth waiting for another worker.
+    fn may_wait(&mut self) -> Result<(), DispatchError> {
+        let now = Instant::now();
+        if let Some((reason, patience)) = self.moving {
+            if now < patience {
+                return Ok(());
+            }
+            self.dispatcher.metrics.migrated(reason, false);
+            return Err(DispatchError::WorkerLost);
+        }
+        // Workers that are in another life than the view says may be in view again in a moment.
+        let since = *self.waits_since.get_or_insert(now);
+        if self.is_outdated() && now < since + VIEW_LAG { Ok(()) } else { Err(self.exhausted()) }
     }
 
     fn open(&mut self, placement: Placement) -> Result<Attempt, DispatchError> {

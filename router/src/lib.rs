@@ -20,6 +20,7 @@
 
 mod account;
 mod admit;
+mod alarm;
 mod answer;
 mod body;
 mod clock;

@@ -1,9 +1,13 @@
 //! One choice: tokens become text, stop strings end it, log-probabilities and reports travel along.
 
+use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
+use std::time::Duration;
 
 use baton_config::protocol::{FinishReason, TokenLogprob};
-use futures_util::stream::{self, StreamExt as _};
+use futures_util::Stream;
+use prometheus::local::LocalHistogram;
 use tokio::time::Instant;
 
 use super::Deltas;
@@ -11,6 +15,11 @@ use crate::dispatch::{DispatchError, Dispatcher, Generation, Job, Progress, Trac
 use crate::metrics::Metrics;
 use crate::model::{Decoder, Model};
 use crate::stop::StopMatcher;
+
+/// Tokens after which a stream brings what it counted to the metrics,
+const BOOK_TOKENS: u64 = 64;
+/// or this long.
+const BOOK_EVERY: Duration = Duration::from_secs(1);
 
 /// What to generate as one choice.
 #[derive(Debug)]
@@ -64,13 +73,30 @@ struct Run {
     piece: String,
     first_at: Option<Instant>,
     last_at: Option<Instant>,
+    /// The time, as long as nothing is waited for.
+    now: Option<Instant>,
+    /// Times between tokens that the metrics have not got yet,
+    itl: LocalHistogram,
+    /// as many tokens,
+    unbooked: u64,
+    /// since then.
+    booked_at: Instant,
+    over: bool,
+}
+
+impl Drop for Run {
+    fn drop(&mut self) {
+        self.book();
+    }
 }
 
 /// The deltas of one choice; nothing is sent before the first poll.
 pub(super) fn run(dispatcher: Arc<Dispatcher>, model: Arc<Model>, mut spec: ChoiceSpec) -> Deltas {
     let metrics = Arc::clone(&dispatcher.metrics);
     let pending = Delta { index: spec.index, text: spec.echo.take().unwrap_or_default(), ..Delta::default() };
+    let (started, itl) = (spec.started, metrics.itl.local());
     let run = Run {
+        itl,
         generation: Generation::new(dispatcher, spec.job.clone()),
         stops: StopMatcher::new(std::mem::take(&mut spec.stop)),
         decoder: Decoder::new(Arc::clone(&model.vocabulary)),
@@ -80,32 +106,45 @@ pub(super) fn run(dispatcher: Arc<Dispatcher>, model: Arc<Model>, mut spec: Choi
         piece: String::new(),
         first_at: None,
         last_at: None,
+        now: None,
+        unbooked: 0,
+        booked_at: started,
+        over: false,
     };
-    stream::unfold(Some(run), |run| async move {
-        let mut run = run?;
-        match run.next().await {
-            Ok(delta) if delta.end.is_some() => Some((Ok(delta), None)),
-            Ok(delta) => Some((Ok(delta), Some(run))),
-            Err(error) => Some((Err(error), None)),
+    Box::pin(run)
+}
+
+impl Stream for Run {
+    type Item = Result<Delta, DispatchError>;
+
+    fn poll_next(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Self::Item>> {
+        if self.over {
+            return Poll::Ready(None);
         }
-    })
-    .boxed()
+        let next = self.poll_delta(cx);
+        match &next {
+            Poll::Pending => self.now = None,
+            Poll::Ready(Ok(delta)) => self.over = delta.end.is_some(),
+            Poll::Ready(Err(_)) => self.over = true,
+        }
+        next.map(Some)
+    }
 }
 
 impl Run {
-    async fn next(&mut self) -> Result<Delta, DispatchError> {
+    fn poll_delta(&mut self, cx: &mut Context<'_>) -> Poll<Result<Delta, DispatchError>> {
         loop {
-            match self.generation.next().await? {
+            match ready!(self.generation.poll_next(cx))? {
                 Progress::Token { token, logprob, logits_digest } => {
                     self.clock();
                     self.pending.tokens.push(token);
                     self.pending.logprobs.extend(logprob.map(|logprob| (token, logprob)));
                     self.pending.logits_digest = logits_digest.or(self.pending.logits_digest);
                     if self.push_text(token) {
-                        return Ok(self.end(FinishReason::Stop));
+                        return Poll::Ready(Ok(self.end(FinishReason::Stop)));
                     }
                     if self.spec.every_token || !self.pending.text.is_empty() {
-                        return Ok(self.take());
+                        return Poll::Ready(Ok(self.take()));
                     }
                 }
                 Progress::Finished(reason) => {
@@ -115,7 +154,7 @@ impl Run {
                     if !stopped {
                         self.stops.finish(&mut self.pending.text);
                     }
-                    return Ok(self.end(if stopped { FinishReason::Stop } else { reason }));
+                    return Poll::Ready(Ok(self.end(if stopped { FinishReason::Stop } else { reason })));
                 }
             }
         }
@@ -132,16 +171,28 @@ impl Run {
         self.stops.push(&self.piece, &mut self.pending.text)
     }
 
+    /// Books a token. Those that were there together came at the same time.
     fn clock(&mut self) {
-        let now = Instant::now();
+        let now = *self.now.get_or_insert_with(Instant::now);
         match self.last_at.replace(now) {
-            Some(last) => self.metrics.itl.observe(now.duration_since(last).as_secs_f64()),
+            Some(last) => self.itl.observe(now.duration_since(last).as_secs_f64()),
             None => {
                 self.first_at = Some(now);
+                self.booked_at = now;
                 self.metrics.ttft.observe(now.duration_since(self.spec.started).as_secs_f64());
             }
         }
-        self.metrics.completion_tokens.inc();
+        self.unbooked += 1;
+        if self.unbooked >= BOOK_TOKENS || now.duration_since(self.booked_at) >= BOOK_EVERY {
+            self.booked_at = now;
+            self.book();
+        }
+    }
+
+    /// Brings what was counted here to the metrics of the router.
+    fn book(&mut self) {
+        self.itl.flush();
+        self.metrics.completion_tokens.inc_by(std::mem::take(&mut self.unbooked));
     }
 
     fn take(&mut self) -> Delta {

@@ -7,7 +7,7 @@ use std::time::Duration;
 
 use bytes::Bytes;
 use futures_util::StreamExt as _;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 
 use super::Deltas;
 use super::choice::Delta;
@@ -15,11 +15,15 @@ use super::encode::Meter;
 use super::writer::EventWriter;
 use crate::account::Entry;
 use crate::admit::Place;
+use crate::alarm::Alarm;
 use crate::dispatch::DispatchError;
 use crate::gateway::refusal;
 
 /// Bytes after which a frame is handed over although more is ready.
 const FRAME_BYTES: usize = 16 << 10;
+
+/// Room for a chunk or two.
+const FIRST_BYTES: usize = 512;
 
 /// Server-sent events, made as the client takes them.
 ///
@@ -40,7 +44,7 @@ pub(crate) struct EventStream {
 pub(crate) struct Quiet {
     /// Half of the longest silence: one that is seen at two ends of a period may have begun at the start of it.
     period: Duration,
-    ends: Pin<Box<Sleep>>,
+    ends: Alarm,
     spoken: bool,
 }
 
@@ -48,7 +52,7 @@ impl Quiet {
     /// Silence is to be noticed that may become this long.
     pub(crate) fn new(longest: Duration) -> Self {
         let period = longest / 2;
-        Self { period, ends: Box::pin(tokio::time::sleep(period)), spoken: true }
+        Self { period, ends: Alarm::after(period), spoken: true }
     }
 
     /// Something was said.
@@ -58,8 +62,8 @@ impl Quiet {
 
     /// Ready when nothing was said for a whole period; call it while there is nothing to say.
     pub(crate) fn poll(&mut self, cx: &mut Context<'_>) -> Poll<()> {
-        while self.ends.as_mut().poll(cx).is_ready() {
-            self.ends.as_mut().reset(Instant::now() + self.period);
+        while self.ends.poll(cx).is_ready() {
+            self.ends.reset(Instant::now() + self.period);
             if !std::mem::take(&mut self.spoken) {
                 return Poll::Ready(());
             }
@@ -96,7 +100,8 @@ impl EventStream {
         if this.held.is_none() {
             return Poll::Ready(None);
         }
-        let mut out = Vec::with_capacity(512);
+        // Room is made when there is something to write: often there is not.
+        let mut out = Vec::new();
         if !std::mem::replace(&mut this.begun, true) {
             this.writer.begin(this.meter.usage(), &mut out);
         }
@@ -130,6 +135,9 @@ impl EventStream {
     }
 
     fn write(&mut self, delta: &Delta, out: &mut Vec<u8>) {
+        if out.capacity() == 0 {
+            out.reserve(FIRST_BYTES);
+        }
         self.meter.add(delta);
         if let Some((entry, place)) = &mut self.held {
             let tokens = delta.tokens.len() as u64;

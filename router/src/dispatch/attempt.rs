@@ -4,6 +4,7 @@ use std::fmt;
 use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
+use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use baton_config::HandoffId;
@@ -15,9 +16,9 @@ use bytes::Bytes;
 use futures_util::FutureExt as _;
 use http::uri::Authority;
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 use hyper_util::client::legacy::ResponseFuture;
-use tokio::time::{Instant, Sleep};
+use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
 use super::call::{self, CallError, Caller};
@@ -25,6 +26,7 @@ use super::frames::{Found, Item, Stream, Way};
 use super::lines::{LineError, Lines};
 use super::place::Placement;
 use super::{Dispatcher, Job};
+use crate::alarm::Alarm;
 use crate::fleet::{Occupied, Worker};
 use crate::metrics::{Metrics, MoveReason};
 use crate::options::Timeouts;
@@ -201,17 +203,17 @@ impl Source {
         }
     }
 
-    /// Reads the next piece of the answer; safe to drop at any await and call again.
-    async fn read(&mut self) -> Result<Option<Item>, Lost> {
+    /// Reads the next piece of the answer.
+    fn poll_read(&mut self, cx: &mut Context<'_>) -> Poll<Result<Option<Item>, Lost>> {
         match self {
             Self::Opening(call) => {
-                *self = call.as_mut().await?;
-                Ok(None)
+                *self = ready!(call.as_mut().poll(cx))?;
+                Poll::Ready(Ok(None))
             }
-            Self::Frames(stream) => std::future::poll_fn(|cx| stream.poll_next(cx)).await.map(Some),
+            Self::Frames(stream) => stream.poll_next(cx).map_ok(Some),
             Self::Lines(answer) => {
                 let (body, lines) = &mut **answer;
-                match body.frame().await {
+                Poll::Ready(match ready!(Pin::new(body).poll_frame(cx)) {
                     Some(Ok(frame)) => {
                         if let Some(data) = frame.data_ref() {
                             lines.push(data)?;
@@ -223,7 +225,7 @@ impl Source {
                         Err(Lost::Broken("the stream ended within a line".to_owned()))
                     }
                     None => Err(Lost::Broken("the stream ended without an end".to_owned())),
-                }
+                })
             }
         }
     }
@@ -243,7 +245,7 @@ pub(super) struct Attempt {
     predicted: Option<Predicted>,
     /// The stream cannot go on elsewhere once it has begun.
     irreplaceable: bool,
-    tick: Pin<Box<Sleep>>,
+    tick: Alarm,
 }
 
 impl fmt::Debug for Attempt {
@@ -322,28 +324,31 @@ impl Attempt {
             placed_at: Instant::now(),
             predicted,
             irreplaceable: job.logits_digest,
-            tick: Box::pin(tokio::time::sleep(TICK)),
+            tick: Alarm::after(TICK),
         }
     }
 
-    /// Waits for the next event.
-    pub(super) async fn next(&mut self) -> Result<Event, Lost> {
+    /// The next event.
+    pub(super) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Event, Lost>> {
         loop {
             if let Some(item) = self.source.ready()? {
-                return self.take(item);
+                return Poll::Ready(self.take(item));
             }
-            tokio::select! {
-                biased;
-                read = self.source.read() => {
-                    let read = read?;
-                    self.progress_at = Instant::now();
-                    if let Some(item) = read {
-                        return self.take(item);
-                    }
+            if let Poll::Ready(read) = self.source.poll_read(cx) {
+                let read = read?;
+                self.progress_at = Instant::now();
+                match read {
+                    Some(item) => return Poll::Ready(self.take(item)),
+                    None => continue,
                 }
-                () = wait(&mut self.prefill), if self.prefill.is_some() => self.prefill = None,
-                () = self.tick.as_mut() => self.check_progress()?,
             }
+            if let Some(prefill) = &mut self.prefill
+                && prefill.as_mut().poll(cx).is_ready()
+            {
+                self.prefill = None;
+            }
+            ready!(self.tick.poll(cx));
+            self.check_progress()?;
         }
     }
 
@@ -391,7 +396,7 @@ impl Attempt {
 
     fn check_progress(&mut self) -> Result<(), Lost> {
         let now = Instant::now();
-        self.tick.as_mut().reset(now + TICK);
+        self.tick.reset(now + TICK);
         if now >= self.deadline {
             return Err(Lost::Deadline);
         }
@@ -450,13 +455,6 @@ async fn opened(call: ResponseFuture) -> Result<Source, Lost> {
     match tokio::time::timeout(LINGER, call::accepted(response)).await {
         Ok(accepted) => Ok(Source::Lines(Box::new((accepted?, Lines::default())))),
         Err(_) => Err(Lost::protocol("an error answer without an end")),
-    }
-}
-
-async fn wait(call: &mut Option<PrefillCall>) {
-    match call {
-        Some(call) => call.as_mut().await,
-        None => std::future::pending().await,
     }
 }
 

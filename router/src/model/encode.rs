@@ -31,6 +31,9 @@ const CACHE_BYTES: usize = 16 << 20;
 /// looking one up is nothing beside tokenizing it.
 const CHUNK_BYTES: usize = 256;
 
+/// Longer words are not worth keeping by themselves.
+const WORD_BYTES: usize = 32;
+
 /// Expressions in which letters, within a match, are followed by nothing but letters. All of a text is matched by them.
 const WORD_PATTERNS: [&str; 2] = [
     // Llama 3, and GPT-4 without possessive quantifiers.
@@ -94,12 +97,50 @@ impl Pieces {
                 ids.extend_from_slice(&known);
                 continue;
             }
-            let new: Arc<[u32]> = whole(tokenizer, piece, false)?.into();
-            ids.extend_from_slice(&new);
-            cache.put(salt, piece, new);
+            let start = ids.len();
+            self.encode_words(tokenizer, cache, (piece, salt), &mut ids)?;
+            cache.put(salt, piece, ids[start..].into());
         }
         ids.extend_from_slice(after);
         Ok(ids)
+    }
+
+    /// Appends the ids of a piece that was not seen before: most of its words were, where it may be cut between them.
+    fn encode_words(
+        &self,
+        tokenizer: &Tokenizer,
+        cache: &Cache,
+        (piece, salt): (&str, u64),
+        ids: &mut Vec<u32>,
+    ) -> Result<(), String> {
+        let mut rest = piece;
+        while !rest.is_empty() {
+            let bytes = rest.as_bytes();
+            let cut = (1..bytes.len()).find(|at| self.parts_words(bytes, *at)).unwrap_or(bytes.len());
+            let (word, after) = rest.split_at(cut);
+            rest = after;
+            // The piece itself is kept by its caller.
+            if word.len() > WORD_BYTES || word.len() == piece.len() {
+                ids.extend_from_slice(&whole(tokenizer, word, false)?);
+                continue;
+            }
+            if let Some(known) = cache.get(salt, word) {
+                ids.extend_from_slice(&known);
+                continue;
+            }
+            let new: Arc<[u32]> = whole(tokenizer, word, false)?.into();
+            ids.extend_from_slice(&new);
+            cache.put(salt, word, new);
+        }
+        Ok(())
+    }
+
+    /// Whether a text may be cut before its byte `at` because a word ends there.
+    fn parts_words(&self, bytes: &[u8], at: usize) -> bool {
+        self.words
+            && bytes[at] == b' '
+            && bytes[at - 1].is_ascii_alphabetic()
+            && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)
     }
 
     /// The pieces of a text, none of them empty.
@@ -121,13 +162,7 @@ impl Pieces {
         let is_mark = |at: usize| {
             self.marks[usize::from(bytes[at])].iter().any(|mark| bytes[at..].starts_with(mark.as_bytes()))
         };
-        let is_word = |at: usize| {
-            self.words
-                && at > CHUNK_BYTES
-                && bytes[at] == b' '
-                && bytes[at - 1].is_ascii_alphabetic()
-                && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)
-        };
+        let is_word = |at: usize| at > CHUNK_BYTES && self.parts_words(bytes, at);
         let cut = (1..bytes.len()).find(|at| is_word(*at) || is_mark(*at));
         Some(cut.unwrap_or(bytes.len()))
     }

@@ -1,6 +1,7 @@
 //! Two workers and a conductor in one process, each worker on a runtime of its own, over loopback.
 
 mod fleet;
+mod frames;
 mod openai;
 mod tamper;
 

@@ -15,6 +15,9 @@ use super::mux::{Breach, Due, Mux};
 /// cost of a wake-up and of a write to the client. First tokens, ends and errors do not wait.
 const GATHER: Duration = Duration::from_millis(4);
 
+/// A buffer that a long prompt made larger than this is given back.
+const KEPT_BYTES: usize = 256 << 10;
+
 /// Carries until either side ends it, or nobody wants it any more.
 pub(super) async fn carry<S: AsyncRead + AsyncWrite + Unpin>(mux: Arc<Mux>, io: S, stop: CancellationToken) {
     let lost = match exchange(&mux, io, &stop).await {
@@ -41,6 +44,7 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
         }
         if sent == unsent.len() {
             unsent.clear();
+            unsent.shrink_to(KEPT_BYTES);
             sent = 0;
             mux.take_unsent(&mut unsent);
         }

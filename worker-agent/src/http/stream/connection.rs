@@ -188,11 +188,7 @@ impl Connection {
     async fn take(&mut self, key: Key, item: Item<Result<Started, Fault>>) {
         let Some(generation) = self.streams.get_mut(key.stream) else {
             // It was given up while it began.
-            if let Item::Started(Ok(Started { held, .. })) = item {
-                let shared = Arc::clone(&self.shared);
-                self.shared.tasks.spawn(async move { held.let_go(&shared).await });
-            }
-            return;
+            return self.let_go(item);
         };
         match (&mut generation.stage, item) {
             (stage @ Stage::Starting(_), Item::Started(started)) => match started {
@@ -213,7 +209,8 @@ impl Connection {
                 }
             },
             (Stage::Starting(early), item) => early.push((key, item)),
-            (_, item) => self.go_on(key, item).await,
+            (Stage::Over(_), item) => self.let_go(item),
+            (Stage::Running { .. }, item) => self.go_on(key, item).await,
         }
     }
 
@@ -344,10 +341,15 @@ impl Connection {
             leave(&self.shared, generation, RequestEnd::Cancelled);
         }
         for (_, item) in self.inbox.close() {
-            if let Item::Started(Ok(Started { held, .. })) = item {
-                let shared = Arc::clone(&self.shared);
-                self.shared.tasks.spawn(async move { held.let_go(&shared).await });
-            }
+            self.let_go(item);
+        }
+    }
+
+    /// Gives back what came too late.
+    fn let_go(&self, item: Item<Result<Started, Fault>>) {
+        if let Item::Started(Ok(Started { held, .. })) = item {
+            let shared = Arc::clone(&self.shared);
+            self.shared.tasks.spawn(async move { held.let_go(&shared).await });
         }
     }
 }

@@ -33,7 +33,7 @@ pub(super) const BODY_MAX: usize = 256 << 10;
 const BROKEN: u16 = 0;
 
 /// How long a condition may take to come true.
-const PATIENCE: Duration = Duration::from_secs(20);
+pub(super) const PATIENCE: Duration = Duration::from_secs(20);
 
 /// What is varied.
 #[derive(Debug, Clone, Copy)]
@@ -531,6 +531,10 @@ impl Follower {
 }
 
 impl Running {
+    pub(super) fn address(&self) -> SocketAddr {
+        self.address
+    }
+
     pub(super) fn epoch(&self) -> Epoch {
         self.worker.life.borrow().expect("an epoch").epoch
     }

@@ -1,0 +1,231 @@
+//! The connection of frames, over real sockets.
+
+use std::collections::BTreeMap;
+
+use baton_config::Epoch;
+use baton_config::frames::{self, News, Reader, StreamId};
+use baton_config::protocol::{FailureCode, FinishReason, GenerateEvent, GenerateRequest, PrefillReport};
+use baton_engine::sim::oracle;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
+
+use super::fleet::{Fleet, PATIENCE, Running, Setup, prompt, until};
+
+/// The side of a router.
+struct Wire {
+    io: TcpStream,
+    reader: Reader,
+    got: BTreeMap<u32, Got>,
+}
+
+/// What came for one generation.
+#[derive(Debug, Default)]
+struct Got {
+    tokens: Vec<u32>,
+    report: Option<PrefillReport>,
+    finished: Option<FinishReason>,
+    failed: Option<FailureCode>,
+}
+
+impl Wire {
+    /// A connection, or the status of the refusal.
+    async fn connect(to: &Running, epoch: Epoch) -> Result<Self, u16> {
+        let mut io = TcpStream::connect(to.address()).await.unwrap();
+        io.set_nodelay(true).unwrap();
+        let head = format!(
+            "GET {}?epoch={} HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: {}\r\n\r\n",
+            frames::PATH,
+            epoch.0,
+            frames::PROTOCOL
+        );
+        io.write_all(head.as_bytes()).await.unwrap();
+        let mut answer = Vec::new();
+        while !answer.ends_with(b"\r\n\r\n") {
+            answer.push(io.read_u8().await.unwrap());
+        }
+        match std::str::from_utf8(&answer[9..12]).unwrap().parse().unwrap() {
+            101 => Ok(Self { io, reader: Reader::new(0), got: BTreeMap::new() }),
+            status => Err(status),
+        }
+    }
+
+    async fn say(&mut self, write: impl FnOnce(&mut Vec<u8>)) {
+        let mut bytes = Vec::new();
+        write(&mut bytes);
+        self.io.write_all(&bytes).await.unwrap();
+    }
+
+    async fn open(&mut self, id: u32, credit: u32, request: &GenerateRequest) {
+        self.say(|out| frames::open(out, StreamId(id), credit, request).unwrap()).await;
+    }
+
+    /// Reads once; whether the worker is still there.
+    async fn read(&mut self) -> bool {
+        let read = tokio::time::timeout(PATIENCE, self.io.read(self.reader.room())).await.expect("in time");
+        let bytes = read.unwrap_or(0);
+        self.reader.filled(bytes);
+        while let Some((kind, payload)) = self.reader.next_frame().unwrap() {
+            match News::decode(kind, payload).unwrap() {
+                News::Tokens(tokens) => {
+                    for (id, token) in tokens {
+                        self.got.entry(id.0).or_default().tokens.push(token);
+                    }
+                }
+                News::Event(id, event) => {
+                    let got = self.got.entry(id.0).or_default();
+                    match event {
+                        GenerateEvent::Token { token, .. } => got.tokens.push(token),
+                        GenerateEvent::Prefilled(report) => {
+                            assert!(got.tokens.is_empty(), "before the first token");
+                            got.report = Some(report);
+                        }
+                        GenerateEvent::Finished { reason } => got.finished = Some(reason),
+                        GenerateEvent::Failed { code, .. } => got.failed = Some(code),
+                    }
+                }
+            }
+        }
+        bytes > 0
+    }
+
+    async fn read_until(&mut self, holds: impl Fn(&BTreeMap<u32, Got>) -> bool) {
+        while !holds(&self.got) {
+            assert!(self.read().await, "the worker ended it: {:?}", self.got);
+        }
+    }
+}
+
+fn plain(fleet: &Fleet, seed: u64, max_tokens: u32) -> GenerateRequest {
+    let tokens = prompt(seed, 20 + seed as usize, fleet.vocab());
+    GenerateRequest { logits_digest: false, ..fleet.request(tokens, max_tokens) }
+}
+
+#[test]
+fn many_generations_share_a_connection_and_those_without_credit_wait() {
+    let fleet = Fleet::start(Setup { blocks: 600, ..Setup::sim() });
+    let worker = fleet.alone("lone");
+    fleet.block_on(async {
+        let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
+        wire.open(99, 0, &plain(&fleet, 99, 30)).await;
+        for id in 0..20 {
+            // Some of them with what plain tokens do not carry.
+            let request =
+                GenerateRequest { logits_digest: id % 3 == 0, ..plain(&fleet, u64::from(id), 10 + id) };
+            wire.open(id, 100, &request).await;
+        }
+        wire.read_until(|got| got.values().filter(|got| got.finished.is_some()).count() == 20).await;
+        let model = (fleet.sim().unwrap(), fleet.model());
+        for id in 0..20 {
+            let request = plain(&fleet, u64::from(id), 10 + id);
+            let wanted = oracle(&model.0, &model.1, &request.tokens, request.max_tokens as usize);
+            assert_eq!(wire.got[&id].tokens, wanted, "stream {id}");
+            assert!(wire.got[&id].report.is_some());
+        }
+        let wanted = oracle(&model.0, &model.1, &plain(&fleet, 99, 30).tokens, 30);
+        assert!(wire.got.get(&99).is_none_or(|got| got.tokens.is_empty()), "no credit, no token");
+        wire.say(|out| frames::credit(out, StreamId(99), 3)).await;
+        wire.read_until(|got| got.get(&99).is_some_and(|got| got.tokens.len() >= 3)).await;
+        // What is behind it on the connection arrives; the rest of it does not.
+        wire.open(100, 100, &plain(&fleet, 100, 5)).await;
+        wire.read_until(|got| got.get(&100).is_some_and(|got| got.finished.is_some())).await;
+        assert_eq!(wire.got[&99].tokens, wanted[..3]);
+        wire.say(|out| frames::credit(out, StreamId(99), 100)).await;
+        wire.read_until(|got| got[&99].finished.is_some()).await;
+        assert_eq!(wire.got[&99].tokens, wanted);
+        until("all blocks back", || worker.in_use() == 0).await;
+        worker.audit().await;
+    });
+}
+
+#[test]
+fn a_handoff_over_frames_is_one_over_http() {
+    let fleet = Fleet::start(Setup { prefix_cache: false, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let mut wire = Wire::connect(&d, d.epoch()).await.unwrap();
+        for id in 1..=4 {
+            let request = plain(&fleet, u64::from(id) * 60, 8);
+            let asked = fleet.generate_with(&d, &p, &request, u128::from(id));
+            let prefill = fleet.start_prefill(&p, &d, &request, u128::from(id));
+            wire.open(id, 100, &asked).await;
+            wire.read_until(|got| got.get(&id).is_some_and(|got| got.finished.is_some())).await;
+            let got = &wire.got[&id];
+            let report = got.report.as_ref().unwrap();
+            assert_eq!((report.imported_tokens as usize, &report.fallback), (request.tokens.len(), &None));
+            assert_eq!(got.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 8));
+            prefill.await.unwrap();
+        }
+        // The prefill side gives up before the request comes.
+        let request = plain(&fleet, 50, 8);
+        fleet.delete(&d, 9).await;
+        wire.open(9, 100, &fleet.generate_with(&d, &p, &request, 9)).await;
+        wire.read_until(|got| got.get(&9).is_some_and(|got| got.finished.is_some())).await;
+        assert_eq!(wire.got[&9].report.as_ref().unwrap().fallback.as_deref(), Some("peer_ended"));
+        assert_eq!(wire.got[&9].tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 8));
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+    });
+}
+
+#[test]
+fn what_is_cancelled_or_cut_off_gives_everything_back() {
+    let fleet = Fleet::start(Setup { decode_us: 20_000.0, ..Setup::sim() });
+    let worker = fleet.alone("lone");
+    fleet.block_on(async {
+        let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
+        for id in 0..3 {
+            wire.open(id, 1000, &plain(&fleet, u64::from(id), 400)).await;
+        }
+        wire.read_until(|got| got.values().filter(|got| !got.tokens.is_empty()).count() == 3).await;
+        for id in 0..3 {
+            wire.say(|out| frames::cancel(out, StreamId(id))).await;
+        }
+        until("cancelled, all blocks back", || worker.in_use() == 0).await;
+        wire.open(7, 1000, &plain(&fleet, 7, 400)).await;
+        wire.read_until(|got| got.contains_key(&7)).await;
+        drop(wire);
+        until("cut off, all blocks back", || worker.in_use() == 0).await;
+        worker.audit().await;
+    });
+}
+
+#[test]
+fn what_must_not_be_is_refused_and_costs_at_most_the_connection() {
+    let fleet = Fleet::start(Setup::sim());
+    let worker = fleet.alone("lone");
+    fleet.block_on(async {
+        let stale = Epoch(worker.epoch().0 + 1);
+        assert_eq!(Wire::connect(&worker, stale).await.err(), Some(409));
+        let plainly = worker.get(&format!("{}?epoch={}", frames::PATH, worker.epoch().0)).await;
+        assert_eq!(plainly.status().as_u16(), 400, "no upgrade was asked for");
+        let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
+        // A request that is wrong is its own affair.
+        let wrong = GenerateRequest { tokens: vec![fleet.vocab()], ..plain(&fleet, 1, 5) };
+        wire.open(1, 10, &wrong).await;
+        wire.open(2, 10, &plain(&fleet, 2, 5)).await;
+        wire.read_until(|got| got.contains_key(&1) && got.get(&2).is_some_and(|got| got.finished.is_some()))
+            .await;
+        assert_eq!(wire.got[&1].failed, Some(FailureCode::Refused));
+        // Frames that are wrong end the connection, and nothing else.
+        let twice = |out: &mut Vec<u8>| {
+            for _ in 0..2 {
+                frames::open(out, StreamId(3), 10, &plain(&fleet, 3, 5)).unwrap();
+            }
+        };
+        let garbage =
+            |out: &mut Vec<u8>| out.extend_from_slice(&[9, 0, 0, 0, 200, 1, 2, 3, 4, 5, 6, 7, 8, 9]);
+        let endless = |out: &mut Vec<u8>| out.extend_from_slice(&[255, 255, 255, 255, 1]);
+        let greedy = |out: &mut Vec<u8>| {
+            frames::open(out, StreamId(4), u32::MAX, &plain(&fleet, 4, 5)).unwrap();
+        };
+        let cases: [&dyn Fn(&mut Vec<u8>); 4] = [&twice, &garbage, &endless, &greedy];
+        for bad in cases {
+            let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
+            wire.say(bad).await;
+            while wire.read().await {}
+        }
+        wire.open(5, 10, &plain(&fleet, 5, 5)).await;
+        wire.read_until(|got| got.get(&5).is_some_and(|got| got.finished.is_some())).await;
+        until("all blocks back", || worker.in_use() == 0).await;
+        worker.audit().await;
+    });
+}
