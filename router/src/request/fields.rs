@@ -187,11 +187,6 @@ impl<'a> Fields<'a> {
         (raw.get() != "null").then_some(raw)
     }
 
-    /// Looks at a field without taking it; one that is `null` counts as absent.
-    pub(super) fn peek(&self, field: &str) -> Option<&'a RawValue> {
-        self.entries.iter().find(|(key, raw)| key == field && raw.get() != "null").map(|(_, raw)| *raw)
-    }
-
     fn mistyped(&self, field: &str, expected: &str, raw: &RawValue) -> Refusal {
         let name = self.name(field);
         let message = format!("'{name}' must be {expected}, not {}.", kind(raw));

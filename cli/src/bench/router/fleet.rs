@@ -202,8 +202,9 @@ mod tests {
             fs::write(&path, document(&wanted, &model)).unwrap();
             let fleet = baton_config::fleet::Fleet::load(&path).unwrap();
             assert_eq!(fleet.pools[0].replicas, 3);
-            assert_eq!(fleet.model.shape.max_context, CONTEXT_TOKENS);
-            let block = fleet.pools[0].kv.geometry(&fleet.model.shape).block_bytes();
+            let shape = fleet.model.directory.unwrap().shape;
+            assert_eq!(shape.max_context, CONTEXT_TOKENS);
+            let block = fleet.pools[0].kv.geometry(&shape).block_bytes();
             assert_eq!(block, 16 * 32);
         }
     }
