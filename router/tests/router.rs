@@ -1,6 +1,8 @@
 //! The router over real sockets, with workers that misbehave as told.
 #![cfg(test)]
 
+#[path = "support/fake_server.rs"]
+mod fake_server;
 #[path = "support/fake_worker.rs"]
 mod fake_worker;
 #[path = "support/harness.rs"]
@@ -14,6 +16,8 @@ mod api;
 mod bad_input;
 #[path = "router/faults.rs"]
 mod faults;
+#[path = "router/forward.rs"]
+mod forward;
 #[path = "router/http2.rs"]
 mod http2;
 #[path = "router/limits.rs"]
