@@ -3,6 +3,8 @@
 
 #[path = "support/fake_frames.rs"]
 mod fake_frames;
+#[path = "support/fake_server.rs"]
+mod fake_server;
 #[path = "support/fake_worker.rs"]
 mod fake_worker;
 #[path = "support/harness.rs"]
@@ -20,6 +22,8 @@ mod bad_input;
 mod faults;
 #[path = "router/frames.rs"]
 mod frames;
+#[path = "router/forward.rs"]
+mod forward;
 #[path = "router/http2.rs"]
 mod http2;
 #[path = "router/limits.rs"]

@@ -1,12 +1,13 @@
 //! Where servers are, what they are shown, and the connections to them: all from this router's own fleet document. A
 //! worker's registration only says which of them it stands beside.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, HashSet};
 use std::sync::{Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
 use baton_conductor::TlsError;
 use baton_config::PoolName;
+use baton_config::fleet::OpenaiSpec;
 use baton_config::secret::{SecretFault, Token, read_api_key};
 use bytes::Bytes;
 use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue};
@@ -27,6 +28,8 @@ const IDLE_CONNECTIONS: usize = 256;
 const IDLE_FOR: Duration = Duration::from_secs(4);
 /// Bytes of an answer that the kernel keeps for a client that does not read.
 const RECEIVE_BYTES: usize = 256 << 10;
+/// Some host that is not this one.
+const ELSEWHERE: &str = "192.0.2.1:1";
 /// The file of a key is read again at most so often.
 const KEY_INTERVAL: Duration = Duration::from_secs(1);
 
@@ -64,6 +67,8 @@ pub(super) struct Servers {
 pub(super) struct Pool {
     pub(super) options: ForwardPool,
     pub(super) in_flight_max: u32,
+    /// The URLs that are the same wherever a worker is: of many, one is found without looking at all.
+    fixed: HashSet<String>,
     http: Client<HttpsConnector<HttpConnector>, Full<Bytes>>,
     authorization: RwLock<Option<HeaderValue>>,
     read_at: Mutex<Instant>,
@@ -87,7 +92,7 @@ impl Servers {
     pub(super) fn of<'a>(&'a self, member: &'a Member) -> Option<Server<'a>> {
         let pool = self.pools.get(&member.pool)?;
         let url = member.server.as_deref()?;
-        pool.options.servers.names(url, &member.address).then_some(Server { pool, url })
+        pool.names(url, &member.address).then_some(Server { pool, url })
     }
 
     /// Reads the key of a pool again, after it was refused; whether it is another one now.
@@ -125,10 +130,21 @@ impl Pool {
         Ok(Self {
             options: options.clone(),
             in_flight_max: options.in_flight_max,
+            fixed: spec
+                .urls
+                .iter()
+                .filter(|url| OpenaiSpec::reached_at(url, ELSEWHERE) == **url)
+                .cloned()
+                .collect(),
             http,
             authorization: RwLock::new(key.as_ref().and_then(header)),
             read_at: Mutex::new(Instant::now()),
         })
+    }
+
+    /// Whether a worker of the pool may say that its server is there.
+    fn names(&self, url: &str, worker_address: &str) -> bool {
+        self.fixed.contains(url) || self.options.servers.names(url, worker_address)
     }
 
     async fn read_key_again(&self, name: &PoolName) -> bool {

@@ -1,0 +1,393 @@
+//! Requests passed on to servers of other projects: byte for byte, to one that is well, broken off honestly.
+
+use std::collections::BTreeMap;
+use std::os::unix::fs::PermissionsExt as _;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use baton_config::fleet::{OpenaiSpec, PolicyKind};
+use baton_router::{ForwardOptions, ForwardPool, Roster, RouterOptions};
+use serde_json::{Value, json};
+
+use crate::fake_server::{Does, END, FakeServer, chunk, json};
+use crate::harness::{Harness, PATIENCE};
+
+/// The pool that fake workers of this role say they are of.
+const POOL: &str = "both";
+
+fn forward(options: &mut RouterOptions, servers: &[&FakeServer], change: impl FnOnce(&mut ForwardPool)) {
+    let urls = servers.iter().map(|server| server.url.clone()).collect();
+    let mut pool = ForwardPool { servers: OpenaiSpec::new(urls), in_flight_max: 64 };
+    change(&mut pool);
+    let pools = BTreeMap::from([(POOL.parse().expect("a name"), pool)]);
+    options.forward = Some(ForwardOptions { pools });
+}
+
+async fn start(servers: &[&FakeServer], change: impl FnOnce(&mut ForwardPool)) -> Harness {
+    let workers: Vec<_> = servers.iter().map(|server| &server.worker).collect();
+    Harness::start(&workers, |options| forward(options, servers, change)).await
+}
+
+fn chat(stream: bool) -> Value {
+    json!({ "model": "tiny", "messages": [{ "role": "user", "content": "hello world" }], "stream": stream })
+}
+
+fn events(count: usize) -> String {
+    (0..count).map(chunk).collect::<String>()
+}
+
+#[tokio::test]
+async fn a_request_and_its_answer_pass_unchanged() {
+    let server = FakeServer::start("server-0").await;
+    let harness = start(&[&server], |_| {}).await;
+    let odd = " {\"stream\":true , \"model\":\"tiny\",\"messages\":[ {\"role\":\"user\",\"content\":[{\"type\":\"image_url\",\"image_url\":{\"url\":\"data:,\"}}]}],\
+               \"tools\":[{\"type\":\"function\",\"function\":{\"name\":\"f\"}}],\"tool_choice\":\"required\",\"guided_regex\":\"a+\",\"temperature\":1.50,\
+               \"response_format\":{\"type\":\"json_object\"},\"logprobs\":true,\"chat_template_kwargs\":{\"enable_thinking\":false}} ";
+    let answer = harness.ask("POST", "/v1/chat/completions", odd).await;
+    assert_eq!((answer.status, answer.text), (200, events(5) + END));
+    assert_eq!(answer.headers["content-type"], "text/event-stream");
+    let got = &server.got()[0];
+    assert_eq!((got.path.as_str(), got.body.as_str()), ("/v1/chat/completions", odd));
+    assert_eq!(
+        got.id.as_deref(),
+        answer.headers["x-request-id"].to_str().ok(),
+        "both logs know it by one id"
+    );
+    assert_eq!(got.authorization, None);
+    const WHOLE: &str =
+        "{ \"choices\": [],  \"model\":\"served\", \"usage\":{\"prompt_tokens\":2,\"completion_tokens\":3} }";
+    server.always(Does::Says(WHOLE));
+    for (path, body) in [
+        ("/v1/completions", json!({ "model": "tiny", "prompt": ["a", "b"], "n": 2 })),
+        ("/v1/embeddings", json!({ "model": "gpt-4o-mini", "input": [1, 2], "encoding_format": "base64" })),
+        ("/v1/responses", json!({ "model": "tiny", "input": "hi", "reasoning": { "effort": "low" } })),
+        (
+            "/v1/messages",
+            json!({ "model": "tiny", "max_tokens": 9, "messages": [{ "role": "user", "content": "hi" }] }),
+        ),
+        ("/tokenize", json!({ "prompt": "hi" })),
+        ("/detokenize", json!({ "model": "tiny", "tokens": [1, 2] })),
+    ] {
+        let answer = harness.ask("POST", path, body.to_string()).await;
+        assert_eq!((answer.status, answer.text.as_str()), (200, WHOLE), "{path}");
+        assert_eq!(answer.headers["content-type"], "application/json");
+        let got = server.got();
+        let last = got.last().expect("a request");
+        assert_eq!((last.path.as_str(), last.body.clone()), (path, body.to_string()));
+    }
+    let used = harness.metric("baton_router_completion_tokens_total").await;
+    assert!((used - 25.0).abs() < 0.5, "7 of the stream and 3 of each of 6 others, not {used}");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn the_server_may_call_the_model_otherwise_and_ask_for_a_key() {
+    let folder = tempfile::tempdir().expect("a directory");
+    let key = folder.path().join("key");
+    std::fs::write(&key, "sk-engine\n").expect("written");
+    std::fs::set_permissions(&key, std::fs::Permissions::from_mode(0o600)).expect("closed");
+    let server = FakeServer::start("server-0").await;
+    let harness = start(&[&server], |pool| {
+        pool.servers.model = Some("served".to_owned());
+        pool.servers.api_key_file = Some(key.clone());
+        pool.servers.pass_fields = vec!["priority".to_owned()];
+    })
+    .await;
+    let mut body = chat(true);
+    body["priority"] = json!(3);
+    body["kv_transfer_params"] = json!({ "do_remote_decode": true });
+    body["request_id"] = json!("forged");
+    let answer = harness.chat(&body).await;
+    assert_eq!(answer.text, events(5).replace("served", "tiny") + END);
+    let got = server.got().remove(0);
+    assert_eq!(got.authorization.as_deref(), Some("Bearer sk-engine"));
+    assert_eq!(
+        json(&got),
+        json!({
+            "model": "served", "messages": [{ "role": "user", "content": "hello world" }], "stream": true, "priority": 3
+        })
+    );
+    // The key was changed: the server refuses the old one, the file has the new one.
+    tokio::time::sleep(Duration::from_millis(1100)).await;
+    std::fs::write(&key, "sk-other\n").expect("written");
+    server.then(Does::Refuses(401, "{}"));
+    assert_eq!(harness.chat(&chat(false)).await.status, 200);
+    assert_eq!(server.got().last().expect("one").authorization.as_deref(), Some("Bearer sk-other"));
+    // A key that is refused for good is nothing a client could help.
+    server.always(Does::Refuses(401, "{\"error\":\"secret detail\"}"));
+    let answer = harness.chat(&chat(false)).await;
+    assert_eq!((answer.status, &answer.json()["error"]["code"]), (502, &json!("server_denied")));
+    assert!(!answer.text.contains("secret detail"));
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn what_no_server_would_take_reaches_none() {
+    let server = FakeServer::start("server-0").await;
+    let harness = start(&[&server], |_| {}).await;
+    for (path, body, param) in [
+        ("/v1/chat/completions", "{\"model\":\"tiny\",\"model\":\"x\",\"messages\":[]}", "model"),
+        ("/v1/chat/completions", "{\"model\":\"tiny\",\"messages\":[]}", "messages"),
+        (
+            "/v1/chat/completions",
+            "{\"model\":\"tiny\",\"messages\":[{\"content\":\"a\"}]}",
+            "messages[0].role",
+        ),
+        (
+            "/v1/chat/completions",
+            "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\",\"role\":\"user\"}]}",
+            "messages[0].role",
+        ),
+        (
+            "/v1/chat/completions",
+            "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\",\"content\":7}]}",
+            "messages[0].content",
+        ),
+        (
+            "/v1/chat/completions",
+            "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\"}],\"temperature\":3}",
+            "temperature",
+        ),
+        ("/v1/chat/completions", "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\"}],\"n\":1000}", "n"),
+        (
+            "/v1/chat/completions",
+            "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\"}],\"stream\":\"yes\"}",
+            "stream",
+        ),
+        (
+            "/v1/chat/completions",
+            "{\"model\":\"tiny\",\"messages\":[{\"role\":\"user\"}],\"chat_template\":\"{{x}}\"}",
+            "chat_template",
+        ),
+        ("/v1/completions", "{\"model\":\"tiny\"}", "prompt"),
+        ("/v1/completions", "{\"model\":\"tiny\",\"prompt\":{}}", "prompt"),
+        ("/v1/completions", "{\"model\":\"tiny\",\"prompt\":[\"a\",\"b\"],\"n\":100}", "n"),
+        ("/v1/completions", "{\"prompt\":\"a\"}", "model"),
+        ("/v1/embeddings", "{\"model\":\"tiny\",\"input\":[true]}", "input"),
+        ("/v1/messages", "{\"model\":\"tiny\",\"messages\":\"a\"}", "messages"),
+    ] {
+        let answer = harness.ask("POST", path, body).await;
+        assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(param)), "{body}");
+    }
+    let unknown = harness.ask("POST", "/v1/completions", "{\"model\":\"other\",\"prompt\":\"a\"}").await;
+    assert_eq!((unknown.status, &unknown.json()["error"]["code"]), (404, &json!("model_not_found")));
+    assert_eq!(harness.get("/v1/chat/completions").await.status, 405);
+    assert_eq!(harness.ask("POST", "/v1/nothing", "{}").await.status, 404);
+    assert!(server.got().is_empty());
+    let models = harness.get("/v1/models").await.json();
+    assert_eq!((&models["data"][0]["id"], models["data"][0].get("max_model_len")), (&json!("tiny"), None));
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_refusal_of_the_server_is_the_clients_and_counts_against_nobody() {
+    let (first, second) = (FakeServer::start("server-0").await, FakeServer::start("server-1").await);
+    let harness = start(&[&first, &second], |_| {}).await;
+    const LONG: &str = "{\"object\":\"error\",\"message\":\"too long\",\"type\":\"BadRequestError\",\"param\":\"messages\",\"code\":400}";
+    for server in [&first, &second] {
+        server.always(Does::Refuses(400, LONG));
+    }
+    for _ in 0..4 {
+        let answer = harness.chat(&chat(true)).await;
+        assert_eq!(answer.status, 400);
+        assert_eq!(
+            answer.json(),
+            json!({ "error": {
+            "message": "too long", "type": "invalid_request_error", "param": "messages", "code": null
+        } })
+        );
+    }
+    assert_eq!((first.got().len(), second.got().len()), (2, 2), "in turns, and each but once");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn before_the_first_byte_another_server_is_tried() {
+    for does in [
+        Does::Refuses(500, "{}"),
+        Does::Refuses(503, "{}"),
+        Does::Refuses(429, "{}"),
+        Does::Vanishes,
+        Does::BreaksAfter(0),
+    ] {
+        let (first, second) = (FakeServer::start("server-0").await, FakeServer::start("server-1").await);
+        let harness = start(&[&first, &second], |_| {}).await;
+        first.always(does.clone());
+        for _ in 0..4 {
+            let answer = harness.chat(&chat(true)).await;
+            let whole = matches!(does, Does::BreaksAfter(0)) || answer.status == 200;
+            assert!(whole, "{does:?}: {}", answer.text);
+            if !matches!(does, Does::BreaksAfter(0)) {
+                assert_eq!(answer.text, events(5) + END, "{does:?}");
+            }
+        }
+        assert!(!second.got().is_empty(), "{does:?}");
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn tries_are_bounded_and_their_end_is_told() {
+    let servers = [
+        FakeServer::start("server-0").await,
+        FakeServer::start("server-1").await,
+        FakeServer::start("server-2").await,
+    ];
+    let harness = start(&[&servers[0], &servers[1], &servers[2]], |_| {}).await;
+    let tried = || servers.iter().map(|server| server.got().len()).sum::<usize>();
+    for (does, status, code, tries) in [
+        (Does::Refuses(500, "{}"), 502, "worker_lost", 2),
+        (Does::Vanishes, 502, "worker_lost", 2),
+        (Does::Refuses(429, "{}"), 429, "overloaded", 3),
+        (Does::Refuses(503, "{}"), 503, "no_worker", 3),
+    ] {
+        for server in &servers {
+            server.always(does.clone());
+        }
+        let before = tried();
+        let answer = harness.chat(&chat(false)).await;
+        assert_eq!((answer.status, &answer.json()["error"]["code"]), (status, &json!(code)), "{does:?}");
+        assert_eq!(tried() - before, tries, "{does:?}");
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_breaks_ends_with_an_error_after_whole_events() {
+    let server = FakeServer::start("server-0").await;
+    let harness = start(&[&server], |pool| pool.servers.silent_timeout = Duration::from_millis(400)).await;
+    for does in [Does::BreaksAfter(3), Does::ClosesAfter(3), Does::SilentAfter(3)] {
+        server.always(does.clone());
+        let answer = harness.chat(&chat(true)).await;
+        assert_eq!(answer.status, 200);
+        let rest =
+            answer.text.strip_prefix(&events(3)).unwrap_or_else(|| panic!("{does:?}: {}", answer.text));
+        let rest = rest.strip_prefix(": bye\n\n").unwrap_or(rest);
+        let error =
+            rest.strip_prefix("data: ").and_then(|rest| rest.strip_suffix("\n\n")).expect("one event");
+        let error: Value = serde_json::from_str(error).unwrap_or_else(|_| panic!("{does:?}: {rest}"));
+        assert_eq!(error["error"]["code"], "worker_lost", "{does:?}");
+    }
+    let failed = "baton_router_requests_ended_total{outcome=\"failed\"}";
+    assert!((harness.metric(failed).await - 3.0).abs() < 0.5);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn silence_is_bridged_and_leavers_are_felt_at_once() {
+    let server = FakeServer::start("server-0").await;
+    let workers = [&server.worker];
+    let harness = Harness::start(&workers, |options| {
+        options.timeouts.keep_alive = Duration::from_millis(200);
+        forward(options, &[&server], |_| {});
+    })
+    .await;
+    server.always(Does::Streams(2, Duration::from_millis(900)));
+    let answer = harness.chat(&chat(true)).await;
+    assert!(answer.text.starts_with(": keep-alive\n\n"), "{}", answer.text);
+    assert_eq!(answer.text.replace(": keep-alive\n\n", ""), events(2) + END);
+    for (does, stream) in [(Does::SilentAfter(1), true), (Does::Hangs, true), (Does::Hangs, false)] {
+        server.always(does.clone());
+        let body = chat(stream).to_string();
+        let mut connection = tokio::net::TcpStream::connect(harness.address).await.expect("a connection");
+        let head = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n",
+            body.len()
+        );
+        tokio::io::AsyncWriteExt::write_all(&mut connection, format!("{head}{body}").as_bytes())
+            .await
+            .expect("written");
+        harness.until("the server is busy", async || server.open() == 1).await;
+        let left = Instant::now();
+        drop(connection);
+        while server.open() != 0 {
+            assert!(left.elapsed() < PATIENCE, "never noticed: {does:?}");
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        println!("left {does:?}: the server is let go after {:?}", left.elapsed());
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_client_that_does_not_read_stops_the_server() {
+    let server = FakeServer::start("server-0").await;
+    server.always(Does::Endless);
+    let harness = start(&[&server], |_| {}).await;
+    let body = chat(true).to_string();
+    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
+    socket.set_recv_buffer_size(16 << 10).expect("small");
+    let mut connection = socket.connect(harness.address).await.expect("a connection");
+    let head =
+        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
+    tokio::io::AsyncWriteExt::write_all(&mut connection, format!("{head}{body}").as_bytes())
+        .await
+        .expect("written");
+    harness
+        .until("the server stands still", async || {
+            let before = server.sent();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            before > 0 && before == server.sent()
+        })
+        .await;
+    println!("a server has sent {} bytes for a client that reads nothing", server.sent());
+    assert!(server.sent() < 2 << 20, "{}", server.sent());
+    drop(connection);
+    harness.until("cancelled", async || server.open() == 0).await;
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_server_gets_no_more_than_it_may_and_none_that_its_pool_does_not_name() {
+    let server = FakeServer::start("server-0").await;
+    let harness = start(&[&server], |pool| pool.in_flight_max = 1).await;
+    server.then(Does::SilentAfter(1));
+    let busy = harness.send("POST", "/v1/chat/completions", chat(true).to_string()).await;
+    assert_eq!(busy.status(), 200);
+    let refused = harness.chat(&chat(true)).await;
+    assert_eq!((refused.status, &refused.json()["error"]["code"]), (429, &json!("overloaded")));
+    drop(busy);
+    harness.until("room again", async || harness.chat(&chat(true)).await.status == 200).await;
+    // The worker moves to a server of its own choosing.
+    let mut member = server.worker.member.clone();
+    member.server = Some("http://127.0.0.1:9".to_owned());
+    harness.members.send_replace(Arc::new(Roster { members: vec![member], age: Duration::ZERO }));
+    let gone = async || harness.chat(&chat(true)).await.status == 503;
+    harness.until("nothing is sent there", gone).await;
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn prompts_come_back_to_the_server_that_has_seen_their_beginning() {
+    let servers = [
+        FakeServer::start("server-0").await,
+        FakeServer::start("server-1").await,
+        FakeServer::start("server-2").await,
+    ];
+    let all = [&servers[0], &servers[1], &servers[2]];
+    for (policy, by) in
+        [(PolicyKind::Prefix, "prefix"), (PolicyKind::KvAware, "kv_aware"), (PolicyKind::Session, "session")]
+    {
+        let workers = all.map(|server| &server.worker);
+        let harness = Harness::start(&workers, |options| {
+            options.policy = policy;
+            forward(options, &all, |_| {});
+        })
+        .await;
+        let count = |server: &FakeServer| server.got().len();
+        let before: Vec<usize> = servers.iter().map(count).collect();
+        let mut messages =
+            vec![json!({ "role": "user", "content": format!("{by}: {}", "a long story ".repeat(400)) })];
+        for turn in 0..8 {
+            let body = json!({ "model": "tiny", "messages": messages, "user": "me", "stream": true });
+            assert_eq!(harness.chat(&body).await.status, 200);
+            messages.push(json!({ "role": "assistant", "content": format!("answer {turn}") }));
+            messages.push(json!({ "role": "user", "content": format!("and then, {turn}?") }));
+        }
+        let after = servers.iter().zip(before).map(|(server, before)| count(server) - before);
+        let mut turns: Vec<usize> = after.collect();
+        turns.sort_unstable();
+        assert_eq!(turns, [0, 0, 8], "{by}");
+        harness.finish().await;
+    }
+}
