@@ -177,7 +177,7 @@ fn the_smallest_response_has_the_documented_defaults() {
         repeats: ask.repeats.clone(),
     };
     assert_eq!(ask, expected);
-    expect_test::expect![[r#""#]].assert_eq(&serde_json::to_string(&repeats).unwrap());
+    expect_test::expect![[r#"{"instructions":null,"max_output_tokens":null,"max_tool_calls":null,"metadata":{},"temperature":1.0,"top_p":1.0,"top_logprobs":0,"parallel_tool_calls":true,"tool_choice":"auto","tools":[],"text":{"format":{"type":"text"},"verbosity":null},"reasoning":{"effort":null,"summary":null},"truncation":"disabled","service_tier":"default","store":false,"background":false,"previous_response_id":null,"user":null,"safety_identifier":null,"prompt_cache_key":null}"#]].assert_eq(&serde_json::to_string(&repeats).unwrap());
 }
 
 #[test]

@@ -41,7 +41,29 @@ fn events(stream: &str) -> Vec<Value> {
 #[test]
 fn a_stream_is_golden() {
     let deltas = [delta("hi", &[104, 105]), last(FinishReason::Stop, None)];
-    expect![[r#""#]].assert_eq(&written(head(Api::Messages), &deltas).0);
+    expect![[r#"
+        event: message_start
+        data: {"message":{"content":[],"id":"msg_1","model":"m\"}","role":"assistant","stop_reason":null,"stop_sequence":null,"type":"message","usage":{"cache_creation_input_tokens":0,"cache_read_input_tokens":0,"input_tokens":5,"output_tokens":0}},"type":"message_start"}
+
+        event: content_block_start
+        data: {"type":"content_block_start","index":0,"content_block":{"type":"text","text":""}}
+
+        event: ping
+        data: {"type":"ping"}
+
+        event: content_block_delta
+        data: {"type":"content_block_delta","index":0,"delta":{"type":"text_delta","text":"hi"}}
+
+        event: content_block_stop
+        data: {"type":"content_block_stop","index":0}
+
+        event: message_delta
+        data: {"delta":{"stop_reason":"end_turn","stop_sequence":null},"type":"message_delta","usage":{"cache_creation_input_tokens":0,"cache_read_input_tokens":1,"input_tokens":4,"output_tokens":2}}
+
+        event: message_stop
+        data: {"type":"message_stop"}
+
+    "#]].assert_eq(&written(head(Api::Messages), &deltas).0);
 }
 
 #[test]
