@@ -225,7 +225,7 @@ fn up_says_what_stands_in_the_way() {
     assert_eq!((output.status.code(), text(&output.stdout).as_str()), (Some(2), ""));
     expect![[r#"
         error: fleet.yaml:3:48: pools[0].engine.kind: the engine vllm is not available in this build
-          remedy: use kind: reference or kind: sim
+          remedy: use kind: reference or kind: sim, or kind: openai in every pool
     "#]]
     .assert_eq(&text(&output.stderr).replace(&file, "fleet.yaml"));
 }
