@@ -10,10 +10,13 @@ import peers
 PLANES = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
 
 
-def commands(mode, port, model, workers):
+MODES = [("kv", "default"), ("kv", "fastokens"), ("round-robin", "default")]
+
+
+def commands(mode, tokenizer, port, model, workers):
     python = str(peers.VENVS / "dynamo/bin/python")
     frontend = [python, "-m", "dynamo.frontend", "--http-host", "127.0.0.1", "--http-port", str(port),
-                "--router-mode", mode, *PLANES]
+                "--router-mode", mode, "--tokenizer", tokenizer, *PLANES]
     # A ratio of 0 is said to be endless and is real time.
     mocker = [python, "-m", "dynamo.mocker", "--model-path", model, "--model-name", "bench", "--block-size", "16",
               "--num-workers", str(workers), "--speedup-ratio", "1000000", *PLANES]
@@ -24,13 +27,14 @@ def measure_all(baton, out, cells, rounds, seconds, rows, shown):
     """Sends what the others got through each mode of its router; its engines count nothing that could be read here."""
     hold = compare.Held(baton, "short", 1)
     try:
-        for mode in ("kv", "round-robin"):
+        for mode, tokenizer in MODES:
             with tempfile.TemporaryDirectory() as folder:
                 port = peers.free_port()
-                frontend, mocker = commands(mode, port, hold.place["model"], 2)
+                frontend, mocker = commands(mode, tokenizer, port, hold.place["model"], 2)
                 environment = {"DYN_FILE_KV": folder, "HF_HUB_OFFLINE": "1", "DYN_LOG": "warn"}
-                log = open(pathlib.Path(out, f"dynamo-{mode}.log"), "w")
-                gateway = compare.Gateway(f"dynamo {mode}", frontend, f"http://127.0.0.1:{port}", log, environment)
+                log = open(pathlib.Path(out, f"dynamo-{mode}-{tokenizer}.log"), "w")
+                name = f"dynamo {mode}" + ("" if tokenizer == "default" else f" {tokenizer}")
+                gateway = compare.Gateway(name, frontend, f"http://127.0.0.1:{port}", log, environment)
                 workers = compare.Gateway("mocker", mocker, gateway.url, log, environment)
                 shown[gateway.name] = " ".join(frontend) + "` with `" + " ".join(mocker)
                 try:

@@ -215,13 +215,14 @@ fn explain(
         // Writing to a string cannot fail; names of workers need no escapes.
         let _ = write!(
             text,
-            "{comma}{{\"decode\":\"{}\",\"decode_cached\":{},\"requests\":{},\"chosen\":{},\"first_token_ms\":{:.3},\"decode_ms\":{:.3}",
+            "{comma}{{\"decode\":\"{}\",\"decode_cached\":{},\"requests\":{},\"chosen\":{},\"first_token_ms\":{:.3},\"decode_ms\":{:.3},\"spent_ms\":{:.3}",
             workers[decode.key].member.worker,
             decode.cached_tokens,
             decode.requests,
             offer.choice == choice,
             offer.first_token_s * 1e3,
             offer.decode_s * 1e3,
+            offer.spent_s * 1e3,
         );
         if let Some(prefill) = offer.choice.prefill.and_then(|key| find(&snapshot.prefill, key)) {
             let _ = write!(

@@ -3,17 +3,17 @@
 //! Sequences of 64 blocks, of which 32 are shared by 16 sequences and held by some workers; the rest by one. Half of the
 //! lookups know a whole sequence, half only its prefix.
 
+mod workload;
+
 use std::time::Instant;
 
 use baton_config::prefix::{BlockHash, HashScheme};
 use serde::Serialize;
 
+use self::workload::{Dice, Event, HALF, workload};
 use crate::index::{Found, Holder, Namespace, PrefixIndex, Tier};
 
 const NAMESPACE: Namespace = Namespace { scheme: HashScheme::Baton, block_tokens: 16 };
-/// Blocks of a shared prefix, of the rest of a sequence, and of an event.
-const HALF: usize = 32;
-const SEQUENCES: usize = 16;
 /// More than any load here has.
 const CAPACITY_BLOCKS: u64 = 64 << 20;
 
@@ -59,71 +59,6 @@ pub struct IndexFigures {
     pub depths: u64,
 }
 
-struct Dice(u64);
-
-impl Dice {
-    fn next(&mut self) -> u64 {
-        self.0 = self.0.wrapping_add(0x9E37_79B9_7F4A_7C15);
-        let mut z = self.0;
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
-    }
-
-    fn below(&mut self, limit: usize) -> usize {
-        usize::try_from(self.next() % limit.max(1) as u64).unwrap_or(0)
-    }
-}
-
-fn chain(parent: u64, blocks: usize) -> Vec<BlockHash> {
-    let mut hash = BlockHash(parent);
-    (0..blocks)
-        .map(|at| {
-            hash = hash.child(&[u32::try_from(at).unwrap_or(0)]);
-            hash
-        })
-        .collect()
-}
-
-struct Event {
-    worker: usize,
-    blocks: Vec<BlockHash>,
-}
-
-/// Events that come to about as many memberships, in a random order that keeps chains in order, and prompts to look up.
-fn workload(load: IndexLoad, dice: &mut Dice) -> (Vec<Event>, Vec<Vec<BlockHash>>) {
-    let IndexLoad { workers, replicas, memberships, .. } = load;
-    let (mut shared, mut own, mut prompts) = (Vec::new(), Vec::new(), Vec::new());
-    let mut count = 0;
-    while count < memberships {
-        let prefix = chain(dice.next(), HALF);
-        let first = dice.below(workers);
-        for replica in 0..replicas {
-            shared.push(Event { worker: (first + replica) % workers, blocks: prefix.clone() });
-        }
-        count += replicas * HALF;
-        for _ in 0..SEQUENCES {
-            let tail = chain(dice.next(), HALF);
-            let whole: Vec<BlockHash> = prefix.iter().chain(&tail).copied().collect();
-            if replicas < workers || workers <= 8 {
-                let worker = (first + dice.below(replicas)) % workers;
-                own.push(Event { worker, blocks: tail });
-                count += HALF;
-            }
-            prompts.push(whole);
-            prompts.push(prefix.iter().copied().chain(chain(dice.next(), HALF)).collect());
-        }
-    }
-    for i in (1..shared.len()).rev() {
-        shared.swap(i, dice.below(i + 1));
-    }
-    for i in (1..own.len()).rev() {
-        own.swap(i, dice.below(i + 1));
-    }
-    shared.append(&mut own);
-    (shared, prompts)
-}
-
 /// CPU time of this thread in nanoseconds, from the scheduler's account.
 fn cpu_ns() -> u64 {
     std::fs::read_to_string("/proc/thread-self/schedstat")
@@ -142,12 +77,17 @@ fn each_ns(count: usize, work: impl FnOnce()) -> u64 {
 /// Fills an index, looks up, and empties it again.
 pub fn prefix_index(load: IndexLoad) -> IndexFigures {
     let mut dice = Dice(7);
-    let (events, prompts) = workload(load, &mut dice);
+    let IndexLoad { workers, replicas, memberships, .. } = load;
+    let (events, prompts) = workload(workers, replicas, memberships, &mut dice);
+    let hashes = |chain: Vec<u64>| chain.into_iter().map(BlockHash).collect::<Vec<_>>();
+    let stored = |event: Event| (event.worker, hashes(event.blocks));
+    let events: Vec<(usize, Vec<BlockHash>)> = events.into_iter().map(stored).collect();
+    let prompts: Vec<Vec<BlockHash>> = prompts.into_iter().map(hashes).collect();
     let index = PrefixIndex::with_capacity(CAPACITY_BLOCKS);
     let holders: Vec<Holder> = (0..load.workers).filter_map(|_| index.join()).collect();
     let stored_ns = each_ns(events.len(), || {
-        for event in &events {
-            index.store(NAMESPACE, holders[event.worker], Tier::Device, &event.blocks);
+        for (worker, blocks) in &events {
+            index.store(NAMESPACE, holders[*worker], Tier::Device, blocks);
         }
     });
     let stats = index.stats();
@@ -168,8 +108,8 @@ pub fn prefix_index(load: IndexLoad) -> IndexFigures {
     let part = |percent: usize| times.get(times.len() * percent / 100).copied().unwrap_or(0);
 
     let removed_ns = each_ns(events.len(), || {
-        for event in &events {
-            index.remove(NAMESPACE, holders[event.worker], Tier::Device, &event.blocks);
+        for (worker, blocks) in &events {
+            index.remove(NAMESPACE, holders[*worker], Tier::Device, blocks);
         }
     });
     let tokens: Vec<u32> = (0..2 * HALF as u32 * NAMESPACE.block_tokens).collect();

@@ -183,7 +183,7 @@ fn a_worker_that_has_measured_nothing_is_tried() {
 }
 
 #[test]
-fn a_cached_prefix_is_worth_its_tokens_and_no_more() {
+fn a_cached_prefix_is_worth_its_tokens_twice_and_no_more() {
     let with =
         |requests, queued, cached_tokens| Candidate { cached_tokens, ..candidate(0, requests, queued) };
     let chosen = |near: Candidate, far: Candidate| {
@@ -193,8 +193,12 @@ fn a_cached_prefix_is_worth_its_tokens_and_no_more() {
         choose(&snapshot, work(3), rules, &free).unwrap().decode
     };
     assert_eq!(chosen(with(0, 0, 400), with(0, 0, 0)), 0, "idle: where the prefix is");
-    assert_eq!(chosen(with(0, 300, 400), with(0, 0, 0)), 0, "waiting 300 tokens saves 400");
-    assert_eq!(chosen(with(0, 600, 400), with(0, 0, 0)), 1, "waiting 600 tokens does not");
+    assert_eq!(
+        chosen(with(0, 700, 400), with(0, 0, 0)),
+        0,
+        "waiting 700 tokens saves 400 here and to those who come next"
+    );
+    assert_eq!(chosen(with(0, 900, 400), with(0, 0, 0)), 1, "waiting 900 tokens does not");
 }
 
 #[test]
@@ -283,13 +287,18 @@ fn large_fleets_are_searched_well_enough() {
         let choice = choose(&snapshot, work(seed), rules, &transfer_s).unwrap();
         let cost = |p: Option<usize>, d: usize| {
             let decode = &snapshot.decode[d];
-            let first = match p {
+            let (first, computing) = match p {
                 Some(p) => {
-                    timing(&snapshot.prefill[p - 100], decode, work(seed), &transfer_s).unwrap().remote_s()
+                    let timing = timing(&snapshot.prefill[p - 100], decode, work(seed), &transfer_s).unwrap();
+                    (timing.remote_s(), timing.prefill.compute_s)
                 }
-                None => Prefill::on(decode, work(seed), Side::Decode).total_s(),
+                None => {
+                    let prefill = Prefill::on(decode, work(seed), Side::Decode);
+                    (prefill.total_s(), prefill.compute_s)
+                }
             };
-            first + predict::decode_cost_s(decode, rules.slo_itl_s)
+            let spent = computing * joint::SPENT_PER_COMPUTE;
+            first + predict::decode_cost_s(decode, rules.slo_itl_s) + spent
         };
         let all = (0..100).flat_map(|d| (100..200).map(Some).chain([None]).map(move |p| (p, d)));
         let lowest = all.map(|(p, d)| cost(p, d)).min_by(f64::total_cmp).unwrap();

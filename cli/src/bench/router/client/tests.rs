@@ -1,9 +1,11 @@
 use std::net::{Ipv4Addr, SocketAddr};
 
-use tokio::io::AsyncWriteExt as _;
+use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpListener;
 
 use super::*;
+
+const REQUEST: &[u8] = b"GET / HTTP/1.1\r\n\r\n";
 
 /// Answers each connection with these pieces, one write each.
 async fn served(pieces: &'static [&'static [u8]], streamed: bool) -> Result<Seen, Broken> {
@@ -12,12 +14,15 @@ async fn served(pieces: &'static [&'static [u8]], streamed: bool) -> Result<Seen
     let server = async {
         let (mut stream, _) = listener.accept().await.unwrap();
         stream.set_nodelay(true).unwrap();
+        // What was not read would turn the end of the connection into a fault of it.
+        let mut request = [0; REQUEST.len()];
+        stream.read_exact(&mut request).await.unwrap();
         for piece in pieces {
             stream.write_all(piece).await.unwrap();
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     };
-    tokio::join!(server, connection.exchange(b"GET / HTTP/1.1\r\n\r\n", streamed)).1
+    tokio::join!(server, connection.exchange(REQUEST, streamed)).1
 }
 
 #[tokio::test]
