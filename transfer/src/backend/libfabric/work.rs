@@ -8,6 +8,7 @@ mod post;
 mod progress;
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use baton_libfabric_sys::Errno;
@@ -24,6 +25,7 @@ use super::slots::Slots;
 use crate::backend::fabric::driver::{
     Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PostError, RemoteId,
 };
+use crate::backend::sockets;
 use crate::memory::MemorySpan;
 
 /// How often in a row sleep is put off for input: what the library does not take must not keep the thread awake.
@@ -86,6 +88,8 @@ struct PeerRail {
     to: u64,
     /// Which of the peer's rails it leads to.
     leads_to: usize,
+    /// Where that is, for providers over IP.
+    address: Option<SocketAddr>,
     outstanding_bytes: usize,
     watched: bool,
 }
@@ -184,6 +188,9 @@ impl LibfabricDriver {
             next_id: 0,
         };
         driver.epoll = driver.watch_passive();
+        for rail in &driver.rails {
+            blob::socket_address(&rail.name).into_iter().for_each(sockets::tune_listener);
+        }
         driver
     }
 
@@ -330,7 +337,10 @@ impl LibfabricDriver {
         {
             state.outstanding -= 1;
             state.rails[part.rail].outstanding_bytes -= part.len;
-            state.established |= result.is_ok();
+            if result.is_ok() && !std::mem::replace(&mut state.established, true) {
+                // Before the first success there may be no connection; from it on there is.
+                state.rails.iter().filter_map(|rail| rail.address).for_each(sockets::tune_connections);
+            }
         }
         self.end_part(part.op, result);
     }
@@ -377,6 +387,7 @@ impl Driver for LibfabricDriver {
                 _domain: own_domain,
                 to,
                 leads_to,
+                address: blob::socket_address(&theirs[leads_to]),
                 outstanding_bytes: 0,
                 watched: false,
             });
