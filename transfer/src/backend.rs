@@ -10,6 +10,8 @@ pub(crate) mod handshake;
 pub(crate) mod libfabric;
 pub(crate) mod plugin;
 pub(crate) mod shm;
+#[expect(unsafe_code, reason = "asks about descriptors that a network library owns")]
+pub(crate) mod sockets;
 pub(crate) mod tcp;
 #[expect(unsafe_code, reason = "calls UCX")]
 pub(crate) mod ucx;

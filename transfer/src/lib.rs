@@ -114,6 +114,7 @@ pub mod plan;
 pub mod probe;
 pub mod session;
 pub mod slab;
+mod spin;
 pub mod stats;
 pub mod wire;
 

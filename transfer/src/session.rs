@@ -3,6 +3,7 @@
 mod check;
 mod failover;
 mod prepared;
+mod timers;
 mod write;
 
 use std::pin::{Pin, pin};
@@ -20,6 +21,7 @@ pub use self::prepared::{Posted, Prepared, Target};
 pub(crate) use self::check::overlaps;
 
 use self::failover::Stop;
+use self::timers::Timers;
 use crate::agent::paths::{Paths, Tried};
 use crate::agent::{AgentOptions, BackendKind, DeviceMemory, Integrity, RegionId};
 use crate::backend::{Progress, ReadJob};
@@ -145,6 +147,7 @@ struct Inner {
     writing: tokio::sync::RwLock<()>,
     counters: Arc<Counters>,
     meter: PathMeter,
+    timers: Timers,
     closed: CancellationToken,
 }
 
@@ -166,6 +169,7 @@ impl Session {
             writing: tokio::sync::RwLock::default(),
             counters,
             meter,
+            timers: Timers::default(),
             closed,
         }))
     }

@@ -157,22 +157,34 @@ impl Counters {
 
 /// Bandwidth and latency of a path, as decaying means.
 #[derive(Debug, Default)]
-pub(crate) struct PathMeter(std::sync::Mutex<SessionStats>);
+pub(crate) struct PathMeter(std::sync::Mutex<Means>);
+
+/// As [`SessionStats`], in what is quick to reckon with: a small read takes a microsecond altogether.
+#[derive(Debug, Default, Clone, Copy)]
+struct Means {
+    bytes: u64,
+    bytes_per_second: Option<f64>,
+    latency_ns: Option<f64>,
+}
 
 impl PathMeter {
     pub(crate) fn record(&self, bytes: u64, elapsed: Duration, first_byte: Duration) {
-        let mut stats = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
-        let seconds = elapsed.as_secs_f64();
-        if bytes >= BANDWIDTH_MIN_BYTES && seconds > 0.0 {
-            stats.bytes_per_second = Some(decay(stats.bytes_per_second, bytes as f64 / seconds));
+        let mut means = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        let ns = elapsed.as_nanos() as f64;
+        if bytes >= BANDWIDTH_MIN_BYTES && ns > 0.0 {
+            means.bytes_per_second = Some(decay(means.bytes_per_second, bytes as f64 / ns * 1e9));
         }
-        let latency = decay(stats.latency.map(|mean| mean.as_secs_f64()), first_byte.as_secs_f64());
-        stats.latency = Some(Duration::from_secs_f64(latency));
-        stats.bytes = Bytes(stats.bytes.0 + bytes);
+        means.latency_ns = Some(decay(means.latency_ns, first_byte.as_nanos() as f64));
+        means.bytes += bytes;
     }
 
     pub(crate) fn snapshot(&self) -> SessionStats {
-        *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner)
+        let means = *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+        SessionStats {
+            bytes: Bytes(means.bytes),
+            bytes_per_second: means.bytes_per_second,
+            latency: means.latency_ns.map(|ns| Duration::from_nanos(ns as u64)),
+        }
     }
 }
 

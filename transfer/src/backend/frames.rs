@@ -1,8 +1,14 @@
 //! Control frames off and onto a stream, never holding more than one frame and what came with it.
 
+use std::os::fd::BorrowedFd;
+use std::time::Duration;
+
 use baton_config::Epoch;
 use bytes::{Bytes, BytesMut};
+use rustix::io::Errno;
+use rustix::net::RecvFlags;
 use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::time::Instant;
 
 use crate::auth::Mac;
 use crate::error::LinkError;
@@ -47,6 +53,30 @@ impl FrameReader {
             }
             if stream.read_buf(&mut self.buffer).await.map_err(LinkError::io("receiving a frame"))? == 0 {
                 return if self.buffer.is_empty() { Ok(None) } else { Err(LinkError::Closed) };
+            }
+        }
+    }
+
+    /// As [`FrameReader::next`], looking again and again for a while and never waiting; `None` when no frame is whole by
+    /// then, or none will be.
+    pub(crate) fn next_soon(
+        &mut self,
+        socket: BorrowedFd<'_>,
+        spin: Duration,
+    ) -> Result<Option<(Header, Bytes)>, LinkError> {
+        let start = Instant::now();
+        loop {
+            if let Some(frame) = self.take().map_err(LinkError::Protocol)? {
+                return Ok(Some(frame));
+            }
+            let mut bytes = [0; BUFFER_BYTES];
+            match rustix::net::recv(socket, &mut bytes, RecvFlags::DONTWAIT) {
+                // Its end is met again by who waits for a frame.
+                Ok((0, _)) => return Ok(None),
+                Ok((len, _)) => self.buffer.extend_from_slice(&bytes[..len]),
+                Err(Errno::AGAIN | Errno::INTR) if start.elapsed() < spin => std::hint::spin_loop(),
+                Err(Errno::AGAIN | Errno::INTR) => return Ok(None),
+                Err(errno) => return Err(LinkError::io("receiving a frame")(errno.into())),
             }
         }
     }

@@ -6,6 +6,7 @@ use std::time::Duration;
 use futures_util::poll;
 use tokio::time::{Instant, sleep_until};
 
+use super::timers::Timer;
 use super::{BlockRead, BlockSink, Destination, Inner};
 use crate::agent::BackendKind;
 use crate::agent::paths::Tried;
@@ -95,10 +96,11 @@ async fn attempt(
             Poll::Ready(outcome) => Ok(outcome),
             Poll::Pending => {
                 let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
+                let mut timer = inner.timers.take();
                 tokio::select! {
                     biased;
                     outcome = over => Ok(outcome),
-                    stopped = watch(job.progress, deadline, stall) => Err(stopped),
+                    stopped = watch(job.progress, &mut timer, deadline, stall) => Err(stopped),
                 }
             }
         },
@@ -144,9 +146,14 @@ enum Stopped {
 }
 
 /// Waits until the deadline, or until a read has stood still for `stall`.
-async fn watch(progress: &Progress, deadline: Instant, stall: Option<Duration>) -> Stopped {
+async fn watch(
+    progress: &Progress,
+    timer: &mut Timer<'_>,
+    deadline: Instant,
+    stall: Option<Duration>,
+) -> Stopped {
     let Some(stall) = stall else {
-        sleep_until(deadline).await;
+        timer.until(deadline).await;
         return Stopped::Deadline;
     };
     let mut seen = progress.moved();
@@ -154,7 +161,7 @@ async fn watch(progress: &Progress, deadline: Instant, stall: Option<Duration>) 
     let patience = stall.min(deadline.saturating_duration_since(since) / STALL_SHARE);
     loop {
         let look = Instant::now() + patience / LOOKS;
-        sleep_until(look.min(deadline)).await;
+        timer.until(look.min(deadline)).await;
         let now = Instant::now();
         if now >= deadline {
             return Stopped::Deadline;

@@ -135,13 +135,18 @@ impl Session {
         progress: &Progress,
         outcome: Result<Vec<usize>, Stop>,
     ) -> Result<ReadReport, TransferError> {
-        let (worker, moved) = (self.peer().clone(), Bytes(progress.moved()));
+        let moved = Bytes(progress.moved());
+        let worker = match &outcome {
+            Ok(corrupt) if corrupt.is_empty() => {
+                return Ok(ReadReport { bytes: moved, elapsed: progress.elapsed() });
+            }
+            Ok(_) | Err(_) => self.peer().clone(),
+        };
         match outcome {
-            Ok(mut corrupt) if !corrupt.is_empty() => {
+            Ok(mut corrupt) => {
                 corrupt.sort_unstable();
                 Err(TransferError::Integrity { worker, index: corrupt[0], corrupt })
             }
-            Ok(_) => Ok(ReadReport { bytes: moved, elapsed: progress.elapsed() }),
             Err(Stop::Deadline) => Err(TransferError::Deadline { worker, moved }),
             Err(Stop::Fault(Fault::Stale(current))) => {
                 Err(TransferError::Stale { worker, ticket: self.epoch(), current })

@@ -2,7 +2,7 @@
 //!
 //! Both come from a peer and are taken apart here, bounded and checked, before the library sees any of it.
 
-use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 
 use baton_libfabric_sys::abi::{FI_ADDR_EFA, FI_ADDR_STR, FI_SOCKADDR, FI_SOCKADDR_IN, FI_SOCKADDR_IN6};
 
@@ -161,6 +161,12 @@ pub(super) fn socket_ip(address: &[u8]) -> Option<IpAddr> {
         }
         _ => None,
     }
+}
+
+/// The whole of such an address.
+pub(super) fn socket_address(address: &[u8]) -> Option<SocketAddr> {
+    let port = u16::from_be_bytes(address.get(2..4)?.try_into().ok()?);
+    Some(SocketAddr::new(socket_ip(address)?, port))
 }
 
 /// A registration, as a peer uses it.

@@ -8,6 +8,7 @@ mod post;
 mod progress;
 
 use std::collections::{HashMap, VecDeque};
+use std::net::SocketAddr;
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 
 use baton_libfabric_sys::Errno;
@@ -18,12 +19,15 @@ use self::progress::{Event, take_edges, unwatch, watch};
 use super::blob::{self, Key};
 use super::object::{Call, Domain, Endpoint, Rail, Verb, close};
 use super::register::{Registration, Retired};
+use super::requests::{REQUEST_TAG, Requests};
 use super::select;
 use super::sinks::Sinks;
 use super::slots::Slots;
 use crate::backend::fabric::driver::{
-    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PostError, RemoteId,
+    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PostError,
+    REQUEST_MAX_BYTES, RemoteId,
 };
+use crate::backend::sockets;
 use crate::memory::MemorySpan;
 
 /// How often in a row sleep is put off for input: what the library does not take must not keep the thread awake.
@@ -61,6 +65,10 @@ pub(super) enum Kind {
     Receive(Awaited),
     /// Of our own: see `sinks`.
     Sink,
+    /// The same: see `requests`.
+    Request {
+        buffer: u32,
+    },
 }
 
 /// A message that is awaited.
@@ -86,6 +94,8 @@ struct PeerRail {
     to: u64,
     /// Which of the peer's rails it leads to.
     leads_to: usize,
+    /// Where that is, for providers over IP.
+    address: Option<SocketAddr>,
     outstanding_bytes: usize,
     watched: bool,
 }
@@ -145,6 +155,7 @@ pub(super) struct LibfabricDriver {
     free_ops: Vec<u32>,
     receives: HashMap<u64, u32>,
     pub(super) sinks: Sinks,
+    pub(super) requests: Requests,
     ready: Vec<Done>,
     events: Vec<Event>,
     epoll: Option<OwnedFd>,
@@ -178,12 +189,17 @@ impl LibfabricDriver {
             free_ops: Vec::new(),
             receives: HashMap::new(),
             sinks: Sinks::default(),
+            requests: Requests::default(),
             ready: Vec::new(),
             events: Vec::new(),
             epoll: None,
             next_id: 0,
         };
         driver.epoll = driver.watch_passive();
+        for rail in &driver.rails {
+            blob::socket_address(&rail.name).into_iter().for_each(sockets::tune_listener);
+        }
+        driver.await_requests();
         driver
     }
 
@@ -282,6 +298,9 @@ impl LibfabricDriver {
         self.release(entry.local);
         match entry.kind {
             Kind::Sink => return,
+            Kind::Request { buffer } => {
+                return self.end_request(buffer, entry.error.is_none().then_some(entry.bytes));
+            }
             Kind::ToPeer => {}
             Kind::Receive(awaited) => {
                 self.receives.remove(&entry.op);
@@ -330,7 +349,10 @@ impl LibfabricDriver {
         {
             state.outstanding -= 1;
             state.rails[part.rail].outstanding_bytes -= part.len;
-            state.established |= result.is_ok();
+            if result.is_ok() && !std::mem::replace(&mut state.established, true) {
+                // Before the first success there may be no connection; from it on there is.
+                state.rails.iter().filter_map(|rail| rail.address).for_each(sockets::tune_connections);
+            }
         }
         self.end_part(part.op, result);
     }
@@ -377,6 +399,7 @@ impl Driver for LibfabricDriver {
                 _domain: own_domain,
                 to,
                 leads_to,
+                address: blob::socket_address(&theirs[leads_to]),
                 outstanding_bytes: 0,
                 watched: false,
             });
@@ -480,6 +503,17 @@ impl Driver for LibfabricDriver {
         self.post(peer, from.id, op, &[(0, call)])
     }
 
+    fn ask(&mut self, peer: PeerId, from: LocalRange, op: u64) -> Result<(), PostError> {
+        if from.len > REQUEST_MAX_BYTES {
+            return Err(PostError::Range);
+        }
+        self.send(peer, REQUEST_TAG, from, op)
+    }
+
+    fn take_request(&mut self) -> Option<Vec<u8>> {
+        self.requests.take()
+    }
+
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
         let awaited = Awaited { tag, len: to.len, cancelled: false };
         let slot = self.post_receive(tag, to, op, Kind::Receive(awaited))?;
@@ -500,13 +534,14 @@ impl Driver for LibfabricDriver {
         self.close_lingering();
         self.read_queues();
         self.post_waiting();
-        let any = !self.ready.is_empty();
+        self.post_requests();
+        let any = !self.ready.is_empty() || !self.requests.is_empty();
         done.append(&mut self.ready);
         any
     }
 
     fn arm(&mut self) -> bool {
-        if !self.ready.is_empty() {
+        if !self.ready.is_empty() || !self.requests.is_empty() {
             return false;
         }
         if self.watch_active().is_none() {

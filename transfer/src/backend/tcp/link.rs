@@ -20,6 +20,7 @@ use crate::backend::handshake::{self, Opened, Route};
 use crate::backend::{Fault, Pair, ReadJob};
 use crate::error::{LinkError, Refusal};
 use crate::session::BlockRead;
+use crate::spin::Spin;
 use crate::wire::{self, Header, Kind, MAX_READ_BLOCKS, WireError};
 
 /// Bytes worth a stream of their own.
@@ -52,6 +53,7 @@ struct Stream {
     /// Checks the answers, where the two sides share a token.
     mac: Option<Mac>,
     next_seq: u64,
+    spin: Spin,
 }
 
 impl TcpLink {
@@ -113,7 +115,7 @@ impl Stream {
     async fn open(pair: &Pair, route: &Route) -> Result<Self, Fault> {
         let Opened { socket, reader, writer } = handshake::open(pair, route).await?;
         let is_local = super::is_local(socket.local_addr(), socket.peer_addr());
-        Ok(Self { socket, is_local, writer, mac: reader.into_mac(), next_seq: 1 })
+        Ok(Self { socket, is_local, writer, mac: reader.into_mac(), next_seq: 1, spin: Spin::default() })
     }
 
     /// Reads `blocks` of the job with one request ahead of the answer being received.
@@ -189,8 +191,10 @@ impl Stream {
         while received < total {
             let until = blocks.end;
             let mut fill = || receiver.fill(socket.as_fd(), &mut head[headed..head_len], until);
-            let soon = self.is_local && total <= SPIN_BYTES && headed == 0;
-            let filled = match soon.then(|| spin(&mut fill)).flatten() {
+            let soon = self.is_local && total <= SPIN_BYTES && headed == 0 && self.spin.is_worth_it();
+            let spun = soon.then(|| spin(&mut fill));
+            spun.iter().for_each(|spun| self.spin.tried(spun.is_some()));
+            let filled = match spun.flatten() {
                 Some(filled) => filled,
                 None => socket.async_io(Interest::READABLE, fill).await,
             };

@@ -3,6 +3,7 @@
 mod staged;
 mod write;
 
+use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -22,10 +23,13 @@ use crate::backend::tcp::gather::Gather;
 use crate::error::{LinkError, Refusal};
 use crate::memory::Span;
 use crate::session::Descriptor;
+use crate::spin::Spin;
 use crate::wire::{self, Header, Kind, WireError};
 
 /// How long a peer may leave an answer lying before its stream is closed.
 const STALL_TIMEOUT: Duration = Duration::from_secs(30);
+/// How long the next request from this host is looked for before the server sleeps: about what waking up takes.
+const SPIN: Duration = Duration::from_micros(5);
 /// Wait after a failed accept: out of descriptors, most likely.
 pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
@@ -66,6 +70,8 @@ pub(crate) async fn listen(server: Arc<Server>, listener: TcpListener) {
 struct Connection {
     server: Arc<Server>,
     stream: TcpStream,
+    /// Whether it stays on this host.
+    is_local: bool,
     frames: FrameReader,
     writer: FrameWriter,
 }
@@ -73,13 +79,14 @@ struct Connection {
 impl Connection {
     async fn run(server: Arc<Server>, mut stream: TcpStream) -> Result<(), LinkError> {
         super::tune(&stream);
+        let is_local = super::is_local(stream.local_addr(), stream.peer_addr());
         let mut frames = FrameReader::new();
         let admitted = timeout(CONNECT_TIMEOUT, handshake::admit(&server, &mut stream, &mut frames));
         let Some(admitted) = admitted.await.map_err(|_| LinkError::Closed)?? else { return Ok(()) };
         let Admitted { hello, life, writer } = admitted;
-        let mut connection = Self { server, stream, frames, writer };
+        let mut connection = Self { server, stream, is_local, frames, writer };
         let Some(first) = connection.serve_blocks(&life).await? else { return Ok(()) };
-        let Self { server, stream: socket, frames, writer } = connection;
+        let Self { server, stream: socket, frames, writer, .. } = connection;
         control::serve(server, Accepted { socket, frames, writer, hello, life }, first).await
     }
 
@@ -87,12 +94,23 @@ impl Connection {
     async fn serve_blocks(&mut self, life: &Life) -> Result<Option<(Header, Bytes)>, LinkError> {
         let ended = life.ended.cancelled();
         tokio::pin!(ended);
-        let mut is_first = true;
+        let (mut is_first, mut spin) = (true, Spin::default());
         loop {
-            let frame = tokio::select! {
-                biased;
-                () = &mut ended => return Ok(None),
-                frame = self.frames.next(&mut self.stream) => frame?,
+            let mut soon = None;
+            if self.is_local && !is_first && spin.is_worth_it() {
+                soon = self.frames.next_soon(self.stream.as_fd(), SPIN)?;
+                spin.tried(soon.is_some());
+            }
+            if life.ended.is_cancelled() {
+                return Ok(None);
+            }
+            let frame = match soon {
+                Some(frame) => Some(frame),
+                None => tokio::select! {
+                    biased;
+                    () = &mut ended => return Ok(None),
+                    frame = self.frames.next(&mut self.stream) => frame?,
+                },
             };
             let Some((header, payload)) = frame else { return Ok(None) };
             match header.kind {

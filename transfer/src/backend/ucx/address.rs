@@ -10,6 +10,8 @@
 //!             address
 //! ```
 
+use std::net::{IpAddr, SocketAddr};
+
 use super::frame::Fields;
 
 /// Version 1, with the number of the worker and nothing else.
@@ -92,6 +94,11 @@ impl Form {
         Ok(address)
     }
 
+    /// Where our transport over TCP listens on the interface of `ip`.
+    pub(super) fn listens_at(&self, ip: IpAddr) -> Vec<SocketAddr> {
+        self.own.listen_at(ip)
+    }
+
     fn knows(&self, domain: u8, place: &[u8], transport: &Transport) -> bool {
         let [overhead, bandwidth, latency] = transport.costs;
         let costs = (0.0..=1.0).contains(&overhead)
@@ -113,6 +120,11 @@ impl Form {
             && is_domain(domain, self.own.release)
             && ours.any(|device| device.transports.iter().any(|own| alike(device, own)))
     }
+}
+
+/// Where the worker of an address listens, if it is on the interface of `ip`.
+pub(super) fn listens_at(address: &[u8], ip: IpAddr) -> Vec<SocketAddr> {
+    Parts::read(address).map(|parts| parts.listen_at(ip)).unwrap_or_default()
 }
 
 /// UCX counts at most 64 memory domains; until 1.18 two of the bits were flags.
@@ -149,6 +161,14 @@ impl Parts {
             }
         }
         fields.0.is_empty().then_some(Self { worker, devices, release })
+    }
+
+    fn listen_at(&self, ip: IpAddr) -> Vec<SocketAddr> {
+        let transports = self.devices.iter().flat_map(|device| &device.transports);
+        let tcp = transports.filter(|transport| transport.name == crc16(b"tcp"));
+        // The address of this transport is its port.
+        let ports = tcp.filter_map(|transport| transport.address.first_chunk().copied());
+        ports.map(|port| SocketAddr::new(ip, u16::from_be_bytes(port))).collect()
     }
 
     fn write(&self) -> Vec<u8> {

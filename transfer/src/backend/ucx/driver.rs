@@ -3,6 +3,7 @@
 use std::collections::HashMap;
 use std::collections::hash_map::Entry;
 use std::ffi::c_void;
+use std::net::IpAddr;
 use std::os::fd::RawFd;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
@@ -20,8 +21,9 @@ use super::region::Region;
 use super::slots::{Job, Work};
 use super::{
     ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange,
-    MemorySpan, PeerId, PostError, RemoteId, UcxOptions, describe, frame,
+    MemorySpan, PeerId, PostError, REQUEST_MAX_BYTES, RemoteId, UcxOptions, describe, frame,
 };
+use crate::backend::sockets;
 
 /// See [`UcxDriver::patience`].
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -37,6 +39,8 @@ pub(super) struct UcxDriver {
     address: Vec<u8>,
     /// What peers' addresses look like.
     form: Form,
+    /// The address of all peers, where they are on this host.
+    local: Option<IpAddr>,
     wait_fd: Option<RawFd>,
     /// How long answers may keep a registration after its end.
     pub(super) patience: Duration,
@@ -74,6 +78,9 @@ impl UcxDriver {
             what: format!("the addresses of UCX {} cannot be checked", core.context.version()),
             remedy: "use UCX 1.13 to 1.22".to_owned(),
         })?;
+        let local = options.bind.is_loopback().then_some(options.bind);
+        let listens_at = local.map(|ip| form.listens_at(ip)).unwrap_or_default();
+        listens_at.into_iter().for_each(sockets::tune_listener);
         payload.extend_from_slice(&own);
         let address = frame::seal(frame::Kind::Address, &payload);
         if address.len() > ADDRESS_MAX_BYTES {
@@ -88,6 +95,7 @@ impl UcxDriver {
             info,
             address,
             form,
+            local,
             wait_fd,
             patience: PATIENCE,
             looked: Instant::now(),
@@ -243,6 +251,11 @@ impl UcxDriver {
         }
         if let Some(region) = job.region {
             self.core.release(region);
+        }
+        if status == UCS_OK
+            && let Some(peer) = job.peer.and_then(|peer| self.peers.get_mut(&peer))
+        {
+            peer.tune();
         }
         let moved = match job.work {
             Work::Read | Work::Write | Work::Send => job.len,
@@ -457,7 +470,7 @@ impl Driver for UcxDriver {
         if let Some(error) = self.gone() {
             return Err(error);
         }
-        let peer = Peer::connect(&self.core, &self.form, address)?;
+        let peer = Peer::connect(&self.core, &self.form, address, self.local)?;
         let id = self.next_id();
         self.peers.insert(id, peer);
         Ok(PeerId(id))
@@ -519,6 +532,24 @@ impl Driver for UcxDriver {
         Ok(())
     }
 
+    fn ask(&mut self, peer: PeerId, from: LocalRange, op: u64) -> Result<(), PostError> {
+        let address = self.local(from)?;
+        if from.len > REQUEST_MAX_BYTES {
+            return Err(PostError::Range);
+        }
+        let mut job = Job::new(Work::Send, op, Some(peer.0));
+        (job.region, job.address, job.len) = (Some(from.id.0), address, from.len);
+        self.core.post_request(self.usable(peer)?.ep, job)?;
+        if let Some(peer) = self.peers.get_mut(&peer.0) {
+            peer.posted += 1;
+        }
+        Ok(())
+    }
+
+    fn take_request(&mut self) -> Option<Vec<u8>> {
+        self.core.requests.borrow_mut().pop_front()
+    }
+
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
         if let Some(why) = &self.dead {
             return Err(PostError::Failed(why.clone()));
@@ -564,6 +595,7 @@ impl Driver for UcxDriver {
             return self.done.is_empty();
         }
         let idle = self.done.is_empty()
+            && self.core.requests.borrow().is_empty()
             && self.core.ended.borrow().is_empty()
             && self.core.arrivals.borrow().is_empty();
         idle && self.core.arm()

@@ -3,6 +3,7 @@
 use std::cell::Cell;
 use std::collections::HashMap;
 use std::ffi::c_void;
+use std::net::{IpAddr, SocketAddr};
 
 use baton_ucx_sys::{
     UCP_EP_CLOSE_FLAG_FORCE, UCP_EP_PARAM_FIELD_ERR_HANDLER, UCP_EP_PARAM_FIELD_ERR_HANDLING_MODE,
@@ -10,13 +11,14 @@ use baton_ucx_sys::{
     is_request, status_of, ucp_ep_h, ucp_ep_params_t, ucp_rkey_h, ucs_status_t,
 };
 
-use super::address::Form;
+use super::address::{self, Form};
 use super::core::Core;
 use super::frame::{self, Fields};
 use super::messages::Target;
 use super::region::Region;
 use super::slots::{Job, Work};
 use super::{ADDRESS_MAX_BYTES, DriverError, KEY_MAX_BYTES};
+use crate::backend::sockets;
 
 /// Reachable by the error callback for as long as the endpoint.
 #[derive(Default)]
@@ -37,11 +39,20 @@ pub(super) struct Peer {
     pub(super) unflushed: Vec<u32>,
     /// Those that the flush under way covers.
     pub(super) flushing: Option<Vec<u32>>,
+    /// Where it listens, if that is this host, and as long as nothing has arrived from there.
+    untuned: Vec<SocketAddr>,
 }
 
 impl Peer {
     /// Makes an endpoint for what a peer says is its address.
-    pub(super) fn connect(core: &Core, form: &Form, address: &[u8]) -> Result<Self, DriverError> {
+    ///
+    /// `local` is the address that both have where peers are on this host.
+    pub(super) fn connect(
+        core: &Core,
+        form: &Form,
+        address: &[u8],
+        local: Option<IpAddr>,
+    ) -> Result<Self, DriverError> {
         let payload = frame::open(frame::Kind::Address, address, ADDRESS_MAX_BYTES)?;
         let mut fields = Fields(payload);
         let (Some(major), Some(minor), Some(one_sided)) = (fields.u32(), fields.u32(), fields.u8()) else {
@@ -52,6 +63,7 @@ impl Peer {
         if theirs != (context.version.0, context.version.1, context.one_sided) {
             return Err(misfit("address"));
         }
+        let untuned = local.map(|ip| address::listens_at(fields.0, ip)).unwrap_or_default();
         let address = form.take(fields.0).map_err(|why| DriverError {
             what: format!("the peer's UCX address is not one: {why}"),
             remedy: String::new(),
@@ -81,7 +93,15 @@ impl Peer {
             posted: 0,
             unflushed: Vec::new(),
             flushing: None,
+            untuned,
         })
+    }
+
+    /// Something has succeeded: it is connected.
+    pub(super) fn tune(&mut self) {
+        if !self.untuned.is_empty() {
+            std::mem::take(&mut self.untuned).into_iter().for_each(sockets::tune_connections);
+        }
     }
 
     /// Why nothing can be posted any more.
