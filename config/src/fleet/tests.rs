@@ -936,7 +936,8 @@ fn explains_a_fleet_that_passes_requests_on() {
             a loopback address is that of the host of the worker beside the server
             are well while GET /ping is answered and requests make progress
             get at most 1024 requests of each router at once
-    "#]].assert_eq(&text);
+    "#]]
+    .assert_eq(&text);
 }
 
 #[test]
@@ -954,7 +955,9 @@ pools:
   - { name: d, role: both, engine: { kind: openai } }
   - { name: e, role: both, engine: { kind: openai, url: http://a, urls: [] } }
 ";
-    faults(text, &expect![[r#"
+    faults(
+        text,
+        &expect![[r#"
         fleet.yaml:2:8: model.id: is missing
           remedy: write `id:` with the name of the model, as clients ask for it
         fleet.yaml:6:34: pools[0].engine.url: is http://x:8000/v1 in quotes, which is not http://HOST:PORT or https://HOST:PORT, without user, password and path (Baton adds /v1/...)
@@ -983,7 +986,8 @@ pools:
           remedy: keep `url` for one server, or `urls` for one server of each replica
         fleet.yaml:12:73: pools[4].engine.urls: is empty
           remedy: name at least one server
-        14 faults in fleet.yaml"#]]);
+        14 faults in fleet.yaml"#]],
+    );
 }
 
 #[test]
@@ -994,7 +998,10 @@ fn passing_on_and_generating_do_not_mix() {
   - { name: other, role: both, engine: { kind: openai, url: http://127.0.0.1:8000 } }
 ",
     );
-    faults(&text, &expect![[r#"
+    faults(
+        &text,
+        &expect![[r#"
         fleet.yaml:5:48: pools[1].engine.kind: is openai, but reference in own: a fleet either passes every request on or none
-          remedy: write a fleet file, with a router of its own, for the pools of kind openai"#]]);
+          remedy: write a fleet file, with a router of its own, for the pools of kind openai"#]],
+    );
 }

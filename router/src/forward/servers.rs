@@ -52,7 +52,7 @@ pub enum ServersError {
         pool: PoolName,
         /// Why not.
         #[source]
-        source: TlsError,
+        source: Box<TlsError>,
     },
 }
 
@@ -109,7 +109,7 @@ impl Pool {
         let spec = &options.servers;
         let urls = spec.urls.iter().map(String::as_str);
         let tls = baton_conductor::http::server_tls(urls, spec.ca_file.as_deref())
-            .map_err(|source| ServersError::Trust { pool: name.clone(), source })?;
+            .map_err(|source| ServersError::Trust { pool: name.clone(), source: Box::new(source) })?;
         let key = spec.api_key_file.as_deref().map(read_api_key).transpose();
         let key = key.map_err(|source| ServersError::Key { pool: name.clone(), source })?;
         let mut tcp = HttpConnector::new();

@@ -1,12 +1,12 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
 
+use ::http::{HeaderMap, StatusCode};
 use axum::Router;
 use axum::extract::State;
 use axum::routing::get;
 use baton_config::Role;
 use baton_config::fleet::ConductorAccess;
-use http::{HeaderMap, StatusCode};
 
 use super::*;
 
