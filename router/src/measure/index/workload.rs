@@ -1,4 +1,4 @@
-//! Events and prompts, as plain numbers: `integration/peers/index` puts the same ones to another index.
+//! Events and prompts as plain numbers, so that other indexes can be given the same ones.
 
 /// Blocks of a shared prefix, of the rest of a sequence, and of an event.
 pub(super) const HALF: usize = 32;
@@ -25,8 +25,8 @@ impl Dice {
 /// One worker stored these blocks, the first of which follows `parent`.
 pub(super) struct Event {
     pub(super) worker: usize,
-    /// Only some indexes need it.
-    #[allow(dead_code, reason = "this file is part of two crates, one of which does not read it")]
+    /// Ours needs no parents.
+    #[expect(dead_code, reason = "for indexes that are trees")]
     pub(super) parent: Option<u64>,
     pub(super) blocks: Vec<u64>,
 }
