@@ -113,7 +113,9 @@ impl Gateway {
                 return response;
             }
         };
-        if let (Some(forwarder), Some(passing), Some(principal)) = (&self.forward, route.passing(), &principal) {
+        if let (Some(forwarder), Some(passing), Some(principal)) =
+            (&self.forward, route.passing(), &principal)
+        {
             let (forwarder, principal) = (Arc::clone(forwarder), Arc::clone(principal));
             return self.pass_on(forwarder, passing, request, entry, principal).await;
         }

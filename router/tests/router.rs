@@ -20,10 +20,10 @@ mod bad_fields;
 mod bad_input;
 #[path = "router/faults.rs"]
 mod faults;
-#[path = "router/frames.rs"]
-mod frames;
 #[path = "router/forward.rs"]
 mod forward;
+#[path = "router/frames.rs"]
+mod frames;
 #[path = "router/http2.rs"]
 mod http2;
 #[path = "router/limits.rs"]
