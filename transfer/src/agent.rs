@@ -1,6 +1,6 @@
 //! The transfer agent of a worker: its regions, its grants, its listeners, its sessions with peers.
 
-mod dial;
+pub(crate) mod dial;
 pub(crate) mod grants;
 pub mod notifications;
 pub mod options;
@@ -25,6 +25,7 @@ use self::dial::Dialer;
 use self::region::Region;
 use self::server::Server;
 use crate::backend::fabric::fabrics::Fabrics;
+use crate::backend::fabric::serve::requests;
 use crate::backend::{shm, tcp};
 use crate::error::Refusal;
 use crate::memory::HostMemory;
@@ -231,6 +232,7 @@ impl Agent {
         let offered = fabrics.clone();
         let server = Server::new(&options, incarnation, Region::Host(probe.clone()), fabrics)?;
         let server = Arc::new(server);
+        server.fabrics.answer_with(&requests::answering(&server));
         let mut backends = options.backends.clone();
         let same_host = |backend: &BackendKind| matches!(backend, BackendKind::Shm | BackendKind::Cma);
         if backends.iter().any(same_host) {

@@ -169,6 +169,12 @@ impl Slab {
         }
     }
 
+    /// A slot, if one is free and nobody waits for it.
+    pub fn try_acquire(&self) -> Option<Slot> {
+        let permit = self.0.permits.clone().try_acquire_owned().ok()?;
+        self.take(permit).pop()
+    }
+
     fn take(&self, mut permit: OwnedSemaphorePermit) -> Vec<Slot> {
         let mut books = self.0.books();
         let mut taken = Vec::with_capacity(permit.num_permits());

@@ -5,6 +5,7 @@
 //! bytes the digests of the blocks cover. Lengths are checked against the bound of their kind before anything is
 //! allocated; nothing here trusts its input.
 
+pub mod ask;
 pub mod control;
 mod fields;
 mod hello;
@@ -25,7 +26,7 @@ use crate::agent::RegionId;
 use crate::error::Refusal;
 
 /// Version of the frames and of the metadata; other versions are refused by name.
-pub const VERSION: u8 = 2;
+pub const VERSION: u8 = 3;
 /// Bytes of a frame header.
 pub const HEADER_BYTES: usize = 32;
 /// Most blocks of one request: what one vectored system call takes (`IOV_MAX`), less the header.
@@ -103,7 +104,7 @@ pub enum Kind {
     Proof = 9,
     /// Makes a fabric's endpoint known to its peer: [`control::Attach`].
     Attach = 10,
-    /// The peer's endpoint: its address.
+    /// The peer's endpoint: [`control::Attached`].
     Attached = 11,
     /// Asks for the key of a region: [`control::Key`].
     Key = 12,
@@ -203,7 +204,7 @@ impl Kind {
             Self::Mapped => 8,
             Self::Located => 16,
             Self::Attach => control::ATTACH_MAX_BYTES,
-            Self::Attached => ADDRESS_MAX_BYTES,
+            Self::Attached => control::ATTACHED_MAX_BYTES,
             Self::Key => control::KEY_REQUEST_BYTES,
             Self::KeyIs => control::KEY_IS_MAX_BYTES,
             Self::Pack => control::PACK_MAX_BYTES,

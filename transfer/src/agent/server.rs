@@ -14,6 +14,7 @@ use super::region::Region;
 use super::{AgentOptions, RegionId, RegisterError, TransferLimits, probe};
 use crate::auth::Token;
 use crate::backend::fabric::fabrics::Fabrics;
+use crate::backend::fabric::serve::requests::Tickets;
 use crate::backend::shm::control::Control;
 use crate::error::Refusal;
 use crate::memory::MemoryError;
@@ -40,6 +41,8 @@ pub(crate) struct Server {
     pub(crate) connections: Arc<Semaphore>,
     pub(crate) control: Control,
     pub(crate) fabrics: Fabrics,
+    /// Who may ask for blocks over the fabrics.
+    pub(crate) tickets: Arc<Tickets>,
     life: Mutex<Option<Life>>,
     regions: RwLock<Arc<[Region]>>,
     grants: Grants,
@@ -101,6 +104,7 @@ impl Server {
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
             control: Control::new(incarnation)?,
             fabrics,
+            tickets: Arc::default(),
             life: Mutex::new(None),
             regions: RwLock::new(Arc::new([probe])),
             grants: Grants::default(),

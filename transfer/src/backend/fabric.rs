@@ -2,12 +2,17 @@
 //!
 //! ```text
 //! reader: Session ── FabricLink ── progress thread ── Driver ══ fabric ══ Driver ── progress thread ── Served :owner
-//!                        └───────────── control connection (keys, packs, fences) ─────────────┘
+//!                        └────────── control connection (attach, keys, windows, fences) ──────────┘
 //! ```
+//!
+//! Requests for blocks go over the fabric, where the library has requests, and are answered by the owner's progress
+//! thread: see [`serve::requests`].
 //!
 //! A [`driver::Driver`] is all that a library needs to provide, and all that is unsafe. Everything above it is shared.
 
 pub(crate) mod batch;
+#[expect(unsafe_code, reason = "registers a descriptor with the runtime")]
+mod bell;
 pub(crate) mod driver;
 pub(crate) mod fabrics;
 pub(crate) mod link;

@@ -16,6 +16,7 @@ mod blob;
 mod device;
 mod object;
 mod register;
+mod requests;
 mod select;
 mod sinks;
 mod slots;
@@ -149,6 +150,7 @@ fn describe(library: &Library, first: &Info, rails: &[Rail], bind: IpAddr) -> Dr
         // `shm` writes into the other process without asking it: what was granted could not be taken back.
         write: provider != "shm",
         message_max: attr.max_msg_size.min(MESSAGE_MAX_BYTES),
+        requests: true,
         op_max: attr.max_msg_size.min(OP_MAX_BYTES),
         rails: rails.len(),
         device_memory: device::kinds(first),

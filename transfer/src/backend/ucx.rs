@@ -53,7 +53,7 @@ use self::config::Context;
 use self::driver::UcxDriver;
 use super::fabric::driver::{
     ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, KEY_MAX_BYTES, LocalId,
-    LocalRange, PeerId, PostError, RemoteId,
+    LocalRange, PeerId, PostError, REQUEST_MAX_BYTES, RemoteId,
 };
 use crate::backend::handlers;
 use crate::memory::MemorySpan;
@@ -122,6 +122,7 @@ fn describe(context: &Context, options: &UcxOptions) -> DriverInfo {
         read: true,
         write: true,
         message_max: messages::BYTES_MAX,
+        requests: true,
         op_max: longest,
         rails,
         device_memory: vec![

@@ -16,6 +16,9 @@ use crate::session::Descriptor;
 pub(super) const ATTACH_MAX_BYTES: usize = 1 + 1 + MAX_WIRE_TEXT_BYTES + ADDRESS_MAX_BYTES;
 pub(super) const KEY_REQUEST_BYTES: usize = 1 + 4;
 pub(super) const KEY_IS_MAX_BYTES: usize = 8 + 8 + KEY_MAX_BYTES;
+pub(super) const ATTACHED_MAX_BYTES: usize = 16 + ADDRESS_MAX_BYTES;
+/// Of a [`Pack`] of no blocks.
+pub(super) const PACK_MIN_BYTES: usize = 1 + 8 + HANDOFF_BYTES;
 pub(super) const PACK_MAX_BYTES: usize = 1 + 8 + READ_MAX_BYTES;
 /// Most windows of one answer.
 pub const MAX_WINDOWS: usize = 16;
@@ -66,6 +69,38 @@ impl Attach {
         }
         let wire = wire.to_owned();
         Ok(Self { backend, wire, address: fields.rest().to_vec() })
+    }
+}
+
+/// The answer to an [`Attach`].
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct Attached {
+    /// What names the peer in requests over the fabric, random; 0: there are none.
+    pub ticket: u128,
+    /// Where the fabric's operations reach the owner, opaque.
+    pub address: Vec<u8>,
+}
+
+impl Attached {
+    /// The payload in bytes.
+    pub fn encode(&self) -> Vec<u8> {
+        debug_assert!(self.address.len() <= ADDRESS_MAX_BYTES, "addresses are bounded");
+        let mut bytes = self.ticket.to_le_bytes().to_vec();
+        bytes.extend_from_slice(&self.address);
+        bytes
+    }
+
+    /// Reads a payload.
+    ///
+    /// # Errors
+    /// When it is cut or too long.
+    pub fn decode(bytes: &[u8]) -> Result<Self, WireError> {
+        let mut fields = Fields(bytes);
+        let ticket = fields.u128()?;
+        if fields.rest_len() > ADDRESS_MAX_BYTES {
+            return Err(WireError::Long);
+        }
+        Ok(Self { ticket, address: fields.rest().to_vec() })
     }
 }
 

@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 
+use super::bell::{Bell, Rope};
 use super::driver::{LocalRange, RemoteId};
 use super::thread::{Fabric, Peer};
 use super::window::Work;
@@ -35,8 +36,10 @@ pub(crate) enum Verb {
     Write { remote: RemoteId, offset: u64 },
     /// Sent to where the peer awaits `tag`.
     Send { tag: u64 },
-    /// Filled by the message of `tag`.
+    /// Filled by the message of `tag`, which may be shorter.
     Receive { tag: u64 },
+    /// Sent as a request.
+    Ask,
 }
 
 /// Transfers with one peer, all of one verb.
@@ -50,11 +53,13 @@ pub(crate) struct Batch {
     _keep: Box<dyn Any + Send + Sync>,
 }
 
-#[derive(Debug, Default)]
+#[derive(Default)]
 struct State {
     /// Transfers that are complete and not yet handed to the task.
     done: Vec<u32>,
     done_bytes: usize,
+    /// Bytes of the message that was awaited.
+    arrived: usize,
     /// Only the end is of interest.
     end_only: bool,
     failed: Option<Arc<str>>,
@@ -64,7 +69,24 @@ struct State {
     settled: bool,
     /// It was settled by force: what it had posted may have left and not arrived.
     cut: bool,
-    waker: Option<Waker>,
+    waiting: Option<Wake>,
+    /// Of who waits until it is posted.
+    posting: Option<Waker>,
+}
+
+/// Wakes who waits for news.
+enum Wake {
+    Bell(Rope),
+    Waker(Waker),
+}
+
+impl Wake {
+    fn wake(self) {
+        match self {
+            Self::Bell(rope) => rope.pull(),
+            Self::Waker(waker) => waker.wake(),
+        }
+    }
 }
 
 impl Batch {
@@ -115,10 +137,15 @@ impl Batch {
             self.settled.notify_all();
             self.settling.notify_waiters();
         }
-        let waker = if state.is_news() { state.waker.take() } else { None };
+        let news = state.is_news();
+        let waiting = if news { state.waiting.take() } else { None };
+        let posting = if state.settled { state.posting.take() } else { None };
         drop(state);
-        if let Some(waker) = waker {
-            waker.wake();
+        if let Some(waiting) = waiting {
+            waiting.wake();
+        }
+        if let Some(posting) = posting {
+            posting.wake();
         }
     }
 
@@ -126,11 +153,16 @@ impl Batch {
     pub(super) fn note_posted(&self) {
         let mut state = self.state();
         state.posted = true;
-        let waker = state.waker.take();
+        let waker = state.posting.take();
         drop(state);
         if let Some(waker) = waker {
             waker.wake();
         }
+    }
+
+    /// Notes how long the message is that came.
+    pub(super) fn note_arrived(&self, bytes: usize) {
+        self.state().arrived = bytes;
     }
 
     /// Ends it before anything was posted.
@@ -187,10 +219,17 @@ impl Batch {
 }
 
 impl State {
-    fn remember(&mut self, waker: &Waker) {
-        if !self.waker.as_ref().is_some_and(|known| known.will_wake(waker)) {
-            self.waker = Some(waker.clone());
+    /// What has come of it since the last time: whether more is to come, or why it failed.
+    fn take_news(&mut self, done: &mut Vec<u32>) -> Option<Result<bool, Arc<str>>> {
+        if !self.is_news() {
+            return None;
         }
+        self.done_bytes = 0;
+        done.append(&mut self.done);
+        Some(match &self.failed {
+            Some(why) if self.settled => Err(Arc::clone(why)),
+            _ => Ok(!self.settled),
+        })
     }
 
     fn is_news(&self) -> bool {
@@ -241,13 +280,15 @@ impl Work for Posting {
 pub(crate) struct Running {
     fabric: Fabric,
     batch: Arc<Batch>,
+    /// Where it waits, once it had to.
+    bell: Option<Bell>,
     fenced: bool,
     ended: bool,
 }
 
 impl Running {
     pub(super) fn new(fabric: Fabric, batch: Arc<Batch>) -> Self {
-        Self { fabric, batch, fenced: false, ended: false }
+        Self { fabric, batch, bell: None, fenced: false, ended: false }
     }
 
     /// Makes the drop a fence: once it returns, nothing of the batch writes its local ranges any more. It blocks for
@@ -263,20 +304,30 @@ impl Running {
     /// With the fabric's reason, once nothing of the batch is posted any more.
     pub(crate) async fn next(&mut self, done: &mut Vec<u32>) -> Result<bool, Arc<str>> {
         let more = poll_fn(|context| {
-            let mut state = self.batch.state();
-            if !state.is_news() {
-                state.remember(context.waker());
-                return Poll::Pending;
-            }
-            state.done_bytes = 0;
-            done.append(&mut state.done);
-            match &state.failed {
-                Some(why) if state.settled => Poll::Ready(Err(Arc::clone(why))),
-                _ => Poll::Ready(Ok(!state.settled)),
+            loop {
+                let mut state = self.batch.state();
+                if let Some(news) = state.take_news(done) {
+                    return Poll::Ready(news);
+                }
+                self.bell = self.bell.take().or_else(|| self.fabric.bells().take());
+                let Some(bell) = &self.bell else {
+                    state.waiting = Some(Wake::Waker(context.waker().clone()));
+                    return Poll::Pending;
+                };
+                if !matches!(state.waiting, Some(Wake::Bell(_))) {
+                    state.waiting = Some(Wake::Bell(bell.rope()));
+                }
+                drop(state);
+                match bell.poll(context) {
+                    Poll::Pending => return Poll::Pending,
+                    Poll::Ready(Ok(())) => {}
+                    // Its runtime ends, and this task with it.
+                    Poll::Ready(Err(error)) => return Poll::Ready(Err(error.to_string().into())),
+                }
             }
         });
         let more = more.await;
-        self.ended = !matches!(more, Ok(true));
+        self.ended = !matches!(more, Ok(true)) && self.batch.is_settled();
         more
     }
 
@@ -287,10 +338,15 @@ impl Running {
             if state.posted || state.settled {
                 return Poll::Ready(());
             }
-            state.remember(context.waker());
+            state.posting = Some(context.waker().clone());
             Poll::Pending
         })
         .await;
+    }
+
+    /// Bytes of the message that was awaited, once it is there.
+    pub(crate) fn arrived(&self) -> usize {
+        self.batch.state().arrived
     }
 
     /// Says that nothing is to be done with what is complete before all of it is.
@@ -319,6 +375,9 @@ impl Running {
 
 impl Drop for Running {
     fn drop(&mut self) {
+        if let Some(bell) = self.bell.take() {
+            self.fabric.bells().give_back(bell);
+        }
         if self.ended {
             return;
         }

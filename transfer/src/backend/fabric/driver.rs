@@ -18,11 +18,14 @@ use std::os::fd::RawFd;
 use std::time::Duration;
 
 use crate::memory::MemorySpan;
+use crate::wire::ask::ASK_MAX_BYTES;
 
 /// Longest that a driver's call may take.
 pub(crate) const CALL_MAX: Duration = Duration::from_secs(2);
 /// Most bytes of an address: several rails included.
 pub(crate) const ADDRESS_MAX_BYTES: usize = 4096;
+/// Most bytes of a request.
+pub(crate) const REQUEST_MAX_BYTES: usize = ASK_MAX_BYTES;
 /// Most bytes of the key of a registration: several rails included.
 pub(crate) const KEY_MAX_BYTES: usize = 2048;
 
@@ -41,6 +44,8 @@ pub(crate) struct DriverInfo {
     pub(crate) write: bool,
     /// Longest message of [`Driver::send`], in bytes; 0: there are no messages.
     pub(crate) message_max: usize,
+    /// Whether there are requests: messages that nobody has to await by their tag.
+    pub(crate) requests: bool,
     /// Longest one-sided operation, in bytes.
     pub(crate) op_max: usize,
     /// Network interfaces used side by side.
@@ -202,6 +207,17 @@ pub(crate) trait Driver {
 
     /// Stops awaiting a message; the receive is then reported, as failed or as done, and its buffer is free from there on.
     fn cancel_receive(&mut self, op: u64);
+
+    /// Posts a request, at most [`REQUEST_MAX_BYTES`], which the peer's driver takes whenever it comes. Only where
+    /// [`DriverInfo::requests`] says so. More than the peer can hold are held back or, at the worst, lost.
+    fn ask(&mut self, _peer: PeerId, _from: LocalRange, _op: u64) -> Result<(), PostError> {
+        Err(PostError::Failed("there are no requests with this library".to_owned()))
+    }
+
+    /// The next request that came, from anybody who knows the address: hostile bytes, at most [`REQUEST_MAX_BYTES`].
+    fn take_request(&mut self) -> Option<Vec<u8>> {
+        None
+    }
 
     /// Makes progress, also of what peers do here, and appends what is done. Returns whether anything happened.
     fn poll(&mut self, done: &mut Vec<Done>) -> bool;

@@ -1,6 +1,6 @@
 //! The fabrics of an agent: which of those asked for could be opened, and why the others could not.
 
-use std::sync::{Arc, PoisonError, RwLock};
+use std::sync::{Arc, OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use futures_util::future::join_all;
@@ -9,6 +9,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::FabricLimits;
+use super::batch::Batch;
 use super::driver::{Driver, DriverError};
 use super::thread::Fabric;
 use crate::agent::{AgentOptions, BackendKind};
@@ -22,6 +23,9 @@ const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 /// Opens a driver, as often as it must be opened.
 pub(crate) type Open = Arc<dyn Fn() -> Result<Box<dyn Driver>, DriverError> + Send + Sync>;
 
+/// Makes the answer to a request that came over a fabric.
+pub(crate) type Answer = dyn Fn(BackendKind, &[u8]) -> Option<Arc<Batch>> + Send + Sync;
+
 /// The fabrics of an agent. Clones share them.
 #[derive(Clone, Default)]
 pub(crate) struct Fabrics(Arc<[Entry]>);
@@ -33,6 +37,8 @@ struct Entry {
     current: RwLock<Result<Fabric, DriverError>>,
     /// Held while the driver is closed and opened again.
     restarting: tokio::sync::Mutex<()>,
+    /// Answers peers' requests.
+    answer: OnceLock<Arc<Answer>>,
 }
 
 impl Entry {
@@ -41,7 +47,17 @@ impl Entry {
     }
 
     fn set(&self, now: Result<Fabric, DriverError>) {
+        if let Ok(fabric) = &now {
+            self.answer_on(fabric);
+        }
         *self.current.write().unwrap_or_else(PoisonError::into_inner) = now;
+    }
+
+    fn answer_on(&self, fabric: &Fabric) {
+        if let Some(answer) = self.answer.get().cloned() {
+            let kind = self.kind;
+            fabric.answer_with(Arc::new(move |request| answer(kind, request)));
+        }
     }
 
     async fn start(&self) -> Result<Fabric, DriverError> {
@@ -71,12 +87,23 @@ impl Fabrics {
         let start = |(kind, open): (BackendKind, Open)| async move {
             let unopened = Err(DriverError { what: "it is being opened".into(), remedy: String::new() });
             let restarting = tokio::sync::Mutex::default();
-            let entry = Entry { kind, open, limits, current: RwLock::new(unopened), restarting };
+            let answer = OnceLock::new();
+            let entry = Entry { kind, open, limits, current: RwLock::new(unopened), restarting, answer };
             let started = entry.start().await;
             entry.set(started);
             entry
         };
         Self(join_all(drivers.into_iter().map(start)).await.into())
+    }
+
+    /// Has requests of peers answered, on the progress threads: `answer` must not block. Only the first is taken.
+    pub(crate) fn answer_with(&self, answer: &Arc<Answer>) {
+        for entry in self.0.iter() {
+            let _ = entry.answer.set(Arc::clone(answer));
+            if let Ok(fabric) = entry.current() {
+                entry.answer_on(&fabric);
+            }
+        }
     }
 
     fn entry(&self, kind: BackendKind) -> Option<&Entry> {

@@ -9,6 +9,7 @@
 //! What the owner cannot see it cannot check: a block that was read one-sidedly counts when its digest is right or,
 //! without one, when the owner confirms after its arrival that it was still granted.
 
+mod ask;
 mod landing;
 mod plan;
 mod write;
@@ -28,7 +29,7 @@ use self::write::Writes;
 use super::batch::{Batch, Running, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange, RemoteId};
 use super::registry::Registration;
-use super::thread::{Fabric, Peer, SLOT_BYTES};
+use super::thread::{DATA_AT, Fabric, HEAD_AT, Peer, SLOT_BYTES};
 use crate::agent::server::Denial;
 use crate::agent::{DeviceMemory, RegionId};
 use crate::backend::control::{Control, Handler};
@@ -37,8 +38,10 @@ use crate::backend::{Fault, Pair, ReadJob};
 use crate::error::{LinkError, Refusal};
 use crate::memory::MemorySpan;
 use crate::session::{Descriptor, Destination};
-use crate::wire::control::{Attach, Key, KeyIs, Pack, decode_fence};
-use crate::wire::{self, Kind, MAX_READ_BLOCKS, MAX_READ_BYTES};
+use crate::slab::Slot;
+use crate::wire::ask::ASK_MAX_BLOCKS;
+use crate::wire::control::{Attach, Attached, Key, KeyIs, Pack, decode_fence};
+use crate::wire::{self, HEADER_BYTES, Kind, MAX_READ_BLOCKS, MAX_READ_BYTES, WireError};
 
 /// How long two fabrics may take to meet.
 const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
@@ -55,6 +58,8 @@ pub(crate) struct FabricLink {
     control: Control,
     fabric: Fabric,
     peer: Peer,
+    /// Names this side in requests over the fabric; 0: there are none.
+    ticket: u128,
     /// Regions of the peer whose keys are here.
     regions: Mutex<HashMap<RegionId, Remote>>,
     /// Held while a key is asked for.
@@ -109,14 +114,16 @@ impl FabricLink {
             let wire = fabric.info().wire.clone();
             let attach = Attach { backend: fabric.kind(), wire, address: fabric.address().to_vec() };
             let answer = control.ask(Kind::Attach, &attach.encode()).await.map_err(closed);
-            let (_, address) = answer?;
-            fabric.connect(address.to_vec()).await.map_err(unable)
+            let (_, payload) = answer?;
+            let Attached { ticket, address } = Attached::decode(&payload).map_err(Fault::protocol)?;
+            let ticket = if fabric.has_requests() { ticket } else { 0 };
+            Ok::<_, Fault>((fabric.connect(address).await.map_err(unable)?, ticket))
         };
         let late = || LinkError::io("attaching to its fabric")(std::io::ErrorKind::TimedOut.into());
-        let peer = timeout(ATTACH_TIMEOUT, attach).await.map_err(|_| late())??;
+        let (peer, ticket) = timeout(ATTACH_TIMEOUT, attach).await.map_err(|_| late())??;
         let tasks = route.tasks.clone();
         let (regions, asking) = (Mutex::default(), tokio::sync::Mutex::default());
-        Ok(Self { pair, control, fabric, peer, regions, asking, writes, tasks })
+        Ok(Self { pair, control, fabric, peer, ticket, regions, asking, writes, tasks })
     }
 
     /// Answers what the owner asks: to end writes.
@@ -221,12 +228,17 @@ impl FabricLink {
             transfers.push(Transfer { verb, local });
         }
         let batch = Batch::new(self.peer.clone(), transfers, Box::new(Arc::clone(local)));
+        let bytes: u64 = blocks.iter().map(|index| u64::from(job.blocks[*index].source.len)).sum();
+        if blocks.iter().all(|index| job.expected(*index).is_none())
+            && self.asks(blocks.len())
+            && bytes <= MAX_READ_BYTES
+        {
+            self.read_unverified(job, batch, blocks).await?;
+            return Ok(Vec::new());
+        }
         // From here to its end the driver may write the destination: the drop waits until it cannot.
         let mut running = self.fabric.submit(batch).await.map_err(broken)?.fenced();
         let (mut done, mut corrupt, mut unyielded) = (Vec::new(), Vec::new(), 0);
-        if blocks.iter().all(|index| job.expected(*index).is_none()) {
-            running.only_the_end();
-        }
         loop {
             let more = running.next(&mut done).await.map_err(broken)?;
             for index in done.drain(..).map(|at| blocks[at as usize]) {
@@ -253,6 +265,30 @@ impl FabricLink {
         self.confirm(job, &unverified().collect::<Vec<_>>()).await?;
         unverified().for_each(|index| job.progress.finish(index));
         Ok(corrupt)
+    }
+
+    /// Reads blocks of which nothing is verified here, and has them confirmed by the owner when all of them are there:
+    /// the progress thread asks, without waking this task in between.
+    async fn read_unverified(
+        &self,
+        job: &ReadJob<'_>,
+        batch: Arc<Batch>,
+        blocks: &[usize],
+    ) -> Result<(), Fault> {
+        let sources = blocks.iter().map(|index| job.blocks[*index].source);
+        let (exchange, confirmation) = self.confirmation(job.handoff, sources).await?;
+        let (running, mut answer) = self.fabric.submit_then(batch, exchange).await.map_err(broken)?;
+        // As above: until it has ended, its drop is a fence.
+        let mut running = running.fenced();
+        let answered = answer.end().await;
+        running.end().await.map_err(broken)?;
+        answered.map_err(broken)?;
+        self.confirmed(&confirmation, &answer)?;
+        for index in blocks {
+            job.progress.add(job.blocks[*index].source.len as usize);
+            job.progress.finish(*index);
+        }
+        Ok(())
     }
 
     /// Reads blocks through buffers; those that failed their digest.
@@ -290,12 +326,12 @@ impl FabricLink {
         }
         let slot = slots.ok().and_then(|mut slots| slots.pop()).ok_or(Fault::Refused(Refusal::Overloaded))?;
         let local = self.register_host(&slot.memory().span()).await.map_err(unable)?;
-        let (id, offset) = (local.id, slot.offset());
-        let keep = Box::new((slot, local));
+        let (id, offset) = (local.id, slot.offset() + DATA_AT);
         if load.packed {
-            let running = self.receive(job, load, LocalRange { id, offset, len: load.bytes }, keep).await?;
+            let running = self.receive(job, load, slot, local).await?;
             return Ok((load, Buffer { offset, _running: running }));
         }
+        let keep = Box::new((slot, local));
         let mut transfers = Vec::with_capacity(load.parts.len());
         let mut region: Option<(RegionId, Remote)> = None;
         for part in &load.parts {
@@ -314,32 +350,44 @@ impl FabricLink {
         Ok((load, Buffer { offset, _running: running }))
     }
 
-    /// Asks for a message with the blocks of `load` and awaits it.
+    /// Asks for a message with the blocks of `load` and awaits it, in `slot`.
     async fn receive(
         &self,
         job: &ReadJob<'_>,
         load: &Load,
-        local: LocalRange,
-        keep: Box<dyn std::any::Any + Send + Sync>,
+        slot: Slot,
+        registered: Arc<Registration>,
     ) -> Result<Running, Fault> {
-        let tag = tag().map_err(LinkError::io("asking for random bytes"))?;
+        let tag = tag()?;
+        let (memory, at) = (slot.memory().clone(), slot.offset() + HEAD_AT);
+        let local = LocalRange { id: registered.id, offset: at, len: HEADER_BYTES + load.bytes };
         let transfer = Transfer { verb: Verb::Receive { tag }, local };
-        let batch = Batch::new(self.peer.clone(), vec![transfer], keep);
-        let mut running = self.fabric.submit(batch).await.map_err(broken)?;
-        running.awaits().await;
+        let batch = Batch::new(self.peer.clone(), vec![transfer], Box::new((slot, registered)));
         let blocks = load.parts.iter().map(|part| job.blocks[part.block].source);
-        let payload = Pack::encode(self.fabric.kind(), tag, job.handoff, blocks);
-        let asked = self.control.ask(Kind::Pack, &payload);
-        tokio::select! {
-            biased;
-            // The message says more than the answer that it was sent.
-            ended = running.end() => ended.map_err(broken)?,
-            answer = asked => {
-                answer.map_err(closed)?;
-                running.end().await.map_err(broken)?;
+        let mut running;
+        if self.asks(blocks.len()) {
+            running = self.ask((Kind::Pack, tag), job.handoff, blocks, batch).await?;
+            running.end().await.map_err(broken)?;
+        } else {
+            running = self.fabric.submit(batch).await.map_err(broken)?;
+            running.awaits().await;
+            let payload = Pack::encode(self.fabric.kind(), tag, job.handoff, blocks);
+            let asked = self.control.ask(Kind::Pack, &payload);
+            tokio::select! {
+                biased;
+                // The message says more than the answer that it was sent.
+                ended = running.end() => ended.map_err(broken)?,
+                answer = asked => {
+                    answer.map_err(closed)?;
+                    running.end().await.map_err(broken)?;
+                }
             }
         }
-        Ok(running)
+        self.check((&memory, at), tag, Kind::Data, running.arrived()).map_err(closed)?;
+        match running.arrived() == local.len {
+            true => Ok(running),
+            false => Err(Fault::protocol(WireError::Short)),
+        }
     }
 
     /// The region `id` of the peer; `last` is the one used last.
@@ -386,9 +434,13 @@ impl FabricLink {
             };
             let count = rest.iter().take(MAX_READ_BLOCKS).take_while(fits).count().max(1);
             let (now, later) = rest.split_at(count);
-            let sources: Vec<Descriptor> = now.iter().map(|index| job.blocks[*index].source).collect();
-            let payload = wire::encode_read(job.handoff, sources.into_iter());
-            self.control.ask(Kind::Confirm, &payload).await?;
+            let sources = now.iter().map(|index| job.blocks[*index].source);
+            if self.asks(count) {
+                self.ask_to_confirm(job.handoff, sources).await?;
+            } else {
+                let payload = wire::encode_read(job.handoff, sources);
+                self.control.ask(Kind::Confirm, &payload).await?;
+            }
             rest = later;
         }
         Ok(())
@@ -408,9 +460,10 @@ struct Buffer {
     _running: Running,
 }
 
-fn tag() -> std::io::Result<u64> {
+fn tag() -> Result<u64, Fault> {
     let mut bytes = [0; 8];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())?;
+    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
+        .map_err(|errno| LinkError::io("asking for random bytes")(errno.into()))?;
     Ok(u64::from_le_bytes(bytes))
 }
 

@@ -1,32 +1,36 @@
-//! What the owner of blocks answers on control connections about its fabrics.
+//! What the owner of blocks answers about its fabrics: on control connections, and (`requests`) over the fabric.
 //!
 //! One-sided reads are not seen here: a peer that has the key of a region reads it. What is checked here, grant by
 //! grant, is what this side sends itself ([`Kind::Pack`]), what it confirms ([`Kind::Confirm`]) and where it lets a peer
 //! write ([`Kind::Window`]).
 
+pub(crate) mod requests;
 pub(super) mod windows;
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use baton_config::Epoch;
 use bytes::Bytes;
 use tokio::time::Instant;
 
 use super::batch::{Batch, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange};
 use super::registry::Registration;
-use super::thread;
-use crate::agent::grants::Permit;
+use super::thread::{self, DATA_AT, HEAD_AT};
+use crate::agent::dial::random_u128;
 use crate::agent::region::Region;
 use crate::agent::server::{Denial, Server, region};
 use crate::agent::{BackendKind, RegionId};
 use crate::backend::control::{Answer, Peer};
 use crate::error::Refusal;
 use crate::jobs;
-use crate::slab::Slot;
-use crate::wire::control::{Attach, Key, KeyIs, Pack, Window, Write, decode_fence};
-use crate::wire::{Header, Kind, Read};
+use crate::session::Descriptor;
+use crate::slab::{Slab, Slot};
+use crate::wire::ask::answer_head;
+use crate::wire::control::{Attach, Attached, Key, KeyIs, Pack, Window, Write, decode_fence};
+use crate::wire::{HEADER_BYTES, Header, Kind, Read};
 
 /// How long a pack waits for a buffer to be gathered in.
 const BUFFER_TIMEOUT: Duration = Duration::from_secs(2);
@@ -43,6 +47,10 @@ struct Attachment {
     peer: thread::Peer,
     /// Regions whose keys the peer has: they stay registered as long as it may use them.
     shown: HashMap<RegionId, Arc<Registration>>,
+    /// What the buffers of messages are registered as, and those of short answers.
+    sending: Arc<Registration>,
+    answers: Arc<Registration>,
+    _ticket: Option<requests::Ticket>,
 }
 
 impl Drop for Attachment {
@@ -89,15 +97,27 @@ pub(crate) fn gone(_server: &Arc<Server>, peer: &Peer) {
     peer.fabric.lock().clear();
 }
 
-async fn attach(server: &Server, peer: &Peer, attach: Attach) -> Result<Answer, Denial> {
+async fn attach(server: &Server, peer: &Arc<Peer>, attach: Attach) -> Result<Answer, Denial> {
     let fabric = server.fabrics.get(attach.backend).ok_or(Denial::Refused(Refusal::Unavailable))?;
     if attach.wire != fabric.info().wire {
         return Err(Denial::Refused(Refusal::Mismatch));
     }
     let connected = fabric.connect(attach.address).await.map_err(|error| unable(peer, &error))?;
-    let attachment = Attachment { peer: connected, shown: HashMap::new() };
+    let registered = |slab: &Slab| {
+        let (fabric, span) = (fabric.clone(), slab.memory().span());
+        async move { fabric.registered(&span, Access::Local).await.map_err(|error| unable(peer, &error)) }
+    };
+    let (sending, answers) = (registered(fabric.sending()).await?, registered(fabric.answers()).await?);
+    let ticket = match fabric.has_requests() {
+        true => random_u128().map_err(|_| Denial::Refused(Refusal::Unavailable))?,
+        false => 0,
+    };
+    let given = (ticket != 0).then(|| server.tickets.give(ticket, peer));
+    let shown = HashMap::new();
+    let attachment = Attachment { peer: connected, shown, sending, answers, _ticket: given };
     peer.fabric.lock().insert(attach.backend, attachment);
-    Ok(Answer { kind: Kind::Attached, payload: fabric.address().to_vec() })
+    let attached = Attached { ticket, address: fabric.address().to_vec() };
+    Ok(Answer { kind: Kind::Attached, payload: attached.encode() })
 }
 
 async fn key(server: &Server, peer: &Peer, key: Key) -> Result<Answer, Denial> {
@@ -123,58 +143,82 @@ fn unable(peer: &Peer, error: &DriverError) -> Denial {
 
 /// Gathers blocks and hands them to the fabric as one message.
 async fn pack(server: &Server, peer: &Peer, pack: Pack) -> Result<Answer, Denial> {
-    let fabric = server.fabrics.get(pack.backend).ok_or(Denial::Refused(Refusal::Unavailable))?;
-    let connected = peer.fabric.lock().get(&pack.backend).map(|attachment| attachment.peer.clone());
-    let connected = connected.ok_or(Denial::Refused(Refusal::Unavailable))?;
-    let len: usize = pack.read.blocks.iter().map(|block| block.len as usize).sum();
+    let unavailable = Denial::Refused(Refusal::Unavailable);
+    let fabric = server.fabrics.get(pack.backend).ok_or(unavailable)?;
+    let attached = |attachment: &Attachment| (attachment.peer.clone(), Arc::clone(&attachment.sending));
+    let attached = peer.fabric.lock().get(&pack.backend).map(attached);
+    let (to, sending) = attached.ok_or(unavailable)?;
+    let about = (peer.life.epoch, pack.tag);
+    let message = gather(server, &fabric, (&to, &sending), &pack.read, about).await?;
+    fabric.submit(message).await.map_err(|_| unavailable)?.detach();
+    Ok(Answer::done(Kind::Packed))
+}
+
+/// Makes the message with the blocks of `read`, in `epoch` and for who awaits `tag`.
+async fn gather(
+    server: &Server,
+    fabric: &thread::Fabric,
+    (to, sending): (&thread::Peer, &Arc<Registration>),
+    read: &Read,
+    about: (Epoch, u64),
+) -> Result<Arc<Batch>, Denial> {
+    let len: usize = read.blocks.iter().map(|block| block.len as usize).sum();
     if len > fabric.pack_max() {
         return Err(Denial::Refused(Refusal::TooLarge));
     }
     // Before the permit, which holds up the end of its grant.
     let slots = fabric.sending().acquire(1, Instant::now() + BUFFER_TIMEOUT).await;
     let slot = slots.ok().and_then(|mut slots| slots.pop()).ok_or(Denial::Refused(Refusal::Overloaded))?;
-    let registered = fabric.registered(&fabric.sending().memory().span(), Access::Local).await;
-    let registered = registered.map_err(|error| unable(peer, &error))?;
     let regions = server.regions();
-    let permit = server.permit(&regions, pack.read.handoff, &pack.read.blocks)?;
-    let slot = gather(server, regions, pack.read, (permit, slot)).await?;
-    let local = LocalRange { id: registered.id, offset: slot.offset(), len };
-    let transfer = Transfer { verb: Verb::Send { tag: pack.tag }, local };
-    let batch = Batch::new(connected, vec![transfer], Box::new((slot, registered)));
-    let sending = fabric.submit(batch).await.map_err(|_| Denial::Refused(Refusal::Unavailable))?;
-    sending.detach();
-    server.counters.served(len as u64);
-    Ok(Answer::done(Kind::Packed))
+    let permit = server.permit(&regions, read.handoff, &read.blocks)?;
+    let all_host = all_host(&regions, read);
+    let (handoff, read) = (read.handoff, read.clone());
+    let copy = move || {
+        // Ends with the last copy, whether or not somebody still waits for it.
+        let _permit = permit;
+        copy_blocks(&regions, &read, &slot).map(|()| slot)
+    };
+    let copied = match all_host {
+        true => copy(),
+        false => jobs::start(&server.tasks, copy).await.unwrap_or(Err(Refusal::Unavailable)),
+    };
+    let slot = copied.map_err(Denial::Refused)?;
+    server.count_served(handoff, len as u64);
+    Ok(message(to, (slot, Arc::clone(sending)), len, about))
 }
 
-/// Copies blocks, one after the other, to a slot; the permit ends with the last copy.
-async fn gather(
-    server: &Server,
-    regions: Arc<[Region]>,
-    read: Read,
-    (permit, slot): (Permit, Slot),
-) -> Result<Slot, Denial> {
-    let all_host = read
-        .blocks
-        .iter()
-        .all(|block| region(&regions, block.region).is_some_and(|region| region.host().is_some()));
-    let gather = move || {
-        let _permit = permit;
-        let mut at = slot.offset();
-        for block in &read.blocks {
-            let region = region(&regions, block.region).ok_or(Refusal::OutsideRegion)?;
-            let copied = region.copy_to(block.offset as usize, slot.memory(), at, block.len as usize);
-            copied.map_err(|error| {
-                tracing::warn!(error = &error as &dyn std::error::Error, "blocks of a device cannot be sent");
-                Refusal::Unavailable
-            })?;
-            at += block.len as usize;
-        }
-        Ok(slot)
-    };
-    let gathered = match all_host {
-        true => gather(),
-        false => jobs::start(&server.tasks, gather).await.unwrap_or(Err(Refusal::Unavailable)),
-    };
-    gathered.map_err(Denial::Refused)
+/// Whether no block is in the memory of a device.
+fn all_host(regions: &[Region], read: &Read) -> bool {
+    let is_host =
+        |block: &Descriptor| region(regions, block.region).is_some_and(|region| region.host().is_some());
+    read.blocks.iter().all(is_host)
+}
+
+/// Copies blocks, one after the other, to a slot.
+fn copy_blocks(regions: &[Region], read: &Read, slot: &Slot) -> Result<(), Refusal> {
+    let mut at = slot.offset() + DATA_AT;
+    for block in &read.blocks {
+        let region = region(regions, block.region).ok_or(Refusal::OutsideRegion)?;
+        let copied = region.copy_to(block.offset as usize, slot.memory(), at, block.len as usize);
+        copied.map_err(|error| {
+            tracing::warn!(error = &error as &dyn std::error::Error, "blocks of a device cannot be sent");
+            Refusal::Unavailable
+        })?;
+        at += block.len as usize;
+    }
+    Ok(())
+}
+
+/// The message with the `len` bytes of a slot.
+fn message(
+    to: &thread::Peer,
+    (slot, sending): (Slot, Arc<Registration>),
+    len: usize,
+    (epoch, tag): (Epoch, u64),
+) -> Arc<Batch> {
+    let offset = slot.offset() + HEAD_AT;
+    slot.memory().write(offset, &answer_head(Kind::Data, len as u32, epoch, tag));
+    let local = LocalRange { id: sending.id, offset, len: HEADER_BYTES + len };
+    let transfer = Transfer { verb: Verb::Send { tag }, local };
+    Batch::new(to.clone(), vec![transfer], Box::new((slot, sending)))
 }

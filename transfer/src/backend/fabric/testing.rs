@@ -1,6 +1,6 @@
 //! Drivers within one process that are slow, lossy, full or dead as a test wants: seeded, without a library.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -8,7 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::driver::{
-    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, PostError, RemoteId,
+    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, PostError, REQUEST_MAX_BYTES,
+    RemoteId,
 };
 use crate::memory::{HostMemory, MemorySpan};
 
@@ -57,6 +58,8 @@ pub(crate) struct Faults {
     pub(crate) depth: usize,
     /// Longest message; 0: there are none.
     pub(crate) message_max: usize,
+    /// Whether there are requests.
+    pub(crate) requests: bool,
     /// Whether there is a descriptor to wait for; without, the thread naps.
     pub(crate) descriptor: bool,
 }
@@ -72,6 +75,7 @@ impl Default for Faults {
             late_writes: false,
             depth: usize::MAX,
             message_max: 1 << 20,
+            requests: true,
             descriptor: false,
         }
     }
@@ -91,6 +95,8 @@ struct Endpoint {
     shown: HashMap<u32, (MemorySpan, Access)>,
     awaited: HashMap<u64, (u64, HostMemory, LocalRange)>,
     done: Vec<Done>,
+    requests: VecDeque<Vec<u8>>,
+    asked: usize,
     bell: Option<Arc<OwnedFd>>,
     registered: usize,
     polls: usize,
@@ -120,6 +126,7 @@ impl World {
                 read: true,
                 write: true,
                 message_max: faults.message_max,
+                requests: faults.requests,
                 op_max: 1 << 30,
                 rails: 1,
                 device_memory: Vec::new(),
@@ -132,6 +139,7 @@ impl World {
             remotes: HashMap::new(),
             lingering: Vec::new(),
             posted: Vec::new(),
+            requests: VecDeque::new(),
             next: 0,
         }
     }
@@ -166,6 +174,18 @@ impl World {
         self.endpoints()[endpoint].alive
     }
 
+    /// Requests that came to an endpoint from its peers.
+    pub(crate) fn asked(&self, endpoint: usize) -> usize {
+        self.endpoints()[endpoint].asked
+    }
+
+    /// Sends a request to an endpoint, as anybody can who reaches it.
+    pub(crate) fn inject(&self, endpoint: usize, request: &[u8]) {
+        let endpoint = &mut self.endpoints()[endpoint];
+        endpoint.requests.push_back(request.to_vec());
+        endpoint.ring();
+    }
+
     /// Registrations of an endpoint now.
     pub(crate) fn registered(&self, endpoint: usize) -> usize {
         self.endpoints()[endpoint].registered
@@ -185,6 +205,8 @@ pub(crate) struct MemoryDriver {
     /// Disconnected, but not closed.
     lingering: Vec<PeerId>,
     posted: Vec<Posted>,
+    /// Requests to be taken: without the lock of the world, which a thread that looks again and again would hold too often.
+    requests: VecDeque<Vec<u8>>,
     next: u32,
 }
 
@@ -205,6 +227,7 @@ enum What {
     Read { region: u32, offset: u64 },
     Write { region: u32, offset: u64 },
     Send { tag: u64 },
+    Ask,
 }
 
 impl MemoryDriver {
@@ -294,6 +317,13 @@ impl MemoryDriver {
                     peer.deliver(op, &memory, to, &bytes);
                 }
             }
+            What::Ask => {
+                memory.read(local.offset, &mut bytes);
+                flip.iter().for_each(|at| bytes[*at] ^= 4);
+                peer.requests.push_back(bytes);
+                peer.asked += 1;
+                peer.ring();
+            }
         }
         Ok(local.len)
     }
@@ -308,6 +338,10 @@ impl Endpoint {
             Ok(bytes.len())
         };
         self.done.push(Done { op, result });
+        self.ring();
+    }
+
+    fn ring(&self) {
         if let Some(bell) = &self.bell {
             rustix::io::write(bell, &1u64.to_ne_bytes()).unwrap();
         }
@@ -415,6 +449,15 @@ impl Driver for MemoryDriver {
         self.post(peer, What::Send { tag }, from, op)
     }
 
+    fn ask(&mut self, peer: PeerId, from: LocalRange, op: u64) -> Result<(), PostError> {
+        assert!(self.info.requests && from.len <= REQUEST_MAX_BYTES, "a request of {} bytes", from.len);
+        self.post(peer, What::Ask, from, op)
+    }
+
+    fn take_request(&mut self) -> Option<Vec<u8>> {
+        self.requests.pop_front()
+    }
+
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
         let memory = self.local_range(to)?;
         if self.rng.per_mille(self.faults.again) {
@@ -458,13 +501,19 @@ impl Driver for MemoryDriver {
             }
             done.push(Done { op: posted.op, result });
         }
-        done.append(&mut self.world.endpoints()[self.me].done);
-        done.len() > before
+        let own = &mut self.world.endpoints()[self.me];
+        done.append(&mut own.done);
+        self.requests.append(&mut own.requests);
+        done.len() > before || !self.requests.is_empty()
     }
 
     fn arm(&mut self) -> bool {
         let now = Instant::now();
-        self.world.endpoints()[self.me].done.is_empty() && !self.posted.iter().any(|posted| posted.due <= now)
+        let idle = {
+            let own = &self.world.endpoints()[self.me];
+            own.done.is_empty() && own.requests.is_empty()
+        };
+        idle && self.requests.is_empty() && !self.posted.iter().any(|posted| posted.due <= now)
     }
 
     fn wait_fd(&self) -> Option<RawFd> {

@@ -23,11 +23,13 @@ use self::progress::Progress;
 use self::sleep::Alarm;
 use super::FabricLimits;
 use super::batch::{Batch, Running};
-use super::driver::{Access, Driver, DriverError, DriverInfo, LocalId, PeerId, RemoteId};
+use super::bell::Bells;
+use super::driver::{Access, Driver, DriverError, DriverInfo, LocalId, PeerId, REQUEST_MAX_BYTES, RemoteId};
 use super::registry::Registry;
 use crate::agent::BackendKind;
 use crate::memory::{MemoryError, MemorySpan};
 use crate::slab::Slab;
+use crate::wire::HEADER_BYTES;
 
 /// Most commands that wait for the thread.
 const COMMANDS_MAX: usize = 1024;
@@ -35,6 +37,12 @@ const COMMANDS_MAX: usize = 1024;
 const SLOTS: usize = 64;
 /// Bytes of each: what is copied out of one is still in a core's cache.
 pub(super) const SLOT_BYTES: usize = 256 << 10;
+/// Where the bytes of a message begin in a slot: at a cache line, right behind the head.
+pub(super) const DATA_AT: usize = 64;
+/// Where the head of a message is in a slot.
+pub(super) const HEAD_AT: usize = DATA_AT - HEADER_BYTES;
+/// Requests of this side on their way, and answers to those of the other sides without blocks.
+const NOTES: usize = 128;
 
 /// A network library at work on a thread of its own; clones share it. With the last one the library is closed.
 #[derive(Clone)]
@@ -47,6 +55,7 @@ struct Inner {
     queue: Arc<Queue>,
     registry: Registry,
     bounce: Bounce,
+    bells: Bells,
     /// Fires when the driver is closed.
     ended: CancellationToken,
     thread: Mutex<Option<JoinHandle<()>>>,
@@ -63,14 +72,23 @@ struct Opened {
 struct Bounce {
     landing: Slab,
     sending: Slab,
+    /// Requests; where an answer without blocks lands, a head is before each.
+    asking: Slab,
+    answers: Slab,
     pack_max: usize,
 }
 
 impl Bounce {
     fn new(info: &DriverInfo) -> Result<Self, MemoryError> {
-        let slab = |label| Slab::new(SLOTS, SLOT_BYTES, label);
-        let pack_max = info.message_max.min(SLOT_BYTES);
-        Ok(Self { landing: slab("fabric landing")?, sending: slab("fabric sending")?, pack_max })
+        let slab = |label| Slab::new(SLOTS, DATA_AT + SLOT_BYTES, label);
+        let pack_max = info.message_max.saturating_sub(HEADER_BYTES).min(SLOT_BYTES);
+        Ok(Self {
+            landing: slab("fabric landing")?,
+            sending: slab("fabric sending")?,
+            asking: Slab::new(NOTES, DATA_AT + REQUEST_MAX_BYTES, "fabric requests")?,
+            answers: Slab::new(NOTES, DATA_AT, "fabric answers")?,
+            pack_max,
+        })
     }
 }
 
@@ -96,6 +114,9 @@ enum Command {
         remote: RemoteId,
     },
     Submit(Arc<Batch>),
+    Exchange(Exchange),
+    /// The exchange begins when all of the batch is done.
+    SubmitThen(Arc<Batch>, Exchange),
     Abort(Arc<Batch>),
     /// Nothing more to or from this peer.
     Sever {
@@ -108,12 +129,23 @@ enum Command {
     },
 }
 
+/// A message that is awaited, and the request for it, which is posted from then on.
+pub(crate) struct Exchange {
+    pub(crate) receive: Arc<Batch>,
+    pub(crate) ask: Arc<Batch>,
+}
+
 /// The commands that wait for the thread.
 pub(super) struct Queue {
     alarm: Alarm,
     room: Arc<Semaphore>,
     state: Mutex<Waiting>,
+    /// Answers peers' requests.
+    answering: OnceLock<Answering>,
 }
+
+/// Makes the answer to a request, or sees to it that it is made; it must not block.
+pub(crate) type Answering = Arc<dyn Fn(&[u8]) -> Option<Arc<Batch>> + Send + Sync>;
 
 #[derive(Default)]
 struct Waiting {
@@ -176,7 +208,7 @@ impl Fabric {
         };
         let alarm = Alarm::new().map_err(system)?;
         let room = Arc::new(Semaphore::new(COMMANDS_MAX));
-        let queue = Arc::new(Queue { alarm, room, state: Mutex::default() });
+        let queue = Arc::new(Queue { alarm, room, state: Mutex::default(), answering: OnceLock::new() });
         let (tell, told) = oneshot::channel();
         let own = Arc::clone(&queue);
         let ended = CancellationToken::new();
@@ -211,6 +243,7 @@ impl Fabric {
             queue,
             registry: Registry::default(),
             bounce,
+            bells: Bells::default(),
             ended,
             thread,
         })))
@@ -256,6 +289,11 @@ impl Fabric {
         self.0.bounce.pack_max
     }
 
+    /// Where tasks wait for what comes of their batches.
+    pub(super) fn bells(&self) -> &Bells {
+        &self.0.bells
+    }
+
     /// Buffers that messages and blocks land in.
     pub(super) fn landing(&self) -> &Slab {
         &self.0.bounce.landing
@@ -264,6 +302,26 @@ impl Fabric {
     /// Buffers that messages are gathered in.
     pub(super) fn sending(&self) -> &Slab {
         &self.0.bounce.sending
+    }
+
+    /// Whether blocks can be asked for over the fabric: by requests, answered with messages that have a head at least.
+    pub(super) fn has_requests(&self) -> bool {
+        self.info().requests && self.info().message_max >= HEADER_BYTES
+    }
+
+    /// Requests on their way.
+    pub(super) fn asking(&self) -> &Slab {
+        &self.0.bounce.asking
+    }
+
+    /// Answers without blocks.
+    pub(super) fn answers(&self) -> &Slab {
+        &self.0.bounce.answers
+    }
+
+    /// Has requests of peers answered by `answering`, on the thread. Only the first is taken.
+    pub(super) fn answer_with(&self, answering: Answering) {
+        let _ = self.0.queue.answering.set(answering);
     }
 
     pub(super) fn registry(&self) -> &Registry {
@@ -314,6 +372,31 @@ impl Fabric {
         self.ask(Command::Submit(Arc::clone(&batch))).await.map_err(|error| Arc::from(error.what))?;
         // Nothing is awaited between the two: what was taken has somebody who aborts it.
         Ok(Running::new(self.clone(), batch))
+    }
+
+    /// Hands a message to be awaited to the thread, and the request that asks for it.
+    ///
+    /// # Errors
+    /// When the thread has ended.
+    pub(crate) async fn exchange(&self, exchange: Exchange) -> Result<Running, Arc<str>> {
+        let receive = Arc::clone(&exchange.receive);
+        self.ask(Command::Exchange(exchange)).await.map_err(|error| Arc::from(error.what))?;
+        Ok(Running::new(self.clone(), receive))
+    }
+
+    /// Hands a batch to the thread, and an exchange that follows when all of it is done: if it fails, so does the other.
+    ///
+    /// # Errors
+    /// When the thread has ended.
+    pub(crate) async fn submit_then(
+        &self,
+        batch: Arc<Batch>,
+        then: Exchange,
+    ) -> Result<(Running, Running), Arc<str>> {
+        let receive = Arc::clone(&then.receive);
+        let command = Command::SubmitThen(Arc::clone(&batch), then);
+        self.ask(command).await.map_err(|error| Arc::from(error.what))?;
+        Ok((Running::new(self.clone(), batch), Running::new(self.clone(), receive)))
     }
 
     /// Posts nothing more of a batch; it is settled when what is posted has ended.

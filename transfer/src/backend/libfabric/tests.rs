@@ -10,7 +10,7 @@ use super::blob::Key;
 use super::work::LibfabricDriver;
 use super::{LibfabricOptions, Tuning, open_with};
 use crate::backend::fabric::driver::{
-    Access, Done, Driver, LocalId, LocalRange, PeerId, PostError, RemoteId,
+    Access, Done, Driver, LocalId, LocalRange, PeerId, PostError, REQUEST_MAX_BYTES, RemoteId,
 };
 use crate::memory::HostMemory;
 

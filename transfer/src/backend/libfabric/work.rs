@@ -19,11 +19,13 @@ use self::progress::{Event, take_edges, unwatch, watch};
 use super::blob::{self, Key};
 use super::object::{Call, Domain, Endpoint, Rail, Verb, close};
 use super::register::{Registration, Retired};
+use super::requests::{REQUEST_TAG, Requests};
 use super::select;
 use super::sinks::Sinks;
 use super::slots::Slots;
 use crate::backend::fabric::driver::{
-    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PostError, RemoteId,
+    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PostError,
+    REQUEST_MAX_BYTES, RemoteId,
 };
 use crate::backend::sockets;
 use crate::memory::MemorySpan;
@@ -63,6 +65,10 @@ pub(super) enum Kind {
     Receive(Awaited),
     /// Of our own: see `sinks`.
     Sink,
+    /// The same: see `requests`.
+    Request {
+        buffer: u32,
+    },
 }
 
 /// A message that is awaited.
@@ -149,6 +155,7 @@ pub(super) struct LibfabricDriver {
     free_ops: Vec<u32>,
     receives: HashMap<u64, u32>,
     pub(super) sinks: Sinks,
+    pub(super) requests: Requests,
     ready: Vec<Done>,
     events: Vec<Event>,
     epoll: Option<OwnedFd>,
@@ -182,6 +189,7 @@ impl LibfabricDriver {
             free_ops: Vec::new(),
             receives: HashMap::new(),
             sinks: Sinks::default(),
+            requests: Requests::default(),
             ready: Vec::new(),
             events: Vec::new(),
             epoll: None,
@@ -191,6 +199,7 @@ impl LibfabricDriver {
         for rail in &driver.rails {
             blob::socket_address(&rail.name).into_iter().for_each(sockets::tune_listener);
         }
+        driver.await_requests();
         driver
     }
 
@@ -289,6 +298,9 @@ impl LibfabricDriver {
         self.release(entry.local);
         match entry.kind {
             Kind::Sink => return,
+            Kind::Request { buffer } => {
+                return self.end_request(buffer, entry.error.is_none().then_some(entry.bytes));
+            }
             Kind::ToPeer => {}
             Kind::Receive(awaited) => {
                 self.receives.remove(&entry.op);
@@ -491,6 +503,17 @@ impl Driver for LibfabricDriver {
         self.post(peer, from.id, op, &[(0, call)])
     }
 
+    fn ask(&mut self, peer: PeerId, from: LocalRange, op: u64) -> Result<(), PostError> {
+        if from.len > REQUEST_MAX_BYTES {
+            return Err(PostError::Range);
+        }
+        self.send(peer, REQUEST_TAG, from, op)
+    }
+
+    fn take_request(&mut self) -> Option<Vec<u8>> {
+        self.requests.take()
+    }
+
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
         let awaited = Awaited { tag, len: to.len, cancelled: false };
         let slot = self.post_receive(tag, to, op, Kind::Receive(awaited))?;
@@ -511,13 +534,14 @@ impl Driver for LibfabricDriver {
         self.close_lingering();
         self.read_queues();
         self.post_waiting();
-        let any = !self.ready.is_empty();
+        self.post_requests();
+        let any = !self.ready.is_empty() || !self.requests.is_empty();
         done.append(&mut self.ready);
         any
     }
 
     fn arm(&mut self) -> bool {
-        if !self.ready.is_empty() {
+        if !self.ready.is_empty() || !self.requests.is_empty() {
             return false;
         }
         if self.watch_active().is_none() {

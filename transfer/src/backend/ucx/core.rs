@@ -37,6 +37,8 @@ pub(super) struct Core {
     pub(super) regions: RefCell<HashMap<u32, Region>>,
     /// The receives, by tag.
     pub(super) awaited: RefCell<HashMap<u64, u32>>,
+    /// Requests that came.
+    pub(super) requests: RefCell<VecDeque<Vec<u8>>>,
     /// Messages whose bytes are still with their sender.
     pub(super) arrivals: RefCell<VecDeque<Arrival>>,
     /// Slots with nothing more to come.
@@ -64,6 +66,7 @@ impl Core {
             slots: Slots::default(),
             regions: RefCell::default(),
             awaited: RefCell::default(),
+            requests: RefCell::default(),
             arrivals: RefCell::default(),
             ended: RefCell::default(),
             worker: Cell::new(worker),

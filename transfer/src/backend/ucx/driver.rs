@@ -21,7 +21,7 @@ use super::region::Region;
 use super::slots::{Job, Work};
 use super::{
     ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange,
-    MemorySpan, PeerId, PostError, RemoteId, UcxOptions, describe, frame,
+    MemorySpan, PeerId, PostError, REQUEST_MAX_BYTES, RemoteId, UcxOptions, describe, frame,
 };
 use crate::backend::sockets;
 
@@ -532,6 +532,24 @@ impl Driver for UcxDriver {
         Ok(())
     }
 
+    fn ask(&mut self, peer: PeerId, from: LocalRange, op: u64) -> Result<(), PostError> {
+        let address = self.local(from)?;
+        if from.len > REQUEST_MAX_BYTES {
+            return Err(PostError::Range);
+        }
+        let mut job = Job::new(Work::Send, op, Some(peer.0));
+        (job.region, job.address, job.len) = (Some(from.id.0), address, from.len);
+        self.core.post_request(self.usable(peer)?.ep, job)?;
+        if let Some(peer) = self.peers.get_mut(&peer.0) {
+            peer.posted += 1;
+        }
+        Ok(())
+    }
+
+    fn take_request(&mut self) -> Option<Vec<u8>> {
+        self.core.requests.borrow_mut().pop_front()
+    }
+
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
         if let Some(why) = &self.dead {
             return Err(PostError::Failed(why.clone()));
@@ -577,6 +595,7 @@ impl Driver for UcxDriver {
             return self.done.is_empty();
         }
         let idle = self.done.is_empty()
+            && self.core.requests.borrow().is_empty()
             && self.core.ended.borrow().is_empty()
             && self.core.arrivals.borrow().is_empty();
         idle && self.core.arm()

@@ -18,16 +18,20 @@ use baton_ucx_sys::{
 
 use super::core::Core;
 use super::slots::{HEADER_WORDS, Job, Work};
-use super::{Access, PostError};
+use super::{Access, PostError, REQUEST_MAX_BYTES};
 
 const MESSAGE: u32 = 0;
 const READ: u32 = 1;
 const WRITE: u32 = 2;
 const ANSWER: u32 = 3;
+const REQUEST: u32 = 4;
 
 /// The handlers of all kinds of messages.
-pub(super) const HANDLERS: [(u32, ucp_am_recv_callback_t); 4] =
-    [(MESSAGE, on_message), (READ, on_read), (WRITE, on_write), (ANSWER, on_answer)];
+pub(super) const HANDLERS: [(u32, ucp_am_recv_callback_t); 5] =
+    [(MESSAGE, on_message), (READ, on_read), (WRITE, on_write), (ANSWER, on_answer), (REQUEST, on_request)];
+
+/// Most requests that wait to be taken. They are, with every poll: only who sends without waiting for answers loses some.
+const REQUESTS_MAX: usize = 4096;
 
 /// Longest read, write or message: an eager write is assembled in memory at the peer.
 pub(super) const BYTES_MAX: usize = 16 << 20;
@@ -79,6 +83,13 @@ impl Core {
         self.send(ep, MESSAGE, slot.index, job, flags)
     }
 
+    /// Posts a request of the core above: an eager message that nobody has to await.
+    pub(super) fn post_request(&self, ep: ucp_ep_h, job: Job) -> Result<(), PostError> {
+        let slot = self.start(job).ok_or(PostError::Again)?;
+        slot.header.set([0; HEADER_WORDS]);
+        self.send(ep, REQUEST, slot.index, job, UCP_AM_SEND_FLAG_EAGER)
+    }
+
     /// Posts a read: the request, which the owner answers with the bytes.
     pub(super) fn post_read(&self, ep: ucp_ep_h, job: Job, target: &Target) -> Result<(), PostError> {
         let flags = if self.is_host(job.region) { 0 } else { FLAG_RENDEZVOUS };
@@ -102,7 +113,7 @@ impl Core {
         params.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
         params.flags = flags;
         let words = match id {
-            MESSAGE => 1,
+            MESSAGE | REQUEST => 1,
             ANSWER => 3,
             _ => HEADER_WORDS,
         };
@@ -285,6 +296,28 @@ unsafe extern "C" fn on_message(
     let Some(index) = core.awaited.borrow_mut().remove(&header[0]) else { return UCS_OK };
     let Some(job) = core.slots.job(index) else { return UCS_OK };
     core.land(index, &job, data, len, rendezvous)
+}
+
+unsafe extern "C" fn on_request(
+    core: *mut c_void,
+    _header: *const c_void,
+    _header_len: usize,
+    data: *mut c_void,
+    len: usize,
+    param: *const ucp_am_recv_param_t,
+) -> ucs_status_t {
+    // SAFETY: the core was given as the argument of the handler (core rule 3).
+    let core = unsafe { &*core.cast::<Core>() };
+    // SAFETY: arguments of this callback.
+    let (rendezvous, _) = unsafe { how(param) };
+    let mut requests = core.requests.borrow_mut();
+    if rendezvous || data.is_null() || len > REQUEST_MAX_BYTES || requests.len() >= REQUESTS_MAX {
+        tracing::debug!(library = "ucx", len, "a request is not taken");
+        return UCS_OK;
+    }
+    // SAFETY: `len` bytes of an eager message, until the callback returns.
+    requests.push_back(unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) }.to_vec());
+    UCS_OK
 }
 
 unsafe extern "C" fn on_read(

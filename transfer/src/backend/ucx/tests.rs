@@ -115,6 +115,34 @@ fn reads_bring_the_bytes_of_the_peer() {
     });
 }
 
+#[test]
+fn requests_come_without_being_awaited() {
+    both_ways(|mut sender, mut receiver| {
+        let (count, from) = (100, memory(1 << 20, 3));
+        let (id, _) = sender.driver.register(&from.span(), Access::Local).unwrap();
+        let peer = sender.driver.connect(&receiver.driver.address()).unwrap();
+        let len = |op: usize| 1 + op * 41 % REQUEST_MAX_BYTES;
+        let (mut asked, mut came) = (0, Vec::new());
+        until(&mut [&mut sender, &mut receiver], |ends| {
+            while asked < count {
+                let range = LocalRange { id, offset: asked, len: len(asked) };
+                match ends[0].driver.ask(peer, range, asked as u64) {
+                    Ok(()) => asked += 1,
+                    Err(PostError::Again) => break,
+                    Err(error) => panic!("{error}"),
+                }
+            }
+            came.extend(std::iter::from_fn(|| ends[1].driver.take_request()));
+            ends[0].done.len() == count && came.len() == count
+        });
+        let all = bytes(&from);
+        assert!((0..count).all(|op| came[op] == all[op..op + len(op)]), "in order, unchanged");
+        let long = LocalRange { id, offset: 0, len: REQUEST_MAX_BYTES + 1 };
+        assert_eq!(sender.driver.ask(peer, long, 1000), Err(PostError::Range));
+        assert!(receiver.done.is_empty());
+    });
+}
+
 /// A reader or writer with a peer's memory at hand.
 struct Linked {
     near: End,

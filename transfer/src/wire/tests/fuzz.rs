@@ -11,9 +11,10 @@ use baton_config::HandoffId;
 
 use super::*;
 use crate::backend::frames::{FrameReader, FrameWriter};
+use crate::wire::ask::{ASK_MAX_BLOCKS, ASK_MAX_BYTES, Ask, TICKET_BYTES, answer_head, decode_answer_head};
 use crate::wire::control::{
-    Attach, Key, KeyIs, Lend, Notify, OpenWindow, Pack, Take, Window, WindowIs, Write, decode_fence,
-    encode_fence,
+    Attach, Attached, Key, KeyIs, Lend, Notify, OpenWindow, Pack, Take, Window, WindowIs, Write,
+    decode_fence, encode_fence,
 };
 
 const SEED: u64 = 0x6261_746f_6e5f_6b76;
@@ -156,6 +157,8 @@ fn requests_of_fabrics() {
     let backend = BackendKind::Libfabric;
     let attach = Attach { backend, wire: "tcp;ofi_rxm".to_owned(), address: vec![7; 60] };
     fuzz("attach", &[attach.encode()], Attach::decode, Attach::encode);
+    let attached = Attached { ticket: 1 << 99, address: vec![8; 16] };
+    fuzz("attached", &[attached.encode()], Attached::decode, Attached::encode);
     fuzz("key", &[Key { backend, region: RegionId(3) }.encode()], Key::decode, Key::encode);
     let key = KeyIs { len: 1 << 30, base: 0, key: vec![1; 48] };
     fuzz("key is", &[key.encode()], KeyIs::decode, KeyIs::encode);
@@ -171,6 +174,42 @@ fn requests_of_fabrics() {
     let window = |window| OpenWindow { window, range: at(1, 16, 16), base: 0, key: vec![3; 16] };
     let window = WindowIs { blocks: 2, windows: vec![window(4), window(5)] };
     fuzz("window is", &[window.encode()], WindowIs::decode, WindowIs::encode);
+}
+
+#[test]
+fn requests_over_fabrics() {
+    let ask = |kind, blocks: usize| {
+        let blocks = vec![at(1, 64, 16); blocks];
+        let who = (7 << 100, kind, Epoch(4));
+        Ask::encode(who, (BackendKind::Ucx, 99), HandoffId(5), blocks.into_iter())
+    };
+    let longest = ask(Kind::Pack, ASK_MAX_BLOCKS);
+    assert!(longest.len() <= ASK_MAX_BYTES && longest.len() + DESCRIPTOR_BYTES > ASK_MAX_BYTES);
+    let encode = |Ask { ticket, kind, epoch, pack }: &Ask| {
+        let blocks = pack.read.blocks.iter().copied();
+        Ask::encode((*ticket, *kind, *epoch), (pack.backend, pack.tag), pack.read.handoff, blocks)
+    };
+    let good = [ask(Kind::Pack, 3), ask(Kind::Confirm, 1), longest];
+    fuzz("ask", &good, Ask::decode, encode);
+    // As above: changed, and signed anew.
+    let resigned = |bytes: &[u8]| {
+        let mut bytes = bytes.to_vec();
+        let from = TICKET_BYTES.min(bytes.len());
+        if let Some((head, payload)) = bytes[from..].split_first_chunk_mut() {
+            let header = Header::decode(head).map(|header| Header { len: payload.len() as u32, ..header });
+            *head = header.map_or(*head, |header| header.encode(payload));
+        }
+        bytes
+    };
+    let decode = |bytes: &[u8]| Ask::decode(&resigned(bytes)).map(|ask| (ask, bytes.to_vec()));
+    let again = |(ask, bytes): &(Ask, Vec<u8>)| {
+        assert_eq!(encode(ask), resigned(bytes));
+        bytes.clone()
+    };
+    fuzz("signed ask", &good, decode, again);
+    let head = answer_head(Kind::Data, 4096, Epoch(4), 99);
+    assert_eq!(decode_answer_head(&head, 99).map(|header| header.len), Ok(4096));
+    assert_eq!(decode_answer_head(&head, 98), Err(WireError::Field), "of another request");
 }
 
 #[test]

@@ -3,6 +3,7 @@ use std::sync::Mutex;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
 
+mod asks;
 mod writes;
 
 use super::*;
@@ -171,8 +172,11 @@ const SHAPES: [&[u32]; 8] = [
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn blocks_of_all_sizes_arrive_in_memory_and_in_sinks() {
     for integrity in [Integrity::Digest, Integrity::Off] {
-        for (message_max, descriptor) in [(1 << 20, false), (8192, true), (0, false)] {
-            let pair = pair(Faults { message_max, descriptor, ..Faults::default() }, integrity).await;
+        for (message_max, requests, descriptor) in
+            [(1 << 20, true, false), (1 << 20, false, true), (8192, true, true), (0, true, false)]
+        {
+            let faults = Faults { message_max, requests, descriptor, ..Faults::default() };
+            let pair = pair(faults, integrity).await;
             let session = pair.session().await;
             for lens in SHAPES {
                 let blocks = pair.blocks(lens);
@@ -383,6 +387,7 @@ async fn play(seed: u64) -> [usize; 2] {
         late_writes: false,
         depth: 2 + rng.below(100) as usize,
         message_max: [0, 5000, 1 << 20][rng.below(3) as usize],
+        requests: rng.below(3) > 0,
         descriptor: rng.below(2) == 0,
     };
     let limits = FabricLimits {

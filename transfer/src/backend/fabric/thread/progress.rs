@@ -4,12 +4,13 @@ use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
-use super::{Command, Peer, PeerInner, Queue};
+use super::{Command, Exchange, Peer, PeerInner, Queue};
 use crate::backend::fabric::FabricLimits;
 use crate::backend::fabric::batch::{Batch, End, Posting, Transfer, Verb};
 use crate::backend::fabric::driver::{Done, Driver, DriverError, LocalRange, PeerId, Piece, PostError};
 use crate::backend::fabric::table::Table;
 use crate::backend::fabric::window::{Bounds, Part, Window};
+use crate::spin::Spin;
 
 /// How long the thread looks again and again before it sleeps while operations are under way: less than waking it takes.
 const SPIN: Duration = Duration::from_micros(5);
@@ -29,6 +30,8 @@ const GIVEN_UP_MAX: Duration = Duration::from_secs(2);
 const SEND_MAX: Duration = Duration::from_secs(15);
 /// Operations of one peer posted before the next peer's turn.
 const TURN_OPS: usize = 16;
+/// Requests of peers answered before something else has its turn.
+const TURN_REQUESTS: usize = 16;
 
 /// The state of the thread.
 pub(super) struct Progress {
@@ -52,6 +55,9 @@ pub(super) struct Progress {
     full: bool,
     /// The driver's descriptor is broken, or there is none.
     blind: bool,
+    /// Whether it looks again and again now, and whether that has paid.
+    is_spinning: bool,
+    spin: Spin,
     /// When something happened last.
     last: Instant,
     /// When jobs were last swept.
@@ -69,6 +75,10 @@ struct PeerState {
 /// A batch under way.
 struct Job {
     batch: Arc<Batch>,
+    /// The request that asks for its message.
+    ask: Option<Arc<Batch>>,
+    /// What follows when all of it is done: a message to be awaited, and its request.
+    then: Option<Exchange>,
     peer: u64,
     /// Bytes missing of each transfer.
     missing: Vec<usize>,
@@ -129,6 +139,8 @@ impl Progress {
             pieces: Vec::new(),
             full: false,
             blind: false,
+            is_spinning: false,
+            spin: Spin::default(),
             last: Instant::now(),
             swept: Instant::now(),
         }
@@ -151,12 +163,18 @@ impl Progress {
             }
             busy |= self.post();
             busy |= self.poll();
+            busy |= self.answer();
             if self.jobs.len() > 0 {
                 self.sweep();
             }
             self.tell();
             match busy {
-                true => self.last = Instant::now(),
+                true => {
+                    if std::mem::take(&mut self.is_spinning) {
+                        self.spin.tried(true);
+                    }
+                    self.last = Instant::now();
+                }
                 false => self.rest(),
             }
         }
@@ -204,7 +222,9 @@ impl Progress {
                     self.driver().forget(id, remote);
                 }
             }
-            Command::Submit(batch) => self.submit(batch),
+            Command::Submit(batch) => drop(self.submit(batch)),
+            Command::Exchange(exchange) => self.exchange(exchange),
+            Command::SubmitThen(batch, then) => self.submit_then(batch, then),
             Command::Abort(batch) => self.abort(&batch),
             Command::Sever { peer, why } => self.sever(peer, &why.into()),
             Command::Disconnect { peer } => {
@@ -233,16 +253,19 @@ impl Progress {
         Ok(Peer(inner))
     }
 
-    fn submit(&mut self, batch: Arc<Batch>) {
+    /// Takes a batch; its job, unless it has ended already.
+    fn submit(&mut self, batch: Arc<Batch>) -> Option<u64> {
         let peer = batch.peer.key();
         if batch.is_settled() {
-            return;
+            return None;
         }
         let Some(state) = self.peers.get_mut(peer) else {
-            return batch.refuse(&"the peer is disconnected".into());
+            batch.refuse(&"the peer is disconnected".into());
+            return None;
         };
         if let Some(why) = &state.failed {
-            return batch.refuse(why);
+            batch.refuse(why);
+            return None;
         }
         let posting = Posting { job: 0, batch: Arc::clone(&batch) };
         use crate::backend::fabric::window::Work as _;
@@ -251,6 +274,8 @@ impl Progress {
         let receives = batch.receives();
         let job = Job {
             batch,
+            ask: None,
+            then: None,
             peer,
             missing,
             open,
@@ -271,6 +296,38 @@ impl Progress {
                 self.ready.push_back(peer);
             }
         }
+        Some(job)
+    }
+
+    /// Has a message awaited, and then asked for.
+    fn exchange(&mut self, Exchange { receive, ask }: Exchange) {
+        let job = self.submit(receive);
+        if let Some(job) = job.and_then(|job| self.jobs.get_mut(job)) {
+            job.ask = Some(ask);
+        }
+    }
+
+    /// Takes a batch, and what follows it.
+    fn submit_then(&mut self, batch: Arc<Batch>, then: Exchange) {
+        let job = self.submit(batch);
+        match job.and_then(|job| self.jobs.get_mut(job)) {
+            Some(job) => job.then = Some(then),
+            None => then.receive.refuse(&"the operations before it have failed".into()),
+        }
+    }
+
+    /// Answers requests of peers; whether there were any.
+    fn answer(&mut self) -> bool {
+        for answered in 0..TURN_REQUESTS {
+            let Some(request) = self.driver().take_request() else { return answered > 0 };
+            let answer = self.queue.answering.get().and_then(|answering| answering(&request));
+            if let Some(answer) = answer {
+                self.submit(answer);
+                // At once: what follows is gathered while the peer takes this.
+                self.post();
+            }
+        }
+        true
     }
 
     fn abort(&mut self, batch: &Arc<Batch>) {
@@ -337,7 +394,7 @@ impl Progress {
         }
         self.swept = Instant::now();
         let is_stuck = |job: &Job| {
-            let sends = matches!(job.batch.transfer(0).verb, Verb::Send { .. });
+            let sends = matches!(job.batch.transfer(0).verb, Verb::Send { .. } | Verb::Ask);
             let age = job.since.elapsed();
             !job.batch.receives() && (age > GIVEN_UP_MAX && job.failed.is_some() || age > SEND_MAX && sends)
         };
@@ -425,8 +482,10 @@ impl Progress {
 
     fn post_one(&mut self, peer: PeerId, batch: &Batch, part: Part, op: u64) -> Result<(), PostError> {
         let first = batch.transfer(part.transfer);
-        if let Verb::Send { tag } = first.verb {
-            return self.driver().send(peer, tag, first.local, op);
+        match first.verb {
+            Verb::Send { tag } => return self.driver().send(peer, tag, first.local, op),
+            Verb::Ask => return self.driver().ask(peer, first.local, op),
+            Verb::Read { .. } | Verb::Write { .. } | Verb::Receive { .. } => {}
         }
         let mut pieces = std::mem::take(&mut self.pieces);
         pieces.clear();
@@ -440,18 +499,21 @@ impl Progress {
         let posted = match first.verb {
             Verb::Read { .. } => self.driver().read_pieces(peer, &pieces, op),
             Verb::Write { .. } => self.driver().write_pieces(peer, &pieces, op),
-            Verb::Send { .. } | Verb::Receive { .. } => Err(PostError::Range),
+            Verb::Send { .. } | Verb::Receive { .. } | Verb::Ask => Err(PostError::Range),
         };
         self.pieces = pieces;
         posted
     }
 
     fn count_posted(&mut self, job: u64) {
-        if let Some(job) = self.jobs.get_mut(job) {
-            job.posted += 1;
-            if job.batch.receives() {
-                job.batch.note_posted();
-            }
+        let Some(job) = self.jobs.get_mut(job) else { return };
+        job.posted += 1;
+        if !job.batch.receives() {
+            return;
+        }
+        match job.ask.take() {
+            Some(ask) => drop(self.submit(ask)),
+            None => job.batch.note_posted(),
         }
     }
 
@@ -484,7 +546,10 @@ impl Progress {
         let Some(job) = self.jobs.get_mut(op.job) else { return };
         job.posted -= 1;
         let why = match done.result {
-            Ok(len) if len == op.len => {
+            Ok(len) if len == op.len || op.peer.is_none() && len < op.len => {
+                if op.peer.is_none() {
+                    job.batch.note_arrived(len);
+                }
                 for transfer in op.transfer..op.transfer + op.count {
                     let missing = &mut job.missing[transfer];
                     *missing -= if op.count > 1 { *missing } else { op.len };
@@ -522,7 +587,11 @@ impl Progress {
             let end = job.end();
             job.batch.note(&mut job.done, job.failed.as_ref(), end);
             if end != End::Open && job.posted == 0 {
-                self.jobs.remove(key);
+                let Some(Job { failed, then: Some(then), .. }) = self.jobs.remove(key) else { continue };
+                match failed {
+                    None if end == End::Settled => self.exchange(then),
+                    why => then.receive.refuse(&why.unwrap_or_else(|| "an operation was lost".into())),
+                }
             }
         }
     }
@@ -531,9 +600,14 @@ impl Progress {
     #[expect(clippy::expect_used, reason = "only the drop takes the driver")]
     fn rest(&mut self) {
         let idle_for = self.last.elapsed();
-        if self.ops.len() > 0 && idle_for < SPIN {
+        let soon = self.ops.len() > 0 && idle_for < SPIN;
+        if soon && (self.is_spinning || self.spin.is_worth_it()) {
+            self.is_spinning = true;
             std::hint::spin_loop();
             return;
+        }
+        if std::mem::take(&mut self.is_spinning) {
+            self.spin.tried(false);
         }
         {
             let mut state = self.queue.state();
@@ -568,6 +642,7 @@ impl Drop for Progress {
             std::mem::take(&mut state.commands)
         };
         for (_, job) in self.jobs.iter() {
+            job.then.iter().for_each(|then| then.receive.refuse(&why));
             match job.posted {
                 0 => job.batch.refuse(&why),
                 _ => job.batch.cut(&why),
@@ -579,8 +654,14 @@ impl Drop for Progress {
             }
         }
         for (command, _) in waiting {
-            if let Command::Submit(batch) | Command::Abort(batch) = command {
-                batch.refuse(&why);
+            match command {
+                Command::Submit(batch) | Command::Abort(batch) => batch.refuse(&why),
+                Command::Exchange(exchange) => exchange.receive.refuse(&why),
+                Command::SubmitThen(batch, then) => {
+                    batch.refuse(&why);
+                    then.receive.refuse(&why);
+                }
+                _ => {}
             }
         }
     }

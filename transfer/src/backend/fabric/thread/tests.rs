@@ -264,8 +264,8 @@ async fn messages_reach_who_awaits_them_and_a_cancelled_one_gives_its_buffer_bac
     let mut longer = receive(3, 101).await.unwrap();
     longer.awaits().await;
     send(3).await.unwrap().end().await.unwrap();
-    let short = longer.end().await.unwrap_err();
-    assert_eq!(&*short, "100 bytes arrived instead of 101");
+    longer.end().await.unwrap();
+    assert_eq!(longer.arrived(), 100, "a message may be shorter, and says so");
     drop(longer);
     let released = async {
         while Arc::strong_count(&kept) > 1 {

@@ -164,6 +164,34 @@ fn a_cancelled_receive_is_reported_once_and_its_memory_left_alone() {
 }
 
 #[test]
+fn requests_come_without_being_awaited_however_many() {
+    for provider in providers_and_shm() {
+        let (mut sender, mut receiver, peer, _) = pair(provider, LEN, Access::RemoteRead, Tuning::USUAL);
+        sender.fill(6);
+        let (count, mut came) = (100, Vec::new());
+        let len = |op: usize| 1 + op * 41 % REQUEST_MAX_BYTES;
+        for op in 0..count {
+            let from = sender.range(op, len(op));
+            let posted = post((&mut sender, &mut receiver), |end| end.driver.ask(peer, from, op as u64));
+            assert_eq!(posted, Ok(()), "{provider}");
+        }
+        until(&mut [&mut sender, &mut receiver], provider, |ends| {
+            came.extend(std::iter::from_fn(|| ends[1].driver.take_request()));
+            finished(ends[0], count) && came.len() >= count
+        });
+        let sent: std::collections::BTreeSet<_> = (0..count).map(|op| sender.bytes(op, len(op))).collect();
+        assert_eq!(
+            (came.len(), came.into_iter().collect()),
+            (count, sent),
+            "{provider}: each once, unchanged"
+        );
+        let long = sender.range(0, REQUEST_MAX_BYTES + 1);
+        assert_eq!(sender.driver.ask(peer, long, 1000), Err(PostError::Range), "{provider}");
+        assert!(receiver.done.is_empty(), "{provider}: nobody's operation");
+    }
+}
+
+#[test]
 fn a_message_that_nobody_awaits_any_more_holds_up_no_other() {
     for provider in providers_and_shm() {
         let (mut sender, mut receiver, peer, _) = pair(provider, LEN, Access::RemoteRead, Tuning::USUAL);

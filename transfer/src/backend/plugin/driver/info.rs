@@ -57,6 +57,7 @@ pub(super) fn check(raw: &RawInfo) -> Result<Checked, String> {
         read,
         write,
         message_max: raw.message_max as usize,
+        requests: false,
         op_max: raw.op_max.min(isize::MAX as u64) as usize,
         rails: raw.rails as usize,
         device_memory,

@@ -1,0 +1,67 @@
+//! Requests over the fabric itself: used where there are some, refused to strangers, bounded.
+
+use super::*;
+use crate::wire::ask::Ask;
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_are_asked_for_over_the_fabric_where_it_has_requests() {
+    for integrity in [Integrity::Digest, Integrity::Off] {
+        for requests in [true, false] {
+            let pair = pair(Faults { requests, ..Faults::default() }, integrity).await;
+            let session = pair.session().await;
+            // Packed; straight into place, to be confirmed without digests; and too many for one request.
+            for (lens, asks) in [(vec![2000; 5], true), (vec![40_000; 5], integrity == Integrity::Off)] {
+                let before = pair.world.asked(OWNER);
+                read(&session, &pair.blocks(&lens)).await.unwrap();
+                assert_eq!(pair.world.asked(OWNER) > before, requests && asks, "{integrity:?} {}", lens[0]);
+            }
+            let before = pair.world.asked(OWNER);
+            read(&session, &pair.blocks(&[50; ASK_MAX_BLOCKS + 1])).await.unwrap();
+            assert_eq!(pair.world.asked(OWNER), before);
+        }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn who_has_no_ticket_gets_no_answer_and_holds_up_nobody() {
+    let pair = pair(Faults { descriptor: true, ..Faults::default() }, Integrity::Digest).await;
+    let session = pair.session().await;
+    let blocks = pair.blocks(&[2000; 3]);
+    read(&session, &blocks).await.unwrap();
+    let before = pair.owner.agent.stats();
+    let sources = || blocks.iter().map(|block| block.source);
+    let guess =
+        |ticket| Ask::encode((ticket, Kind::Pack, EPOCH), (BackendKind::Plugin, 7), HANDOFF, sources());
+    let strangers = [guess(0), guess(1), guess(u128::MAX)];
+    let broken = [vec![], vec![0; 47], vec![7; 4096], guess(2)[..60].to_vec()];
+    for request in strangers.iter().chain(&broken) {
+        pair.world.inject(OWNER, request);
+    }
+    let refused = async {
+        loop {
+            let now = pair.owner.agent.stats();
+            let strangers_refused = now.auth_refused - before.auth_refused == strangers.len() as u64;
+            if strangers_refused && now.malformed - before.malformed == broken.len() as u64 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), refused).await.expect("each is refused and counted");
+    read(&session, &blocks).await.unwrap();
+    assert_eq!(pair.owner.agent.stats().served_bytes().0 - before.served_bytes().0, 6000, "nothing else");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn more_requests_than_there_are_buffers_are_answered_by_and_by() {
+    let faults = Faults { delay: Duration::from_millis(20), ..Faults::default() };
+    let pair = pair(faults, Integrity::Digest).await;
+    let session = pair.session().await;
+    let blocks = pair.blocks(&[9000; 4]);
+    let reads = (0..200).map(|_| read(&session, &blocks));
+    for outcome in futures_util::future::join_all(reads).await {
+        outcome.unwrap();
+    }
+    pair.owner.settle().await;
+    pair.reader.settle().await;
+}
