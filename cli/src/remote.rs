@@ -1,12 +1,13 @@
 //! Calls to a running fleet.
 
+use std::path::Path;
 use std::time::Duration;
 
 use baton_conductor::api::ErrorBody;
 use baton_conductor::http::{Caller, TlsFault};
 use baton_config::environment::Environment;
 use baton_config::fleet::{ConductorAccess, Identity};
-use reqwest::{Client, Method, RequestBuilder, StatusCode};
+use reqwest::{Client, ClientBuilder, Method, RequestBuilder, StatusCode};
 use serde::de::DeserializeOwned;
 use tokio::runtime::Builder;
 
@@ -55,7 +56,19 @@ pub(crate) fn block_on<T>(work: impl Future<Output = Result<T, Failure>>) -> Res
 
 /// A client for routers and workers. Conductors are called otherwise: only they are shown a token.
 pub(crate) fn client() -> Result<Client, Failure> {
-    baton_conductor::http::builder()
+    finish(baton_conductor::http::builder())
+}
+
+/// The same for a server of this machine that shows the certificate of a file, if it shows one.
+pub(crate) fn client_believing(cert_file: Option<&Path>) -> Result<Client, Failure> {
+    let Some(cert_file) = cert_file else { return client() };
+    let builder = baton_conductor::http::builder_believing(cert_file)
+        .map_err(|error| Failure::because("cannot use router.tls", &error))?;
+    finish(builder)
+}
+
+fn finish(builder: ClientBuilder) -> Result<Client, Failure> {
+    builder
         .connect_timeout(CONNECT_TIMEOUT)
         .timeout(CALL_TIMEOUT)
         .build()

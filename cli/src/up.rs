@@ -102,11 +102,11 @@ impl Launcher {
         let conductor = plan.conductor_url();
         let caller = remote::caller(plan.conductor_access(), [conductor.as_str()])?;
         Ok(Self {
+            http: remote::client_believing(plan.router_certificate())?,
             plan,
             nursery: Nursery { executable, format, exits, tasks: TaskTracker::new() },
             roster,
             children: BTreeMap::new(),
-            http: remote::client()?,
             caller,
             stage: Stage::Conductor { held: Vec::new() },
             next_probe: now,
@@ -284,7 +284,7 @@ impl Launcher {
             Stage::Conductor { .. } => {
                 let url = self.plan.conductor_url();
                 let probe = self.caller.request(Method::GET, &format!("{url}/readyz"));
-                if !self.is_up(probe).await? {
+                if !self.is_up(PartId::Conductor, probe).await? {
                     return Ok(());
                 }
                 let access = self.plan.conductor_access();
@@ -303,7 +303,7 @@ impl Launcher {
             Stage::Workers { .. } => self.count_ready(),
             Stage::Router => {
                 let probe = self.http.get(format!("{}/readyz", self.plan.router_url()));
-                if self.is_up(probe).await? {
+                if self.is_up(PartId::Router, probe).await? {
                     self.stage = Stage::Serving;
                     self.announce_ready()?;
                 }
@@ -315,7 +315,7 @@ impl Launcher {
     }
 
     /// Whether a part says that it is ready; asked again after a while, unless asking can't ever succeed.
-    async fn is_up(&mut self, probe: RequestBuilder) -> Result<bool, Failure> {
+    async fn is_up(&mut self, part: PartId, probe: RequestBuilder) -> Result<bool, Failure> {
         if Instant::now() < self.next_probe {
             return Ok(false);
         }
@@ -325,7 +325,12 @@ impl Launcher {
             Ok(answer) => Ok(answer.status().is_success()),
             Err(error) => match TlsFault::of(&error) {
                 Some(fault) => {
-                    Err(Failure::failed(format!("conductor {} {fault}", self.plan.conductor_url())))
+                    let url = if part == PartId::Router {
+                        self.plan.router_url()
+                    } else {
+                        self.plan.conductor_url()
+                    };
+                    Err(Failure::failed(format!("{part} {url} {fault}")))
                 }
                 None => Ok(false),
             },

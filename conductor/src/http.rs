@@ -4,7 +4,11 @@
 //! knows no certificate authority but those it is given: it works in an image without any. Conductors are called
 //! through a [`Caller`], which shows them who is calling; nobody else is ever shown that.
 
+use std::path::Path;
+
 use rustls::ClientConfig;
+
+use crate::tls::TlsError;
 
 mod caller;
 mod fault;
@@ -23,6 +27,15 @@ pub fn client() -> reqwest::Client {
         Ok(client) => client,
         Err(error) => unreachable!("a client without options depends on nothing of the machine: {error}"),
     }
+}
+
+/// The start of a client that calls a server whose certificate is in `cert_file`, under whatever name and address: a
+/// launcher asking what it started.
+///
+/// # Errors
+/// The file is missing, or holds no certificate.
+pub fn builder_believing(cert_file: &Path) -> Result<reqwest::ClientBuilder, TlsError> {
+    Ok(builder_with(crate::tls::pinned(cert_file)?))
 }
 
 #[expect(clippy::disallowed_methods, reason = "this is the one place that makes clients")]

@@ -37,4 +37,4 @@ pub use client::{Client, ClientOptions, View};
 pub use membership::{JoinError, Membership, MembershipOptions, Registration};
 pub use record::{Load, WorkerRecord, WorkerState};
 pub use server::{ConductorOptions, PoolOptions, ServeError, StoreOptions, serve};
-pub use tls::TlsError;
+pub use tls::{ServerCertificates, TlsError};

@@ -5,7 +5,7 @@
 
 use std::fmt;
 use std::path::{Path, PathBuf};
-use std::sync::Arc;
+use std::sync::{Arc, PoisonError, RwLock};
 
 use baton_config::fleet::{ConductorAccess, Identity, ServerTls};
 use baton_config::secret::{SecretFault, Tokens, read_public, read_secret};
@@ -14,6 +14,10 @@ use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
 use rustls::{ClientConfig, RootCertStore, ServerConfig};
+
+mod pinned;
+
+pub(crate) use pinned::pinned;
 
 /// Why the files of a certificate, key or authority cannot be used.
 #[derive(Debug, thiserror::Error)]
@@ -99,20 +103,20 @@ fn provider() -> Arc<CryptoProvider> {
 
 /// What the files of a listener hold.
 #[derive(Clone, PartialEq, Eq)]
-pub(crate) struct ServerFiles {
+struct ServerFiles {
     identity: IdentityPem,
     client_ca: Option<Vec<u8>>,
 }
 
 impl ServerFiles {
-    pub(crate) fn read(tls: &ServerTls) -> Result<Self, TlsError> {
+    fn read(tls: &ServerTls) -> Result<Self, TlsError> {
         let client_ca = tls.client_ca_file.as_deref().map(read_public).transpose()?;
         Ok(Self { identity: IdentityPem::read(&tls.identity)?, client_ca })
     }
 
     /// The listener's side. A client need not show a certificate, so that health and metrics can be asked for without;
     /// one that it shows must be good.
-    pub(crate) fn config(&self, tls: &ServerTls) -> Result<ServerConfig, TlsError> {
+    fn config(&self, tls: &ServerTls, alpn: &[Vec<u8>]) -> Result<ServerConfig, TlsError> {
         let (chain, key) = self.identity.parse(&tls.identity)?;
         let builder = versions(ServerConfig::builder_with_provider(provider()));
         let builder = match (&self.client_ca, &tls.client_ca_file) {
@@ -127,7 +131,54 @@ impl ServerFiles {
             _ => builder.with_no_client_auth(),
         };
         let identity = &tls.identity;
-        builder.with_single_cert(chain, key).map_err(|source| unusable(identity, source))
+        let mut config = builder.with_single_cert(chain, key).map_err(|source| unusable(identity, source))?;
+        config.alpn_protocols = alpn.to_vec();
+        Ok(config)
+    }
+}
+
+/// What a listener shows to those who connect, as of the last good state of its files.
+pub struct ServerCertificates {
+    tls: ServerTls,
+    alpn: Vec<Vec<u8>>,
+    current: RwLock<(ServerFiles, Arc<ServerConfig>)>,
+}
+
+impl ServerCertificates {
+    /// Reads the files; `alpn` names the protocols that are spoken, the best first.
+    ///
+    /// # Errors
+    /// A file is missing, readable by others, or does not hold what it should.
+    pub fn load(tls: &ServerTls, alpn: &[&[u8]]) -> Result<Self, TlsError> {
+        let (tls, alpn) = (tls.clone(), alpn.iter().map(|name| name.to_vec()).collect::<Vec<_>>());
+        let files = ServerFiles::read(&tls)?;
+        let config = Arc::new(files.config(&tls, &alpn)?);
+        Ok(Self { tls, alpn, current: RwLock::new((files, config)) })
+    }
+
+    /// For the next connection.
+    pub fn current(&self) -> Arc<ServerConfig> {
+        Arc::clone(&self.current.read().unwrap_or_else(PoisonError::into_inner).1)
+    }
+
+    /// Takes over what the files hold now; whether that is something else. Blocks on the disk.
+    ///
+    /// # Errors
+    /// As [`load`](Self::load); what was shown goes on being shown.
+    pub fn reload(&self) -> Result<bool, TlsError> {
+        let files = ServerFiles::read(&self.tls)?;
+        if self.current.read().unwrap_or_else(PoisonError::into_inner).0 == files {
+            return Ok(false);
+        }
+        let config = Arc::new(files.config(&self.tls, &self.alpn)?);
+        *self.current.write().unwrap_or_else(PoisonError::into_inner) = (files, config);
+        Ok(true)
+    }
+}
+
+impl fmt::Debug for ServerCertificates {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_struct("ServerCertificates").field("tls", &self.tls).finish_non_exhaustive()
     }
 }
 

@@ -96,8 +96,8 @@ async fn kill_and_restart(backend: &str) {
     fleet.stop().await;
 }
 
-/// Stops one side in mid-transfer for a while, lets it go on, and hands off again.
-async fn freeze(backend: &str, pool: &str, pause: Duration) {
+/// Stops one side in mid-transfer for a while, and lets it go on; all answers are right.
+async fn freeze(backend: &str, pool: &str, pause: Duration) -> Fleet {
     let wanted = long_prompts(300, 8);
     let expected = undisturbed(&wanted).await;
     let fleet = slow(backend).start().await;
@@ -116,6 +116,12 @@ async fn freeze(backend: &str, pool: &str, pause: Duration) {
     let expected = undisturbed(&fresh).await;
     let answers = join_all(fresh.iter().map(|prompt| ask(&client, prompt))).await;
     assert_equal(backend, &expected, &answers);
+    fleet
+}
+
+/// Waits until the pair is no longer avoided for what it suffered, and hands off again.
+async fn hands_off_again(fleet: Fleet) {
+    let client = fleet.client();
     eventually("handoffs go on", Duration::from_secs(40), async || {
         let seed = u64::from(std::process::id()) + 7;
         let probe = ask(&client, &Prompt::Tokens(prompts::random_tokens(seed, 700))).await;
@@ -149,9 +155,13 @@ async fn killed_and_restarted_over_shm_and_cma() {
 
 #[tokio::test]
 async fn a_frozen_prefill_worker_over_every_backend() {
+    let mut fleets = Vec::new();
     for backend in ["libfabric", "ucx", "tcp", "shm", "cma"] {
         // Longer than it takes to notice a frozen worker, shorter than its lease.
-        freeze(backend, "prefill", Duration::from_secs(4)).await;
+        fleets.push(freeze(backend, "prefill", Duration::from_secs(4)).await);
+    }
+    for fleet in fleets {
+        hands_off_again(fleet).await;
     }
 }
 
@@ -159,7 +169,7 @@ async fn a_frozen_prefill_worker_over_every_backend() {
 async fn a_frozen_decode_worker_over_libfabric_and_ucx() {
     for backend in ["libfabric", "ucx"] {
         // Shorter than it takes to give up the only worker there is.
-        freeze(backend, "decode", Duration::from_millis(1200)).await;
+        hands_off_again(freeze(backend, "decode", Duration::from_millis(1200)).await).await;
     }
 }
 

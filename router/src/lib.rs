@@ -39,5 +39,5 @@ mod tenant;
 pub use fleet::{Member, Roster, RosterFeed};
 pub use model::{ModelError, inspect};
 pub use options::{Limits, ModelOptions, RouterOptions, Timeouts};
-pub use server::{ServeError, Stop, TlsError, serve, serve_with};
+pub use server::{ServeError, Stop, serve, serve_with};
 pub use tenant::{AuthError, JwksError, MintError, MintedKey, mint};

@@ -27,7 +27,6 @@ use crate::options::RouterOptions;
 use crate::schedule::Rules;
 use crate::tenant::{Auth, AuthError};
 use tls::Tls;
-pub use tls::TlsError;
 
 /// After an accept that failed for want of something (file descriptors, say).
 const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
@@ -49,7 +48,7 @@ pub enum ServeError {
     Auth(#[from] AuthError),
     /// The certificate cannot be shown.
     #[error("TLS cannot be spoken")]
-    Tls(#[from] TlsError),
+    Tls(#[from] baton_conductor::TlsError),
     /// The listener is unusable.
     #[error("the listener is unusable")]
     Listener(#[source] std::io::Error),

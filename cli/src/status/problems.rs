@@ -48,6 +48,7 @@ pub(super) fn problems(status: &FleetStatus) -> Vec<Problem> {
     conductors(status, &mut found);
     for pool in &status.pools {
         pool_problems(status, pool, &mut found);
+        scaler_problems(pool, &mut found);
     }
     for worker in &status.workers {
         worker_problems(status, worker, &mut found);
@@ -154,6 +155,23 @@ fn pool_problems(status: &FleetStatus, row: &PoolRow, found: &mut Vec<Problem>) 
             pool.draining
         );
         add(found, Severity::Degraded, what, missing_remedy(pool.joining));
+    }
+}
+
+fn scaler_problems(row: &PoolRow, found: &mut Vec<Problem>) {
+    let Some(scale) = &row.status.autoscale else { return };
+    if let Some(problem) = &scale.problem {
+        let (name, scaler) = (&row.status.name, &scale.scaler);
+        let what = format!(
+            "pool {name} shall have {} workers, and the scaler {scaler} fails: {problem}",
+            scale.desired
+        );
+        add(
+            found,
+            Severity::Degraded,
+            what,
+            "mend it, or change the number where the scaler would; what runs goes on",
+        );
     }
 }
 

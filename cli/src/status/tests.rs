@@ -1,4 +1,4 @@
-use baton_conductor::api::{ConductorStatus, PoolStatus};
+use baton_conductor::api::{AutoscaleStatus, ConductorStatus, PoolStatus};
 use expect_test::expect;
 
 use super::problems::Severity;
@@ -112,6 +112,16 @@ fn sick() -> FleetStatus {
     (prefill.operator_set, status.pools[0].set_by) = (true, "operator");
     let decode = &mut status.pools[1].status;
     (decode.ready, decode.draining, decode.empty_ms, decode.short_ms) = (0, 1, Some(40_000), Some(41_000));
+    decode.autoscale = Some(AutoscaleStatus {
+        desired: 2,
+        decision: "at_max".to_owned(),
+        reason: "KV 97% over 80%, and 2 is the most".to_owned(),
+        dry_run: false,
+        scaler: "kubernetes".to_owned(),
+        decided_ms_ago: 21_000,
+        problem: Some("403 from the API server".to_owned()),
+    });
+    status.pools[1].set_by = "autoscaler";
     let [prefill, silent, drained] = &mut status.workers[..] else { panic!("three workers") };
     prefill.state = "unhealthy".to_owned();
     prefill.last_error = Some("the engine made no progress for 14s".to_owned());
@@ -180,6 +190,8 @@ fn a_sick_fleet_says_what_is_wrong_and_what_to_do() {
              wait some seconds for an election; if it lasts, look at the store
         !  pool prefill wanted 4 and has 1 ready for 60 s (1 joining, 0 draining)
              they are starting; if it lasts, read their logs
+        !  pool decode shall have 2 workers, and the scaler kubernetes fails: 403 from the API server
+             mend it, or change the number where the scaler would; what runs goes on
         !  worker prefill-0 is unhealthy: the engine made no progress for 14s
              restart it (its liveness probe does after a minute); routers go around it
         !  worker decode-0 is silent for 8.0 s and does not answer (connection refused); its lease ends in 2.0 s
@@ -195,7 +207,7 @@ fn a_sick_fleet_says_what_is_wrong_and_what_to_do() {
 
         POOL     ROLE     WANTED  JOINING  READY  DRAINING  WANTED BECAUSE
         prefill  prefill  4       1        1      0         an operator said so
-        decode   decode   2       0        0      1         the fleet file says so
+        decode   decode   2       0        0      1         autoscaler, 21 s ago: KV 97% over 80%, and 2 is the most
 
         WORKER     STATE      EPOCH  AGE  HEARD      RUNNING  WAITING  KV   KV BLOCKS  CACHED  PID   ADDRESS
         prefill-0  unhealthy  11     2 h  1.2 s ago  3        0        30%  30 of 100  20      4011  10.0.0.11:7500

@@ -82,10 +82,20 @@ fn row(cells: &[&str]) -> Vec<String> {
 fn pools(pools: &[PoolRow]) -> Vec<Vec<String>> {
     let mut rows = vec![row(&["POOL", "ROLE", "WANTED", "JOINING", "READY", "DRAINING", "WANTED BECAUSE"])];
     for PoolRow { status, set_by } in pools {
-        let why = match *set_by {
-            "operator" => "an operator said so".to_owned(),
-            "autoscaler" => "the autoscaler said so".to_owned(),
-            _ => "the fleet file says so".to_owned(),
+        let scaled = status.autoscale.as_ref().map(|scale| {
+            let (reason, when) = (&scale.reason, ago(scale.decided_ms_ago));
+            match (scale.dry_run, *set_by) {
+                (false, "autoscaler") => format!("autoscaler, {when}: {reason}"),
+                (true, _) => format!("dry run wants {}, {when}: {reason}", scale.desired),
+                (false, _) => format!("autoscaler wants {}, {when}: {reason}", scale.desired),
+            }
+        });
+        let why = match (*set_by, scaled) {
+            ("autoscaler", Some(scaled)) => scaled,
+            ("operator", Some(scaled)) => format!("an operator said so; {scaled}"),
+            ("operator", None) => "an operator said so".to_owned(),
+            (_, Some(scaled)) => format!("the fleet file says so; {scaled}"),
+            (_, None) => "the fleet file says so".to_owned(),
         };
         rows.push(vec![
             status.name.to_string(),

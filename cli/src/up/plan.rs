@@ -2,7 +2,7 @@
 
 use std::collections::BTreeMap;
 use std::net::{IpAddr, SocketAddr};
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::time::Duration;
 
 use baton_conductor::api::TargetSource;
@@ -43,13 +43,6 @@ impl Plan {
         listen: Option<SocketAddr>,
         logging: &Logging,
     ) -> Result<Self, Failure> {
-        if fleet.router.tls.is_some() {
-            let remedy =
-                "remove router.tls for this machine, or start the parts one by one with `baton router`";
-            return Err(Failure::Usage(format!(
-                "router.tls: `baton up` serves plain HTTP\n  remedy: {remedy}"
-            )));
-        }
         let in_host_memory =
             |pool: &&Pool| !matches!(pool.accelerator, Accelerator::Cuda | Accelerator::Trainium);
         let memory = fleet
@@ -181,12 +174,18 @@ impl Plan {
         self.fleet.conductor.access.clone()
     }
 
-    /// `http://HOST:PORT` of the router.
+    /// `http://HOST:PORT` of the router, or `https`.
     pub(super) fn router_url(&self) -> String {
-        format!("http://{}", reachable(self.router))
+        let scheme = if self.fleet.router.tls.is_some() { "https" } else { "http" };
+        format!("{scheme}://{}", reachable(self.router))
     }
 
-    /// `http://HOST:PORT/v1` of the router.
+    /// The certificate that the router shows, if it does.
+    pub(super) fn router_certificate(&self) -> Option<&Path> {
+        self.fleet.router.tls.as_ref().map(|tls| tls.identity.cert_file.as_path())
+    }
+
+    /// Where clients find the API: [`router_url`](Self::router_url) and `/v1`.
     pub(super) fn api_url(&self) -> String {
         format!("{}/v1", self.router_url())
     }

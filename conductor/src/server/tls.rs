@@ -5,15 +5,14 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_config::fleet::ServerTls;
-use rustls::ServerConfig;
 use tokio::io::AsyncReadExt;
 use tokio::net::TcpStream;
-use tokio::sync::{Semaphore, watch};
+use tokio::sync::Semaphore;
 use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::auth::Peer;
-use crate::tls::{ServerFiles, TlsError};
+use crate::tls::{ServerCertificates, TlsError};
 
 /// Handshakes at once; more wait, within the same limit of time.
 const HANDSHAKES_MAX: usize = 512;
@@ -25,8 +24,7 @@ const LINGER: Duration = Duration::from_millis(500);
 /// The certificates in use; clones share them.
 #[derive(Clone)]
 pub(super) struct Certificates {
-    tls: Arc<ServerTls>,
-    current: watch::Sender<(ServerFiles, Arc<ServerConfig>)>,
+    files: Arc<ServerCertificates>,
     room: Arc<Semaphore>,
 }
 
@@ -84,21 +82,13 @@ impl HandshakeFault {
 impl Certificates {
     /// Reads the files.
     pub(super) fn load(tls: &ServerTls) -> Result<Self, TlsError> {
-        let files = ServerFiles::read(tls)?;
-        let config = Arc::new(files.config(tls)?);
-        let current = watch::Sender::new((files, config));
-        Ok(Self { tls: Arc::new(tls.clone()), current, room: Arc::new(Semaphore::new(HANDSHAKES_MAX)) })
+        let files = Arc::new(ServerCertificates::load(tls, &[])?);
+        Ok(Self { files, room: Arc::new(Semaphore::new(HANDSHAKES_MAX)) })
     }
 
     /// Takes over other certificates if the files hold some, for connections from now on.
     pub(super) fn reload(&self) -> Result<bool, TlsError> {
-        let files = ServerFiles::read(&self.tls)?;
-        if self.current.borrow().0 == files {
-            return Ok(false);
-        }
-        let config = Arc::new(files.config(&self.tls)?);
-        self.current.send_replace((files, config));
-        Ok(true)
+        self.files.reload()
     }
 
     /// Makes a TLS connection of a new one, within `limit`.
@@ -120,8 +110,7 @@ impl Certificates {
         }
         // A closed semaphore does not occur: nobody closes it.
         let Ok(_permit) = self.room.acquire().await else { return Opened::Silent };
-        let config = self.current.borrow().1.clone();
-        match TlsAcceptor::from(config).accept(stream).into_fallible().await {
+        match TlsAcceptor::from(self.files.current()).accept(stream).into_fallible().await {
             Ok(stream) => {
                 let certified = stream.get_ref().1.peer_certificates().is_some_and(|chain| !chain.is_empty());
                 Opened::Tls(Box::new(stream), Peer { certified })
