@@ -139,6 +139,7 @@ impl World {
             remotes: HashMap::new(),
             lingering: Vec::new(),
             posted: Vec::new(),
+            requests: VecDeque::new(),
             next: 0,
         }
     }
@@ -204,6 +205,8 @@ pub(crate) struct MemoryDriver {
     /// Disconnected, but not closed.
     lingering: Vec<PeerId>,
     posted: Vec<Posted>,
+    /// Requests to be taken: without the lock of the world, which a thread that looks again and again would hold too often.
+    requests: VecDeque<Vec<u8>>,
     next: u32,
 }
 
@@ -452,7 +455,7 @@ impl Driver for MemoryDriver {
     }
 
     fn take_request(&mut self) -> Option<Vec<u8>> {
-        self.world.endpoints()[self.me].requests.pop_front()
+        self.requests.pop_front()
     }
 
     fn receive(&mut self, tag: u64, to: LocalRange, op: u64) -> Result<(), PostError> {
@@ -498,8 +501,10 @@ impl Driver for MemoryDriver {
             }
             done.push(Done { op: posted.op, result });
         }
-        done.append(&mut self.world.endpoints()[self.me].done);
-        done.len() > before
+        let own = &mut self.world.endpoints()[self.me];
+        done.append(&mut own.done);
+        self.requests.append(&mut own.requests);
+        done.len() > before || !self.requests.is_empty()
     }
 
     fn arm(&mut self) -> bool {
@@ -508,7 +513,7 @@ impl Driver for MemoryDriver {
             let own = &self.world.endpoints()[self.me];
             own.done.is_empty() && own.requests.is_empty()
         };
-        idle && !self.posted.iter().any(|posted| posted.due <= now)
+        idle && self.requests.is_empty() && !self.posted.iter().any(|posted| posted.due <= now)
     }
 
     fn wait_fd(&self) -> Option<RawFd> {
