@@ -196,7 +196,7 @@ impl Request {
     /// Says no. The reader is told what it would be told on the control connection.
     fn refuse(&self, denial: Denial) -> Option<Arc<Batch>> {
         self.server.counters.denied(denial);
-        self.note(&denial.header(Some(self.life.epoch), self.tag).encode(&[]))
+        self.note(&denial.header(self.server.epoch(), self.tag).encode(&[]))
     }
 
     /// An answer without blocks; none when there are too many of them already: nobody takes them.
