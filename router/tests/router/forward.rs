@@ -164,11 +164,16 @@ async fn what_no_server_would_take_reaches_none() {
         ("/v1/completions", "{\"model\":\"tiny\",\"prompt\":[\"a\",\"b\"],\"n\":100}", "n"),
         ("/v1/completions", "{\"prompt\":\"a\"}", "model"),
         ("/v1/embeddings", "{\"model\":\"tiny\",\"input\":[true]}", "input"),
-        ("/v1/messages", "{\"model\":\"tiny\",\"messages\":\"a\"}", "messages"),
     ] {
         let answer = harness.ask("POST", path, body).await;
         assert_eq!((answer.status, &answer.json()["error"]["param"]), (400, &json!(param)), "{body}");
     }
+    // Errors have the shape of the API that the client speaks.
+    let answer = harness.ask("POST", "/v1/messages", "{\"model\":\"tiny\",\"messages\":\"a\"}").await;
+    let error = &answer.json()["error"];
+    assert_eq!((answer.status, &answer.json()["type"]), (400, &json!("error")));
+    assert_eq!(error["type"], "invalid_request_error", "{error}");
+    assert!(error["message"].as_str().is_some_and(|said| said.contains("'messages'")), "{error}");
     let unknown = harness.ask("POST", "/v1/completions", "{\"model\":\"other\",\"prompt\":\"a\"}").await;
     assert_eq!((unknown.status, &unknown.json()["error"]["code"]), (404, &json!("model_not_found")));
     assert_eq!(harness.get("/v1/chat/completions").await.status, 405);
