@@ -230,7 +230,8 @@ fn the_descriptor_wakes_who_sleeps() {
         }
         let (mut woken, mut slept) = (0, 0);
         for op in 0..50 {
-            reader.driver.read(peer, remote, 0, reader.range(0, 65536), op).unwrap();
+            // Long enough that it is not done before anybody sleeps.
+            reader.driver.read(peer, remote, 0, reader.range(0, 1 << 20), op).unwrap();
             let begun = Instant::now();
             while reader.done.len() as u64 == op {
                 if sleep(&mut reader, Duration::from_millis(900)) {
