@@ -23,6 +23,7 @@ use crate::fleet::Fleet;
 use crate::metrics::{Metrics, MoveReason};
 use crate::options::Timeouts;
 use crate::schedule::Rules;
+pub(crate) use attempt::chain;
 use attempt::{Attempt, Event, Lost};
 pub(crate) use call::{CallError, Caller};
 pub(crate) use frames::Lane;

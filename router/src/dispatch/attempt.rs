@@ -124,7 +124,7 @@ impl Lost {
 }
 
 /// The whole chain of causes on one line, for the log.
-fn chain(error: &dyn std::error::Error) -> String {
+pub(crate) fn chain(error: &dyn std::error::Error) -> String {
     let mut text = error.to_string();
     let mut cause = error.source();
     while let Some(error) = cause {

@@ -1,5 +1,7 @@
 //! One try at a server, until its answer has begun or was refused.
 
+use std::pin::pin;
+use std::sync::Arc;
 use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
@@ -11,12 +13,9 @@ use hyper::body::Incoming;
 use hyper_util::client::legacy::ResponseFuture;
 use tokio::time::Instant;
 
-use std::pin::pin;
-use std::sync::Arc;
-
 use super::rename::Rename;
 use super::{Asked, Forwarder, TICK};
-use crate::dispatch::Placement;
+use crate::dispatch::{Placement, chain};
 use crate::fleet::{Occupied, Worker};
 use crate::metrics::MoveReason;
 use crate::options::Timeouts;
@@ -250,16 +249,4 @@ async fn relayed(response: Response<Incoming>) -> Lost {
         Ok(Err(_)) | Err(_) => Bytes::new(),
     };
     Lost::Refused(Box::new(reply::refused_by_server(status, &bytes)))
-}
-
-/// The whole chain of causes on one line, for the log.
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let mut text = error.to_string();
-    let mut cause = error.source();
-    while let Some(error) = cause {
-        text.push_str(": ");
-        text.push_str(&error.to_string());
-        cause = error.source();
-    }
-    text
 }

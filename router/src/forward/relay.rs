@@ -12,7 +12,7 @@ use bytes::Bytes;
 use hyper::body::{Body as _, Incoming};
 use tokio::time::{Instant, Sleep};
 
-use super::attempt::{Answer, Lost, Opened, Patience, chain};
+use super::attempt::{Answer, Lost, Opened, Patience};
 use super::cutter::Cutter;
 use super::rename::Rename;
 use super::tally::Tally;
@@ -20,6 +20,7 @@ use super::{Asked, Forwarder, Opening, TICK};
 use crate::account::Entry;
 use crate::admit::Place;
 use crate::answer::{BrokenOff, KEEP_ALIVE, Quiet};
+use crate::dispatch::chain;
 use crate::fleet::{Occupied, Worker};
 use crate::reply::Refusal;
 
