@@ -31,6 +31,7 @@ mod http;
 mod in_flight;
 pub mod inbox;
 pub mod kv_log;
+mod listen;
 pub mod metadata_cache;
 pub mod meter;
 pub mod metrics;

@@ -5,7 +5,6 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use base64::Engine as _;
 use baton_conductor::client::ClientError;
 use baton_conductor::{
@@ -33,6 +32,7 @@ use crate::http::state::drain_status;
 use crate::http::{Drain, Life, Phase, Shared, UNREADY_AFTER, routes};
 use crate::in_flight::InFlight;
 use crate::kv_log::KvLog;
+use crate::listen;
 use crate::metadata_cache::MetadataCache;
 use crate::metrics::Metrics;
 use crate::options::{EngineChoice, TokenFault, WorkerOptions};
@@ -210,8 +210,9 @@ impl Worker {
             stop: CancellationToken::new(),
             last_error: Mutex::new(None),
             body_max: usize::try_from(options.body_max.0).unwrap_or(usize::MAX),
+            stalled: options.stalled,
         });
-        serve_http(&shared, listener);
+        listen::serve(listener, routes(Arc::clone(&shared)), &shared.tasks, shared.stop.clone());
         Ok(Self { options, stop, address, shared, io, memory, phase, life, engine_thread, handoffs_stop })
     }
 
@@ -529,23 +530,6 @@ async fn build_io(
 /// Staging slots of one direction: at least what two handoffs need to go on.
 fn staging_slots(staging_bytes: u64, block_bytes: usize) -> usize {
     usize::try_from(staging_bytes / block_bytes.max(1) as u64).unwrap_or(usize::MAX).clamp(8, 1 << 16)
-}
-
-fn serve_http(shared: &Arc<Shared>, listener: TcpListener) {
-    let routes = routes(Arc::clone(shared));
-    // A token is a small write: it must not wait for the acknowledgement of the one before.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection keeps its delay");
-        }
-    });
-    let stop = shared.stop.clone();
-    shared.tasks.spawn(async move {
-        let server = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned());
-        if let Err(error) = server.await {
-            tracing::error!(%error, "the HTTP server ended");
-        }
-    });
 }
 
 #[cfg(test)]

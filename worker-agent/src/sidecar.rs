@@ -14,7 +14,6 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use baton_conductor::client::ClientError;
 use baton_conductor::{
     Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, TlsError, View,
@@ -28,6 +27,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::http::{Drain, Life, Phase};
+use crate::listen;
 use crate::run::{Stop, asked, told_address};
 
 mod gauges;
@@ -131,7 +131,7 @@ pub async fn run(options: SidecarOptions, listener: TcpListener, stop: Stop) -> 
     let watcher = Watcher { prober, seen: send, metrics };
     let ended = shared.stop.clone();
     shared.tasks.spawn(async move { ended.run_until_cancelled(watcher.run()).await });
-    serve_http(&shared, listener);
+    listen::serve(listener, http::routes(Arc::clone(&shared)), &shared.tasks, shared.stop.clone());
     let sidecar = Sidecar { shared, fleet, stop };
     let end = match sidecar.join(address).await {
         Ok(membership) => {
@@ -143,22 +143,6 @@ pub async fn run(options: SidecarOptions, listener: TcpListener, stop: Stop) -> 
     };
     sidecar.close().await;
     end
-}
-
-fn serve_http(shared: &Arc<Shared>, listener: TcpListener) {
-    let routes = http::routes(Arc::clone(shared));
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection keeps its delay");
-        }
-    });
-    let stop = shared.stop.clone();
-    shared.tasks.spawn(async move {
-        let server = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned());
-        if let Err(error) = server.await {
-            tracing::error!(%error, "the HTTP server ended");
-        }
-    });
 }
 
 struct Sidecar {
