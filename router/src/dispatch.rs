@@ -175,6 +175,10 @@ pub(crate) struct Generation {
     unavailable: usize,
     /// How many of them, before a token, were never connected to.
     unreached: usize,
+    /// Set when a connection broke before a token,
+    broke: bool,
+    /// and when those that failed were asked once more because of that.
+    repeated: bool,
     /// Set while a stream that had begun looks for another worker.
     moving: Option<(MoveReason, Instant)>,
     /// Since when no worker is found.
@@ -197,6 +201,8 @@ impl Generation {
             too_long: 0,
             unavailable: 0,
             unreached: 0,
+            broke: false,
+            repeated: false,
             moving: None,
             waits_since: None,
             change: None,
@@ -310,6 +316,7 @@ impl Generation {
         self.too_long += usize::from(matches!(lost, Lost::TooLong(_)) && sent == 0);
         self.unavailable += usize::from(matches!(lost, Lost::Unavailable(_)) && sent == 0);
         self.unreached += usize::from(matches!(lost, Lost::Unreachable(_)) && sent == 0);
+        self.broke |= matches!(lost, Lost::Broken(_));
         self.overloaded |= matches!(lost, Lost::Overloaded);
         self.failed.push((worker.member.worker.clone(), worker.member.epoch));
         if sent == 0 {
@@ -388,8 +395,9 @@ impl Generation {
         let now = Instant::now();
         if let Some((reason, patience)) = self.moving {
             if now < patience {
-                // Who was full or away a moment ago is asked again; who broke is not.
-                self.failed.truncate(1);
+                // Who was full or away a moment ago is asked again; and with nobody else, so is who broke: it may have been
+                // the connection.
+                self.failed.clear();
                 return Ok(());
             }
             self.dispatcher.metrics.migrated(reason, false);
@@ -397,7 +405,17 @@ impl Generation {
         }
         // Workers that are in another life than the view says may be in view again in a moment.
         let since = *self.waits_since.get_or_insert(now);
-        if self.is_outdated() && now < since + VIEW_LAG { Ok(()) } else { Err(self.exhausted()) }
+        if self.is_outdated() && now < since + VIEW_LAG {
+            return Ok(());
+        }
+        // A connection that was there already says nothing about the worker when it ends as a request goes out.
+        if self.broke && !self.repeated {
+            self.repeated = true;
+            self.failed.clear();
+            (self.too_long, self.unavailable, self.unreached) = (0, 0, 0);
+            return Ok(());
+        }
+        Err(self.exhausted())
     }
 
     fn open(&mut self, placement: Placement) -> Result<Attempt, DispatchError> {

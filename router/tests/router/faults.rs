@@ -233,6 +233,34 @@ async fn workers_that_are_full_or_away_use_up_no_moves() {
 }
 
 #[tokio::test]
+async fn the_only_worker_is_asked_again_when_its_connection_breaks() {
+    for framed in [true, false] {
+        for begun in [0, 5] {
+            let worker = FakeWorker::start("decode-0", Role::Decode).await;
+            if !framed {
+                worker.without_frames();
+            }
+            let harness = Harness::start(&[&worker], |options| {
+                alone(options);
+                options.timeouts.replacement = PATIENCE;
+            })
+            .await;
+            for stream in [true, false] {
+                worker.then(Act::DieAfter(begun));
+                let answer = harness.chat(&ask(stream)).await;
+                assert_eq!(answer.status, 200, "{framed} {begun}: {}", answer.text);
+                let prompt = worker.generated().into_iter().find(|request| request.generated == 0);
+                let expected = text(&oracle(&prompt.expect("a call").tokens, 3, 20));
+                assert_eq!(answer.content(0), expected, "{framed} {begun}");
+            }
+            worker.always(Act::DieAfter(0));
+            assert_eq!(harness.chat(&ask(true)).await.status, 502, "but not for ever");
+            harness.finish().await;
+        }
+    }
+}
+
+#[tokio::test]
 async fn a_host_that_dies_with_all_its_workers_loses_no_request() {
     let living = FakeWorker::start("decode-0", Role::Decode).await;
     let dying = FakeWorker::start("decode-1", Role::Decode).await;
