@@ -32,6 +32,7 @@ mod in_flight;
 pub mod inbox;
 pub mod kv_log;
 mod listen;
+mod member;
 pub mod metadata_cache;
 pub mod meter;
 pub mod metrics;
