@@ -17,6 +17,7 @@
 //! An operation on a block in the wrong state, or by another than its owner, is a bug of the caller and panics.
 
 mod audit;
+mod content;
 mod events;
 mod lru;
 
@@ -27,6 +28,7 @@ use baton_config::protocol::{BlockCounts, KvEvent};
 
 pub(crate) use self::audit::Hold;
 pub use self::audit::PoolAuditError;
+pub use self::content::{Content, Sealer};
 use self::events::EventLog;
 use self::lru::Lru;
 use crate::arena::BlockId;
@@ -46,6 +48,7 @@ enum Stage {
 struct Link {
     parent: BlockHash,
     hash: BlockHash,
+    seal: u64,
 }
 
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -62,7 +65,7 @@ enum State {
     },
 }
 
-/// How much of a chain of hashes is cached.
+/// How much of a chain of contents is cached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct CachedPrefix {
     /// Leading blocks that are cached.
@@ -81,6 +84,7 @@ pub struct BlockPool {
     evictable: Lru,
     counts: BlockCounts,
     log: EventLog,
+    sealer: Sealer,
 }
 
 impl BlockPool {
@@ -93,6 +97,7 @@ impl BlockPool {
             evictable: Lru::new(blocks),
             counts: BlockCounts { free: blocks, ..BlockCounts::default() },
             log: EventLog::default(),
+            sealer: Sealer::default(),
         }
     }
 
@@ -106,19 +111,33 @@ impl BlockPool {
         self.counts.free + self.evictable.len()
     }
 
-    /// How much of the chain `hashes` is cached.
-    pub fn cached_prefix(&self, hashes: &[BlockHash]) -> CachedPrefix {
+    /// What makes the contents that this pool knows.
+    pub fn sealer(&self) -> &Sealer {
+        &self.sealer
+    }
+
+    /// How much of the chain `contents` is cached.
+    pub fn cached_prefix(&self, contents: &[Content]) -> CachedPrefix {
         let mut cached = CachedPrefix::default();
-        for block in hashes.iter().map_while(|hash| self.index.get(hash)) {
+        for block in contents.iter().map_while(|content| self.find(*content)) {
             cached.blocks += 1;
-            cached.evictable += u32::from(self.evictable.contains(*block));
+            cached.evictable += u32::from(self.evictable.contains(block));
         }
         cached
     }
 
-    /// Takes a reference to a cached block; `None` when the hash is not cached.
-    pub fn share(&mut self, hash: BlockHash) -> Option<BlockId> {
-        let block = *self.index.get(&hash)?;
+    /// The block of this very content: equal hashes alone may be of another.
+    fn find(&self, content: Content) -> Option<BlockId> {
+        let block = *self.index.get(&content.hash)?;
+        match self.states[block.0 as usize] {
+            State::Shared { link: Some(link), .. } if link.seal == content.seal => Some(block),
+            _ => None,
+        }
+    }
+
+    /// Takes a reference to a cached block; `None` when the content is not cached.
+    pub fn share(&mut self, content: Content) -> Option<BlockId> {
+        let block = self.find(content)?;
         if self.evictable.contains(block) {
             self.evictable.remove(block);
         }
@@ -158,18 +177,19 @@ impl BlockPool {
         self.advance(block, owner, &[Stage::Filling], Stage::Valid);
     }
 
-    /// Valid to shared, with one reference: that of the owner. When the hash is cached already, the block stays valid
-    /// and the answer is `false`.
+    /// Valid to shared, with one reference: that of the owner. When a block of that hash is cached already, of the same
+    /// content or of another, the block stays valid and the answer is `false`.
     ///
     /// # Panics
     /// When the block is not valid and of this owner.
-    pub fn publish(&mut self, block: BlockId, owner: SeqId, parent: BlockHash, hash: BlockHash) -> bool {
+    pub fn publish(&mut self, block: BlockId, owner: SeqId, parent: BlockHash, content: Content) -> bool {
+        let Content { hash, seal } = content;
         let state = &mut self.states[block.0 as usize];
         assert_eq!(*state, State::Owned { owner, stage: Stage::Valid }, "{block} cannot be published");
         if self.index.contains_key(&hash) {
             return false;
         }
-        *state = State::Shared { link: Some(Link { parent, hash }), references: 1 };
+        *state = State::Shared { link: Some(Link { parent, hash, seal }), references: 1 };
         self.index.insert(hash, block);
         self.counts.valid -= 1;
         self.counts.shared += 1;

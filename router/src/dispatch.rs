@@ -29,8 +29,10 @@ pub(crate) use call::{CallError, Caller};
 pub(crate) use frames::Lane;
 pub(crate) use place::{Placement, Sought};
 
-/// Workers that are tried before the first token.
+/// Workers that are tried before the first token,
 const ATTEMPTS_MAX: usize = 4;
+/// besides those that could not be reached: a host that dies takes all of its workers with it.
+const UNREACHED_MAX: usize = 16;
 /// Times a stream may move after its first token.
 const MIGRATIONS_MAX: u32 = 3;
 /// Bandwidth assumed between two workers that have measured none, in bytes per second.
@@ -171,6 +173,12 @@ pub(crate) struct Generation {
     too_long: usize,
     /// How many of them, before a token, because they leave or are in another life.
     unavailable: usize,
+    /// How many of them, before a token, were never connected to.
+    unreached: usize,
+    /// Set when a connection broke before a token,
+    broke: bool,
+    /// and when those that failed were asked once more because of that.
+    repeated: bool,
     /// Set while a stream that had begun looks for another worker.
     moving: Option<(MoveReason, Instant)>,
     /// Since when no worker is found.
@@ -192,6 +200,9 @@ impl Generation {
             overloaded: false,
             too_long: 0,
             unavailable: 0,
+            unreached: 0,
+            broke: false,
+            repeated: false,
             moving: None,
             waits_since: None,
             change: None,
@@ -217,7 +228,10 @@ impl Generation {
             match ready!(attempt.poll_next(cx)) {
                 Ok(Event::Token { token, logprob, logits_digest }) => {
                     if token >= self.dispatcher.vocab || self.sent.len() >= self.job.max_tokens as usize {
-                        self.lost(Lost::protocol("a token beyond the vocabulary or the limit"))?;
+                        let lost = Lost::protocol("a token beyond the vocabulary or the limit");
+                        if let Some(reason) = self.go_on_without(lost)? {
+                            return Poll::Ready(Ok(Progress::Finished(reason)));
+                        }
                         continue;
                     }
                     if let Some((reason, _)) = self.moving.take() {
@@ -234,13 +248,18 @@ impl Generation {
                     return Poll::Ready(Ok(Progress::Finished(reason)));
                 }
                 Err(lost) => {
-                    self.lost(lost)?;
-                    if let Some(reason) = self.already_ended() {
+                    if let Some(reason) = self.go_on_without(lost)? {
                         return Poll::Ready(Ok(Progress::Finished(reason)));
                     }
                 }
             }
         }
+    }
+
+    /// Gives up the worker that failed; the end, if nothing is left to be generated elsewhere.
+    fn go_on_without(&mut self, lost: Lost) -> Result<Option<FinishReason>, DispatchError> {
+        self.lost(lost)?;
+        Ok(self.already_ended())
     }
 
     fn prefilled(&mut self, report: PrefillReport) {
@@ -296,15 +315,26 @@ impl Generation {
         }
         self.too_long += usize::from(matches!(lost, Lost::TooLong(_)) && sent == 0);
         self.unavailable += usize::from(matches!(lost, Lost::Unavailable(_)) && sent == 0);
+        self.unreached += usize::from(matches!(lost, Lost::Unreachable(_)) && sent == 0);
+        self.broke |= matches!(lost, Lost::Broken(_));
         self.overloaded |= matches!(lost, Lost::Overloaded);
         self.failed.push((worker.member.worker.clone(), worker.member.epoch));
         if sent == 0 {
-            return if self.failed.len() < ATTEMPTS_MAX { Ok(()) } else { Err(self.exhausted()) };
+            let asked = self.failed.len() - self.unreached;
+            let more = asked < ATTEMPTS_MAX && self.unreached < UNREACHED_MAX;
+            return if more { Ok(()) } else { Err(self.exhausted()) };
         }
         if self.already_ended().is_some() {
             return Ok(());
         }
         let reason = lost.reason();
+        // It did not begin there: this is no further move, and as long as there is patience others are asked.
+        if let Some((_, patience)) = self.moving
+            && lost.began_nothing()
+            && Instant::now() < patience
+        {
+            return Ok(());
+        }
         // A running digest of logits cannot be taken up by a worker that did not compute its beginning.
         if self.job.logits_digest || self.trace.migrations >= MIGRATIONS_MAX {
             self.dispatcher.metrics.migrated(reason, false);
@@ -365,6 +395,9 @@ impl Generation {
         let now = Instant::now();
         if let Some((reason, patience)) = self.moving {
             if now < patience {
+                // Who was full or away a moment ago is asked again; and with nobody else, so is who broke: it may have been
+                // the connection.
+                self.failed.clear();
                 return Ok(());
             }
             self.dispatcher.metrics.migrated(reason, false);
@@ -372,7 +405,17 @@ impl Generation {
         }
         // Workers that are in another life than the view says may be in view again in a moment.
         let since = *self.waits_since.get_or_insert(now);
-        if self.is_outdated() && now < since + VIEW_LAG { Ok(()) } else { Err(self.exhausted()) }
+        if self.is_outdated() && now < since + VIEW_LAG {
+            return Ok(());
+        }
+        // A connection that was there already says nothing about the worker when it ends as a request goes out.
+        if self.broke && !self.repeated {
+            self.repeated = true;
+            self.failed.clear();
+            (self.too_long, self.unavailable, self.unreached) = (0, 0, 0);
+            return Ok(());
+        }
+        Err(self.exhausted())
     }
 
     fn open(&mut self, placement: Placement) -> Result<Attempt, DispatchError> {

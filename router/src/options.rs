@@ -182,6 +182,8 @@ pub struct Timeouts {
     pub queue: Duration,
     /// A whole request, to its last token.
     pub request: Duration,
+    /// Beyond that, for a client to take what is left of its answer: then it is cut off.
+    pub unread: Duration,
     /// Connecting to a worker.
     pub connect: Duration,
     /// From dispatch to the first token, while the worker answers its state.
@@ -209,6 +211,7 @@ impl Default for Timeouts {
             idle: s(60),
             queue: defaults::QUEUE_TIMEOUT,
             request: defaults::REQUEST_TIMEOUT,
+            unread: s(10),
             connect: s(1),
             first_token: s(120),
             progress: s(10),

@@ -10,8 +10,8 @@ use std::time::Duration;
 use baton_conductor::{Client, View};
 use baton_config::protocol::{HandoffOutcome, PeerRef};
 use baton_config::{Epoch, HandoffId, KvGeometry, WorkerId};
-use baton_engine::SeqId;
 use baton_engine::arena::BlockId;
+use baton_engine::{ModelInfo, SeqId};
 use baton_transfer::Agent;
 use baton_transfer::export::Exporter;
 use baton_transfer::import::Importer;
@@ -44,6 +44,8 @@ pub struct Io {
     pub worker: WorkerId,
     /// Geometry of its blocks.
     pub geometry: KvGeometry,
+    /// The model that it serves.
+    pub model: ModelInfo,
     /// Its engine.
     pub engine: EngineHandle,
     /// Its transfer agent.
@@ -66,6 +68,8 @@ pub struct Io {
     pub tasks: TaskTracker,
     /// Whether short prompts are prefilled here by what was measured.
     pub local_prefill: bool,
+    /// For a transfer session with a peer to come about.
+    pub connect_timeout: Duration,
 }
 
 impl Handoffs {

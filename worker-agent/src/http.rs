@@ -133,6 +133,8 @@ pub(crate) struct Shared {
     pub(crate) last_error: Mutex<Option<Mishap>>,
     /// Longest request, in bytes.
     pub(crate) body_max: usize,
+    /// A client that takes no token for so long has left without saying so.
+    pub(crate) stalled: Duration,
 }
 
 impl Shared {

@@ -31,6 +31,8 @@ mod http;
 mod in_flight;
 pub mod inbox;
 pub mod kv_log;
+mod listen;
+mod member;
 pub mod metadata_cache;
 pub mod meter;
 pub mod metrics;

@@ -14,6 +14,9 @@ mod transfer;
 
 pub use self::transfer::{TokenFault, TransferOptions};
 
+/// The default of [`WorkerOptions::stalled`].
+pub const STALLED: Duration = Duration::from_secs(60);
+
 /// Everything a worker needs to know.
 #[derive(Debug, Clone)]
 pub struct WorkerOptions {
@@ -43,6 +46,8 @@ pub struct WorkerOptions {
     pub in_flight_max: u32,
     /// Bytes of a request body.
     pub body_max: Bytes,
+    /// A client that takes no token for so long has left without saying so.
+    pub stalled: Duration,
     /// How long work in flight may take to end once the worker drains.
     pub drain_grace: Duration,
     /// Whether a prompt of which little is missing is prefilled here though another worker was to do it.
@@ -216,6 +221,7 @@ impl WorkerOptions {
             conductor_access: fleet.conductor.access.clone(),
             in_flight_max: pool.limits.in_flight,
             body_max: pool.limits.body,
+            stalled: STALLED,
             drain_grace: pool.limits.drain_grace,
             local_prefill: fleet.router.disaggregation == fleet::Disaggregation::Auto,
             join_timeout: Duration::from_secs(30),

@@ -5,18 +5,14 @@ use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use base64::Engine as _;
 use baton_conductor::client::ClientError;
-use baton_conductor::{
-    Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, View, WorkerRecord,
-    WorkerState,
-};
+use baton_conductor::{Client, ClientOptions, JoinError, Load, Membership, Registration, WorkerState};
 use baton_config::Epoch;
 use baton_engine::engine::EngineError;
 use baton_engine::reference::{LoadError, Reference};
 use baton_engine::sim::Sim;
-use baton_engine::{Engine, Executor};
+use baton_engine::{Engine, Executor, ModelInfo};
 use baton_transfer::export::{ExportOptions, Exporter, ExporterError};
 use baton_transfer::import::{ImportOptions, Importer};
 use baton_transfer::{Agent, ArenaMemory, MemoryError, StartError};
@@ -33,6 +29,8 @@ use crate::http::state::drain_status;
 use crate::http::{Drain, Life, Phase, Shared, UNREADY_AFTER, routes};
 use crate::in_flight::InFlight;
 use crate::kv_log::KvLog;
+use crate::listen;
+use crate::member::{self, CLOSE_TIMEOUT, LOAD_INTERVAL, SETTLE_TIMEOUT, asked, seen_leaving, told_address};
 use crate::metadata_cache::MetadataCache;
 use crate::metrics::Metrics;
 use crate::options::{EngineChoice, TokenFault, WorkerOptions};
@@ -43,15 +41,7 @@ use crate::peer::PeerClient;
 const KV_LOG_EVENTS: usize = 16 << 10;
 /// How often everything reserved is checked for an owner.
 const AUDIT_INTERVAL: Duration = Duration::from_secs(5);
-/// How often the conductor is told how busy this worker is.
-const LOAD_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a worker that leaves still takes the requests of routers that have not heard. Its own view, which hears when
-/// theirs do, mostly ends this in some milliseconds; without a conductor nothing does.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long tasks and connections may take to end once nothing is left to do for them.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
-
-/// And how long once there is a second signal: enough to tell the conductor and the clients.
+/// How long tasks and connections may take to end once there is a second signal: enough to tell the conductor and the clients.
 const HURRIED_CLOSE: Duration = Duration::from_millis(500);
 
 /// How a worker is told to stop.
@@ -181,7 +171,8 @@ impl Worker {
         let runtime = tokio::runtime::Handle::current();
         let (engine, engine_thread) =
             EngineHandle::start(engine, Arc::clone(&kv_log), runtime).map_err(RunError::system("thread"))?;
-        let io = Arc::new(build_io(&options, &memory, engine.clone(), metrics.clone()).await?);
+        let io =
+            Arc::new(build_io(&options, &memory, (engine.clone(), model.clone()), metrics.clone()).await?);
         let handoffs_stop = CancellationToken::new();
         let mut limits = options.handoff.clone();
         let max_blocks = u32::try_from(io.exporter.max_blocks()).unwrap_or(u32::MAX);
@@ -210,8 +201,9 @@ impl Worker {
             stop: CancellationToken::new(),
             last_error: Mutex::new(None),
             body_max: usize::try_from(options.body_max.0).unwrap_or(usize::MAX),
+            stalled: options.stalled,
         });
-        serve_http(&shared, listener);
+        listen::serve(listener, routes(Arc::clone(&shared)), &shared.tasks, shared.stop.clone());
         Ok(Self { options, stop, address, shared, io, memory, phase, life, engine_thread, handoffs_stop })
     }
 
@@ -230,18 +222,8 @@ impl Worker {
             transfer: base64::engine::general_purpose::STANDARD.encode(self.io.agent.metadata()),
             state: WorkerState::Joining,
         };
-        let timing = MembershipOptions { join_timeout: options.join_timeout, ..MembershipOptions::default() };
-        let joined = Membership::join(&self.io.fleet, registration, timing);
-        let joined = self.stop.drain.run_until_cancelled(joined).await;
-        match joined {
-            Some(membership) => Ok(membership?),
-            None => Err(JoinError::Unreachable {
-                endpoints: options.conductors.clone(),
-                waited: Duration::ZERO,
-                source: None,
-            }
-            .into()),
-        }
+        let patience = (&options.conductors[..], options.join_timeout);
+        Ok(member::join(&self.io.fleet, registration, patience, &self.stop.drain).await?)
     }
 
     /// Serves until told to stop, then drains.
@@ -258,7 +240,8 @@ impl Worker {
         self.phase.send_replace(Phase::Leaving(drain));
         membership.set_state(WorkerState::Draining);
         tracing::info!(worker = %self.options.worker, asked_by, grace = ?self.options.drain_grace, "draining");
-        let settled = tokio::time::timeout(SETTLE_TIMEOUT, self.seen_leaving());
+        let settled =
+            tokio::time::timeout(SETTLE_TIMEOUT, seen_leaving(&self.io.fleet, &self.options.worker));
         if upkeep.until(settled).await?.is_none() {
             return Ok(());
         }
@@ -282,20 +265,6 @@ impl Worker {
             () = self.stop.drain.cancelled() => "a signal",
             () = self.shared.drain.cancelled() => "a call to this worker",
             () = asked(membership.drain_requested()) => "the conductor",
-        }
-    }
-
-    /// Done when the view says that this worker leaves: routers hear of it when this worker does.
-    async fn seen_leaving(&self) {
-        let mut views = self.io.fleet.changed();
-        let leaving = |view: &Arc<View>| {
-            let ready = |record: &Arc<WorkerRecord>| record.state == WorkerState::Ready;
-            let name = &self.options.worker;
-            !view.worker(name).is_some_and(ready) || view.drain.contains(name)
-        };
-        if views.wait_for(leaving).await.is_err() {
-            // The client ends with this worker only.
-            std::future::pending::<()>().await;
         }
     }
 
@@ -428,23 +397,6 @@ impl<'a> Upkeep<'a> {
     }
 }
 
-/// `host:port` at which others reach what listens at `address`.
-pub(crate) fn told_address(advertise: Option<&str>, address: SocketAddr) -> String {
-    match advertise {
-        None => address.to_string(),
-        Some(host) if host.contains(':') => format!("[{host}]:{}", address.port()),
-        Some(host) => format!("{host}:{}", address.port()),
-    }
-}
-
-/// Waits until an operator asks for a drain.
-pub(crate) async fn asked(mut drain: watch::Receiver<bool>) {
-    if drain.wait_for(|asked| *asked).await.is_err() {
-        // The membership ended without anybody asking.
-        std::future::pending::<()>().await;
-    }
-}
-
 /// Waits until the engine's thread has ended, and says why.
 async fn engine_ended(engine: EngineHandle) -> String {
     let mut changes = engine.changes();
@@ -471,7 +423,7 @@ async fn load(choice: EngineChoice) -> Result<Box<dyn Executor>, RunError> {
 async fn build_io(
     options: &WorkerOptions,
     memory: &ArenaMemory,
-    engine: EngineHandle,
+    (engine, model): (EngineHandle, ModelInfo),
     metrics: Metrics,
 ) -> Result<Io, RunError> {
     let transfer = &options.transfer;
@@ -509,6 +461,7 @@ async fn build_io(
     Ok(Io {
         worker: options.worker.clone(),
         geometry,
+        model,
         engine,
         agent,
         exporter,
@@ -523,29 +476,13 @@ async fn build_io(
         metrics,
         tasks: TaskTracker::new(),
         local_prefill: options.local_prefill,
+        connect_timeout: transfer.connect_timeout,
     })
 }
 
 /// Staging slots of one direction: at least what two handoffs need to go on.
 fn staging_slots(staging_bytes: u64, block_bytes: usize) -> usize {
     usize::try_from(staging_bytes / block_bytes.max(1) as u64).unwrap_or(usize::MAX).clamp(8, 1 << 16)
-}
-
-fn serve_http(shared: &Arc<Shared>, listener: TcpListener) {
-    let routes = routes(Arc::clone(shared));
-    // A token is a small write: it must not wait for the acknowledgement of the one before.
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection keeps its delay");
-        }
-    });
-    let stop = shared.stop.clone();
-    shared.tasks.spawn(async move {
-        let server = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned());
-        if let Err(error) = server.await {
-            tracing::error!(%error, "the HTTP server ended");
-        }
-    });
 }
 
 #[cfg(test)]

@@ -12,13 +12,10 @@
 
 use std::net::SocketAddr;
 use std::sync::Arc;
-use std::time::Duration;
 
-use axum::serve::ListenerExt;
 use baton_conductor::client::ClientError;
 use baton_conductor::{
-    Client, ClientOptions, JoinError, Load, Membership, MembershipOptions, Registration, TlsError, View,
-    WorkerRecord, WorkerState,
+    Client, ClientOptions, JoinError, Load, Membership, Registration, TlsError, WorkerState,
 };
 use baton_config::secret::SecretFault;
 use tokio::net::TcpListener;
@@ -28,7 +25,9 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use crate::http::{Drain, Life, Phase};
-use crate::run::{Stop, asked, told_address};
+use crate::listen;
+use crate::member::{self, CLOSE_TIMEOUT, LOAD_INTERVAL, SETTLE_TIMEOUT, asked, seen_leaving, told_address};
+use crate::run::Stop;
 
 mod gauges;
 mod health;
@@ -42,13 +41,6 @@ use health::Verdict;
 pub use options::{SidecarOptions, SidecarOptionsError};
 use probe::Prober;
 use watcher::{Seen, Watcher};
-
-/// How often the conductor is told how busy the server is.
-const LOAD_INTERVAL: Duration = Duration::from_secs(1);
-/// How long a worker that leaves waits for routers to hear of it.
-const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
-/// How long tasks and connections may take to end once nothing is left to do for them.
-const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
 /// Why a sidecar did not start, or had to end.
 #[derive(Debug, thiserror::Error)]
@@ -131,7 +123,7 @@ pub async fn run(options: SidecarOptions, listener: TcpListener, stop: Stop) -> 
     let watcher = Watcher { prober, seen: send, metrics };
     let ended = shared.stop.clone();
     shared.tasks.spawn(async move { ended.run_until_cancelled(watcher.run()).await });
-    serve_http(&shared, listener);
+    listen::serve(listener, http::routes(Arc::clone(&shared)), &shared.tasks, shared.stop.clone());
     let sidecar = Sidecar { shared, fleet, stop };
     let end = match sidecar.join(address).await {
         Ok(membership) => {
@@ -143,22 +135,6 @@ pub async fn run(options: SidecarOptions, listener: TcpListener, stop: Stop) -> 
     };
     sidecar.close().await;
     end
-}
-
-fn serve_http(shared: &Arc<Shared>, listener: TcpListener) {
-    let routes = http::routes(Arc::clone(shared));
-    let listener = listener.tap_io(|stream| {
-        if let Err(error) = stream.set_nodelay(true) {
-            tracing::debug!(%error, "a connection keeps its delay");
-        }
-    });
-    let stop = shared.stop.clone();
-    shared.tasks.spawn(async move {
-        let server = axum::serve(listener, routes).with_graceful_shutdown(stop.cancelled_owned());
-        if let Err(error) = server.await {
-            tracing::error!(%error, "the HTTP server ended");
-        }
-    });
 }
 
 struct Sidecar {
@@ -193,17 +169,8 @@ impl Sidecar {
             transfer: String::new(),
             state: WorkerState::Joining,
         };
-        let timing = MembershipOptions { join_timeout: options.join_timeout, ..MembershipOptions::default() };
-        let joined = Membership::join(&self.fleet, registration, timing);
-        match self.stop.drain.run_until_cancelled(joined).await {
-            Some(membership) => Ok(membership?),
-            None => Err(JoinError::Unreachable {
-                endpoints: options.conductors.clone(),
-                waited: Duration::ZERO,
-                source: None,
-            }
-            .into()),
-        }
+        let patience = (&options.conductors[..], options.join_timeout);
+        Ok(member::join(&self.fleet, registration, patience, &self.stop.drain).await?)
     }
 
     /// Waits for the server, serves until told to stop, then drains.
@@ -242,7 +209,7 @@ impl Sidecar {
         shared.phase.send_replace(Phase::Leaving(drain));
         membership.set_state(WorkerState::Draining);
         tracing::info!(worker = %options.worker, ?asker, "draining");
-        let settled = tokio::time::timeout(SETTLE_TIMEOUT, self.seen_leaving());
+        let settled = tokio::time::timeout(SETTLE_TIMEOUT, seen_leaving(&self.fleet, &options.worker));
         if self.upkeep(membership, settled).await.is_none() {
             return;
         }
@@ -298,20 +265,6 @@ impl Sidecar {
             () = self.stop.drain.cancelled() => Asker::Signal,
             () = self.shared.drain.cancelled() => Asker::Operator,
             () = asked(membership.drain_requested()) => Asker::Operator,
-        }
-    }
-
-    /// Done when the view says that this worker leaves: routers hear of it when this worker does.
-    async fn seen_leaving(&self) {
-        let mut views = self.fleet.changed();
-        let leaving = |view: &Arc<View>| {
-            let ready = |record: &Arc<WorkerRecord>| record.state == WorkerState::Ready;
-            let name = &self.shared.options.worker;
-            !view.worker(name).is_some_and(ready) || view.drain.contains(name)
-        };
-        if views.wait_for(leaving).await.is_err() {
-            // The client ends with this worker only.
-            std::future::pending::<()>().await;
         }
     }
 

@@ -151,7 +151,7 @@ pub const STAGING: Bytes = Bytes(16 << 20);
 /// `pools[].transfer.connect_timeout_ms`.
 pub const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// `pools[].transfer.stall_timeout_ms`.
-pub const STALL_TIMEOUT: Duration = Duration::from_secs(2);
+pub const STALL_TIMEOUT: Duration = Duration::from_secs(1);
 
 /// `pools[].autoscale.min`.
 pub const AUTOSCALE_MIN: u32 = 1;

@@ -16,6 +16,16 @@ enum Model {
     Shared { hash: Option<BlockHash>, holders: Vec<u64> },
 }
 
+/// The contents of a chain; what seals them does not matter, as long as it is the same everywhere.
+fn contents(salt: u64, block_tokens: u32, tokens: &[u32]) -> Vec<Content> {
+    let hashes = block_hashes(salt, block_tokens, tokens);
+    hashes.into_iter().map(|hash| Content { hash, seal: !hash.0 }).collect()
+}
+
+fn hashes(contents: &[Content]) -> Vec<BlockHash> {
+    contents.iter().map(|content| content.hash).collect()
+}
+
 /// The pool, a plain model of it, and a mirror of the cache fed by the events.
 struct World {
     pool: BlockPool,
@@ -23,7 +33,7 @@ struct World {
     /// Unreferenced cached blocks, oldest first.
     idle: Vec<BlockId>,
     mirror: HashSet<BlockHash>,
-    chains: Vec<Vec<BlockHash>>,
+    chains: Vec<Vec<Content>>,
     rng: Rng,
 }
 
@@ -31,7 +41,7 @@ impl World {
     fn new(seed: u64) -> Self {
         let mut rng = Rng(seed);
         let blocks = rng.between(1, 24) as u32;
-        let chains = (0..4).map(|salt| block_hashes(salt % 2, 2, &[salt as u32; 16])).collect();
+        let chains = (0..4).map(|salt| contents(salt % 2, 2, &[salt as u32; 16])).collect();
         Self {
             pool: BlockPool::new(blocks),
             model: vec![Model::Free; blocks as usize],
@@ -120,23 +130,23 @@ impl World {
         let Some((block, owner)) = self.owned_in(&[Stage::Valid]) else { return };
         let chain = self.rng.pick(&self.chains);
         let at = self.rng.0 as usize % chain.len();
-        let (hash, parent) = (chain[at], if at == 0 { BlockHash::root(0) } else { chain[at - 1] });
-        let fresh = self.find(hash).is_none();
-        assert_eq!(self.pool.publish(block, SeqId(owner), parent, hash), fresh);
+        let (content, parent) = (chain[at], if at == 0 { BlockHash::root(0) } else { chain[at - 1].hash });
+        let fresh = self.find(content.hash).is_none();
+        assert_eq!(self.pool.publish(block, SeqId(owner), parent, content), fresh);
         if fresh {
-            self.model[block.0 as usize] = Model::Shared { hash: Some(hash), holders: vec![owner] };
+            self.model[block.0 as usize] = Model::Shared { hash: Some(content.hash), holders: vec![owner] };
         }
     }
 
     fn share(&mut self, owner: u64) {
         let chain = self.rng.pick(&self.chains).clone();
         let cached = self.pool.cached_prefix(&chain);
-        let expected: Vec<BlockId> = chain.iter().map_while(|hash| self.find(*hash)).collect();
+        let expected: Vec<BlockId> = chain.iter().map_while(|content| self.find(content.hash)).collect();
         assert_eq!(cached.blocks as usize, expected.len());
         let evictable = expected.iter().filter(|block| self.idle.contains(block)).count();
         assert_eq!(cached.evictable as usize, evictable);
-        for (hash, block) in chain.iter().zip(expected) {
-            assert_eq!(self.pool.share(*hash), Some(block));
+        for (content, block) in chain.iter().zip(expected) {
+            assert_eq!(self.pool.share(*content), Some(block));
             self.idle.retain(|of| *of != block);
             if let Model::Shared { holders, .. } = &mut self.model[block.0 as usize] {
                 holders.push(owner);
@@ -262,31 +272,31 @@ fn random_operations_agree_with_a_plain_model() {
     }
 }
 
-fn publish_chain(pool: &mut BlockPool, owner: SeqId, hashes: &[BlockHash]) -> Vec<BlockId> {
+fn publish_chain(pool: &mut BlockPool, owner: SeqId, contents: &[Content]) -> Vec<BlockId> {
     let mut parent = BlockHash::root(0);
-    let publish = |hash: &BlockHash| {
+    let publish = |content: &Content| {
         let block = pool.reserve(owner).unwrap();
         pool.fill(block, owner);
         pool.complete(block, owner);
-        assert!(pool.publish(block, owner, std::mem::replace(&mut parent, *hash), *hash));
+        assert!(pool.publish(block, owner, std::mem::replace(&mut parent, content.hash), *content));
         block
     };
-    hashes.iter().map(publish).collect()
+    contents.iter().map(publish).collect()
 }
 
 #[test]
 fn the_tail_of_a_prefix_is_evicted_before_its_start() {
     let mut pool = BlockPool::new(4);
-    let hashes = block_hashes(0, 1, &[1, 2, 3]);
-    let blocks = publish_chain(&mut pool, SeqId(1), &hashes);
+    let chain = contents(0, 1, &[1, 2, 3]);
+    let blocks = publish_chain(&mut pool, SeqId(1), &chain);
     blocks.iter().rev().for_each(|block| pool.release(*block, SeqId(1)));
     let parent = BlockHash::root(0);
-    assert_eq!(pool.take_events(), vec![KvEvent::Stored { parent, blocks: hashes.clone() }]);
+    assert_eq!(pool.take_events(), vec![KvEvent::Stored { parent, blocks: hashes(&chain) }]);
     pool.reserve(SeqId(2)).unwrap();
     pool.reserve(SeqId(2)).unwrap();
-    assert_eq!(pool.cached_prefix(&hashes), CachedPrefix { blocks: 2, evictable: 2 });
-    assert_eq!(pool.take_events(), vec![KvEvent::Removed { blocks: vec![hashes[2]] }]);
-    assert_eq!(pool.share(hashes[0]), Some(blocks[0]));
+    assert_eq!(pool.cached_prefix(&chain), CachedPrefix { blocks: 2, evictable: 2 });
+    assert_eq!(pool.take_events(), vec![KvEvent::Removed { blocks: vec![chain[2].hash] }]);
+    assert_eq!(pool.share(chain[0]), Some(blocks[0]));
     pool.reserve(SeqId(2)).unwrap();
     assert_eq!(pool.reserve(SeqId(2)), None, "a referenced block is not evicted");
 }
@@ -294,13 +304,13 @@ fn the_tail_of_a_prefix_is_evicted_before_its_start() {
 #[test]
 fn a_snapshot_lists_parents_before_children() {
     let mut pool = BlockPool::new(16);
-    let long = block_hashes(0, 1, &[1, 2, 3, 4]);
+    let long = contents(0, 1, &[1, 2, 3, 4]);
     publish_chain(&mut pool, SeqId(1), &long);
-    let fork = block_hashes(0, 1, &[1, 2, 9]);
+    let fork = contents(0, 1, &[1, 2, 9]);
     let block = pool.reserve(SeqId(2)).unwrap();
     pool.fill(block, SeqId(2));
     pool.complete(block, SeqId(2));
-    pool.publish(block, SeqId(2), fork[1], fork[2]);
+    pool.publish(block, SeqId(2), fork[1].hash, fork[2]);
     let mut known = HashSet::from([BlockHash::root(0)]);
     for event in pool.snapshot() {
         let KvEvent::Stored { parent, blocks } = event else { panic!("a snapshot only stores") };
@@ -314,7 +324,7 @@ fn a_snapshot_lists_parents_before_children() {
 fn a_log_nobody_takes_stays_bounded_and_true() {
     let mut pool = BlockPool::new(2);
     for token in 0..20_000 {
-        let blocks = publish_chain(&mut pool, SeqId(0), &block_hashes(0, 1, &[token, token]));
+        let blocks = publish_chain(&mut pool, SeqId(0), &contents(0, 1, &[token, token]));
         blocks.iter().rev().for_each(|block| pool.release(*block, SeqId(0)));
     }
     let mut mirror = HashSet::new();
@@ -328,7 +338,7 @@ fn a_log_nobody_takes_stays_bounded_and_true() {
 fn every_broken_book_is_named() {
     let fresh = || {
         let mut pool = BlockPool::new(4);
-        let blocks = publish_chain(&mut pool, SeqId(1), &block_hashes(0, 1, &[1, 2]));
+        let blocks = publish_chain(&mut pool, SeqId(1), &contents(0, 1, &[1, 2]));
         pool.release(blocks[1], SeqId(1));
         pool.audit().unwrap();
         (pool, blocks)
@@ -345,6 +355,22 @@ fn every_broken_book_is_named() {
     let (mut pool, blocks) = fresh();
     pool.index.insert(BlockHash(7), blocks[0]);
     assert_eq!(pool.audit(), Err(PoolAuditError::Index { block: blocks[0], hash: BlockHash(7) }));
+}
+
+#[test]
+fn a_block_is_not_given_to_who_has_nothing_but_its_hash() {
+    let mut pool = BlockPool::new(4);
+    let chain = contents(0, 1, &[1, 2]);
+    publish_chain(&mut pool, SeqId(1), &chain);
+    let forged = Content { seal: chain[1].seal ^ 1, ..chain[1] };
+    assert_eq!(pool.cached_prefix(&[chain[0], forged]).blocks, 1);
+    assert_eq!(pool.share(forged), None);
+    let block = pool.reserve(SeqId(2)).unwrap();
+    pool.fill(block, SeqId(2));
+    pool.complete(block, SeqId(2));
+    assert!(!pool.publish(block, SeqId(2), chain[0].hash, forged), "one block of each hash");
+    assert_eq!(pool.cached_prefix(&chain).blocks, 2, "the first one stays");
+    pool.audit().unwrap();
 }
 
 #[test]

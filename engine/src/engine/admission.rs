@@ -92,7 +92,7 @@ impl Engine {
         let cached = if self.limits.prefix_cache {
             // At least the last token is computed: its logits give the next one.
             let full = (sequence.len() - 1) / block_tokens;
-            self.pool.cached_prefix(sequence.hashes(block_tokens, full))
+            self.pool.cached_prefix(sequence.contents(&self.pool, block_tokens, full))
         } else {
             Default::default()
         };
@@ -107,11 +107,8 @@ impl Engine {
     fn place(&mut self, id: SeqId, cached_blocks: u32) {
         let block_tokens = self.block_tokens();
         let Some(sequence) = self.sequences.get_mut(&id) else { return };
-        let shared: Vec<_> = sequence
-            .hashes(block_tokens, cached_blocks)
-            .iter()
-            .map_while(|hash| self.pool.share(*hash))
-            .collect();
+        let cached = sequence.contents(&self.pool, block_tokens, cached_blocks);
+        let shared: Vec<_> = cached.iter().map_while(|content| self.pool.share(*content)).collect();
         assert_eq!(shared.len(), cached_blocks as usize, "{id}: the cached prefix was counted just now");
         sequence.blocks = shared;
         while (sequence.blocks.len() as u32) < sequence.len().div_ceil(block_tokens) {

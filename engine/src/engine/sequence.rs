@@ -2,12 +2,11 @@
 
 use std::time::Instant;
 
-use baton_config::prefix::BlockHash;
 use baton_config::protocol::Sampling;
 
 use super::{Purpose, SeqId, SequenceSpec};
 use crate::arena::BlockId;
-use crate::block_pool::BlockPool;
+use crate::block_pool::{BlockPool, Content};
 use crate::sampler::History;
 
 /// Where a sequence stands. Who is waiting or running is also listed, in order, in the engine.
@@ -57,8 +56,8 @@ pub(super) struct Sequence {
     /// Leading blocks that are complete: shared, or valid where another block has the same content.
     pub(super) settled: u32,
     salt: u64,
-    /// Chain hashes of the first full blocks; computed as needed.
-    hashes: Vec<BlockHash>,
+    /// The first full blocks; computed as needed.
+    contents: Vec<Content>,
 }
 
 impl Sequence {
@@ -81,7 +80,7 @@ impl Sequence {
             blocks: Vec::new(),
             settled: 0,
             salt: spec.cache_salt,
-            hashes: Vec::new(),
+            contents: Vec::new(),
         }
     }
 
@@ -99,15 +98,16 @@ impl Sequence {
         self.len() - self.computed
     }
 
-    /// Chain hashes of the first `count` blocks, which must be full.
-    pub(super) fn hashes(&mut self, block_tokens: u32, count: u32) -> &[BlockHash] {
+    /// The first `count` blocks, which must be full, as `pool` knows them.
+    pub(super) fn contents(&mut self, pool: &BlockPool, block_tokens: u32, count: u32) -> &[Content] {
         let (block_tokens, count) = (block_tokens as usize, count as usize);
-        while self.hashes.len() < count {
-            let at = self.hashes.len() * block_tokens;
-            let parent = self.hashes.last().copied().unwrap_or(BlockHash::root(self.salt));
-            self.hashes.push(parent.child(&self.tokens[at..at + block_tokens]));
+        let sealer = pool.sealer();
+        while self.contents.len() < count {
+            let at = self.contents.len() * block_tokens;
+            let parent = self.contents.last().copied().unwrap_or_else(|| sealer.root(self.salt));
+            self.contents.push(sealer.child(parent, &self.tokens[at..at + block_tokens]));
         }
-        &self.hashes[..count]
+        &self.contents[..count]
     }
 
     /// Completes the blocks of `tokens[..upto]` that are full, and puts them into the prefix cache if there is one.
@@ -123,10 +123,11 @@ impl Sequence {
             let block = self.blocks[index as usize];
             pool.complete(block, id);
             if let Some(BlockTokens(block_tokens)) = publish {
-                let root = BlockHash::root(self.salt);
-                let hashes = self.hashes(block_tokens, index + 1);
-                let parent = if index == 0 { root } else { hashes[index as usize - 1] };
-                pool.publish(block, id, parent, hashes[index as usize]);
+                let root = pool.sealer().root(self.salt);
+                let contents = self.contents(pool, block_tokens, index + 1);
+                let parent = if index == 0 { root } else { contents[index as usize - 1] };
+                let content = contents[index as usize];
+                pool.publish(block, id, parent.hash, content);
             }
             self.settled += 1;
         }

@@ -98,6 +98,11 @@ impl Lost {
         matches!(self, Self::Unreachable(_) | Self::Broken(_) | Self::Silent(_) | Self::Unavailable(_))
     }
 
+    /// Whether the worker never took the request: another one may, or this one later.
+    pub(super) fn began_nothing(&self) -> bool {
+        matches!(self, Self::Unreachable(_) | Self::Unavailable(_) | Self::Overloaded)
+    }
+
     /// The label of the migration that follows.
     pub(super) fn reason(&self) -> MoveReason {
         match self {

@@ -54,7 +54,12 @@ impl Tally {
 
     /// Whether the answer said that it ends, or why.
     pub(super) fn says_end(&self) -> bool {
-        find_last(&self.tail, b"[DONE]").is_some()
+        // At the beginning of a line: within a text there are no line ends.
+        let says_done = |line: &[u8]| {
+            let data = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii);
+            data == Some(b"[DONE]")
+        };
+        self.tail.split(|byte| *byte == b'\n').any(says_done)
             || find_last(&self.tail, b"\"finish_reason\":\"").is_some()
             || find_last(&self.tail, b"\"finish_reason\": \"").is_some()
     }
@@ -119,6 +124,12 @@ mod tests {
     fn an_end_is_one_that_was_said() {
         assert!(tally(true, &["data: [DO", "NE]\n\n"]).says_end());
         assert!(tally(true, &["data: {\"finish_reason\": \"stop\"}\n\n"]).says_end());
+        assert!(tally(true, &["data: x\r\n\r\ndata:[DONE]\r\n\r\n"]).says_end());
         assert!(!tally(true, &["data: {\"finish_reason\":null}\n\n"]).says_end());
+        // What a model says is no end.
+        for said in ["[DONE]", "data: [DONE]", "\\ndata: [DONE]\\n", "\\\"finish_reason\\\":\\\"stop"] {
+            let chunk = format!("data: {{\"content\":\"{said}\"}}\n\n");
+            assert!(!tally(true, &[&chunk]).says_end(), "{chunk}");
+        }
     }
 }

@@ -160,6 +160,12 @@ impl Vocabulary {
         plain
     }
 
+    /// Whether a token is left out of every text.
+    fn is_silent(&self, id: u32) -> bool {
+        let token = self.tokenizer.id_to_token(id);
+        token.is_none_or(|token| self.tokenizer.get_added_vocabulary().is_special_token(&token))
+    }
+
     fn window(&self, ids: &[u32]) -> String {
         self.tokenizer.decode(ids, true).unwrap_or_else(|error| {
             tracing::warn!(%error, tokens = ids.len(), "tokens could not be decoded");
@@ -205,6 +211,10 @@ impl Decoder {
                 push_utf8(pending, bytes, out);
             }
             State::Window { ids, read } => {
+                // A model that is not let end may say nothing else: the window must not grow with it.
+                if self.vocabulary.is_silent(token) {
+                    return;
+                }
                 ids.push(token);
                 let before = self.vocabulary.window(&ids[..*read]);
                 let after = self.vocabulary.window(ids);

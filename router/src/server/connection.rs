@@ -17,7 +17,7 @@ use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use super::tls::Tls;
-use super::watched::{Answered, Busy, Phase, Phases, Watched};
+use super::watched::{Answered, Busy, Phase, Phases, Watched, longest};
 use crate::account::Entry;
 use crate::answer::AnswerBody;
 use crate::body::HEAD_MAX_BYTES;
@@ -63,12 +63,19 @@ pub(super) struct Connection {
 struct Requests {
     tracker: TaskTracker,
     abort: CancellationToken,
+    /// After so long a request has a client that does not read: its stream is reset.
+    longest: Duration,
 }
 
 impl<F: Future<Output: Send> + Send + 'static> hyper::rt::Executor<F> for Requests {
     fn execute(&self, request: F) {
-        let abort = self.abort.clone();
-        self.tracker.spawn(async move { abort.run_until_cancelled(request).await.map(drop) });
+        let (abort, longest) = (self.abort.clone(), self.longest);
+        self.tracker.spawn(async move {
+            let request = tokio::time::timeout(longest, request);
+            if let Some(Err(_)) = abort.run_until_cancelled(request).await {
+                tracing::debug!("stream cut: deadline");
+            }
+        });
     }
 }
 
@@ -141,7 +148,11 @@ impl Connection {
                     closed = true;
                     Pin::new(&mut connection).graceful_shutdown();
                 }
-                () = wait_until(deadline) => if self.is_over(&phases) { break },
+                () = wait_until(deadline) => {
+                    if is_over(&phases, phases.deadline(&self.gateway.timeouts)) {
+                        break;
+                    }
+                }
             }
         }
         if matches!(phases.get(), Phase::Head(_)) {
@@ -164,7 +175,11 @@ impl Connection {
 
     async fn http2<S: AsyncRead + AsyncWrite + Unpin>(&self, stream: S, phases: Arc<Phases>) {
         let service = service(&self.gateway, &phases);
-        let requests = Requests { tracker: self.tracker.clone(), abort: self.abort.clone() };
+        let requests = Requests {
+            tracker: self.tracker.clone(),
+            abort: self.abort.clone(),
+            longest: longest(&self.gateway.timeouts),
+        };
         let mut http = http2::Builder::new(requests);
         http.timer(TokioTimer::new())
             .max_concurrent_streams(STREAMS_MAX)
@@ -179,7 +194,7 @@ impl Connection {
         let mut connection = pin!(http.serve_connection(TokioIo::new(stream), service_fn(service)));
         let mut closed = false;
         loop {
-            let deadline = phases.deadline(&self.gateway.timeouts);
+            let deadline = phases.deadline_between(&self.gateway.timeouts);
             tokio::select! {
                 biased;
                 () = self.abort.cancelled() => return,
@@ -191,18 +206,23 @@ impl Connection {
                     closed = true;
                     connection.as_mut().graceful_shutdown();
                 }
-                () = wait_until(deadline) => if self.is_over(&phases) { return },
+                () = wait_until(deadline) => {
+                    if is_over(&phases, phases.deadline_between(&self.gateway.timeouts)) {
+                        return;
+                    }
+                }
             }
         }
     }
+}
 
-    fn is_over(&self, phases: &Phases) -> bool {
-        let over = phases.deadline(&self.gateway.timeouts).is_some_and(|deadline| deadline <= Instant::now());
-        if over {
-            tracing::debug!(phase = ?phases.get(), "connection cut: deadline");
-        }
-        over
+/// Whether the deadline of a connection has passed, which nothing has moved meanwhile.
+fn is_over(phases: &Phases, deadline: Option<Instant>) -> bool {
+    let over = deadline.is_some_and(|deadline| deadline <= Instant::now());
+    if over {
+        tracing::debug!(phase = ?phases.get(), "connection cut: deadline");
     }
+    over
 }
 
 fn note(ended: hyper::Result<()>) {

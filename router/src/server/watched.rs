@@ -3,6 +3,7 @@
 use std::pin::Pin;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::task::{Context, Poll};
+use std::time::Duration;
 
 use bytes::{Buf as _, Bytes};
 use hyper::body::Body;
@@ -24,8 +25,8 @@ pub(super) enum Phase {
     Idle(Instant),
     /// The head of a request is arriving.
     Head(Instant),
-    /// So many requests are being served.
-    Busy(u32),
+    /// So many requests are being served, of which the first began then.
+    Busy(u32, Instant),
 }
 
 /// The phase, shared between the socket, the service and the watch.
@@ -46,12 +47,21 @@ impl Phases {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// When the connection is to be cut unless something happens.
-    pub(super) fn deadline(&self, timeouts: &Timeouts) -> Option<Instant> {
+    /// When a connection that serves no request is to be cut unless something happens.
+    pub(super) fn deadline_between(&self, timeouts: &Timeouts) -> Option<Instant> {
         match self.get() {
             Phase::Idle(since) => Some(since + timeouts.idle),
             Phase::Fresh(since) | Phase::Head(since) => Some(since + timeouts.header),
-            Phase::Busy(_) => None,
+            Phase::Busy(..) => None,
+        }
+    }
+
+    /// When a connection with one request at a time is to be cut. A request ends by itself in its time, unless its client
+    /// does not read: then nothing asks for the rest of the answer, and nothing would ever notice.
+    pub(super) fn deadline(&self, timeouts: &Timeouts) -> Option<Instant> {
+        match self.get() {
+            Phase::Busy(_, since) => Some(since + longest(timeouts)),
+            _ => self.deadline_between(timeouts),
         }
     }
 
@@ -61,9 +71,14 @@ impl Phases {
         match *phase {
             Phase::Idle(_) => *phase = Phase::Head(Instant::now()),
             Phase::Fresh(since) => *phase = Phase::Head(since),
-            Phase::Head(_) | Phase::Busy(_) => {}
+            Phase::Head(_) | Phase::Busy(..) => {}
         }
     }
+}
+
+/// The longest time that a request may take, with a client that is slow to take its answer.
+pub(super) fn longest(timeouts: &Timeouts) -> Duration {
+    timeouts.request + timeouts.unread
 }
 
 /// Ends the busy phase when the answer is gone, however it goes.
@@ -73,8 +88,8 @@ impl Busy {
     pub(super) fn begin(phases: &Arc<Phases>) -> Self {
         let mut phase = phases.lock();
         *phase = match *phase {
-            Phase::Busy(requests) => Phase::Busy(requests + 1),
-            _ => Phase::Busy(1),
+            Phase::Busy(requests, since) => Phase::Busy(requests + 1, since),
+            _ => Phase::Busy(1, Instant::now()),
         };
         drop(phase);
         Self(Arc::clone(phases))
@@ -85,7 +100,7 @@ impl Drop for Busy {
     fn drop(&mut self) {
         let mut phase = self.0.lock();
         *phase = match *phase {
-            Phase::Busy(requests) if requests > 1 => Phase::Busy(requests - 1),
+            Phase::Busy(requests, since) if requests > 1 => Phase::Busy(requests - 1, since),
             _ => Phase::Idle(Instant::now()),
         };
     }

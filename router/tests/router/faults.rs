@@ -7,7 +7,7 @@ use std::time::Duration;
 use baton_config::fleet::Disaggregation;
 use baton_config::protocol::FailureCode;
 use baton_config::{Epoch, Role};
-use baton_router::{Roster, RouterOptions};
+use baton_router::{Member, Roster, RouterOptions};
 use http_body_util::BodyExt as _;
 use serde_json::{Value, json};
 
@@ -200,6 +200,115 @@ async fn after_three_moves_the_stream_ends_with_one_error_event() {
     // Nothing had begun for a client that takes the answer as a whole: it gets a status.
     assert_eq!(harness.chat(&ask(false)).await.status, 502);
     assert!(harness.metric("baton_router_requests_ended_total{outcome=\"failed\"}").await > 1.5);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn workers_that_are_full_or_away_use_up_no_moves() {
+    for code in [FailureCode::Overloaded, FailureCode::Unavailable] {
+        let (first, second, harness) = {
+            let first = FakeWorker::start("decode-0", Role::Decode).await;
+            let second = FakeWorker::start("decode-1", Role::Decode).await;
+            let harness = Harness::start(&[&first, &second], |options| {
+                alone(options);
+                options.timeouts.replacement = PATIENCE;
+            })
+            .await;
+            (first, second, harness)
+        };
+        for worker in [&first, &second] {
+            worker.then(Act::DieAfter(5));
+            for _ in 0..3 {
+                worker.then(Act::Status(503, code));
+            }
+        }
+        let answer = harness.chat(&ask(true)).await;
+        let prompt = first.generated().into_iter().chain(second.generated()).find(|r| r.generated == 0);
+        let expected = text(&oracle(&prompt.expect("a call").tokens, 3, 20));
+        assert_eq!(answer.content(0), expected, "{code:?}");
+        assert_eq!(moved(&harness, "moved").await as u32, 2, "{code:?}");
+        assert_eq!(moved(&harness, "lost").await as u32, 0, "{code:?}");
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn the_only_worker_is_asked_again_when_its_connection_breaks() {
+    for framed in [true, false] {
+        for begun in [0, 5] {
+            let worker = FakeWorker::start("decode-0", Role::Decode).await;
+            if !framed {
+                worker.without_frames();
+            }
+            let harness = Harness::start(&[&worker], |options| {
+                alone(options);
+                options.timeouts.replacement = PATIENCE;
+            })
+            .await;
+            for stream in [true, false] {
+                worker.then(Act::DieAfter(begun));
+                let answer = harness.chat(&ask(stream)).await;
+                assert_eq!(answer.status, 200, "{framed} {begun}: {}", answer.text);
+                let prompt = worker.generated().into_iter().find(|request| request.generated == 0);
+                let expected = text(&oracle(&prompt.expect("a call").tokens, 3, 20));
+                assert_eq!(answer.content(0), expected, "{framed} {begun}");
+            }
+            worker.always(Act::DieAfter(0));
+            assert_eq!(harness.chat(&ask(true)).await.status, 502, "but not for ever");
+            harness.finish().await;
+        }
+    }
+}
+
+#[tokio::test]
+async fn a_host_that_dies_with_all_its_workers_loses_no_request() {
+    let living = FakeWorker::start("decode-0", Role::Decode).await;
+    let dying = FakeWorker::start("decode-1", Role::Decode).await;
+    let harness = Harness::start(&[&dying], alone).await;
+    dying.always(Act::SilentAfter(5));
+    let show = async |members: &[Member], age_s: u64| {
+        let roster = Roster { members: members.to_vec(), age: Duration::from_secs(age_s) };
+        harness.members.send_replace(Arc::new(roster));
+        let shown =
+            async || harness.metric("baton_router_view_age_seconds").await as u64 / 100 == age_s / 100;
+        harness.until("the view arrived", shown).await;
+    };
+    for round in 0..4 {
+        let mut left = vec![living.member.clone()];
+        for i in 0..8 {
+            let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let mut member = living.member.clone();
+            member.worker = format!("gone-{round}-{i}").parse().expect("a name");
+            member.address = gone.local_addr().expect("an address").to_string();
+            left.push(member);
+        }
+        // A stream that has begun, on a worker that stops; the view still has the others of its host.
+        show(std::slice::from_ref(&dying.member), 100).await;
+        let calls = dying.generated().len();
+        let body = ask(true);
+        let (begun, ()) = tokio::join!(harness.chat(&body), async {
+            harness.until("it has begun", async || dying.generated().len() > calls).await;
+            show(&left, 200).await;
+        });
+        assert_eq!(begun.content(0).len(), 20, "{}", begun.text);
+        // And one that has not; the dead ones are in another life, so nothing is known of them.
+        left.iter_mut().skip(1).for_each(|member| member.epoch = Epoch(2));
+        show(&left, 300).await;
+        let answer = harness.chat(&ask(true)).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(answer.content(0).len(), 20, "{}", answer.text);
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_generates_too_much_is_cut_off_and_nobody_is_asked_for_nothing() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&worker], alone).await;
+    worker.always(Act::Say(vec![100; 25]));
+    let answer = harness.chat(&ask(true)).await;
+    assert_eq!(answer.content(0), "d".repeat(20));
+    assert_eq!(worker.generated().len(), 1);
     harness.finish().await;
 }
 

@@ -6,7 +6,9 @@ use std::time::{Duration, Instant};
 use baton_config::Role;
 use baton_config::protocol::FailureCode;
 use http_body_util::BodyExt as _;
+use hyper_util::rt::{TokioExecutor, TokioIo};
 use serde_json::{Value, json};
+use tokio::io::AsyncWriteExt as _;
 
 use crate::fake_worker::{Act, FakeWorker};
 use crate::harness::{Harness, PATIENCE};
@@ -143,5 +145,53 @@ async fn a_client_that_does_not_read_costs_little() {
     assert!(sent() < 2 << 20, "{}", sent());
     drop(connection);
     harness.until("cancelled", async || worker.seen.open.load(Ordering::SeqCst) == 0).await;
+    harness.finish().await;
+}
+
+/// A client that leaves the rest of an answer lying keeps its place in flight, its worker and its connection: for its
+/// time, but not for ever.
+#[tokio::test]
+async fn a_client_that_never_reads_on_is_cut_off_when_its_time_is_over() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::Endless);
+    let harness = Harness::start(&[&worker], |options| {
+        options.timeouts.request = Duration::from_secs(2);
+        options.timeouts.unread = Duration::from_millis(500);
+        options.limits.in_flight = 2;
+        options.limits.queue = 2;
+    })
+    .await;
+    // More than all buffers on the way hold, of both versions of HTTP.
+    let mut body: Value = serde_json::from_str(&streamed(400)).expect("JSON");
+    body["n"] = json!(100);
+    body["ignore_eos"] = json!(true);
+    body["logprobs"] = json!(5);
+    let mut over_http1 = tokio::net::TcpStream::connect(harness.address).await.expect("a connection");
+    let text = body.to_string();
+    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", text.len());
+    over_http1.write_all(format!("{head}{text}").as_bytes()).await.expect("written");
+    let stream = tokio::net::TcpStream::connect(harness.address).await.expect("a connection");
+    let (mut http2, connection) =
+        hyper::client::conn::http2::handshake(TokioExecutor::new(), TokioIo::new(stream))
+            .await
+            .expect("HTTP/2");
+    let mut tasks = tokio::task::JoinSet::new();
+    tasks.spawn(connection);
+    let request = |body: Value| {
+        http::Request::post("http://localhost/v1/completions")
+            .body(http_body_util::Full::new(bytes::Bytes::from(body.to_string())))
+            .expect("a request")
+    };
+    let unread = http2.send_request(request(body)).await.expect("an answer");
+    let in_flight = async || harness.metric("baton_router_inflight").await;
+    harness.until("both are served", async || in_flight().await > 2.5).await;
+    worker.always(Act::Good);
+    harness.until("both are given up", async || in_flight().await < 1.5).await;
+    harness.until("the worker is free", async || worker.seen.open.load(Ordering::SeqCst) == 0).await;
+    // Other requests of an HTTP/2 connection are none the worse for it.
+    let answer =
+        http2.send_request(request(json!({ "model": "tiny", "prompt": "hello", "max_tokens": 3 }))).await;
+    assert_eq!(answer.expect("an answer").status(), 200);
+    drop(unread);
     harness.finish().await;
 }

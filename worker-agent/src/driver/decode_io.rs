@@ -15,11 +15,10 @@ use tokio_util::sync::CancellationToken;
 use super::{Command, DecodeLeg, DecodeNews, Io, Owner, delete_at};
 use crate::handoff::decode::{PullOrder, Writers};
 use crate::handoff::{DecodeAction, DecodeEvent, PullFault};
+use crate::validate;
 
 /// How long the view may lag behind the router's before a peer counts as gone.
 const VIEW_LAG_MAX: Duration = Duration::from_millis(500);
-/// Limit for making a session.
-const CONNECT_TIMEOUT: Duration = Duration::from_secs(1);
 /// A read may take this long whatever its size.
 const PULL_MIN: Duration = Duration::from_secs(2);
 /// And this long at most: under the peer's lease, which reads do not renew.
@@ -88,7 +87,11 @@ impl Owner {
         let Some(leg) = self.decodes.get(&id) else { return };
         let (io, peer) = (self.io.clone(), leg.peer.clone());
         self.spawn(CancellationToken::new(), async move {
-            let result = io.peers.fetch_status(&io.address_of(&peer), id).await;
+            let mut result = io.peers.fetch_status(&io.address_of(&peer), id).await;
+            if let Ok(status) = &mut result {
+                // As those that are posted: nothing in them is trusted because it parsed.
+                status.pending.retain(|ticket| validate::ticket(ticket, &io.model).is_ok());
+            }
             Some(Command::Decode(id, DecodeEvent::StatusAnswered(result)))
         });
     }
@@ -167,7 +170,7 @@ async fn second_session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
     let avoid = usual.path().backend;
     let metadata = metadata_of(io, peer).await?;
     let connect = io.agent.connect_avoiding(&peer.worker, peer.epoch, &metadata, avoid);
-    match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
+    match tokio::time::timeout(io.connect_timeout, connect).await {
         Ok(Ok(other)) => {
             tracing::info!(peer = %peer.worker, path = %other.path().backend, %avoid, "reading again over another path");
             Ok(other)
@@ -184,7 +187,7 @@ async fn second_session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
 async fn session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
     let metadata = metadata_of(io, peer).await?;
     let connect = io.agent.connect(&peer.worker, peer.epoch, &metadata);
-    match tokio::time::timeout(CONNECT_TIMEOUT, connect).await {
+    match tokio::time::timeout(io.connect_timeout, connect).await {
         Ok(Ok(session)) => {
             io.paths.used(&peer.worker, &session);
             Ok(session)

@@ -1,7 +1,6 @@
 //! `POST /v1/generate`.
 
 use std::sync::Arc;
-use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::State;
@@ -24,8 +23,6 @@ use crate::validate;
 
 /// Lines between the request's task and its connection; the sequence's own channel holds all the rest.
 const LINES_MAX: usize = 16;
-/// A client that takes no line for so long has left without saying so.
-const STALLED_CLIENT: Duration = Duration::from_secs(60);
 
 pub(super) async fn generate(
     State(shared): State<Arc<Shared>>,
@@ -227,7 +224,7 @@ impl Generation {
     }
 
     async fn send(&self, event: &GenerateEvent) -> Result<(), End> {
-        match tokio::time::timeout(STALLED_CLIENT, self.out.send(lines::line(event))).await {
+        match tokio::time::timeout(self.shared.stalled, self.out.send(lines::line(event))).await {
             Ok(Ok(())) => Ok(()),
             Ok(Err(_)) | Err(_) => Err(End::Left),
         }

@@ -65,6 +65,18 @@ fn replica_n_takes_device_n_of_its_host() {
     assert_eq!(device("accelerator: trainium, transfer: { path: direct }", 1), Some((core, true)));
 }
 
+#[test]
+fn the_patience_of_transfers_is_that_of_the_file() {
+    let transfer = |pool: &str| {
+        let transfer = options_of(pool, 0).transfer;
+        let agent = transfer.agent("decode-0".parse().unwrap()).unwrap();
+        (transfer.connect_timeout.as_millis(), agent.stall.as_millis())
+    };
+    assert_eq!(transfer("accelerator: cpu"), (1000, 1000));
+    let asked = "transfer: { connect_timeout_ms: 250, stall_timeout_ms: 7000 }";
+    assert_eq!(transfer(asked), (250, 7000));
+}
+
 /// Machines with a GPU or a Neuron device have no reason to tell.
 #[test]
 fn a_machine_without_the_device_is_told_what_helps() {

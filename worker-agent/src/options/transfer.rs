@@ -2,7 +2,9 @@
 
 use std::net::{IpAddr, SocketAddr};
 use std::path::PathBuf;
+use std::time::Duration;
 
+use baton_config::fleet::defaults;
 use baton_config::{WorkerId, fleet};
 use baton_transfer::auth::{Token, TokenError};
 use baton_transfer::{
@@ -36,6 +38,10 @@ pub struct TransferOptions {
     pub ucx: UcxOptions,
     /// Which plugin is loaded.
     pub plugin: Option<PluginOptions>,
+    /// For a session with a peer to come about.
+    pub connect_timeout: Duration,
+    /// A path on which nothing moves for so long is left for another one, if there is one.
+    pub stall_timeout: Duration,
 }
 
 /// Why the token of the fleet cannot be used.
@@ -76,6 +82,8 @@ impl TransferOptions {
             libfabric: LibfabricOptions::default(),
             ucx: UcxOptions::default(),
             plugin: None,
+            connect_timeout: defaults::CONNECT_TIMEOUT,
+            stall_timeout: defaults::STALL_TIMEOUT,
         }
     }
 
@@ -125,6 +133,8 @@ impl TransferOptions {
             },
             ucx: UcxOptions { bind: interface, transports: spec.transports.clone() },
             plugin: spec.plugin.clone().map(|path| PluginOptions { path, bind: Some(interface) }),
+            connect_timeout: spec.connect_timeout,
+            stall_timeout: spec.stall_timeout,
         })
     }
 
@@ -151,6 +161,7 @@ impl TransferOptions {
             libfabric: self.libfabric.clone(),
             ucx: self.ucx.clone(),
             plugin: self.plugin.clone(),
+            stall: self.stall_timeout,
             ..AgentOptions::new(worker)
         })
     }

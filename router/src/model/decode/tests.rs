@@ -137,3 +137,24 @@ proptest! {
         }
     }
 }
+
+#[test]
+fn tokens_without_text_cost_nothing_that_stays() {
+    let vocabulary = metaspace();
+    let mut decoder = Decoder::new(Arc::clone(&vocabulary));
+    let (mut text, mut ids) = (String::new(), Vec::new());
+    for round in 0..2_000 {
+        // The end of a text, an id that no token has, and now and then a word.
+        let silent = [2, 100_000];
+        let said = if round % 500 == 0 { &[2, 263, 100_000][..] } else { &silent };
+        for id in said {
+            decoder.push(*id, &mut text);
+            ids.push(*id);
+        }
+        let State::Window { ids: window, .. } = &decoder.state else { panic!("not of this kind") };
+        assert!(window.len() <= WINDOW_MAX_TOKENS, "{} tokens after {round} rounds", window.len());
+    }
+    decoder.finish(&mut text);
+    assert_eq!(text, vocabulary.decode(&ids));
+    assert_eq!(text, "a a a a");
+}

@@ -4,7 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use baton_config::Epoch;
-use baton_config::frames::{Command, FrameError, Open, Reader, StreamId};
+use baton_config::frames::{self, Command, FrameError, Open, Reader, StreamId};
 use baton_config::protocol::{FailureCode, GenerateEvent};
 use baton_engine::EngineEvent;
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWrite, AsyncWriteExt as _};
@@ -24,9 +24,7 @@ use crate::validate;
 
 /// Bytes that wait to be written at most, but for the frame that reaches them; the rest waits where it is bounded.
 const OUT_BYTES: usize = 256 << 10;
-/// A client that takes no token for so long has left without saying so, and so has a router that takes nothing.
-const STALLED: Duration = Duration::from_secs(60);
-/// Between two looks for those.
+/// Between two looks for clients that take nothing, and for a router that does not.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
 /// For what is left to write when the worker stops.
 const FAREWELL: Duration = Duration::from_secs(1);
@@ -95,7 +93,7 @@ impl Connection {
     pub(super) async fn run<S: AsyncRead + AsyncWrite + Unpin>(mut self, io: S) {
         let (mut input, mut output) = tokio::io::split(io);
         let (abort, inbox) = (self.shared.abort.clone(), Arc::clone(&self.inbox));
-        let mut looks = tokio::time::interval(LOOK_EVERY);
+        let mut looks = tokio::time::interval(LOOK_EVERY.min(self.shared.stalled / 2));
         let mut items = Vec::new();
         loop {
             inbox.take(&mut items);
@@ -319,13 +317,25 @@ impl Connection {
     /// Looks for those who left without saying so; whether the router is one of them.
     fn look(&mut self) -> bool {
         let now = Instant::now();
-        for id in self.streams.blocked_for(now.into_std(), STALLED) {
+        let stalled = self.shared.stalled;
+        for id in self.streams.blocked_for(now.into_std(), stalled) {
             if let Some(generation) = self.streams.remove(id) {
                 tracing::info!(stream = id.0, "a generation is given up: nobody takes its tokens");
                 leave(&self.shared, generation, RequestEnd::Cancelled);
+                self.tell_given_up(id);
             }
         }
-        self.stuck.is_some_and(|since| now.duration_since(since) >= STALLED)
+        self.stuck.is_some_and(|since| now.duration_since(since) >= stalled)
+    }
+
+    /// Says that no more comes of a generation, although some of it was not taken: should its client take the rest after
+    /// all, its router has it made elsewhere, instead of waiting for this worker.
+    fn tell_given_up(&mut self, id: StreamId) {
+        let message = format!("no token was taken for {} s", self.shared.stalled.as_secs());
+        let last = GenerateEvent::Failed { code: FailureCode::Engine, message };
+        if let Err(error) = frames::event(&mut self.out, id, &last) {
+            tracing::error!(%error, "an event could not be written");
+        }
     }
 
     fn count(&self, stage: &Stage) {

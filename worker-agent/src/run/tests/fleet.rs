@@ -24,7 +24,7 @@ use super::super::{Stop, Worker};
 use super::Tamper;
 use crate::handoff;
 use crate::options::{
-    ArenaOptions, DeviceKind, DeviceOptions, EngineChoice, TransferOptions, WorkerOptions, geometry,
+    ArenaOptions, DeviceKind, DeviceOptions, EngineChoice, STALLED, TransferOptions, WorkerOptions, geometry,
 };
 
 pub(super) const BODY_MAX: usize = 256 << 10;
@@ -224,6 +224,12 @@ impl Fleet {
         self.run(name, options)
     }
 
+    pub(super) fn alone_for_the_quick(&self, name: &str, stalled: Duration) -> Running {
+        let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
+        options.stalled = stalled;
+        self.run(name, options)
+    }
+
     pub(super) fn alone(&self, name: &str) -> Running {
         self.worker(name, Role::Both, (16, self.setup.layouts.1), false)
     }
@@ -273,6 +279,7 @@ impl Fleet {
             conductor_access: baton_config::fleet::ConductorAccess::default(),
             in_flight_max: 256,
             body_max: Bytes(BODY_MAX as u64),
+            stalled: STALLED,
             drain_grace: Duration::from_secs(20),
             local_prefill: self.setup.local_prefill,
             join_timeout: Duration::from_secs(20),

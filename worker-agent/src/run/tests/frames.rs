@@ -1,6 +1,7 @@
 //! The connection of frames, over real sockets.
 
 use std::collections::BTreeMap;
+use std::time::Duration;
 
 use baton_config::Epoch;
 use baton_config::frames::{self, News, Reader, StreamId};
@@ -98,6 +99,26 @@ impl Wire {
 fn plain(fleet: &Fleet, seed: u64, max_tokens: u32) -> GenerateRequest {
     let tokens = prompt(seed, 20 + seed as usize, fleet.vocab());
     GenerateRequest { logits_digest: false, ..fleet.request(tokens, max_tokens) }
+}
+
+#[test]
+fn a_generation_that_nobody_takes_is_given_up_and_says_so() {
+    let fleet = Fleet::start(Setup { blocks: 600, ..Setup::sim() });
+    let worker = fleet.alone_for_the_quick("lone", Duration::from_millis(400));
+    fleet.block_on(async {
+        let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
+        wire.open(1, 3, &plain(&fleet, 1, 30)).await;
+        wire.read_until(|got| got.get(&1).is_some_and(|got| got.failed.is_some())).await;
+        let got = &wire.got[&1];
+        assert_eq!((got.tokens.len(), got.failed, got.finished), (3, Some(FailureCode::Engine), None));
+        // Credit that comes too late means nothing, and the connection is as good as before.
+        wire.say(|out| frames::credit(out, StreamId(1), 20)).await;
+        wire.open(2, 30, &plain(&fleet, 2, 30)).await;
+        wire.read_until(|got| got.get(&2).is_some_and(|got| got.finished.is_some())).await;
+        assert_eq!((wire.got[&1].tokens.len(), wire.got[&2].tokens.len()), (3, 30));
+        until("all blocks back", || worker.in_use() == 0).await;
+        worker.audit().await;
+    });
 }
 
 #[test]

@@ -1,0 +1,64 @@
+//! How a worker of either kind becomes a member of the fleet, and ceases to be one.
+
+use std::net::SocketAddr;
+use std::sync::Arc;
+use std::time::Duration;
+
+use baton_conductor::{
+    Client, JoinError, Membership, MembershipOptions, Registration, View, WorkerRecord, WorkerState,
+};
+use baton_config::WorkerId;
+use tokio::sync::watch;
+use tokio_util::sync::CancellationToken;
+
+/// How often the conductor is told how busy a worker is.
+pub(crate) const LOAD_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a worker that leaves still takes the requests of routers that have not heard. Its own view, which hears when
+/// theirs do, mostly ends this in some milliseconds; without a conductor nothing does.
+pub(crate) const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
+/// How long tasks and connections may take to end once nothing is left to do for them.
+pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
+
+/// Takes a lease on the name of `registration`, for as long as `timeout` and until told to `drain`.
+pub(crate) async fn join(
+    fleet: &Client,
+    registration: Registration,
+    (conductors, timeout): (&[String], Duration),
+    drain: &CancellationToken,
+) -> Result<Membership, JoinError> {
+    let timing = MembershipOptions { join_timeout: timeout, ..MembershipOptions::default() };
+    let joined = drain.run_until_cancelled(Membership::join(fleet, registration, timing)).await;
+    joined.unwrap_or_else(|| {
+        Err(JoinError::Unreachable { endpoints: conductors.to_vec(), waited: Duration::ZERO, source: None })
+    })
+}
+
+/// `host:port` at which others reach what listens at `address`.
+pub(crate) fn told_address(advertise: Option<&str>, address: SocketAddr) -> String {
+    match advertise {
+        None => address.to_string(),
+        Some(host) if host.contains(':') => format!("[{host}]:{}", address.port()),
+        Some(host) => format!("{host}:{}", address.port()),
+    }
+}
+
+/// Waits until an operator asks for a drain.
+pub(crate) async fn asked(mut drain: watch::Receiver<bool>) {
+    if drain.wait_for(|asked| *asked).await.is_err() {
+        // The membership ended without anybody asking.
+        std::future::pending::<()>().await;
+    }
+}
+
+/// Done when the view says that `worker` leaves: routers hear of it when this worker does.
+pub(crate) async fn seen_leaving(fleet: &Client, worker: &WorkerId) {
+    let mut views = fleet.changed();
+    let leaving = |view: &Arc<View>| {
+        let ready = |record: &Arc<WorkerRecord>| record.state == WorkerState::Ready;
+        !view.worker(worker).is_some_and(ready) || view.drain.contains(worker)
+    };
+    if views.wait_for(leaving).await.is_err() {
+        // The client ends with this worker only.
+        std::future::pending::<()>().await;
+    }
+}
