@@ -26,7 +26,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use access::{ConductorAccess, ConductorGuard, Identity, ServerTls};
-pub use auth::{AuthSpec, Isolation, JwtAlgorithm, JwtSpec};
+pub use auth::{AuthSpec, Isolation, JwksSource, JwtAlgorithm, JwtSpec, RemoteJwks};
 pub use autoscale::{
     Autoscale, KubernetesSpec, ScaleTarget, ScalerKind, ScalerSpec, WebhookAuth, WebhookSpec, WorkloadKind,
 };
