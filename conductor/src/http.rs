@@ -26,17 +26,18 @@ pub fn builder_for_servers(tls: ClientConfig) -> reqwest::ClientBuilder {
     builder_with(tls)
 }
 
-/// The TLS of a client of `servers`: it believes `ca_file`, or the authorities of the system; nobody where no server
-/// speaks TLS.
+/// The TLS of a client of `servers`: it believes `ca_file`, which `key` of the fleet document names, or the authorities
+/// of the system; nobody where no server speaks TLS.
 ///
 /// # Errors
 /// When there is nobody to believe and somebody should be.
 pub fn server_tls<'a>(
     servers: impl IntoIterator<Item = &'a str>,
     ca_file: Option<&Path>,
+    key: &'static str,
 ) -> Result<ClientConfig, crate::TlsError> {
     match servers.into_iter().any(|url| url.starts_with("https:")) {
-        true => crate::tls::trusting(ca_file),
+        true => crate::tls::trusting(ca_file, key),
         false => Ok(crate::tls::trusting_nobody()),
     }
 }

@@ -53,8 +53,11 @@ pub enum TlsError {
         why: String,
     },
     /// A server of another project speaks TLS, and there is nobody to believe.
-    #[error("this system names no authority to trust: name that of the server with engine.ca_file")]
-    UnknownServer,
+    #[error("this system names no authority to trust: name that of the server with {key}")]
+    UnknownServer {
+        /// What names one in the fleet document.
+        key: &'static str,
+    },
     /// There is an `https` endpoint and nobody to believe.
     #[error("this system names no authority to trust: name one with conductor.tls.ca_file")]
     NoAuthorities,
@@ -232,11 +235,11 @@ impl fmt::Debug for ClientFiles {
 }
 
 /// The side of a client of servers of other projects, whose certificates are of this authority, or of one of the
-/// system's.
-pub(crate) fn trusting(ca_file: Option<&Path>) -> Result<ClientConfig, TlsError> {
+/// system's; `key` of the fleet document names the file.
+pub(crate) fn trusting(ca_file: Option<&Path>, key: &'static str) -> Result<ClientConfig, TlsError> {
     let roots = match ca_file {
         Some(path) => authorities(&read_public(path)?, path)?,
-        None => system_authorities().map_err(|_| TlsError::UnknownServer)?,
+        None => system_authorities().map_err(|_| TlsError::UnknownServer { key })?,
     };
     let builder = versions(ClientConfig::builder_with_provider(provider()));
     Ok(builder.with_root_certificates(roots).with_no_client_auth())

@@ -6,6 +6,7 @@
 //! What parses but is not part of this build is listed by [`Fleet::unsupported`].
 
 pub mod access;
+pub mod auth;
 pub mod autoscale;
 mod availability;
 mod check;
@@ -25,6 +26,7 @@ use std::io::Read;
 use std::path::{Path, PathBuf};
 
 pub use access::{ConductorAccess, ConductorGuard, Identity, ServerTls};
+pub use auth::{AuthSpec, Isolation, JwksSource, JwtAlgorithm, JwtSpec, RemoteJwks};
 pub use autoscale::{
     Autoscale, KubernetesSpec, ScaleTarget, ScalerKind, ScalerSpec, WebhookAuth, WebhookSpec, WorkloadKind,
 };
@@ -35,10 +37,7 @@ pub use listen::Listen;
 pub use openai::OpenaiSpec;
 pub use pairs::PairPath;
 pub use pool::{KvCapacity, KvSpec, Pool, WorkerLimits};
-pub use router::{
-    AuthSpec, Disaggregation, Isolation, JwtAlgorithm, JwtSpec, PolicyKind, PolicySpec, RouterLimits,
-    RouterSpec, Slo,
-};
+pub use router::{Disaggregation, PolicyKind, PolicySpec, RouterLimits, RouterSpec, Slo};
 pub use transfer::{BackendKind, Choose, Integrity, TransferLimitsSpec, TransferPath, TransferSpec};
 
 use crate::environment;

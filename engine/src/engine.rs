@@ -6,6 +6,7 @@
 //!                 |  |               |  |  +-- export, first token --> held --release--> (gone)
 //!                 |  +--> importing -|--+ start_decode, prefill_locally
 //!                 +---- preempted ---+
+//!                 +- resume - paused +
 //! ```
 //!
 //! - Who waits is served in order of submission; who is preempted keeps its place in that order.
@@ -18,6 +19,7 @@ mod admission;
 mod audit;
 mod ending;
 mod event;
+mod pause;
 mod schedule;
 mod sequence;
 mod spec;
@@ -52,7 +54,7 @@ pub enum Step {
 /// How busy an engine is.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
 pub struct EngineLoad {
-    /// Sequences being computed or imported.
+    /// Sequences being computed or imported, or set aside until their reader has caught up.
     pub running: u32,
     /// Sequences waiting for room.
     pub waiting: u32,
@@ -223,13 +225,13 @@ impl Engine {
         for sequence in self.sequences.values() {
             match sequence.phase {
                 Phase::Waiting => load.waiting += 1,
-                Phase::Importing | Phase::Running => load.running += 1,
+                Phase::Importing | Phase::Running | Phase::Paused => load.running += 1,
                 Phase::Held => load.held += 1,
             }
             let computes = match sequence.phase {
                 Phase::Waiting => sequence.purpose != Purpose::Import,
                 Phase::Running => sequence.due() > 1,
-                Phase::Importing | Phase::Held => false,
+                Phase::Importing | Phase::Held | Phase::Paused => false,
             };
             if computes {
                 load.prefill_tokens_pending += u64::from(sequence.due());

@@ -105,7 +105,7 @@ impl Gateway {
         let path = request.uri().path();
         let (route, dialect) = (Route::of_path(path), Dialect::of_path(path));
         let mut entry = Entry::open(Arc::clone(&self.metrics), route);
-        let principal = match self.check(route, &request, &mut entry) {
+        let principal = match self.check(route, &request, &mut entry).await {
             Ok(principal) => principal,
             Err(refused) => {
                 let response = refused.response(dialect);
@@ -139,7 +139,7 @@ impl Gateway {
     }
 
     /// What can be refused by the head alone; whose request it is, where that matters.
-    fn check(
+    async fn check(
         &self,
         route: Route,
         request: &Request<Incoming>,
@@ -150,12 +150,12 @@ impl Gateway {
         if !route.needs_key() {
             return Ok(None);
         }
-        self.principal(request.headers(), entry).map(Some)
+        self.principal(request.headers(), entry).await.map(Some)
     }
 
     /// Whose request it is.
-    fn principal(&self, headers: &HeaderMap, entry: &mut Entry) -> Result<Arc<Principal>, Refusal> {
-        let principal = self.auth.authenticate(headers)?;
+    async fn principal(&self, headers: &HeaderMap, entry: &mut Entry) -> Result<Arc<Principal>, Refusal> {
+        let principal = self.auth.authenticate(headers).await?;
         if self.auth.is_guarded() {
             entry.belongs_to(&principal);
         }

@@ -28,6 +28,9 @@ pub(crate) struct Metrics {
     denied: IntCounterVec,
     /// 1 while a file of keys that changed cannot be used.
     pub(crate) keys_stale: IntGauge,
+    jwks_fetches: IntCounterVec,
+    pub(crate) jwks_keys: IntGauge,
+    pub(crate) jwks_age: Gauge,
     tenant_ended: IntCounterVec,
     tenant_tokens: IntCounterVec,
     pub(crate) ttft: Histogram,
@@ -138,6 +141,19 @@ impl Metrics {
                 "baton_router_keys_stale",
                 "1 while the file of keys cannot be used and the old keys are kept.",
             )?,
+            jwks_fetches: make.counters(
+                "baton_router_jwks_fetches_total",
+                "Fetches of the keys of the identity provider, by result: ok, failed.",
+                &["result"],
+            )?,
+            jwks_keys: make.gauge(
+                "baton_router_jwks_keys",
+                "Keys of the identity provider that tokens may be signed with.",
+            )?,
+            jwks_age: make.add(Gauge::new(
+                "baton_router_jwks_age_seconds",
+                "Time since the keys of the identity provider were fetched, where they are.",
+            ))?,
             tenant_ended: make.counters(
                 "baton_router_tenant_requests_total",
                 "Requests ended, by tenant of the file of keys and by who is to blame.",
@@ -205,6 +221,9 @@ impl Metrics {
         for denied in Denied::ALL {
             self.denied.with_label_values(&[denied.label()]);
         }
+        for result in ["ok", "failed"] {
+            self.jwks_fetches.with_label_values(&[result]);
+        }
         for reason in MoveReason::ALL {
             for result in ["moved", "lost"] {
                 self.migrations.with_label_values(&[reason.label(), result]);
@@ -229,6 +248,11 @@ impl Metrics {
     /// Books a request without a good key.
     pub(crate) fn denied(&self, denied: Denied) {
         self.denied.with_label_values(&[denied.label()]).inc();
+    }
+
+    /// Books a fetch of the keys of the identity provider.
+    pub(crate) fn jwks_fetched(&self, well: bool) {
+        self.jwks_fetches.with_label_values(&[if well { "ok" } else { "failed" }]).inc();
     }
 
     /// Books the end of a request of a tenant; `label` comes from the file of keys.

@@ -46,6 +46,8 @@ pub(crate) enum Refusal {
     Unauthorized { message: &'static str, code: &'static str },
     /// Who asks is known and may not.
     Forbidden { message: &'static str, code: &'static str },
+    /// Whether a token is good cannot be told yet.
+    NoSigners,
     /// Turned away at the gate: by the state of the router, or by what the key may use.
     Overloaded(Refused),
     /// Every worker refused for want of room.
@@ -117,7 +119,7 @@ impl Refusal {
             Self::HeadTooLarge => StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE,
             Self::MediaType { .. } => StatusCode::UNSUPPORTED_MEDIA_TYPE,
             Self::Overloaded(_) | Self::WorkersBusy => StatusCode::TOO_MANY_REQUESTS,
-            Self::NoWorker => StatusCode::SERVICE_UNAVAILABLE,
+            Self::NoWorker | Self::NoSigners => StatusCode::SERVICE_UNAVAILABLE,
             Self::RefusedByServer { status, .. } => *status,
             Self::WorkerLost | Self::ServerDenied => StatusCode::BAD_GATEWAY,
             Self::TimedOut => StatusCode::GATEWAY_TIMEOUT,
@@ -174,6 +176,7 @@ impl Refusal {
             },
             Self::WorkersBusy => ("rate_limit_error", Some("overloaded")),
             Self::NoWorker => ("server_error", Some("no_worker")),
+            Self::NoSigners => ("server_error", Some("identity_provider_unavailable")),
             Self::WorkerLost => ("server_error", Some("worker_lost")),
             Self::RefusedByServer { kind, code, .. } => (kind.as_str(), code.as_deref()),
             Self::ServerDenied => ("server_error", Some("server_denied")),
@@ -219,6 +222,10 @@ impl Refusal {
             Self::Overloaded(refused) => overloaded(refused),
             Self::WorkersBusy => "All workers are at their limit. Try again later.".to_owned(),
             Self::NoWorker => "No worker can serve this model now. Try again later.".to_owned(),
+            Self::NoSigners => {
+                "Tokens cannot be checked now: the keys of the identity provider could not be fetched. Try again later."
+                    .to_owned()
+            }
             Self::WorkerLost => {
                 "The worker that served this request was lost and it could not be moved to another one."
                     .to_owned()
@@ -240,7 +247,7 @@ impl Refusal {
             Self::Unauthorized { .. } => {
                 headers.insert(WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
             }
-            Self::WorkersBusy | Self::NoWorker => {
+            Self::WorkersBusy | Self::NoWorker | Self::NoSigners => {
                 headers.insert(RETRY_AFTER, HeaderValue::from(1));
             }
             Self::Method { allow, .. } => {

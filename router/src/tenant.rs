@@ -7,13 +7,15 @@
 mod directory;
 mod jwt;
 mod reload;
+mod remote;
 
 use std::collections::HashSet;
 use std::sync::{Arc, Mutex, PoisonError, RwLock};
 use std::time::Duration;
 
+use baton_conductor::TlsError;
 use baton_config::fault::Faults;
-use baton_config::fleet::{AuthSpec, Isolation};
+use baton_config::fleet::{AuthSpec, Isolation, JwksSource, JwtSpec};
 use baton_config::keys::{KeysFile, Quota};
 use http::HeaderMap;
 use http::header::AUTHORIZATION;
@@ -26,6 +28,7 @@ use directory::Directory;
 pub use directory::{MintError, MintedKey, mint};
 pub use jwt::JwksError;
 use jwt::Provider;
+use remote::Remote;
 
 /// Tenants with a label of their own in metrics; further ones share `other`.
 const LABELS_MAX: usize = 100;
@@ -67,14 +70,26 @@ pub(crate) enum Denied {
     Expired,
     /// The token is not good.
     Token,
+    /// The token is signed by a key that the identity provider is not known to have.
+    Signer,
+    /// No key of the identity provider is known yet.
+    NoSigners,
     /// The token is good, but names no tenant of the file.
     Tenant,
 }
 
 impl Denied {
     /// Every reason.
-    pub(crate) const ALL: [Self; 6] =
-        [Self::Missing, Self::Malformed, Self::Unknown, Self::Expired, Self::Token, Self::Tenant];
+    pub(crate) const ALL: [Self; 8] = [
+        Self::Missing,
+        Self::Malformed,
+        Self::Unknown,
+        Self::Expired,
+        Self::Token,
+        Self::Signer,
+        Self::NoSigners,
+        Self::Tenant,
+    ];
 
     /// The label.
     pub(crate) fn label(self) -> &'static str {
@@ -84,6 +99,8 @@ impl Denied {
             Self::Unknown => "unknown_key",
             Self::Expired => "expired",
             Self::Token => "bad_token",
+            Self::Signer => "unknown_signer",
+            Self::NoSigners => "no_signers",
             Self::Tenant => "unknown_tenant",
         }
     }
@@ -96,7 +113,10 @@ impl Denied {
             ),
             Self::Malformed | Self::Unknown => ("Incorrect API key provided.", "invalid_api_key"),
             Self::Expired => ("The API key has expired.", "expired_api_key"),
-            Self::Token => ("The token is not valid for this service, or no longer.", "invalid_token"),
+            Self::Token | Self::Signer => {
+                ("The token is not valid for this service, or no longer.", "invalid_token")
+            }
+            Self::NoSigners => return Refusal::NoSigners,
             Self::Tenant => {
                 return Refusal::Forbidden {
                     message: "The token names no tenant of this service.",
@@ -117,6 +137,12 @@ pub enum AuthError {
     /// The keys of the identity provider.
     #[error("the keys of the identity provider cannot be used")]
     Jwks(#[from] JwksError),
+    /// Whether it is the identity provider that answers cannot be checked.
+    #[error("the identity provider cannot be trusted")]
+    Trust(#[source] Box<TlsError>),
+    /// There is nothing to call it with.
+    #[error("the identity provider cannot be called")]
+    Client(#[source] reqwest::Error),
 }
 
 /// Who may use the router.
@@ -139,8 +165,40 @@ enum Mode {
 struct Guard {
     spec: AuthSpec,
     directory: RwLock<Arc<Directory>>,
-    provider: Option<RwLock<Arc<Provider>>>,
+    identity: Option<Identity>,
     labels: Mutex<HashSet<Arc<str>>>,
+}
+
+/// An identity provider.
+#[derive(Debug)]
+struct Identity {
+    /// What is known of it; nothing before its keys were fetched.
+    provider: RwLock<Option<Arc<Provider>>>,
+    /// Where its keys come from, if not from a file.
+    remote: Option<Remote>,
+}
+
+impl Identity {
+    fn new(spec: &JwtSpec) -> Result<Self, AuthError> {
+        let (provider, remote) = match &spec.keys {
+            JwksSource::File(path) => (Some(Arc::new(Provider::load(path, spec)?)), None),
+            JwksSource::Remote(source) => (None, Some(Remote::new(spec, source)?)),
+        };
+        Ok(Self { provider: RwLock::new(provider), remote })
+    }
+
+    fn current(&self) -> Result<Arc<Provider>, Denied> {
+        let provider = self.provider.read().unwrap_or_else(PoisonError::into_inner);
+        provider.clone().ok_or(Denied::NoSigners)
+    }
+
+    fn age(&self) -> Option<Duration> {
+        self.remote.as_ref()?.age()
+    }
+
+    fn replace(&self, provider: Provider) {
+        *self.provider.write().unwrap_or_else(PoisonError::into_inner) = Some(Arc::new(provider));
+    }
 }
 
 impl Auth {
@@ -160,15 +218,12 @@ impl Auth {
             // One tenant shares its cache with itself.
             return Ok(Self { mode: Mode::Open(Arc::new(principal)), isolation: Isolation::None, metrics });
         };
-        let provider = match &spec.jwt {
-            Some(jwt) => Some(RwLock::new(Arc::new(Provider::load(jwt)?))),
-            None => None,
-        };
+        let identity = spec.jwt.as_ref().map(Identity::new).transpose()?;
         let file = KeysFile::load(&spec.keys_file)?;
         let guard = Guard {
             spec: spec.clone(),
             directory: RwLock::new(Arc::new(Directory::default())),
-            provider,
+            identity,
             labels: Mutex::default(),
         };
         guard.replace(&file);
@@ -180,13 +235,19 @@ impl Auth {
         matches!(self.mode, Mode::Guarded(_))
     }
 
-    /// Whose request it is.
-    pub(crate) fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<Principal>, Refusal> {
+    /// Whose request it is. Waits where a token is signed by a key that is not known yet, and only then.
+    pub(crate) async fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<Principal>, Refusal> {
         let guard = match &self.mode {
             Mode::Open(anybody) => return Ok(Arc::clone(anybody)),
             Mode::Guarded(guard) => guard,
         };
-        guard.authenticate(headers).map_err(|denied| {
+        let mut found = guard.authenticate(headers);
+        if let Err(Denied::Signer | Denied::NoSigners) = found
+            && guard.newer_signers().await
+        {
+            found = guard.authenticate(headers);
+        }
+        found.map_err(|denied| {
             self.metrics.denied(denied);
             denied.refusal()
         })
@@ -218,14 +279,21 @@ impl Guard {
     fn authenticate(&self, headers: &HeaderMap) -> Result<Arc<Principal>, Denied> {
         let credential = credential(headers)?;
         let directory = self.directory.read().unwrap_or_else(PoisonError::into_inner).clone();
-        if let Some(provider) = &self.provider
+        if let Some(identity) = &self.identity
             && !credential.starts_with(baton_config::keys::KEY_PREFIX)
         {
-            let provider = provider.read().unwrap_or_else(PoisonError::into_inner).clone();
-            let tenant = provider.tenant(credential)?;
+            let tenant = identity.current()?.tenant(credential)?;
             return directory.of_tenant(&tenant).ok_or(Denied::Tenant);
         }
         directory.of_key(credential, unix_seconds())
+    }
+
+    /// Waits for newer keys of the identity provider, where they come from itself; whether there are any.
+    async fn newer_signers(&self) -> bool {
+        match self.identity.as_ref().and_then(|identity| identity.remote.as_ref()) {
+            Some(remote) => remote.newer().await,
+            None => false,
+        }
     }
 
     fn replace(&self, file: &KeysFile) {

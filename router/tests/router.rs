@@ -3,6 +3,8 @@
 
 #[path = "support/fake_frames.rs"]
 mod fake_frames;
+#[path = "support/fake_provider.rs"]
+mod fake_provider;
 #[path = "support/fake_server.rs"]
 mod fake_server;
 #[path = "support/fake_worker.rs"]

@@ -86,6 +86,8 @@ enum Command {
     StartDecode(SeqId, FirstToken),
     PrefillLocally(SeqId),
     Cancel(SeqId, Writers),
+    Pause(SeqId),
+    Resume(SeqId),
     Fence(SeqId),
     Release(SeqId),
     Audit(oneshot::Sender<Result<(), AuditError>>),
@@ -224,6 +226,16 @@ impl EngineHandle {
     /// See [`Engine::cancel`].
     pub async fn cancel(&self, id: SeqId, writers: Writers) {
         self.tell(Command::Cancel(id, writers)).await;
+    }
+
+    /// See [`Engine::pause`].
+    pub async fn pause(&self, id: SeqId) {
+        self.tell(Command::Pause(id)).await;
+    }
+
+    /// See [`Engine::resume`].
+    pub async fn resume(&self, id: SeqId) {
+        self.tell(Command::Resume(id)).await;
     }
 
     /// See [`Engine::fence`].
@@ -391,6 +403,8 @@ impl Thread {
                 self.routes.remove(&id);
                 self.engine.cancel(id, writers);
             }
+            Command::Pause(id) => self.engine.pause(id),
+            Command::Resume(id) => self.engine.resume(id),
             Command::Fence(id) => self.engine.fence(id),
             Command::Release(id) => {
                 self.routes.remove(&id);

@@ -47,6 +47,10 @@ pub const ISOLATION: Isolation = Isolation::Tenant;
 pub const JWT_ALGORITHMS: &[JwtAlgorithm] = &[JwtAlgorithm::Rs256, JwtAlgorithm::Es256];
 /// `router.auth.jwt.tenant_claim`.
 pub const TENANT_CLAIM: &str = "tenant";
+/// `router.auth.jwt.refresh_ms`: keys are published well before they are used, and taken back for good within minutes.
+pub const JWKS_REFRESH: Duration = Duration::from_secs(300);
+/// `router.auth.jwt.timeout_ms`.
+pub const JWKS_TIMEOUT: Duration = Duration::from_secs(10);
 /// `router.auth.jwt.leeway_ms`.
 pub const JWT_LEEWAY: Duration = Duration::from_secs(60);
 /// `router.limits.body`.

@@ -192,17 +192,42 @@ fn tokens_of_an_identity_provider_are_signed_with_private_keys() {
     let spec = fleet.router.auth.unwrap().jwt.unwrap();
     assert_eq!(spec.algorithms, [JwtAlgorithm::Rs256, JwtAlgorithm::Es256]);
     assert_eq!((spec.tenant_claim.as_str(), spec.leeway), ("tenant", std::time::Duration::from_secs(60)));
+    assert_eq!(spec.keys, JwksSource::File("j".into()));
     let faults = jwt("{ issuer: i, algorithms: [HS256, none] }").unwrap_err().to_string();
     expect![[r#"
-        fleet.yaml:3:58: router.auth.jwt.jwks_file: is missing
-          remedy: write `jwks_file:` with the path of the JSON Web Key Set of the identity provider
         fleet.yaml:3:58: router.auth.jwt.audience: is missing
           remedy: write `audience:` with the `aud` of tokens for this router
+        fleet.yaml:3:68: router.auth.jwt.issuer: is no https:// URL, and there is neither jwks_url nor jwks_file: nothing says where its keys are
+          remedy: write `jwks_url:` or `jwks_file:`, or the issuer's URL
         fleet.yaml:3:84: router.auth.jwt.algorithms[0]: is HS256, which is not one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
           remedy: write one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
         fleet.yaml:3:91: router.auth.jwt.algorithms[1]: is none, which is not one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
           remedy: write one of RS256, RS384, RS512, PS256, PS384, PS512, ES256, ES384, EdDSA
         4 faults in fleet.yaml"#]].assert_eq(&faults);
+}
+
+#[test]
+fn keys_of_an_identity_provider_come_from_a_file_or_from_itself() {
+    let jwt = |jwt: &str| {
+        let router = format!("router: {{ auth: {{ keys_file: k, jwt: {{ audience: baton, {jwt} }} }} }}");
+        parse(&with_head(&format!("{router}\npools: [{{ name: all, role: both }}]\n")))
+    };
+    let source = |text: &str| jwt(text).unwrap().router.auth.unwrap().jwt.unwrap().keys;
+    assert_eq!(source("issuer: \"https://id.example/\""), JwksSource::Remote(RemoteJwks::new(None)));
+    let mut given = RemoteJwks::new(Some("http://127.0.0.1:9/keys".to_owned()));
+    given.refresh = std::time::Duration::from_secs(2);
+    given.ca_file = Some("ca.pem".into());
+    let text = "issuer: i, jwks_url: \"http://127.0.0.1:9/keys\", ca_file: ca.pem, refresh_ms: 2000";
+    assert_eq!(source(text), JwksSource::Remote(given));
+    let faults = |text: &str| jwt(text).unwrap_err().to_string();
+    expect![[r#"
+        fleet.yaml:3:78: router.auth.jwt.jwks_url: is http://id.example/keys in quotes, which is not https://HOST/PATH of its JSON Web Key Set; http:// only for a loopback address
+          remedy: write https://HOST/PATH of its JSON Web Key Set; http:// only for a loopback address"#]]
+    .assert_eq(&faults("issuer: i, jwks_url: \"http://id.example/keys\""));
+    expect![[r#"
+        fleet.yaml:3:92: router.auth.jwt.jwks_url: is given beside jwks_file, from which nothing is fetched
+          remedy: keep jwks_file, or what says how keys are fetched"#]]
+    .assert_eq(&faults("issuer: i, jwks_file: j, jwks_url: \"https://id.example/keys\""));
 }
 
 #[test]

@@ -83,7 +83,8 @@ impl Engine {
         let listed =
             (waiting, running) == (sequence.phase == Phase::Waiting, sequence.phase == Phase::Running);
         let held = sequence.blocks.len() as u32 * self.block_tokens();
-        let fits = sequence.computed <= held && (sequence.phase != Phase::Waiting || held == 0);
+        let without = matches!(sequence.phase, Phase::Waiting | Phase::Paused);
+        let fits = sequence.computed <= held && (!without || held == 0);
         if listed && fits { Ok(()) } else { Err(AuditError::Phase { id }) }
     }
 

@@ -101,14 +101,9 @@ impl Engine {
         let recomputable =
             |id: &SeqId| self.sequences.get(id).is_some_and(|sequence| sequence.purpose == Purpose::Generate);
         let victim = self.running.range(younger).rev().find(|(_, id)| recomputable(id));
-        let Some((order, id)) = victim.map(|(order, id)| (*order, *id)) else { return false };
-        self.running.remove(&order);
-        self.waiting.insert(order, id);
+        let Some(id) = victim.map(|(_, id)| *id) else { return false };
+        self.set_back(id, Phase::Waiting);
         self.preemptions += 1;
-        if let Some(sequence) = self.sequences.get_mut(&id) {
-            sequence.drop_blocks(id, &mut self.pool);
-            sequence.phase = Phase::Waiting;
-        }
         true
     }
 

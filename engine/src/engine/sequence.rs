@@ -18,6 +18,8 @@ pub(super) enum Phase {
     Importing,
     /// Computes: `tokens[computed..]` are due.
     Running,
+    /// Set aside until its reader has caught up; holds no blocks.
+    Paused,
     /// An export with its first token emitted: nobody writes its blocks any more.
     Held,
 }

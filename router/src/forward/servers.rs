@@ -108,7 +108,7 @@ impl Pool {
     fn new(name: &PoolName, options: &ForwardPool, connect: Duration) -> Result<Self, ServersError> {
         let spec = &options.servers;
         let urls = spec.urls.iter().map(String::as_str);
-        let tls = baton_conductor::http::server_tls(urls, spec.ca_file.as_deref())
+        let tls = baton_conductor::http::server_tls(urls, spec.ca_file.as_deref(), "engine.ca_file")
             .map_err(|source| ServersError::Trust { pool: name.clone(), source: Box::new(source) })?;
         let key = spec.api_key_file.as_deref().map(read_api_key).transpose();
         let key = key.map_err(|source| ServersError::Key { pool: name.clone(), source })?;

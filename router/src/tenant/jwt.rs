@@ -4,7 +4,7 @@
 //! known here at all: there is no `none`, and no shared secret that a public key could be mistaken for. The algorithm of a
 //! key comes from the key, not from the token: a token that names another one is refused.
 
-use std::path::{Path, PathBuf};
+use std::path::Path;
 use std::sync::Once;
 
 use baton_config::fleet::{JwtAlgorithm, JwtSpec};
@@ -28,19 +28,19 @@ pub enum JwksError {
     #[error(transparent)]
     File(#[from] SecretFault),
     /// It holds something else.
-    #[error("{} is no JSON Web Key Set", path.display())]
+    #[error("{origin} is no JSON Web Key Set")]
     Malformed {
-        /// The file.
-        path: PathBuf,
+        /// The file or URL.
+        origin: String,
         /// Why.
         #[source]
         source: serde_json::Error,
     },
     /// None of its keys can be used.
-    #[error("{} holds no public key for {algorithms}", path.display())]
+    #[error("{origin} holds no public key for {algorithms}")]
     Empty {
-        /// The file.
-        path: PathBuf,
+        /// The file or URL.
+        origin: String,
         /// What was looked for.
         algorithms: String,
     },
@@ -66,33 +66,42 @@ struct Key {
 }
 
 impl Provider {
-    /// Reads the keys of `spec`.
-    pub(super) fn load(spec: &JwtSpec) -> Result<Self, JwksError> {
-        let path = spec.jwks_file.as_path();
-        Self::parse(&read_public(path)?, path, spec)
+    /// Reads the keys of a file.
+    pub(super) fn load(path: &Path, spec: &JwtSpec) -> Result<Self, JwksError> {
+        Self::parse(&read_public(path)?, &path.display().to_string(), spec)
     }
 
-    pub(super) fn parse(json: &[u8], path: &Path, spec: &JwtSpec) -> Result<Self, JwksError> {
+    /// Takes the keys from a JSON Web Key Set that comes from `origin`.
+    pub(super) fn parse(json: &[u8], origin: &str, spec: &JwtSpec) -> Result<Self, JwksError> {
         install();
         let set: JwkSet = serde_json::from_slice(json)
-            .map_err(|source| JwksError::Malformed { path: path.to_owned(), source })?;
+            .map_err(|source| JwksError::Malformed { origin: origin.to_owned(), source })?;
         let allowed: Vec<Algorithm> = spec.algorithms.iter().map(|allowed| algorithm(*allowed)).collect();
         let keys: Vec<Key> =
             set.keys.iter().filter_map(|jwk| Key::of(jwk, &allowed)).take(KEYS_MAX).collect();
         if keys.is_empty() {
             let names: Vec<String> = spec.algorithms.iter().map(ToString::to_string).collect();
-            return Err(JwksError::Empty { path: path.to_owned(), algorithms: names.join(" or ") });
+            return Err(JwksError::Empty { origin: origin.to_owned(), algorithms: names.join(" or ") });
         }
         Ok(Self { keys, spec: spec.clone() })
+    }
+
+    /// Keys that tokens may be signed with.
+    pub(super) fn size(&self) -> usize {
+        self.keys.len()
     }
 
     /// The tenant that a token names, if the token is good.
     pub(super) fn tenant(&self, token: &str) -> Result<String, Denied> {
         let header = jsonwebtoken::decode_header(token).map_err(|_| Denied::Malformed)?;
-        let fits = |key: &&Key| {
-            key.algorithms.contains(&header.alg)
-                && (header.kid.is_none() || key.id.is_none() || key.id == header.kid)
-        };
+        if !self.spec.algorithms.iter().any(|allowed| algorithm(*allowed) == header.alg) {
+            return Err(Denied::Token);
+        }
+        let named = |key: &Key| header.kid.is_none() || key.id.is_none() || key.id == header.kid;
+        if !self.keys.iter().any(named) {
+            return Err(Denied::Signer);
+        }
+        let fits = |key: &&Key| key.algorithms.contains(&header.alg) && named(key);
         let mut validation = Validation::new(header.alg);
         validation.set_audience(&[&self.spec.audience]);
         validation.set_issuer(&[&self.spec.issuer]);

@@ -4,10 +4,13 @@ use std::path::Path;
 use std::sync::{Arc, PoisonError};
 use std::time::Duration;
 
+use baton_config::fleet::JwksSource;
 use baton_config::keys::{KeysFile, Stamp};
 
 use super::jwt::Provider;
-use super::{Auth, AuthError, Guard, Mode};
+use super::remote::FetchError;
+use super::{Auth, AuthError, Guard, Identity, Mode};
+use crate::dispatch::chain;
 
 /// Between two looks at the files.
 const LOOK_EVERY: Duration = Duration::from_secs(1);
@@ -59,11 +62,44 @@ impl<'a> Followed<'a> {
 }
 
 impl Auth {
-    /// Follows the files for as long as it is polled; at once over where there are none.
+    /// Follows the files and the identity provider for as long as it is polled; at once over where there are none.
     pub(crate) async fn follow(self: Arc<Self>) {
         let Mode::Guarded(guard) = &self.mode else { return };
+        tokio::join!(self.follow_files(guard), self.follow_identity(guard));
+    }
+
+    async fn follow_identity(&self, guard: &Guard) {
+        let Some(identity) = &guard.identity else { return };
+        let Some(remote) = &identity.remote else { return };
+        let mut broken = false;
+        let keep = |fetched: Result<Provider, FetchError>| {
+            self.metrics.jwks_fetched(fetched.is_ok());
+            match fetched {
+                Ok(provider) => {
+                    let keys = provider.size();
+                    if broken || identity.current().is_err() {
+                        tracing::info!(keys, "the keys of the identity provider are here");
+                    }
+                    broken = false;
+                    self.metrics.jwks_keys.set(i64::try_from(keys).unwrap_or(i64::MAX));
+                    identity.replace(provider);
+                }
+                Err(error) => {
+                    let kept = identity.current().map_or(0, |provider| provider.size());
+                    tracing::error!(error = chain(&error), kept, "no keys from the identity provider");
+                    broken = true;
+                }
+            }
+        };
+        remote.follow(keep).await;
+    }
+
+    async fn follow_files(&self, guard: &Guard) {
         let mut keys = Followed::new(&guard.spec.keys_file);
-        let mut jwks = guard.spec.jwt.as_ref().map(|jwt| Followed::new(&jwt.jwks_file));
+        let mut jwks = guard.spec.jwt.as_ref().and_then(|jwt| match &jwt.keys {
+            JwksSource::File(path) => Some(Followed::new(path)),
+            JwksSource::Remote(_) => None,
+        });
         loop {
             tokio::time::sleep(LOOK_EVERY).await;
             if look(&mut keys).await {
@@ -78,6 +114,9 @@ impl Auth {
             }
             let broken = keys.broken_for > 0 || jwks.as_ref().is_some_and(|jwks| jwks.broken_for > 0);
             self.metrics.keys_stale.set(i64::from(broken));
+            if let Some(age) = guard.identity.as_ref().and_then(Identity::age) {
+                self.metrics.jwks_age.set(age.as_secs_f64());
+            }
         }
     }
 }
@@ -102,11 +141,12 @@ impl Guard {
     }
 
     async fn read_provider(&self) -> Result<(), AuthError> {
-        let (Some(spec), Some(provider)) = (self.spec.jwt.clone(), &self.provider) else { return Ok(()) };
-        let Ok(read) = tokio::task::spawn_blocking(move || Provider::load(&spec)).await else {
+        let (Some(spec), Some(identity)) = (self.spec.jwt.clone(), &self.identity) else { return Ok(()) };
+        let JwksSource::File(path) = spec.keys.clone() else { return Ok(()) };
+        let Ok(read) = tokio::task::spawn_blocking(move || Provider::load(&path, &spec)).await else {
             return Ok(());
         };
-        *provider.write().unwrap_or_else(PoisonError::into_inner) = Arc::new(read?);
+        identity.replace(read?);
         Ok(())
     }
 }

@@ -1,15 +1,22 @@
+pub(super) mod issuer;
+
 use baton_config::fleet::{JwtAlgorithm, JwtSpec};
+use futures_util::FutureExt as _;
 use http::HeaderValue;
-use ring::rand::SystemRandom;
-use ring::signature::{ECDSA_P256_SHA256_FIXED_SIGNING, EcdsaKeyPair, Ed25519KeyPair, KeyPair as _};
 use serde_json::{Value, json};
 
 use super::*;
+use issuer::{Issuer, RSA_TOKEN, b64};
 
 fn headers(name: &'static str, value: &str) -> HeaderMap {
     let mut headers = HeaderMap::new();
     headers.insert(name, HeaderValue::from_str(value).unwrap());
     headers
+}
+
+/// Keys and known signers are decided on without waiting.
+fn ask(auth: &Auth, headers: &HeaderMap) -> Result<Arc<Principal>, Refusal> {
+    auth.authenticate(headers).now_or_never().expect("at once")
 }
 
 fn bearer(credential: &str) -> HeaderMap {
@@ -34,7 +41,7 @@ fn guarded(isolation: Isolation) -> (Auth, String, Arc<Metrics>) {
     let spec = AuthSpec::new(write(&directory, "keys.yaml", &text), isolation);
     let metrics = Arc::new(Metrics::new().unwrap());
     let auth = Auth::new(Some(&spec), Arc::clone(&metrics)).unwrap();
-    let expired = auth.authenticate(&bearer(&old.key)).unwrap_err();
+    let expired = ask(&auth, &bearer(&old.key)).unwrap_err();
     assert!(matches!(expired, Refusal::Unauthorized { code: "expired_api_key", .. }), "{expired:?}");
     (auth, acme.key, metrics)
 }
@@ -45,7 +52,7 @@ fn a_key_is_good_whole_and_nothing_less() {
     for headers in
         [bearer(&key), headers("x-api-key", &key), headers("authorization", &format!("bEARER  {key} "))]
     {
-        let principal = auth.authenticate(&headers).unwrap();
+        let principal = ask(&auth, &headers).unwrap();
         assert_eq!((&*principal.tenant.name, principal.tenant.weight), ("acme", 3));
         assert_eq!(principal.quota.concurrency, Some(7));
     }
@@ -65,7 +72,7 @@ fn a_key_is_good_whole_and_nothing_less() {
         "bk-ffffffffffff-00",
         "a.b.c",
     ] {
-        let refused = auth.authenticate(&bearer(bad)).unwrap_err();
+        let refused = ask(&auth, &bearer(bad)).unwrap_err();
         assert_eq!(refused.status().as_u16(), 401, "{bad}");
         let body = String::from_utf8(refused.body(crate::routes::Dialect::OpenAi).to_vec()).unwrap();
         assert!(body.contains("\"code\":\"invalid_api_key\"") && !body.contains(bad), "{body}");
@@ -90,7 +97,7 @@ fn what_is_no_bearer_key_is_refused() {
         (binary, "invalid_api_key"),
         (bearer(&long), "invalid_api_key"),
     ] {
-        let refused = auth.authenticate(&headers).unwrap_err();
+        let refused = ask(&auth, &headers).unwrap_err();
         assert!(matches!(refused, Refusal::Unauthorized { code: told, .. } if told == code), "{refused:?}");
     }
     let text = metrics.render();
@@ -102,7 +109,7 @@ fn what_is_no_bearer_key_is_refused() {
 #[test]
 fn salts_separate_what_is_to_be_separate() {
     let (auth, key, _) = guarded(Isolation::Tenant);
-    let principal = auth.authenticate(&bearer(&key)).unwrap();
+    let principal = ask(&auth, &bearer(&key)).unwrap();
     let salt = auth.salt(&principal).unwrap();
     assert_eq!(salt, auth.salt(&principal).unwrap());
     assert_eq!(salt, tenant_salt("acme"), "the same in every router");
@@ -130,72 +137,10 @@ fn labels_of_metrics_are_bounded() {
 
 const ISSUER: &str = "https://id.example";
 
-/// Signed by OpenSSL with the private key of [`RSA_MODULUS`]: RS256, good until 2100.
-const RSA_TOKEN: &str = "eyJhbGciOiJSUzI1NiIsInR5cCI6IkpXVCIsImtpZCI6InJzYSJ9.eyJpc3MiOiJodHRwczovL2lkLmV4YW1wbGUiLCJhdWQiOiJiYXRvbiIsImV4cCI6NDEwMjQ0NDgwMCwidGVuYW50IjoiYWNtZSJ9.sF-meOisJeDDfhiIruAhh5TitsUBF18NJMqTPqeRfSmh-3duVyx7LuONmUO-Ldjz5-wMF8dJZA9MNXFQvQkIXwp1lHKxkHjR3n6yzoquLDigLdsIQ_Qg3x5Ob_E3icvcpiRj7_a7vRxUWKGP1wU59JyJ4wcWO2u8VUvfUamrmxoemR3Fr-i8G1Fgq92XRkTPE4bzWQwG-JIwzaqHkew1l-_E_uC0LcXSdbY52_zVclrRQb9RXzkgjfXVdJylxLFmHg1eqx-osEMN-Fnmlv0AZ5mV_CMuwZ2XO-iKwRZ2b2yFWNal87uhrYf7CtPjrZx1vA77nfzgQG1VMdJhqjbF1A";
-const RSA_MODULUS: &str = "vOGPasAfELUFOuuvwuX1agdalx0lWvhjWYBljhIPpWk6V2B7kHQB5jD1uYE3BaHRa1KRgOW9d2cs73vC6164uAqLHGCFXk94-LHS8bPgo7UElPlRcodVkMZROGrMBoskxMOjXE_rj2ZFwp4HsGYhPqKrZJw2or1QpqvWJCOwRubLQFUnwxaUPwaVsVyS-cMxXbqMZt-j87r5aiNJRaWASE-T-FWKXplxRTufGR-RFyIRlnFw7dwfnvMLQvQdlBj1evJnM34A_51l43RlIOHeAr-Z7yRWXwjIz5X-LXWIEyzrBicvnlOC7v-reqz1wj-ebcZYJs-JJjscsTdU6yp8pw";
-
-fn b64(bytes: &[u8]) -> String {
-    const LETTERS: &[u8] = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789-_";
-    let mut out = String::new();
-    for chunk in bytes.chunks(3) {
-        let bits =
-            chunk.iter().fold(0u32, |bits, byte| bits << 8 | u32::from(*byte)) << (8 * (3 - chunk.len()));
-        for place in 0..=chunk.len() {
-            out.push(LETTERS[(bits >> (18 - 6 * place)) as usize & 63] as char);
-        }
-    }
-    out
-}
-
-/// An identity provider with a key of each kind.
-struct Issuer {
-    ec: EcdsaKeyPair,
-    ed: Ed25519KeyPair,
-    random: SystemRandom,
-}
-
-impl Issuer {
-    fn new() -> Self {
-        let random = SystemRandom::new();
-        let algorithm = &ECDSA_P256_SHA256_FIXED_SIGNING;
-        let ec = EcdsaKeyPair::generate_pkcs8(algorithm, &random).unwrap();
-        let ec = EcdsaKeyPair::from_pkcs8(algorithm, ec.as_ref(), &random).unwrap();
-        let ed =
-            Ed25519KeyPair::from_pkcs8(Ed25519KeyPair::generate_pkcs8(&random).unwrap().as_ref()).unwrap();
-        Self { ec, ed, random }
-    }
-
-    fn jwks(&self) -> String {
-        let point = self.ec.public_key().as_ref();
-        json!({ "keys": [
-            { "kty": "RSA", "kid": "rsa", "use": "sig", "n": RSA_MODULUS, "e": "AQAB" },
-            { "kty": "EC", "kid": "ec", "crv": "P-256", "x": b64(&point[1..33]), "y": b64(&point[33..]) },
-            { "kty": "OKP", "kid": "ed", "crv": "Ed25519", "x": b64(self.ed.public_key().as_ref()) },
-            { "kty": "oct", "kid": "shared", "alg": "HS256", "k": b64(b"a shared secret in a public place") },
-        ] })
-        .to_string()
-    }
-
-    fn token(&self, header: &Value, claims: &Value) -> String {
-        let message =
-            format!("{}.{}", b64(header.to_string().as_bytes()), b64(claims.to_string().as_bytes()));
-        let signature = match header["alg"].as_str() {
-            Some("ES256") => self.ec.sign(&self.random, message.as_bytes()).unwrap().as_ref().to_vec(),
-            Some("EdDSA") => self.ed.sign(message.as_bytes()).as_ref().to_vec(),
-            Some("HS256") => {
-                let key = ring::hmac::Key::new(ring::hmac::HMAC_SHA256, b"a shared secret in a public place");
-                ring::hmac::sign(&key, message.as_bytes()).as_ref().to_vec()
-            }
-            _ => Vec::new(),
-        };
-        format!("{message}.{}", b64(&signature))
-    }
-}
-
 fn provider(issuer: &Issuer, algorithms: &[JwtAlgorithm]) -> Result<Provider, JwksError> {
-    let mut spec = JwtSpec::new("jwks.json".into(), ISSUER.to_owned(), "baton".to_owned());
+    let mut spec = JwtSpec::new(JwksSource::File("jwks.json".into()), ISSUER.to_owned(), "baton".to_owned());
     spec.algorithms = algorithms.to_vec();
-    Provider::parse(issuer.jwks().as_bytes(), "jwks.json".as_ref(), &spec)
+    Provider::parse(issuer.jwks().as_bytes(), "jwks.json", &spec)
 }
 
 const ALL: [JwtAlgorithm; 3] = [JwtAlgorithm::Rs256, JwtAlgorithm::Es256, JwtAlgorithm::EdDsa];

@@ -1,17 +1,19 @@
 //! Keys, tenants and quotas over real sockets.
 
-use std::path::Path;
+use std::path::{Path, PathBuf};
 use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use baton_config::Role;
-use baton_config::fleet::{AuthSpec, Isolation};
-use baton_router::{MintedKey, mint};
+use baton_config::fleet::{AuthSpec, Isolation, JwksSource, JwtSpec, RemoteJwks};
+use baton_router::{MintedKey, RouterOptions, mint};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::Request;
 use serde_json::{Value, json};
+use tokio::net::TcpListener;
 
+use crate::fake_provider::{self, FakeProvider};
 use crate::fake_worker::{Act, FakeWorker};
 use crate::harness::{Answer, Harness};
 
@@ -34,16 +36,21 @@ struct Setup {
 
 impl Setup {
     async fn start(tenants: &str, isolation: Isolation, in_flight: u32, queue: u32) -> Self {
+        Self::start_with(tenants, |options, keys| {
+            options.auth = Some(AuthSpec::new(keys, isolation));
+            options.limits.in_flight = in_flight;
+            options.limits.queue = queue;
+        })
+        .await
+    }
+
+    /// `change` gets the options and the path of the file of keys.
+    async fn start_with(tenants: &str, change: impl FnOnce(&mut RouterOptions, PathBuf)) -> Self {
         let worker = FakeWorker::start("decode-0", Role::Decode).await;
         let directory = tempfile::tempdir().expect("a directory");
         let path = directory.path().join("keys.yaml");
         write(&path, tenants);
-        let harness = Harness::start(&[&worker], |options| {
-            options.auth = Some(AuthSpec::new(path, isolation));
-            options.limits.in_flight = in_flight;
-            options.limits.queue = queue;
-        })
-        .await;
+        let harness = Harness::start(&[&worker], |options| change(options, path)).await;
         Self { worker, harness, directory }
     }
 
@@ -247,5 +254,39 @@ async fn a_client_says_how_long_it_waits() {
     let timeouts = "baton_router_rejected_total{reason=\"queue_timeout\"}";
     assert!((setup.harness.metric(timeouts).await - 1.0).abs() < 0.5);
     drop(holds);
+    setup.harness.finish().await;
+}
+
+/// A key of an identity provider, and a token that OpenSSL signed with it: of https://id.example, for `baton`, good until
+/// 2100, of tenant acme.
+const JWKS: &str = r#"{"keys":[{"kty":"RSA","kid":"rsa","use":"sig","n":"vOGPasAfELUFOuuvwuX1agdalx0lWvhjWYBljhIPpWk6V2B7kHQB5jD1uYE3BaHRa1KRgOW9d2cs73vC6164uAqLHGCFXk94-LHS8bPgo7UElPlRcodVkMZROGrMBoskxMOjXE_rj2ZFwp4HsGYhPqKrZJw2or1QpqvWJCOwRubLQFUnwxaUPwaVsVyS-cMxXbqMZt-j87r5aiNJRaWASE-T-FWKXplxRTufGR-RFyIRlnFw7dwfnvMLQvQdlBj1evJnM34A_51l43RlIOHeAr-Z7yRWXwjIz5X-LXWIEyzrBicvnlOC7v-reqz1wj-ebcZYJs-JJjscsTdU6yp8pw","e":"AQAB"}]}"#;
+const TOKEN: &str = "eyJhbGciOiJSUzI1NiIsInR5cCI6IkpXVCIsImtpZCI6InJzYSJ9.eyJpc3MiOiJodHRwczovL2lkLmV4YW1wbGUiLCJhdWQiOiJiYXRvbiIsImV4cCI6NDEwMjQ0NDgwMCwidGVuYW50IjoiYWNtZSJ9.sF-meOisJeDDfhiIruAhh5TitsUBF18NJMqTPqeRfSmh-3duVyx7LuONmUO-Ldjz5-wMF8dJZA9MNXFQvQkIXwp1lHKxkHjR3n6yzoquLDigLdsIQ_Qg3x5Ob_E3icvcpiRj7_a7vRxUWKGP1wU59JyJ4wcWO2u8VUvfUamrmxoemR3Fr-i8G1Fgq92XRkTPE4bzWQwG-JIwzaqHkew1l-_E_uC0LcXSdbY52_zVclrRQb9RXzkgjfXVdJylxLFmHg1eqx-osEMN-Fnmlv0AZ5mV_CMuwZ2XO-iKwRZ2b2yFWNal87uhrYf7CtPjrZx1vA77nfzgQG1VMdJhqjbF1A";
+
+#[tokio::test]
+async fn an_identity_provider_that_is_down_keeps_only_tokens_out_and_those_not_for_good() {
+    let key = mint("acme").expect("a key");
+    let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let address = listener.local_addr().expect("an address");
+    drop(listener);
+    let setup = Setup::start_with(&tenant("acme", "", &key), |options, keys| {
+        let mut source = RemoteJwks::new(Some(format!("http://{address}/keys")));
+        source.refresh = Duration::from_millis(20);
+        let source = JwksSource::Remote(source);
+        let mut auth = AuthSpec::new(keys, Isolation::Tenant);
+        auth.jwt = Some(JwtSpec::new(source, "https://id.example".to_owned(), "baton".to_owned()));
+        options.auth = Some(auth);
+    })
+    .await;
+    assert_eq!(setup.ask(&key.key, &short()).await.status, 200);
+    let refused = setup.ask(TOKEN, &short()).await;
+    assert_eq!((refused.status, refused.headers["retry-after"].as_bytes()), (503, &b"1"[..]));
+    assert_eq!(refused.json()["error"]["code"], "identity_provider_unavailable");
+    let denied = "baton_router_auth_denied_total{reason=\"no_signers\"}";
+    assert!((setup.harness.metric(denied).await - 1.0).abs() < 0.5);
+    let listener = TcpListener::bind(address).await.expect("the port again");
+    let provider =
+        FakeProvider::start(listener, None, |path| (path == "/keys").then(|| fake_provider::json(JWKS)));
+    setup.harness.until("tokens count", async || setup.ask(TOKEN, &short()).await.status == 200).await;
+    assert!(provider.asked() > 0);
     setup.harness.finish().await;
 }

@@ -47,7 +47,7 @@ impl Prober {
     /// Reads the server's key.
     pub(super) fn new(options: &SidecarOptions) -> Result<Self, SidecarError> {
         let key = options.api_key_file.as_deref().map(read_api_key).transpose()?;
-        let tls = server_tls([options.server.as_str()], options.ca_file.as_deref())?;
+        let tls = server_tls([options.server.as_str()], options.ca_file.as_deref(), "engine.ca_file")?;
         let http = builder_for_servers(tls)
             .connect_timeout(CONNECT_TIMEOUT)
             .pool_max_idle_per_host(1)

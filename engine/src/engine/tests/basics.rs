@@ -350,6 +350,61 @@ fn who_is_preempted_goes_on_as_if_nothing_had_happened() {
 }
 
 #[test]
+fn who_is_paused_takes_no_room_and_goes_on_as_if_nothing_had_happened() {
+    for (prefix_cache, blocks) in [(true, 256), (false, 256), (true, 12)] {
+        let limits = EngineLimits { prefix_cache, max_batch_sequences: 1, ..WIDE.limits };
+        let mut engine = Shape { blocks, limits, ..WIDE }.engine();
+        let on = Sampling { ignore_eos: true, ..greedy() };
+        let specs =
+            [prompt(9), prompt(20)].map(|tokens| SequenceSpec { sampling: on.clone(), ..spec(tokens, 25) });
+        engine.submit(SeqId(0), specs[0].clone(), Instant::now()).unwrap();
+        let mut events = Vec::new();
+        while events.iter().filter(|event| matches!(event, EngineEvent::Token { .. })).count() < 10 {
+            engine.step(Instant::now(), &mut events);
+        }
+        engine.pause(SeqId(0));
+        engine.audit().unwrap();
+        let counts = engine.counts();
+        assert_eq!(counts.free + engine.evictable(), blocks, "it holds none: {counts:?}");
+        // The only place in the batch is somebody else's now.
+        engine.submit(SeqId(1), specs[1].clone(), Instant::now()).unwrap();
+        let meanwhile = run_events(&mut engine);
+        assert!(meanwhile.iter().all(|event| event.id() == SeqId(1)), "{meanwhile:?}");
+        assert_eq!(engine.load(), EngineLoad { running: 1, ..EngineLoad::default() });
+        engine.resume(SeqId(0));
+        engine.resume(SeqId(0));
+        events.extend(meanwhile);
+        events.extend(run_events(&mut engine));
+        let mut outputs = [Output::default(), Output::default()];
+        events.into_iter().for_each(|event| outputs[event.id().0 as usize].apply(event));
+        assert_eq!(outputs, specs.map(|spec| solo(&spec)));
+    }
+}
+
+#[test]
+fn only_what_generates_can_be_paused() {
+    let mut engine = WIDE.engine();
+    engine
+        .submit(SeqId(0), SequenceSpec { purpose: Purpose::Export, ..spec(prompt(9), 5) }, Instant::now())
+        .unwrap();
+    importing(&mut engine, SeqId(1), 12);
+    let counts = engine.counts();
+    for id in 0..3 {
+        engine.pause(SeqId(id));
+        engine.resume(SeqId(id));
+    }
+    assert_eq!(engine.counts(), counts);
+    // One that waits can: it is not admitted.
+    engine.submit(SeqId(2), spec(prompt(5), 5), Instant::now()).unwrap();
+    engine.pause(SeqId(2));
+    assert!(run_events(&mut engine).is_empty());
+    engine.cancel(SeqId(2), Writers::Gone);
+    engine.resume(SeqId(2));
+    assert!(run_events(&mut engine).is_empty());
+    engine.audit().unwrap();
+}
+
+#[test]
 fn without_a_prefix_cache_nothing_is_kept() {
     let limits = EngineLimits { prefix_cache: false, ..WIDE.limits };
     let mut engine = Shape { limits, ..WIDE }.engine();

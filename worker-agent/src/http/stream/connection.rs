@@ -15,7 +15,7 @@ use super::super::fault::Fault;
 use super::super::prompt_cost::PromptCost;
 use super::check_life;
 use super::start::{self, Held, Inbox, Started};
-use super::streams::{Breach, Out, Streams};
+use super::streams::{Breach, Out, Pace, Streams};
 use crate::driver::DecodeNews;
 use crate::in_flight::Permit;
 use crate::inbox::{Item, Key};
@@ -101,6 +101,7 @@ impl Connection {
                 self.take(key, item).await;
             }
             self.fill();
+            self.set_paces().await;
             let unwritten = self.written < self.out.len();
             tokio::select! {
                 biased;
@@ -142,6 +143,21 @@ impl Connection {
         }
         for generation in ended {
             self.count(&generation.stage);
+        }
+    }
+
+    /// Stops the engine where a reader does not keep up, and lets it go on where one has.
+    async fn set_paces(&mut self) {
+        for pace in self.streams.take_paces() {
+            let (Pace::Pause(id) | Pace::Resume(id)) = pace;
+            let Some(Generation { stage: Stage::Running { held, .. }, .. }) = self.streams.get_mut(id) else {
+                continue;
+            };
+            let (engine, seq) = (&self.shared.engine, held.seq);
+            match pace {
+                Pace::Pause(_) => engine.pause(seq).await,
+                Pace::Resume(_) => engine.resume(seq).await,
+            }
         }
     }
 

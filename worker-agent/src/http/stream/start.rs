@@ -31,7 +31,7 @@ pub(super) struct Started {
 /// What a generation holds of this worker.
 #[derive(Debug)]
 pub(super) struct Held {
-    seq: SeqId,
+    pub(super) seq: SeqId,
     pub(super) handoff: Option<HandoffId>,
 }
 

@@ -1,7 +1,7 @@
 //! The generations of one connection and what is still to be sent of them. No I/O, no clock.
 //!
-//! Each generation has credit of its own: without it its tokens wait here, bounded by what it may generate at all, and
-//! those of others go on.
+//! Each generation has credit of its own: without it its tokens wait here, and those of others go on. One of which enough
+//! waits is to be paused until most of that is gone.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -11,6 +11,10 @@ use baton_config::protocol::GenerateEvent;
 
 /// Tokens of one generation that are written before it is the turn of the next one.
 const TURN_TOKENS: usize = 256;
+/// What of one generation waits here before it is paused: as much as the credit that it has in the router.
+const FULL: usize = 1024;
+/// What is left when a paused one goes on: it has to be brought back into the engine before it can yield more.
+const DRAINED: usize = FULL / 4;
 
 /// Something of a generation that is to be sent.
 #[derive(Debug, Clone, PartialEq)]
@@ -23,6 +27,26 @@ pub(super) enum Out {
     Aside(Box<GenerateEvent>),
     /// The last event.
     Last(Box<GenerateEvent>),
+}
+
+impl Out {
+    /// What it counts towards [`FULL`]: a token that carries log-probabilities takes as much memory as many that do not.
+    fn weight(&self) -> usize {
+        match self {
+            Self::Token(_) => 1,
+            Self::Rich(_) => FULL / 64,
+            Self::Aside(_) | Self::Last(_) => 0,
+        }
+    }
+}
+
+/// What the engine is to do about a generation.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// Stop: its reader does not keep up.
+    Pause(StreamId),
+    /// Go on.
+    Resume(StreamId),
 }
 
 /// What a router must not do.
@@ -43,6 +67,10 @@ struct Stream<T> {
     state: T,
     credit: u32,
     queue: VecDeque<Out>,
+    /// The weight of the queue.
+    weight: usize,
+    /// Whether the engine was told to stop.
+    paused: bool,
     /// Whether it is in the row of those with something to write.
     in_row: bool,
     /// Since when it has a token and no credit.
@@ -54,12 +82,13 @@ struct Stream<T> {
 pub(super) struct Streams<T> {
     table: HashMap<StreamId, Stream<T>>,
     row: VecDeque<StreamId>,
+    paces: Vec<Pace>,
 }
 
 impl<T> Streams<T> {
     /// None.
     pub(super) fn new() -> Self {
-        Self { table: HashMap::new(), row: VecDeque::new() }
+        Self { table: HashMap::new(), row: VecDeque::new(), paces: Vec::new() }
     }
 
     /// Begins one.
@@ -70,7 +99,15 @@ impl<T> Streams<T> {
         if self.table.contains_key(&id) {
             return Err(Breach::Twice(id));
         }
-        let stream = Stream { state, credit, queue: VecDeque::new(), in_row: false, blocked: None };
+        let stream = Stream {
+            state,
+            credit,
+            queue: VecDeque::new(),
+            weight: 0,
+            paused: false,
+            in_row: false,
+            blocked: None,
+        };
         self.table.insert(id, stream);
         Ok(())
     }
@@ -109,11 +146,21 @@ impl<T> Streams<T> {
     /// Adds to what is to be sent of one; nothing may follow the last event.
     pub(super) fn push(&mut self, id: StreamId, out: Out) {
         let Some(stream) = self.table.get_mut(&id) else { return };
+        stream.weight += out.weight();
         stream.queue.push_back(out);
+        if stream.weight >= FULL && !stream.paused {
+            stream.paused = true;
+            self.paces.push(Pace::Pause(id));
+        }
         if !stream.in_row && stream.blocked.is_none() {
             stream.in_row = true;
             self.row.push_back(id);
         }
+    }
+
+    /// What the engine is to do now, in this order; some of them may have ended.
+    pub(super) fn take_paces(&mut self) -> Vec<Pace> {
+        std::mem::take(&mut self.paces)
     }
 
     /// The ids of all.
@@ -147,6 +194,7 @@ impl<T> Streams<T> {
                     break;
                 }
                 stream.credit -= u32::from(costs);
+                stream.weight -= next.weight();
                 over = matches!(next, Out::Last(_));
                 match stream.queue.pop_front() {
                     Some(Out::Token(token)) => tokens.push(out, id, token),
@@ -159,6 +207,12 @@ impl<T> Streams<T> {
                     }
                     None => {}
                 }
+            }
+            if stream.paused && stream.weight <= DRAINED {
+                stream.paused = false;
+                // What it had room for once it need not keep.
+                stream.queue.shrink_to(FULL);
+                self.paces.push(Pace::Resume(id));
             }
             if over {
                 ended.extend(self.remove(id));

@@ -159,6 +159,44 @@ fn many_generations_share_a_connection_and_those_without_credit_wait() {
 }
 
 #[test]
+fn who_does_not_read_stops_the_engine_and_loses_nothing() {
+    for prefix_cache in [true, false] {
+        let fleet = Fleet::start(Setup { prefix_cache, ..Setup::sim() });
+        let worker = fleet.alone("lone");
+        fleet.block_on(async {
+            let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
+            let request = plain(&fleet, 1, 1900);
+            wire.open(1, 10, &request).await;
+            let generated = async || {
+                let text = worker.text("/metrics").await;
+                let name = "baton_agent_tokens_total{kind=\"generated\"} ";
+                let line = text.lines().find_map(|line| line.strip_prefix(name)).expect("exported");
+                line.parse::<u64>().unwrap()
+            };
+            let (mut before, mut stopped) = (0, 1);
+            while stopped < 1034 || before < stopped || worker.in_use() > 0 {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                (before, stopped) = (stopped, generated().await);
+            }
+            assert!(stopped < 1800, "credit, what waits, and what was under way: {stopped}");
+            // Nothing more is computed of it, and what others ask for is.
+            wire.open(2, 100, &plain(&fleet, 2, 50)).await;
+            wire.read_until(|got| got.get(&2).is_some_and(|got| got.finished.is_some())).await;
+            assert_eq!((generated().await, wire.got[&1].tokens.len()), (stopped + 50, 10));
+            let wanted = oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 1900);
+            for at in (10..1900).step_by(100) {
+                wire.say(|out| frames::credit(out, StreamId(1), 100)).await;
+                wire.read_until(|got| got[&1].tokens.len() >= (at + 100).min(1900)).await;
+            }
+            wire.read_until(|got| got[&1].finished.is_some()).await;
+            assert_eq!(wire.got[&1].tokens, wanted);
+            until("all blocks back", || worker.in_use() == 0).await;
+            worker.audit().await;
+        });
+    }
+}
+
+#[test]
 fn a_handoff_over_frames_is_one_over_http() {
     let fleet = Fleet::start(Setup { prefix_cache: false, ..Setup::sim() });
     let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));

@@ -185,6 +185,49 @@ fn one_without_credit_holds_up_nobody_and_is_found_later() {
 }
 
 #[test]
+fn an_engine_that_is_told_to_stop_leaves_little_here_and_all_of_it_arrives() {
+    for (what, credit, at_once) in [(Out::Token(7), 1024, 1), (Out::Token(7), 1, 1), (rich(7), 64, 5)] {
+        let mut streams: Streams<()> = Streams::new();
+        let (id, now) = (StreamId(1), Instant::now());
+        streams.open(id, credit, ()).unwrap();
+        let mut model = HashMap::from([(id, Model { credit: credit as usize, ..Model::default() })]);
+        let (mut runs, mut pauses, mut pushed, mut most) = (true, 0, 0, 0);
+        let (mut out, mut ended) = (Vec::new(), Vec::new());
+        for step in 0..40_000 {
+            if runs {
+                (0..at_once).for_each(|_| streams.push(id, what.clone()));
+                pushed += at_once;
+            }
+            out.clear();
+            streams.write(now, &mut out, 1 << 20, &mut ended);
+            read(&out, &mut model);
+            let waiting = pushed - model[&id].got.len();
+            most = most.max(waiting);
+            for pace in streams.take_paces() {
+                assert_eq!(pace, if runs { Pace::Pause(id) } else { Pace::Resume(id) }, "in turns");
+                assert_eq!(runs, waiting * what.weight() >= FULL);
+                runs = !runs;
+                pauses += usize::from(!runs);
+            }
+            // A reader that is four times slower than the engine, and rests for long in between.
+            if step % 16 == 0 && step % 10_000 > 5_000 {
+                streams.credit(id, 4).unwrap();
+                model.get_mut(&id).unwrap().credit += 4;
+            }
+        }
+        assert!(pauses > 2, "{pauses} pauses");
+        assert!(most < FULL / what.weight() + at_once, "{most} waited");
+        streams.credit(id, 10_000).unwrap();
+        model.get_mut(&id).unwrap().credit += 10_000;
+        out.clear();
+        streams.write(now, &mut out, usize::MAX, &mut ended);
+        read(&out, &mut model);
+        assert_eq!(model[&id].got, vec![what; pushed]);
+        assert_eq!(streams.take_paces().len(), usize::from(!runs));
+    }
+}
+
+#[test]
 fn what_a_router_must_not_do_is_refused() {
     let mut streams: Streams<()> = Streams::new();
     streams.open(StreamId(1), CREDIT_MAX, ()).unwrap();
