@@ -76,6 +76,18 @@ fn load_is_the_report_corrected_by_what_happened_since() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_worker_in_another_life_than_the_view_says_is_avoided() {
+    let worker = Worker::new(member("d", 1)).unwrap();
+    let is_well = || worker.standing(Instant::now(), Duration::from_secs(3)).well;
+    for (epoch, well) in
+        [(Some(Epoch(1)), true), (None, false), (Some(Epoch(2)), false), (Some(Epoch(1)), true)]
+    {
+        worker.health().reported(WorkerStatus { epoch, ..status(0, 0, 0) });
+        assert_eq!(is_well(), well, "{epoch:?}");
+    }
+}
+
+#[tokio::test(start_paused = true)]
 async fn a_worker_is_avoided_until_it_answers_or_time_passes() {
     let worker = Worker::new(member("d", 1)).unwrap();
     worker.mark_down(Instant::now());

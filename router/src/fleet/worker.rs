@@ -4,9 +4,9 @@ use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use baton_config::WorkerId;
 use baton_config::prefix::BlockHash;
 use baton_config::protocol::{PeerRef, WorkerStatus};
+use baton_config::{Epoch, WorkerId};
 use http::uri::Authority;
 use tokio::time::Instant;
 
@@ -30,6 +30,7 @@ pub(crate) struct Worker {
 pub(crate) struct Health {
     pub(crate) authority: Authority,
     pub(crate) name: WorkerId,
+    epoch: Epoch,
     identity: u64,
     requests: AtomicU32,
     prefill_tokens: AtomicU64,
@@ -98,6 +99,7 @@ impl Worker {
         let health = Health {
             authority,
             name: member.worker.clone(),
+            epoch: member.epoch,
             identity: BlockHash::root(0)
                 .child(&member.worker.as_str().bytes().map(u32::from).collect::<Vec<_>>())
                 .0,
@@ -320,7 +322,10 @@ impl Health {
             kv_used: f64::from(live) / f64::from(blocks.total().max(1)),
         };
         self.pairs.reported(&self.name, &status.paths);
-        let unwilling = matches!(status.state.as_str(), "draining" | "unhealthy");
+        // One in another life than the view says, or in none yet, refuses what is for this one. It is idle, too, and would be
+        // preferred: until the view has caught up, which without a conductor it does not, that is nobody to ask.
+        let elsewhere = status.epoch != Some(self.epoch);
+        let unwilling = elsewhere || matches!(status.state.as_str(), "draining" | "unhealthy");
         let mut seen = self.seen();
         let unhealthy = status.state == "unhealthy";
         *seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling, unhealthy };

@@ -156,7 +156,7 @@ async fn errors_have_the_shape_of_anthropic() {
 #[tokio::test]
 async fn a_stream_that_breaks_says_so_as_an_event() {
     let (decode, harness) = one_worker().await;
-    decode.always(Act::DieAfter(3));
+    decode.always(Act::DieAfter(1));
     let answer = harness.post(PATH, &with(hello(), "stream", json!(true))).await;
     let events = typed(&answer.text);
     let end = events.last().expect("events");

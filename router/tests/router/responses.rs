@@ -215,7 +215,7 @@ async fn the_extensions_of_chat_hold_here_too() {
 #[tokio::test]
 async fn a_stream_that_breaks_says_so_as_an_event() {
     let (decode, harness) = one_worker().await;
-    decode.always(Act::DieAfter(3));
+    decode.always(Act::DieAfter(1));
     let answer = harness.post(PATH, &streamed(hello())).await;
     let events = typed(&answer.text);
     let end = events.last().expect("events");

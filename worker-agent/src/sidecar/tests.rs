@@ -1,5 +1,6 @@
 use std::os::unix::fs::PermissionsExt as _;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use ::http::{HeaderMap, StatusCode};
 use axum::Router;
