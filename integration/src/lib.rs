@@ -4,6 +4,7 @@
 //! behind; a test that ends earlier than its fleet is a failed test.
 #![forbid(unsafe_code)]
 
+pub mod access;
 pub mod binary;
 pub mod client;
 pub mod etcd;

@@ -1,9 +1,11 @@
 //! Processes by number: signals, liveness, open files.
 
+use std::net::{SocketAddr, TcpStream};
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
-use rustix::process::{Pid, Signal, kill_process};
+use rustix::io::Errno;
+use rustix::process::{Pid, PidfdFlags, PidfdGetfdFlags, Signal, kill_process, pidfd_getfd, pidfd_open};
 
 /// Sends a signal.
 ///
@@ -40,6 +42,41 @@ pub fn open_files(pid: u32, needle: &str) -> Vec<PathBuf> {
         })
         .map(|entry| entry.path())
         .collect()
+}
+
+/// A connection of another process.
+#[derive(Debug)]
+pub struct Connection {
+    /// Its own end.
+    pub local: SocketAddr,
+    /// The other one.
+    pub peer: SocketAddr,
+    /// Whether small pieces are sent at once (`TCP_NODELAY`).
+    pub nodelay: bool,
+}
+
+/// The TCP connections that a process has open.
+///
+/// # Errors
+/// When the system does not let us look: that needs the right to trace the process.
+pub fn connections(pid: u32) -> std::io::Result<Vec<Connection>> {
+    let target = i32::try_from(pid).ok().and_then(Pid::from_raw).ok_or(std::io::ErrorKind::NotFound)?;
+    let process = pidfd_open(target, PidfdFlags::empty())?;
+    let number = |path: PathBuf| path.file_name()?.to_str()?.parse().ok();
+    let mut found = Vec::new();
+    for number in open_files(pid, "socket:").into_iter().filter_map(number) {
+        let socket = match pidfd_getfd(&process, number, PidfdGetfdFlags::empty()) {
+            Ok(socket) => TcpStream::from(socket),
+            // Closed in the meantime.
+            Err(Errno::BADF) => continue,
+            Err(error) => return Err(error.into()),
+        };
+        // Listeners have no other end, and sockets of other kinds no address.
+        if let (Ok(local), Ok(peer)) = (socket.local_addr(), socket.peer_addr()) {
+            found.push(Connection { local, peer, nodelay: socket.nodelay()? });
+        }
+    }
+    Ok(found)
 }
 
 /// CPU seconds (user and system) the process has used.

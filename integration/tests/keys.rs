@@ -1,33 +1,17 @@
 //! A router with TLS and keys under `baton up`: the key that the command line makes lets in, and nothing else does.
 #![cfg(test)]
 
-use std::fs::{self, Permissions};
-use std::os::unix::fs::PermissionsExt as _;
-use std::path::Path;
-use std::process::Command;
+use std::fs;
 use std::time::Duration;
 
+use baton_integration::access::{new_key, write_secret};
 use baton_integration::process::eventually;
-use baton_integration::{Fleet, FleetOptions, binary};
+use baton_integration::{Fleet, FleetOptions};
 use reqwest::StatusCode;
 use serde_json::{Value, json};
 
 const ONE: &str = "  - { name: all, role: both, kv: { memory: 16MiB } }\n";
 const PATIENCE: Duration = Duration::from_secs(10);
-
-fn secret(path: &Path, text: &str) {
-    fs::write(path, text).unwrap();
-    fs::set_permissions(path, Permissions::from_mode(0o600)).unwrap();
-}
-
-/// A key for `tenant`, and its line for the file of keys.
-fn new_key(tenant: &str) -> (String, String) {
-    let made =
-        Command::new(binary::baton()).args(["key", "new", "--tenant", tenant, "--json"]).output().unwrap();
-    let made: Value = serde_json::from_slice(&made.stdout).unwrap();
-    let text = |name: &str| made[name].as_str().unwrap().to_owned();
-    (text("key"), text("line"))
-}
 
 #[tokio::test]
 async fn a_router_with_tls_and_keys_serves_whoever_has_a_key() {
@@ -35,9 +19,9 @@ async fn a_router_with_tls_and_keys_serves_whoever_has_a_key() {
     let at = |name: &str| folder.path().join(name);
     let certified = rcgen::generate_simple_self_signed(["router.example".to_owned()]).unwrap();
     fs::write(at("router.pem"), certified.cert.pem()).unwrap();
-    secret(&at("router.key"), &certified.signing_key.serialize_pem());
+    write_secret(&at("router.key"), &certified.signing_key.serialize_pem());
     let (key, line) = new_key("acme");
-    secret(&at("keys.yaml"), &format!("version: 1\ntenants:\n- name: acme\n  keys:\n  {line}\n"));
+    write_secret(&at("keys.yaml"), &format!("version: 1\ntenants:\n- name: acme\n  keys:\n  {line}\n"));
     let files = folder.path().display();
     let mut options = FleetOptions::tiny(ONE);
     options.document = options.document.replace(
@@ -68,7 +52,7 @@ async fn a_router_with_tls_and_keys_serves_whoever_has_a_key() {
     assert!(stranger.is_err(), "nobody vouches for this certificate");
 
     // A key that is taken out of the file stops counting, without a restart.
-    secret(&at("keys.yaml"), "version: 1\ntenants:\n- name: acme\n  keys: []\n");
+    write_secret(&at("keys.yaml"), "version: 1\ntenants:\n- name: acme\n  keys: []\n");
     eventually("the key is refused", PATIENCE, async || {
         (ask(Some(&key)).await.0 == StatusCode::UNAUTHORIZED).then_some(())
     })

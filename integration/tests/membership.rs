@@ -10,10 +10,10 @@ use std::process::{Child, Command, Output, Stdio};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
+use baton_integration::access::{certificates, write_secret};
 use baton_integration::etcd::Etcd;
 use baton_integration::process::{eventually, signal};
 use baton_integration::{Fleet, FleetOptions, Prompt, binary};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -56,8 +56,7 @@ impl Drop for Process {
 
 fn write(folder: &Path, name: &str, content: &str) -> PathBuf {
     let path = folder.join(name);
-    fs::write(&path, content).unwrap();
-    fs::set_permissions(&path, Permissions::from_mode(0o600)).unwrap();
+    write_secret(&path, content);
     path
 }
 
@@ -205,25 +204,10 @@ async fn a_worker_restarted_on_its_address_serves_at_once_and_its_former_life_is
     fleet.stop().await;
 }
 
-/// An authority, and certificates of it for the conductor and its clients.
-fn certificates(folder: &Path) {
-    let key = KeyPair::generate().unwrap();
-    let mut params = CertificateParams::new(Vec::new()).unwrap();
-    params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-    write(folder, "ca.pem", &params.self_signed(&key).unwrap().pem());
-    let authority = Issuer::new(params, key);
-    for (name, names) in [("server", vec!["127.0.0.1".to_owned()]), ("client", vec!["fleet".to_owned()])] {
-        let key = KeyPair::generate().unwrap();
-        let cert = CertificateParams::new(names).unwrap().signed_by(&key, &authority).unwrap();
-        write(folder, &format!("{name}.pem"), &cert.pem());
-        write(folder, &format!("{name}.key"), &key.serialize_pem());
-    }
-}
-
 #[tokio::test]
 async fn a_fleet_with_token_and_certificates_serves_and_strangers_are_refused() {
     let folder = tempfile::tempdir().unwrap();
-    certificates(folder.path());
+    certificates(folder.path(), &[("server", "127.0.0.1"), ("client", "fleet")]);
     let token = write(folder.path(), "token", TOKEN).display().to_string();
     let wrong = write(folder.path(), "wrong", &TOKEN.to_lowercase()).display().to_string();
     let at = folder.path().display();

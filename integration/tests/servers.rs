@@ -4,6 +4,7 @@
 
 use std::time::{Duration, Instant};
 
+use baton_integration::access::{certificates, new_key, write_secret};
 use baton_integration::client::Prompt;
 use baton_integration::fleet::{Fleet, FleetOptions};
 use baton_integration::process::{children, eventually, signal};
@@ -90,6 +91,65 @@ async fn answers_are_those_of_the_server_whole_and_streamed() {
         .unwrap();
     assert_eq!((status, &answer["error"]["param"]), (400, &json!("magic")));
     front.stop().await;
+    server.stop().await;
+}
+
+/// A server that speaks TLS and asks for a key, as hosted ones do.
+#[tokio::test]
+async fn a_server_over_tls_is_believed_by_its_authority_and_shown_the_key_of_the_file() {
+    let folder = tempfile::tempdir().unwrap();
+    let (at, files) = (|name: &str| folder.path().join(name), folder.path().display());
+    certificates(folder.path(), &[("server", "127.0.0.1")]);
+    let (key, line) = new_key("front");
+    write_secret(&at("keys.yaml"), &format!("version: 1\ntenants:\n- name: front\n  keys:\n  {line}\n"));
+    write_secret(&at("engine.key"), &key);
+    let mut options = FleetOptions::tiny("  - { name: all, role: both, kv: { memory: 16MiB } }\n");
+    options.document = options.document.replace(
+        "listen: 127.0.0.1:0 }",
+        &format!(
+            "listen: 127.0.0.1:0, tls: {{ cert_file: {files}/server.pem, key_file: {files}/server.key }}, auth: {{ keys_file: {files}/keys.yaml }} }}"
+        ),
+    );
+    let server = Fleet::start(options).await;
+    assert!(server.router.starts_with("https://"), "{}", server.router);
+    let front = |ca: &str| {
+        let document = format!(
+            "version: 1\nmodel: {{ id: tiny }}\nrouter: {{ listen: 127.0.0.1:0 }}\npools:\n  - name: servers\n    role: both\n    engine: {{ kind: openai, url: \"{}\", pass_fields: [baton], api_key_file: {files}/engine.key, ca_file: {files}/{ca} }}\n",
+            server.router
+        );
+        Fleet::start(FleetOptions { document })
+    };
+    let good = front("ca.pem").await;
+    let state = async |fleet: &Fleet| fleet.status().await["workers"][0]["state"].as_str().map(str::to_owned);
+    eventually("the worker beside it finds it well", NOTICED_WITHIN, async || {
+        (state(&good).await? == "ready").then_some(())
+    })
+    .await;
+    let client = good.client();
+    let answer = client.complete(&Prompt::from("Hello"), 4, &json!({ "ignore_eos": true })).await.unwrap();
+    assert_eq!(answer.tokens.len(), 4);
+    let body =
+        json!({ "model": "tiny", "prompt": "a", "max_tokens": 50, "ignore_eos": true, "stream": true });
+    let text = client.open("/v1/completions", &body).await.unwrap().text().await.unwrap();
+    assert!(text.ends_with("data: [DONE]\n\n") && lasting(&text).len() > 1, "{text}");
+    // Another key in the file counts without a restart.
+    let (other, line) = new_key("front");
+    write_secret(&at("keys.yaml"), &format!("version: 1\ntenants:\n- name: front\n  keys:\n  {line}\n"));
+    write_secret(&at("engine.key"), &other);
+    eventually("the new key is shown", NOTICED_WITHIN, async || {
+        client.complete(&Prompt::from("Hello"), 1, &json!({})).await.ok()
+    })
+    .await;
+    good.stop().await;
+    // Whom nobody vouches for gets neither requests nor the key.
+    std::fs::create_dir(at("other")).unwrap();
+    certificates(&at("other"), &[]);
+    let bad = front("other/ca.pem").await;
+    let (status, answer) =
+        bad.client().post("/v1/completions", &json!({ "model": "tiny", "prompt": "a" })).await.unwrap();
+    assert_eq!((status, &answer["error"]["code"]), (503, &json!("no_worker")), "{answer}");
+    assert_eq!(state(&bad).await.as_deref(), Some("unhealthy"));
+    bad.stop().await;
     server.stop().await;
 }
 

@@ -57,6 +57,22 @@ pub(crate) struct Principal {
     pub(crate) quota: Quota,
 }
 
+impl Principal {
+    /// Somebody of a tenant of that name, with every default.
+    pub(crate) fn without_limits(name: &str) -> Self {
+        let name: Arc<str> = Arc::from(name);
+        let tenant = Tenant {
+            name: Arc::clone(&name),
+            label: Arc::clone(&name),
+            weight: 1,
+            priority: 0,
+            admin: false,
+            max_wait: None,
+        };
+        Self { tenant: Arc::new(tenant), ledger: name, quota: Quota::default() }
+    }
+}
+
 /// Why a client was not let in, for metrics.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub(crate) enum Denied {
@@ -205,16 +221,7 @@ impl Auth {
     /// Reads the files of `spec`; without one, anybody may use the router.
     pub(crate) fn new(spec: Option<&AuthSpec>, metrics: Arc<Metrics>) -> Result<Self, AuthError> {
         let Some(spec) = spec else {
-            let name: Arc<str> = Arc::from("default");
-            let tenant = Tenant {
-                name: Arc::clone(&name),
-                label: Arc::clone(&name),
-                weight: 1,
-                priority: 0,
-                admin: false,
-                max_wait: None,
-            };
-            let principal = Principal { tenant: Arc::new(tenant), ledger: name, quota: Quota::default() };
+            let principal = Principal::without_limits("default");
             // One tenant shares its cache with itself.
             return Ok(Self { mode: Mode::Open(Arc::new(principal)), isolation: Isolation::None, metrics });
         };

@@ -14,13 +14,18 @@ mkdir -p "$out"
 names=("$@")
 [ ${#names[@]} -gt 0 ] || names=(vllm-router sglang-router smg dynamo)
 
-install() { # NAME PACKAGES...: a virtual environment of its own
-    local venv=target/peers/$1
+install() { # NAME PACKAGES... [--no-deps PACKAGE]: a virtual environment of its own
+    local venv=target/peers/$1 packages=() alone=()
     shift
     [ -e "$venv/complete" ] && return
+    while [ $# -gt 0 ]; do
+        if [ "$1" = --no-deps ]; then alone+=("$2") && shift; else packages+=("$1"); fi
+        shift
+    done
     rm -rf "$venv"
     python3 -m venv "$venv"
-    "$venv/bin/pip" install --quiet --disable-pip-version-check "$@"
+    "$venv/bin/pip" install --quiet --disable-pip-version-check "${packages[@]}"
+    [ ${#alone[@]} -eq 0 ] || "$venv/bin/pip" install --quiet --disable-pip-version-check --no-deps "${alone[@]}"
     touch "$venv/complete"
 }
 
@@ -31,8 +36,7 @@ for name in "${names[@]}"; do
     smg) install smg smg==1.13.0 ;;
     dynamo)
         install dynamo ai-dynamo-runtime==1.6.1 uvloop pydantic pyyaml prometheus-client transformers msgspec \
-            pyzmq aiohttp fastapi uvicorn numpy psutil
-        target/peers/dynamo/bin/pip install --quiet --disable-pip-version-check --no-deps ai-dynamo==1.6.1
+            pyzmq aiohttp fastapi uvicorn numpy psutil --no-deps ai-dynamo==1.6.1
         ;;
     *) echo "no gateway is called $name" >&2 && exit 2 ;;
     esac

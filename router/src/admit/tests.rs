@@ -1,7 +1,4 @@
-use baton_config::keys::Quota;
-
 use super::*;
-use crate::tenant::Tenant;
 
 fn gate(in_flight: u32, queue: u32) -> (Arc<Gate>, Arc<Metrics>) {
     let metrics = Arc::new(Metrics::new().unwrap());
@@ -10,16 +7,7 @@ fn gate(in_flight: u32, queue: u32) -> (Arc<Gate>, Arc<Metrics>) {
 }
 
 fn somebody() -> Principal {
-    let name: Arc<str> = Arc::from("a");
-    let tenant = Tenant {
-        name: Arc::clone(&name),
-        label: Arc::clone(&name),
-        weight: 1,
-        priority: 0,
-        admin: false,
-        max_wait: None,
-    };
-    Principal { tenant: Arc::new(tenant), ledger: name, quota: Quota::default() }
+    Principal::without_limits("a")
 }
 
 #[tokio::test(start_paused = true)]

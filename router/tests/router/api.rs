@@ -4,7 +4,7 @@ use baton_config::Role;
 use serde_json::{Value, json};
 
 use crate::fake_worker::{Act, FakeWorker, oracle};
-use crate::harness::{Answer, Harness};
+use crate::harness::{Answer, Harness, one_worker};
 use crate::model_dir::BOS;
 
 /// The text of printable byte tokens.
@@ -19,12 +19,6 @@ fn hello() -> Value {
 fn with(mut body: Value, key: &str, value: Value) -> Value {
     body[key] = value;
     body
-}
-
-async fn one_worker() -> (FakeWorker, Harness) {
-    let decode = FakeWorker::start("decode-0", Role::Decode).await;
-    let harness = Harness::start(&[&decode], |_| {}).await;
-    (decode, harness)
 }
 
 #[tokio::test]

@@ -10,7 +10,7 @@ use serde_json::{Value, json};
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
 use crate::fake_worker::{Act, FakeWorker, oracle};
-use crate::harness::{Harness, PATIENCE};
+use crate::harness::{Harness, PATIENCE, without_end};
 
 const SEED: u64 = 5;
 
@@ -123,27 +123,10 @@ async fn a_lost_connection_takes_all_its_streams_elsewhere_once() {
 async fn a_client_that_does_not_read_holds_up_no_other_on_its_connection() {
     let worker = FakeWorker::start("decode-0", Role::Decode).await;
     worker.then(Act::Endless);
-    let harness = Harness::start(&[&worker], |options| {
-        let path = options.model.path.join("config.json");
-        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
-        config["max_position_embeddings"] = json!(4_000_000);
-        std::fs::write(&path, config.to_string()).expect("written");
-    })
-    .await;
-    let body = ask("hello", 3_000_000, true).to_string();
-    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
-    socket.set_recv_buffer_size(16 << 10).expect("small");
-    let mut sleeper = socket.connect(harness.address).await.expect("a connection");
-    let head = format!("POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
-    sleeper.write_all(format!("{head}{body}").as_bytes()).await.expect("written");
+    let harness = Harness::start(&[&worker], without_end).await;
+    let mut sleeper = harness.sleeper("/v1/completions", &ask("hello", 3_000_000, true)).await;
+    harness.until_it_stands_still(&worker).await;
     let sent = || worker.seen.sent.load(Ordering::SeqCst);
-    harness
-        .until("the worker stands still", async || {
-            let before = sent();
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            before > 0 && before == sent()
-        })
-        .await;
     assert!(sent() < 1 << 20, "{}", sent());
     let answer = harness.complete(&ask("hello", 5000, true)).await;
     assert_eq!(ids(&answer).len(), 5000);

@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::api::text;
 use crate::fake_worker::{Act, FakeWorker, oracle};
-use crate::harness::{Harness, typed, types};
+use crate::harness::{Harness, one_worker, typed, types};
 
 const PATH: &str = "/v1/messages";
 
@@ -22,12 +22,6 @@ fn with(mut body: Value, key: &str, value: Value) -> Value {
 
 fn word(word: &str) -> Vec<u32> {
     word.bytes().map(u32::from).collect()
-}
-
-async fn one_worker() -> (FakeWorker, Harness) {
-    let decode = FakeWorker::start("decode-0", Role::Decode).await;
-    let harness = Harness::start(&[&decode], |_| {}).await;
-    (decode, harness)
 }
 
 #[tokio::test]

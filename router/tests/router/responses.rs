@@ -7,7 +7,7 @@ use serde_json::{Value, json};
 
 use crate::api::text;
 use crate::fake_worker::{Act, FakeWorker, oracle};
-use crate::harness::{Harness, typed, types};
+use crate::harness::{Harness, one_worker, typed, types};
 
 const PATH: &str = "/v1/responses";
 
@@ -30,12 +30,6 @@ fn hello() -> Value {
 fn streamed(mut body: Value) -> Value {
     body["stream"] = json!(true);
     body
-}
-
-async fn one_worker() -> (FakeWorker, Harness) {
-    let decode = FakeWorker::start("decode-0", Role::Decode).await;
-    let harness = Harness::start(&[&decode], |_| {}).await;
-    (decode, harness)
 }
 
 #[tokio::test]

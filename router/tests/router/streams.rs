@@ -11,7 +11,7 @@ use serde_json::{Value, json};
 use tokio::io::AsyncWriteExt as _;
 
 use crate::fake_worker::{Act, FakeWorker};
-use crate::harness::{Harness, PATIENCE};
+use crate::harness::{Harness, PATIENCE, without_end};
 
 async fn alive(worker: &FakeWorker) -> Harness {
     Harness::start(&[worker], |options| options.timeouts.keep_alive = Duration::from_millis(200)).await
@@ -112,35 +112,14 @@ async fn who_leaves_is_noticed_at_once_in_every_phase() {
 async fn a_client_that_does_not_read_costs_little() {
     let worker = FakeWorker::start("decode-0", Role::Decode).await;
     worker.always(Act::Endless);
-    // A model with room for an answer of gigabytes.
-    let harness = Harness::start(&[&worker], |options| {
-        let path = options.model.path.join("config.json");
-        let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
-        config["max_position_embeddings"] = json!(4_000_000);
-        std::fs::write(&path, config.to_string()).expect("written");
-    })
-    .await;
+    let harness = Harness::start(&[&worker], without_end).await;
     let body = json!({
         "model": "tiny", "messages": [{ "role": "user", "content": "hello" }], "stream": true, "ignore_eos": true,
         "logprobs": true, "top_logprobs": 20, "max_tokens": 1_000_000
-    })
-    .to_string();
-    let socket = tokio::net::TcpSocket::new_v4().expect("a socket");
-    socket.set_recv_buffer_size(16 << 10).expect("small");
-    let mut connection = socket.connect(harness.address).await.expect("a connection");
-    let head =
-        format!("POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
-    tokio::io::AsyncWriteExt::write_all(&mut connection, format!("{head}{body}").as_bytes())
-        .await
-        .expect("written");
+    });
+    let connection = harness.sleeper("/v1/chat/completions", &body).await;
+    harness.until_it_stands_still(&worker).await;
     let sent = || worker.seen.sent.load(Ordering::SeqCst);
-    harness
-        .until("the worker stands still", async || {
-            let before = sent();
-            tokio::time::sleep(Duration::from_millis(300)).await;
-            before > 0 && before == sent()
-        })
-        .await;
     println!("a worker has sent {} bytes for a client that reads nothing", sent());
     assert!(sent() < 2 << 20, "{}", sent());
     drop(connection);

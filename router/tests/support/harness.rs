@@ -1,8 +1,10 @@
 //! A router on a port of its own, with fake workers behind it.
 
 use std::sync::Arc;
+use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use baton_config::Role;
 use baton_config::fleet::{Disaggregation, PolicyKind};
 use baton_router::{Member, ModelOptions, Roster, RouterOptions, Stop, serve_with};
 use bytes::Bytes;
@@ -13,7 +15,8 @@ use hyper_util::client::legacy::Client;
 use hyper_util::client::legacy::connect::HttpConnector;
 use hyper_util::rt::TokioExecutor;
 use serde_json::Value;
-use tokio::net::TcpListener;
+use tokio::io::AsyncWriteExt as _;
+use tokio::net::{TcpListener, TcpSocket, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinHandle;
 
@@ -94,7 +97,44 @@ pub(crate) fn types(events: &[Value]) -> Vec<&str> {
     types
 }
 
+/// A router with one worker that does everything.
+pub(crate) async fn one_worker() -> (FakeWorker, Harness) {
+    let decode = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&decode], |_| {}).await;
+    (decode, harness)
+}
+
+/// Gives the model room for an answer of gigabytes.
+pub(crate) fn without_end(options: &mut RouterOptions) {
+    let path = options.model.path.join("config.json");
+    let mut config: Value = serde_json::from_slice(&std::fs::read(&path).expect("read")).expect("JSON");
+    config["max_position_embeddings"] = serde_json::json!(4_000_000);
+    std::fs::write(&path, config.to_string()).expect("written");
+}
+
 impl Harness {
+    /// Asks for an answer over a connection of its own, which takes little that is not read.
+    pub(crate) async fn sleeper(&self, path: &str, body: &Value) -> TcpStream {
+        let socket = TcpSocket::new_v4().expect("a socket");
+        socket.set_recv_buffer_size(16 << 10).expect("small");
+        let mut sleeper = socket.connect(self.address).await.expect("a connection");
+        let body = body.to_string();
+        let head = format!("POST {path} HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
+        sleeper.write_all(format!("{head}{body}").as_bytes()).await.expect("written");
+        sleeper
+    }
+
+    /// Waits until a worker that has begun to send sends nothing more.
+    pub(crate) async fn until_it_stands_still(&self, worker: &FakeWorker) {
+        let sent = || worker.seen.sent.load(Ordering::SeqCst);
+        let stands = async || {
+            let before = sent();
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            before > 0 && before == sent()
+        };
+        self.until("the worker stands still", stands).await;
+    }
+
     /// A router before `workers`, with every default but those that `change` touches.
     pub(crate) async fn start(workers: &[&FakeWorker], change: impl FnOnce(&mut RouterOptions)) -> Self {
         let serves = workers.iter().any(|worker| worker.member.role.decodes());
