@@ -78,7 +78,7 @@ impl Default for UcxOptions {
 }
 
 /// Opens UCX.
-pub(crate) fn open(options: &UcxOptions) -> Result<Box<dyn Driver>, DriverError> {
+pub(crate) fn open(options: &UcxOptions) -> Result<Box<dyn Driver + Send>, DriverError> {
     let driver = handlers::keep(|| UcxDriver::open(library::get()?, options, None))?;
     Ok(Box::new(driver))
 }
