@@ -24,7 +24,7 @@ pub(crate) mod testing;
 pub(crate) mod thread;
 mod window;
 
-use self::driver::Driver;
+use self::driver::DriverInfo;
 use self::window::Bounds;
 use crate::agent::AgentOptions;
 
@@ -65,14 +65,13 @@ impl FabricLimits {
         }
     }
 
-    fn bounds(&self, driver: &dyn Driver) -> Bounds {
-        let info = driver.info();
+    fn bounds(&self, info: &DriverInfo, pieces_max: usize) -> Bounds {
         let op_bytes = if info.rails > 1 { STRIPE_BYTES } else { OP_BYTES };
         Bounds {
             ops: self.ops_per_peer.max(1),
             bytes: self.bytes_per_peer.max(1),
             op_bytes: op_bytes.min(info.op_max).max(1),
-            pieces: driver.pieces_max().clamp(1, PIECES_MAX),
+            pieces: pieces_max.clamp(1, PIECES_MAX),
         }
     }
 }

@@ -64,7 +64,7 @@ impl Default for LibfabricOptions {
 }
 
 /// Opens the best provider that works here.
-pub(crate) fn open(options: &LibfabricOptions) -> Result<Box<dyn Driver>, DriverError> {
+pub(crate) fn open(options: &LibfabricOptions) -> Result<Box<dyn Driver + Send>, DriverError> {
     let driver = handlers::keep(|| open_with(options, Tuning::USUAL))?;
     Ok(Box::new(driver))
 }

@@ -78,7 +78,7 @@ impl Default for UcxOptions {
 }
 
 /// Opens UCX.
-pub(crate) fn open(options: &UcxOptions) -> Result<Box<dyn Driver>, DriverError> {
+pub(crate) fn open(options: &UcxOptions) -> Result<Box<dyn Driver + Send>, DriverError> {
     let driver = handlers::keep(|| UcxDriver::open(library::get()?, options, None))?;
     Ok(Box::new(driver))
 }
@@ -117,7 +117,7 @@ fn describe(context: &Context, options: &UcxOptions) -> DriverInfo {
     let cuda = context.cuda().map_err(|error| format!("{}: {}", error.what, error.remedy));
     DriverInfo {
         detail: format!("UCX {}, {}, {way}", context.version(), context.resources.join(" ")),
-        wire: format!("ucx {}.{} {way}", context.version.0, context.version.1),
+        wire: format!("ucx {}.{} {way} {}", context.version.0, context.version.1, config::TCP_PIECE),
         same_host: options.bind.is_loopback(),
         read: true,
         write: true,

@@ -28,7 +28,7 @@ pub const UCS_ERR_BUSY: ucs_status_t = -15;
 pub const UCS_ERR_CANCELED: ucs_status_t = -16;
 pub const UCS_ERR_LAST: ucs_status_t = -100;
 
-pub const UCS_THREAD_MODE_SINGLE: c_int = 0;
+pub const UCS_THREAD_MODE_SERIALIZED: c_int = 1;
 pub const UCS_MEMORY_TYPE_HOST: c_int = 0;
 pub const UCS_MEMORY_TYPE_CUDA: c_int = 1;
 

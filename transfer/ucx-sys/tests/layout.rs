@@ -54,7 +54,7 @@ fn ours() -> Vec<(String, i64)> {
         UCS_ERR_BUSY,
         UCS_ERR_CANCELED,
         UCS_ERR_LAST,
-        UCS_THREAD_MODE_SINGLE,
+        UCS_THREAD_MODE_SERIALIZED,
         UCS_MEMORY_TYPE_HOST,
         UCS_MEMORY_TYPE_CUDA,
         UCS_LOG_FUNC_RC_STOP,

@@ -303,11 +303,22 @@ impl Running {
     /// # Errors
     /// With the fabric's reason, once nothing of the batch is posted any more.
     pub(crate) async fn next(&mut self, done: &mut Vec<u32>) -> Result<bool, Arc<str>> {
+        let mut spun = false;
         let more = poll_fn(|context| {
             loop {
                 let mut state = self.batch.state();
                 if let Some(news) = state.take_news(done) {
                     return Poll::Ready(news);
+                }
+                if self.fabric.takes_turns() {
+                    if std::mem::replace(&mut spun, true) {
+                        // Mostly woken by another task, or by itself.
+                        state.waiting = Some(Wake::Waker(context.waker().clone()));
+                        return Poll::Pending;
+                    }
+                    drop(state);
+                    self.fabric.spin(|| self.batch.state().is_news());
+                    continue;
                 }
                 self.bell = self.bell.take().or_else(|| self.fabric.bells().take());
                 let Some(bell) = &self.bell else {

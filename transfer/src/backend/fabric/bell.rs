@@ -30,9 +30,7 @@ impl Bells {
         }
         drop(kept);
         let fd = eventfd(0, EventfdFlags::CLOEXEC | EventfdFlags::NONBLOCK).ok()?;
-        // SAFETY: an open descriptor, which what is made here alone owns, and closes when it has taken it off the reactor.
-        let fd = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) }.ok()?;
-        Some(Bell { runtime, fd: Arc::new(fd) })
+        Some(Bell { runtime, fd: Arc::new(readable(fd).ok()?) })
     }
 
     pub(super) fn give_back(&self, bell: Bell) {
@@ -45,6 +43,13 @@ impl Bells {
     fn lock(&self) -> MutexGuard<'_, Vec<Bell>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
+}
+
+/// A descriptor that the current runtime waits for.
+pub(super) fn readable(fd: OwnedFd) -> std::io::Result<AsyncFd<OwnedFd>> {
+    // SAFETY: an open descriptor, which what is made here alone owns, and closes when it has taken it off the reactor.
+    let registered = unsafe { AsyncFd::register_with_interest(fd, Interest::READABLE) };
+    registered.map_err(std::io::Error::from)
 }
 
 /// A descriptor that one task at a time waits for. It may ring for nothing.

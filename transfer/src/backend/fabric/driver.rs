@@ -1,7 +1,8 @@
 //! What a network library must do to carry KV blocks: the narrow waist of every fabric backend.
 //!
-//! A driver is owned by one thread, which is the only one to call it: nothing here needs a lock. It never blocks, but
-//! in `open`, `connect` and `disconnect`, each for at most [`CALL_MAX`].
+//! A driver is called by one thread at a time: by the one that opened it alone or, where it can do with that, by any
+//! ([`Opened`]). Nothing here needs a lock. It never blocks, but in `open`, `connect` and `disconnect`, each for at most
+//! [`CALL_MAX`].
 //!
 //! Rules every driver keeps, on which memory safety and the fencing of reads rest:
 //!
@@ -124,6 +125,14 @@ pub(crate) struct Done {
     pub(crate) op: u64,
     /// Bytes moved (of a receive: bytes that arrived), or the library's reason.
     pub(crate) result: Result<usize, String>,
+}
+
+/// A driver that was opened.
+pub(crate) enum Opened {
+    /// Called and dropped by the thread that opened it.
+    Bound(Box<dyn Driver>),
+    /// Called by any thread, one at a time.
+    Movable(Box<dyn Driver + Send>),
 }
 
 /// A network library at work. See the module for the rules.

@@ -10,7 +10,7 @@ use tokio_util::task::TaskTracker;
 
 use super::FabricLimits;
 use super::batch::Batch;
-use super::driver::{Driver, DriverError};
+use super::driver::{DriverError, Opened};
 use super::thread::Fabric;
 use crate::agent::{AgentOptions, BackendKind};
 use crate::backend::{libfabric, plugin, ucx};
@@ -21,7 +21,7 @@ use crate::wire::Offer;
 const OPEN_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// Opens a driver, as often as it must be opened.
-pub(crate) type Open = Arc<dyn Fn() -> Result<Box<dyn Driver>, DriverError> + Send + Sync>;
+pub(crate) type Open = Arc<dyn Fn() -> Result<Opened, DriverError> + Send + Sync>;
 
 /// Makes the answer to a request that came over a fabric.
 pub(crate) type Answer = dyn Fn(BackendKind, &[u8]) -> Option<Arc<Batch>> + Send + Sync;
@@ -166,11 +166,11 @@ fn driver(kind: BackendKind, options: &AgentOptions) -> Option<Open> {
     match kind {
         BackendKind::Libfabric => {
             let options = options.libfabric.clone();
-            Some(Arc::new(move || libfabric::open(&options)))
+            Some(Arc::new(move || libfabric::open(&options).map(Opened::Movable)))
         }
         BackendKind::Ucx => {
             let options = options.ucx.clone();
-            Some(Arc::new(move || ucx::open(&options)))
+            Some(Arc::new(move || ucx::open(&options).map(Opened::Movable)))
         }
         BackendKind::Plugin => {
             let options = options.plugin.clone();
@@ -178,7 +178,7 @@ fn driver(kind: BackendKind, options: &AgentOptions) -> Option<Open> {
                 what: "no plugin is named".into(),
                 remedy: "set transfer.plugin to its shared object".into(),
             };
-            Some(Arc::new(move || plugin::open(options.as_ref().ok_or_else(none)?)))
+            Some(Arc::new(move || plugin::open(options.as_ref().ok_or_else(none)?).map(Opened::Bound)))
         }
         BackendKind::Shm | BackendKind::Cma | BackendKind::Tcp => None,
     }

@@ -8,8 +8,8 @@ use std::time::{Duration, Instant};
 use rustix::event::{EventfdFlags, eventfd};
 
 use super::driver::{
-    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, PostError, REQUEST_MAX_BYTES,
-    RemoteId,
+    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, Opened, PeerId, PostError,
+    REQUEST_MAX_BYTES, RemoteId,
 };
 use crate::memory::{HostMemory, MemorySpan};
 
@@ -142,6 +142,12 @@ impl World {
             requests: VecDeque::new(),
             next: 0,
         }
+    }
+
+    /// Opens a driver, of every second seed one that any thread may call.
+    pub(crate) fn open(&self, seed: u64, faults: Faults) -> Opened {
+        let driver = Box::new(self.driver(seed, faults));
+        if seed.is_multiple_of(2) { Opened::Movable(driver) } else { Opened::Bound(driver) }
     }
 
     /// The process of an endpoint dies: what is posted to it fails.

@@ -2,7 +2,8 @@
 //!
 //! Who owns what:
 //!
-//! 1. The thread owns the driver: it alone calls it, from the first to the last call.
+//! 1. The thread owns the driver: it alone calls it, from the first to the last call. Where any thread may call the
+//!    driver, tasks take turns at it as well, see [`turns`].
 //! 2. Tasks hand it commands through a bounded queue and wake it through an event descriptor if it sleeps.
 //! 3. What comes of a [`Batch`] is noted in the batch, once per turn of the thread; its task is woken when a good part
 //!    or all of it is done, not for every operation.
@@ -11,6 +12,7 @@
 mod progress;
 #[expect(unsafe_code, reason = "lends the descriptor of a driver to poll(2)")]
 mod sleep;
+mod turns;
 
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
@@ -18,13 +20,17 @@ use std::thread::JoinHandle;
 
 use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use self::progress::Progress;
 use self::sleep::Alarm;
+use self::turns::{Spinner, Turns};
 use super::FabricLimits;
 use super::batch::{Batch, Running};
 use super::bell::Bells;
-use super::driver::{Access, Driver, DriverError, DriverInfo, LocalId, PeerId, REQUEST_MAX_BYTES, RemoteId};
+use super::driver::{
+    self, Access, Driver, DriverError, DriverInfo, LocalId, PeerId, REQUEST_MAX_BYTES, RemoteId,
+};
 use super::registry::Registry;
 use crate::agent::BackendKind;
 use crate::memory::{MemoryError, MemorySpan};
@@ -53,6 +59,8 @@ struct Inner {
     limits: FabricLimits,
     opened: Opened,
     queue: Arc<Queue>,
+    /// Where tasks take turns, if they do.
+    turns: Option<Arc<Turns>>,
     registry: Registry,
     bounce: Bounce,
     bells: Bells,
@@ -66,6 +74,48 @@ struct Inner {
 struct Opened {
     info: DriverInfo,
     address: Vec<u8>,
+}
+
+impl Opened {
+    fn of(driver: &(impl Driver + ?Sized)) -> Self {
+        Self { info: driver.info().clone(), address: driver.address() }
+    }
+}
+
+/// What is known of an open driver, and where tasks take turns at it.
+type Start = Result<(Opened, Option<Arc<Turns>>), DriverError>;
+
+/// The work of the thread with an open driver.
+fn work(driver: driver::Opened, queue: Arc<Queue>, limits: FabricLimits, tell: oneshot::Sender<Start>) {
+    match driver {
+        driver::Opened::Bound(driver) => work_alone(driver, queue, limits, tell),
+        driver::Opened::Movable(driver) => {
+            let bounds = limits.bounds(driver.info(), driver.pieces_max());
+            let Some(fd) = sleep::wait_fd(&*driver) else {
+                // Nothing tells a task when to take a turn.
+                return work_alone(driver, queue, limits, tell);
+            };
+            let opened = Opened::of(&*driver);
+            let progress = Progress::new(driver, Arc::clone(&queue), bounds);
+            let turns = Arc::new(Turns::new(queue, progress, fd));
+            if tell.send(Ok((opened, Some(Arc::clone(&turns))))).is_ok() {
+                turns.run();
+            }
+        }
+    }
+}
+
+fn work_alone(
+    driver: Box<dyn Driver>,
+    queue: Arc<Queue>,
+    limits: FabricLimits,
+    tell: oneshot::Sender<Start>,
+) {
+    let (opened, bounds) = (Opened::of(&*driver), limits.bounds(driver.info(), driver.pieces_max()));
+    let progress = Progress::new(driver, queue, bounds);
+    if tell.send(Ok((opened, None))).is_ok() {
+        progress.run();
+    }
 }
 
 /// Host memory that bytes pass through where they cannot go straight to their place. Pages are taken at first use.
@@ -129,6 +179,25 @@ enum Command {
     },
 }
 
+impl Command {
+    /// Whether the driver may block for it.
+    fn may_block(&self) -> bool {
+        match self {
+            Self::Register { .. }
+            | Self::Deregister(_)
+            | Self::Connect { .. }
+            | Self::Sever { .. }
+            | Self::Disconnect { .. } => true,
+            Self::Import { .. }
+            | Self::Forget { .. }
+            | Self::Submit(_)
+            | Self::Exchange(_)
+            | Self::SubmitThen(..)
+            | Self::Abort(_) => false,
+        }
+    }
+}
+
 /// A message that is awaited, and the request for it, which is posted from then on.
 pub(crate) struct Exchange {
     pub(crate) receive: Arc<Batch>,
@@ -151,9 +220,27 @@ pub(crate) type Answering = Arc<dyn Fn(&[u8]) -> Option<Arc<Batch>> + Send + Syn
 struct Waiting {
     commands: VecDeque<(Command, Option<OwnedSemaphorePermit>)>,
     /// The thread sleeps, or is about to: ring.
-    asleep: bool,
+    asleep: Option<Asleep>,
     /// No handle is left, or the thread has ended.
     closed: bool,
+}
+
+/// How the thread sleeps.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Asleep {
+    /// It looks again soon, in case something is missed.
+    Napping,
+    /// Nothing is under way.
+    Soundly,
+}
+
+/// How much the thread is needed after a turn that a task took.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Need {
+    None,
+    /// It is to look after what is under way.
+    Soon,
+    Now,
 }
 
 impl Queue {
@@ -163,17 +250,37 @@ impl Queue {
 
     /// Whether the thread will see it.
     fn push(&self, command: Command, room: Option<OwnedSemaphorePermit>) -> Result<(), Command> {
+        self.leave(command, room)?;
+        self.rouse(Need::Now);
+        Ok(())
+    }
+
+    /// Leaves a command to whoever takes the next turn; whether somebody will.
+    fn leave(&self, command: Command, room: Option<OwnedSemaphorePermit>) -> Result<(), Command> {
         let mut state = self.state();
         if state.closed {
             return Err(command);
         }
         state.commands.push_back((command, room));
-        let asleep = std::mem::take(&mut state.asleep);
-        drop(state);
-        if asleep {
+        Ok(())
+    }
+
+    /// Wakes the thread if it is needed.
+    fn rouse(&self, need: Need) {
+        if need == Need::None {
+            return;
+        }
+        let mut state = self.state();
+        let sleeps = match need {
+            Need::None => false,
+            Need::Soon => state.asleep == Some(Asleep::Soundly),
+            Need::Now => state.asleep.is_some(),
+        };
+        if sleeps {
+            state.asleep = None;
+            drop(state);
             self.alarm.ring();
         }
-        Ok(())
     }
 
     pub(super) fn deregister(&self, id: LocalId) {
@@ -199,7 +306,7 @@ impl Fabric {
     /// The driver's, or the system's when it gives no thread.
     pub(crate) async fn start(
         kind: BackendKind,
-        open: impl FnOnce() -> Result<Box<dyn Driver>, DriverError> + Send + 'static,
+        open: impl FnOnce() -> Result<driver::Opened, DriverError> + Send + 'static,
         limits: FabricLimits,
     ) -> Result<Self, DriverError> {
         let system = |error: std::io::Error| DriverError {
@@ -222,14 +329,14 @@ impl Fabric {
                     return;
                 }
             };
-            let opened = Opened { info: driver.info().clone(), address: driver.address() };
-            let progress = Progress::new(driver, own, limits);
-            if tell.send(Ok(opened)).is_ok() {
-                progress.run();
-            }
+            work(driver, own, limits, tell);
         };
         let thread = std::thread::Builder::new().name(format!("baton-{kind}")).spawn(run).map_err(system)?;
-        let opened = told.await.map_err(|_| gone(kind))??;
+        let (opened, turns) = told.await.map_err(|_| gone(kind))??;
+        if let Some(turns) = &turns {
+            // Ends with the driver.
+            TaskTracker::new().spawn(Arc::clone(turns).watch(ended.clone()));
+        }
         tracing::debug!(%kind, detail = opened.info.detail, "fabric opened");
         let bounce = Bounce::new(&opened.info).map_err(|error| DriverError {
             what: format!("no memory for the buffers of {kind}: {error}"),
@@ -241,6 +348,7 @@ impl Fabric {
             limits,
             opened,
             queue,
+            turns,
             registry: Registry::default(),
             bounce,
             bells: Bells::default(),
@@ -412,7 +520,24 @@ impl Fabric {
             // Never closed; were it, so would the thread be.
             Err(_) => Arc::clone(&self.0.queue.room).acquire_owned().await.map_err(|_| gone(self.0.kind))?,
         };
-        self.0.queue.push(command, Some(room)).map_err(|_| gone(self.0.kind))
+        let Some(turns) = self.0.turns.as_ref().filter(|_| !command.may_block()) else {
+            return self.0.queue.push(command, Some(room)).map_err(|_| gone(self.0.kind));
+        };
+        self.0.queue.leave(command, Some(room)).map_err(|_| gone(self.0.kind))?;
+        turns.take(true);
+        Ok(())
+    }
+
+    /// Whether tasks take turns at the driver.
+    pub(super) fn takes_turns(&self) -> bool {
+        self.0.turns.is_some()
+    }
+
+    /// Takes turns for a moment, where that is likely to pay, until `came`.
+    pub(super) fn spin(&self, came: impl Fn() -> bool) {
+        if let Some(turns) = &self.0.turns {
+            turns.spin(Spinner::Task, came);
+        }
     }
 }
 
@@ -420,8 +545,11 @@ impl Drop for Inner {
     fn drop(&mut self) {
         self.queue.close();
         let thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner).take();
-        // What a batch keeps may hold the last handle: the thread cannot wait for itself.
-        if let Some(thread) = thread.filter(|thread| thread.thread().id() != std::thread::current().id())
+        // What a batch keeps may hold the last handle: a turn cannot wait for its own end.
+        let waits = |thread: &JoinHandle<()>| {
+            thread.thread().id() != std::thread::current().id() && !turns::is_turning()
+        };
+        if let Some(thread) = thread.filter(waits)
             && thread.join().is_err()
         {
             tracing::error!(kind = %self.kind, "the progress thread panicked");

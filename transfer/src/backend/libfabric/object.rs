@@ -5,7 +5,7 @@
 //! 1. An owner holds the only handle to an open object, from the call that opened it until its `Drop` closes it.
 //! 2. Whoever holds several declares them so that what was made *from* an object is dropped before it: endpoint,
 //!    address vector, queue, registration, domain, fabric, info.
-//! 3. All calls on the objects of one domain come from the one thread that owns the driver.
+//! 3. All calls on the objects of one domain come from the thread that has the driver, one at a time.
 //! 4. Buffers handed to the library belong to a registration, contexts to the slots: both outlive the endpoint.
 
 use std::cell::Cell;
@@ -215,7 +215,7 @@ impl Fabric {
 
     /// Whether one may sleep until a queue's descriptor is readable.
     pub(super) fn may_sleep(&self, queues: &mut [*mut fid]) -> bool {
-        // SAFETY: open objects of this fabric (rule 1), called by their thread (rule 3).
+        // SAFETY: open objects of this fabric (rule 1), called by the one thread that may (rule 3).
         unsafe { call::trywait(self.raw(), queues) }.is_ok()
     }
 }
@@ -311,7 +311,7 @@ impl Queue {
 
     /// Reads what was reported.
     pub(super) fn read(&self, into: &mut [fi_cq_tagged_entry]) -> Result<usize, Errno> {
-        // SAFETY: an open queue of tagged entries, read by its thread (rule 3).
+        // SAFETY: an open queue of tagged entries, read by the one thread that may (rule 3).
         unsafe { call::cq_read(self.raw.raw(), into) }
     }
 

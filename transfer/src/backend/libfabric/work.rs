@@ -162,6 +162,10 @@ pub(super) struct LibfabricDriver {
     next_id: u32,
 }
 
+// SAFETY: nothing outside of it holds one of its objects, and the library lets several threads call those of a domain, one
+// at a time (`FI_THREAD_DOMAIN`); fabrics and what is of none are made and dropped by the same calls.
+unsafe impl Send for LibfabricDriver {}
+
 impl LibfabricDriver {
     pub(super) fn new(rails: Vec<Rail>, info: DriverInfo, loopback: bool, segment: u64) -> Self {
         let first = rails.first().map(|rail| &rail.info);

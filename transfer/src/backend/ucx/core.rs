@@ -2,7 +2,7 @@
 //!
 //! Rules, on which every `SAFETY` comment here and in [`super::messages`] leans:
 //!
-//! 1. Callbacks run only inside calls into UCX, all of which are made by the thread that owns the driver.
+//! 1. Callbacks run only inside calls into UCX, all of which are made by the thread that has the driver: one at a time.
 //! 2. No `RefCell` of [`Core`] is borrowed across a call into UCX, so a callback may borrow any.
 //! 3. A [`Core`] stays where it is (`Rc`) and so do its slots, until the worker is destroyed: no callback comes after.
 //! 4. Bytes at the address of a job belong to its registration, which is kept while `in_use` counts the job.
@@ -17,7 +17,7 @@ use baton_ucx_sys::{
     UCP_AM_HANDLER_PARAM_FIELD_FLAGS, UCP_AM_HANDLER_PARAM_FIELD_ID, UCP_OP_ATTR_FIELD_CALLBACK,
     UCP_OP_ATTR_FIELD_MEMH, UCP_OP_ATTR_FIELD_MEMORY_TYPE, UCP_OP_ATTR_FIELD_USER_DATA,
     UCP_WORKER_FLAG_IGNORE_REQUEST_LEAK, UCP_WORKER_PARAM_FIELD_FLAGS, UCP_WORKER_PARAM_FIELD_THREAD_MODE,
-    UCS_OK, UCS_THREAD_MODE_SINGLE, Zeroed, is_request, status_of, ucp_am_handler_param_t,
+    UCS_OK, UCS_THREAD_MODE_SERIALIZED, Zeroed, is_request, status_of, ucp_am_handler_param_t,
     ucp_am_recv_data_nbx_callback_t, ucp_request_param_t, ucp_send_nbx_callback_t, ucp_worker_h,
     ucp_worker_params_t, ucs_status_ptr_t, ucs_status_t,
 };
@@ -53,7 +53,7 @@ impl Core {
     pub(super) fn new(context: Context) -> Result<Self, DriverError> {
         let mut params = ucp_worker_params_t::zeroed();
         params.field_mask = UCP_WORKER_PARAM_FIELD_THREAD_MODE | UCP_WORKER_PARAM_FIELD_FLAGS;
-        params.thread_mode = UCS_THREAD_MODE_SINGLE;
+        params.thread_mode = UCS_THREAD_MODE_SERIALIZED;
         params.flags = UCP_WORKER_FLAG_IGNORE_REQUEST_LEAK;
         let mut worker = std::ptr::null_mut();
         // SAFETY: a context and parameters as UCX defines them; fills in one pointer.

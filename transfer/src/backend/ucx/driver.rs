@@ -58,6 +58,10 @@ pub(super) struct UcxDriver {
     random: Random,
 }
 
+// SAFETY: nothing outside of it holds a part of it, so that its reference counts and cells go with it; and the worker is
+// one that UCX lets several threads use, one at a time (`UCS_THREAD_MODE_SERIALIZED`).
+unsafe impl Send for UcxDriver {}
+
 impl UcxDriver {
     /// Makes context and worker; `one_sided` decides what the transports found would decide otherwise.
     pub(super) fn open(

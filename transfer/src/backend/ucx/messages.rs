@@ -220,17 +220,22 @@ impl Core {
 
     /// The endpoints of answers under way with bytes of such regions; they are the caller's to close, once.
     pub(super) fn take_replies(&self, wanted: impl Fn(u32) -> bool) -> Vec<ucp_ep_h> {
-        let mut endpoints = Vec::new();
-        for (index, job) in self.slots.busy() {
-            let holds = job.region.is_some_and(&wanted);
-            if job.work == Work::Serve && job.parts > 0 && holds && !job.reply.is_null() {
-                self.slots.set(index, Job { reply: std::ptr::null_mut(), ..job });
-                endpoints.push(job.reply);
-            }
-        }
+        let holds = |job: &Job| job.parts > 0 && !job.reply.is_null() && job.region.is_some_and(&wanted);
+        let mut endpoints: Vec<_> =
+            self.slots.busy().iter().filter(|(_, job)| holds(job)).map(|(_, job)| job.reply).collect();
         endpoints.sort_unstable();
         endpoints.dedup();
+        endpoints.iter().for_each(|ep| self.forget_replies(*ep));
         endpoints
+    }
+
+    /// An endpoint is closed now: no answer under way on it may have it closed once more.
+    pub(super) fn forget_replies(&self, ep: ucp_ep_h) {
+        for (index, job) in self.slots.busy() {
+            if job.reply == ep {
+                self.slots.set(index, Job { reply: std::ptr::null_mut(), ..job });
+            }
+        }
     }
 
     /// Whether UCX has requests of ours: all jobs but messages that did not come.

@@ -116,6 +116,8 @@ impl Peer {
         if ep.is_null() {
             return true;
         }
+        // UCX gives the same endpoint for answers.
+        core.forget_replies(ep);
         let Some(slot) = core.start(Job::new(Work::Close, 0, Some(id))) else { return false };
         let mut params = core.params(slot, None);
         params.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;

@@ -6,6 +6,9 @@ use crate::wire::MAX_READ_BLOCKS;
 
 /// Smaller blocks are gathered into messages: each costs a copy on either side, but no operation of its own.
 const PACK_BELOW_BYTES: u32 = 32 << 10;
+/// Blocks of which no more than this is read are, too, where nothing here would verify them: a message needs no
+/// confirmation after it, which takes longer than the copies.
+const ONE_MESSAGE_BYTES: u64 = 64 << 10;
 
 /// What decides on the way.
 #[derive(Debug, Clone, Copy)]
@@ -65,10 +68,13 @@ impl Plan {
         let (mut packs, mut staged) = (Load::new(true), Load::new(false));
         // Blocks that come in parts must come in order; packs are independent of them.
         let mut packed_loads = Vec::new();
+        let bytes: u64 = job.blocks.iter().map(|block| u64::from(block.source.len)).sum();
+        let fits_one = bytes <= ONE_MESSAGE_BYTES;
         for (index, block) in job.blocks.iter().enumerate() {
             let len = block.source.len as usize;
             let device = matches!(job.into, Destination::Device(_));
-            if block.source.len < PACK_BELOW_BYTES && len <= ways.pack_max.min(ways.slot_bytes) && !device {
+            let small = block.source.len < PACK_BELOW_BYTES || fits_one && job.expected(index).is_none();
+            if small && len <= ways.pack_max.min(ways.slot_bytes) && !device {
                 if packs.bytes + len > ways.pack_max.min(ways.slot_bytes)
                     || packs.parts.len() == MAX_READ_BLOCKS
                 {

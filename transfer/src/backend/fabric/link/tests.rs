@@ -9,7 +9,6 @@ mod writes;
 use super::*;
 use crate::agent::{Agent, AgentOptions, BackendKind, Integrity};
 use crate::backend::fabric::FabricLimits;
-use crate::backend::fabric::driver::Driver;
 use crate::backend::fabric::fabrics::{Fabrics, Open};
 use crate::backend::fabric::testing::{Faults, Rng, World};
 use crate::digest::{DigestSeed, block_digest};
@@ -57,7 +56,7 @@ async fn side(
     let backends = vec![BackendKind::Plugin];
     let options = AgentOptions { backends, integrity, ..AgentOptions::new(worker) };
     let world = world.clone();
-    let open: Open = Arc::new(move || Ok(Box::new(world.driver(seed, faults)) as Box<dyn Driver>));
+    let open: Open = Arc::new(move || Ok(world.open(seed, faults)));
     let fabrics = Fabrics::open_with(vec![(BackendKind::Plugin, open)], limits).await;
     let agent = Agent::start_with(options, fabrics.clone()).await.unwrap();
     agent.set_epoch(EPOCH);

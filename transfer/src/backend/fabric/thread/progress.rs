@@ -1,27 +1,20 @@
-//! What the progress thread does: takes commands, posts, polls, tells, rests.
+//! What is done in a turn: takes commands, posts, polls, tells.
+
+pub(super) mod rest;
 
 use std::collections::VecDeque;
+use std::os::fd::OwnedFd;
 use std::sync::{Arc, Weak};
 use std::time::{Duration, Instant};
 
+use super::sleep;
 use super::{Command, Exchange, Peer, PeerInner, Queue};
-use crate::backend::fabric::FabricLimits;
 use crate::backend::fabric::batch::{Batch, End, Posting, Transfer, Verb};
 use crate::backend::fabric::driver::{Done, Driver, DriverError, LocalRange, PeerId, Piece, PostError};
 use crate::backend::fabric::table::Table;
 use crate::backend::fabric::window::{Bounds, Part, Window};
 use crate::spin::Spin;
 
-/// How long the thread looks again and again before it sleeps while operations are under way: less than waking it takes.
-const SPIN: Duration = Duration::from_micros(5);
-/// How long after the last event the thread still wakes up by itself, for libraries that miss wake-ups.
-const WARM: Duration = Duration::from_millis(100);
-/// Longest sleep of a thread with nothing to do.
-const IDLE: Duration = Duration::from_secs(1);
-/// Longest sleep of a thread with nothing to do whose driver has nothing to wait for.
-const IDLE_BLIND: Duration = Duration::from_millis(10);
-/// Sleep while the driver takes nothing more.
-const FULL: Duration = Duration::from_micros(50);
 /// How often jobs that should have ended long ago are looked for.
 const SWEEP: Duration = Duration::from_millis(250);
 /// How long what was given up may stay posted. Then its peer is disconnected, and its buffers are free.
@@ -33,10 +26,12 @@ const TURN_OPS: usize = 16;
 /// Requests of peers answered before something else has its turn.
 const TURN_REQUESTS: usize = 16;
 
-/// The state of the thread.
-pub(super) struct Progress {
+/// What is under way with a driver, and the driver.
+pub(super) struct Progress<D: Driver + ?Sized> {
     /// Always there, until the drop closes it before anything else.
-    driver: Option<Box<dyn Driver>>,
+    driver: Option<Box<D>>,
+    /// Tells what the driver's descriptor tells.
+    fd: Option<OwnedFd>,
     queue: Arc<Queue>,
     bounds: Bounds,
     peers: Table<PeerState>,
@@ -62,6 +57,18 @@ pub(super) struct Progress {
     last: Instant,
     /// When jobs were last swept.
     swept: Instant,
+    /// Commands that were taken from the queue.
+    commands: VecDeque<Command>,
+    /// Whether this turn may make calls that block.
+    may_block: bool,
+    /// Peers whose connection is to be closed in a turn that may block.
+    closing: Vec<u64>,
+    /// Whether commands wait for such a turn.
+    held_up: bool,
+    /// Turns in which something happened.
+    events: u64,
+    /// Something was posted since the descriptor was last prepared.
+    unarmed: bool,
 }
 
 struct PeerState {
@@ -122,10 +129,10 @@ struct Op {
     len: usize,
 }
 
-impl Progress {
-    pub(super) fn new(driver: Box<dyn Driver>, queue: Arc<Queue>, limits: FabricLimits) -> Self {
-        let bounds = limits.bounds(&*driver);
+impl<D: Driver + ?Sized> Progress<D> {
+    pub(super) fn new(driver: Box<D>, queue: Arc<Queue>, bounds: Bounds) -> Self {
         Self {
+            fd: sleep::wait_fd(&*driver),
             driver: Some(driver),
             queue,
             bounds,
@@ -143,46 +150,73 @@ impl Progress {
             spin: Spin::default(),
             last: Instant::now(),
             swept: Instant::now(),
+            commands: VecDeque::new(),
+            may_block: true,
+            closing: Vec::new(),
+            held_up: false,
+            events: 0,
+            unarmed: false,
         }
     }
 
     /// Works until no handle is left.
     pub(super) fn run(mut self) {
-        let mut commands = VecDeque::new();
-        loop {
-            {
-                let mut state = self.queue.state();
-                if state.closed {
-                    return;
-                }
-                std::mem::swap(&mut commands, &mut state.commands);
-            }
-            let mut busy = !commands.is_empty();
-            for (command, _room) in commands.drain(..) {
-                self.obey(command);
-            }
-            busy |= self.post();
-            busy |= self.poll();
-            busy |= self.answer();
-            if self.jobs.len() > 0 {
-                self.sweep();
-            }
-            self.tell();
-            match busy {
+        while !self.queue.state().closed {
+            match self.turn(true) {
                 true => {
                     if std::mem::take(&mut self.is_spinning) {
                         self.spin.tried(true);
                     }
-                    self.last = Instant::now();
                 }
                 false => self.rest(),
             }
         }
     }
 
+    /// Takes commands, posts, polls, tells; whether anything happened. What may block is left alone unless `may_block`.
+    pub(super) fn turn(&mut self, may_block: bool) -> bool {
+        self.may_block = may_block;
+        let mut busy = false;
+        while may_block && let Some(peer) = self.closing.pop() {
+            busy = true;
+            self.close(peer);
+        }
+        self.take_commands();
+        while let Some(command) = self.commands.pop_front() {
+            busy = true;
+            self.obey(command);
+        }
+        busy |= self.post();
+        busy |= self.poll();
+        busy |= self.answer();
+        if self.jobs.len() > 0 {
+            self.sweep();
+        }
+        self.tell();
+        if busy {
+            self.events += 1;
+            self.last = Instant::now();
+        }
+        busy
+    }
+
+    /// Takes the commands that wait, but those that this turn must leave alone: no other depends on one of them, since
+    /// who gave it waits for its reply, or is gone.
+    fn take_commands(&mut self) {
+        let mut state = self.queue.state();
+        for _ in 0..state.commands.len() {
+            let Some(next) = state.commands.pop_front() else { break };
+            match self.may_block || !next.0.may_block() {
+                true => self.commands.push_back(next.0),
+                false => state.commands.push_back(next),
+            }
+        }
+        self.held_up = !state.commands.is_empty();
+    }
+
     #[expect(clippy::expect_used, reason = "only the drop takes the driver")]
-    fn driver(&mut self) -> &mut dyn Driver {
-        &mut **self.driver.as_mut().expect("the driver is there until the drop")
+    fn driver(&mut self) -> &mut D {
+        self.driver.as_mut().expect("the driver is there until the drop")
     }
 
     fn obey(&mut self, command: Command) {
@@ -370,20 +404,31 @@ impl Progress {
         if let Some(handle) = peer.handle.upgrade() {
             let _ = handle.failed.set(Arc::clone(why));
         }
-        let id = peer.id;
-        let jobs: Vec<u64> =
-            self.jobs.iter().filter(|(_, job)| job.peer == key).map(|(key, _)| key).collect();
-        for job in &jobs {
-            self.give_up(*job, why);
+        for job in self.jobs_of(key) {
+            self.give_up(job, why);
         }
+        match self.may_block {
+            true => self.close(key),
+            false => self.closing.push(key),
+        }
+    }
+
+    fn jobs_of(&self, peer: u64) -> Vec<u64> {
+        self.jobs.iter().filter(|(_, job)| job.peer == peer).map(|(key, _)| key).collect()
+    }
+
+    /// Closes the connection to a peer that has failed.
+    fn close(&mut self, key: u64) {
+        let Some(id) = self.peers.get_mut(key).map(|peer| peer.id) else { return };
         self.driver().disconnect(id);
         // What lingers is settled by its reports.
         let cut = !self.driver().lingers(id);
-        for job in jobs {
+        for job in self.jobs_of(key) {
             if let Some(job) = self.jobs.get_mut(job) {
                 // A message that is awaited is nobody's until it comes: its buffer is free when it was reported.
                 job.cut = cut && job.posted > 0 && !job.batch.receives();
             }
+            self.touch(job);
         }
     }
 
@@ -506,6 +551,7 @@ impl Progress {
     }
 
     fn count_posted(&mut self, job: u64) {
+        self.unarmed = true;
         let Some(job) = self.jobs.get_mut(job) else { return };
         job.posted += 1;
         if !job.batch.receives() {
@@ -595,43 +641,9 @@ impl Progress {
             }
         }
     }
-
-    /// Spins for a moment if something is under way, then sleeps.
-    #[expect(clippy::expect_used, reason = "only the drop takes the driver")]
-    fn rest(&mut self) {
-        let idle_for = self.last.elapsed();
-        let soon = self.ops.len() > 0 && idle_for < SPIN;
-        if soon && (self.is_spinning || self.spin.is_worth_it()) {
-            self.is_spinning = true;
-            std::hint::spin_loop();
-            return;
-        }
-        if std::mem::take(&mut self.is_spinning) {
-            self.spin.tried(false);
-        }
-        {
-            let mut state = self.queue.state();
-            if !state.commands.is_empty() || state.closed {
-                return;
-            }
-            state.asleep = true;
-        }
-        let driver = self.driver.as_deref_mut().expect("the driver is there until the drop");
-        let blind = self.blind || driver.wait_fd().is_none();
-        let most = match (self.full, self.ops.len() > 0 || idle_for < WARM, blind) {
-            (true, _, _) => FULL.min(driver.nap()),
-            (false, true, _) => driver.nap(),
-            (false, false, false) => IDLE,
-            (false, false, true) => IDLE_BLIND,
-        };
-        if driver.arm() {
-            self.blind |= !self.queue.alarm.sleep(driver, most, self.blind);
-        }
-        self.queue.state().asleep = false;
-    }
 }
 
-impl Drop for Progress {
+impl<D: Driver + ?Sized> Drop for Progress<D> {
     fn drop(&mut self) {
         // Closed first: from here on nothing writes memory for it, and what was under way can be settled.
         drop(self.driver.take());
@@ -653,7 +665,7 @@ impl Drop for Progress {
                 let _ = handle.failed.set(Arc::clone(&why));
             }
         }
-        for (command, _) in waiting {
+        for command in self.commands.drain(..).chain(waiting.into_iter().map(|(command, _)| command)) {
             match command {
                 Command::Submit(batch) | Command::Abort(batch) => batch.refuse(&why),
                 Command::Exchange(exchange) => exchange.receive.refuse(&why),

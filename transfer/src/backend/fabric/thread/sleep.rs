@@ -8,6 +8,13 @@ use rustix::event::{EventfdFlags, PollFd, PollFlags, Timespec, eventfd, poll};
 
 use crate::backend::fabric::driver::Driver;
 
+/// A descriptor of our own for what a driver's descriptor tells: it stays open when the driver is closed.
+pub(super) fn wait_fd(driver: &(impl Driver + ?Sized)) -> Option<OwnedFd> {
+    // SAFETY: the descriptor is open as long as its driver, which is borrowed until this returns.
+    let fd = unsafe { BorrowedFd::borrow_raw(driver.wait_fd()?) };
+    fd.try_clone_to_owned().ok()
+}
+
 /// Wakes the thread out of its sleep.
 #[derive(Debug)]
 pub(super) struct Alarm(OwnedFd);
@@ -23,13 +30,10 @@ impl Alarm {
         let _ = rustix::io::write(&self.0, &1u64.to_ne_bytes());
     }
 
-    /// Sleeps until the alarm rings, the driver has something to poll for or `most` has passed.
-    ///
-    /// `blind` ignores the driver's descriptor. False when that is of no use: it would end every sleep at once.
-    pub(super) fn sleep(&self, driver: &dyn Driver, most: Duration, blind: bool) -> bool {
+    /// Sleeps until the alarm rings, `fd` is readable or `most` has passed. False when `fd` is of no use: it would end
+    /// every sleep at once.
+    pub(super) fn sleep(&self, fd: Option<BorrowedFd<'_>>, most: Duration) -> bool {
         let timeout = Timespec { tv_sec: most.as_secs() as i64, tv_nsec: i64::from(most.subsec_nanos()) };
-        // SAFETY: the descriptor is open as long as its driver, which is borrowed until this returns.
-        let fd = driver.wait_fd().filter(|_| !blind).map(|fd| unsafe { BorrowedFd::borrow_raw(fd) });
         let own = self.0.as_fd();
         let mut fds =
             [PollFd::new(&own, PollFlags::IN), PollFd::new(fd.as_ref().unwrap_or(&own), PollFlags::IN)];

@@ -1,4 +1,4 @@
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use super::*;
 use crate::backend::fabric::batch::{Transfer, Verb};
@@ -18,7 +18,7 @@ fn byte(at: usize) -> u8 {
 
 async fn fabric(world: &World, seed: u64, faults: Faults, limits: FabricLimits) -> Fabric {
     let world = world.clone();
-    let open = move || Ok(Box::new(world.driver(seed, faults)) as Box<dyn Driver>);
+    let open = move || Ok(world.open(seed, faults));
     Fabric::start(BackendKind::Plugin, open, limits).await.unwrap()
 }
 
@@ -122,6 +122,7 @@ async fn play(seed: u64) {
         lost: if rng.below(4) == 0 { 2 } else { 0 },
         failed: if rng.below(4) == 0 { 2 } else { 0 },
         depth: 1 + rng.below(40) as usize,
+        descriptor: rng.below(2) == 0,
         ..Faults::default()
     };
     let limits = FabricLimits {
@@ -356,12 +357,12 @@ impl Driver for Breaking {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
-async fn a_driver_that_panics_takes_nobody_with_it() {
+async fn break_driver(descriptor: bool, open: impl FnOnce(Breaking) -> driver::Opened + Send + 'static) {
     let world = World::default();
     let owner = fabric(&world, 1, Faults::default(), FabricLimits::default()).await;
     let shared = world.clone();
-    let open = move || Ok(Box::new(Breaking(shared.driver(1, Faults::default()))) as Box<dyn Driver>);
+    let faults = Faults { descriptor, ..Faults::default() };
+    let open = move || Ok(open(Breaking(shared.driver(1, faults))));
     let reader = Fabric::start(BackendKind::Plugin, open, FabricLimits::default()).await.unwrap();
     let peer = reader.connect(owner.address().to_vec()).await.unwrap();
     let shown = owner.registered(&memory().span(), Access::RemoteRead).await.unwrap();
@@ -378,4 +379,77 @@ async fn a_driver_that_panics_takes_nobody_with_it() {
     };
     tokio::time::timeout(Duration::from_secs(20), submitted).await.unwrap();
     assert!(pair.reader.connect(Vec::new()).await.is_err());
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_driver_that_panics_takes_nobody_with_it() {
+    break_driver(false, |driver| driver::Opened::Bound(Box::new(driver))).await;
+    break_driver(true, |driver| driver::Opened::Movable(Box::new(driver))).await;
+}
+
+/// A fabric whose driver any thread may call, and another like it.
+async fn turning(faults: Faults) -> Pair {
+    let pair = pair(2, Faults { descriptor: true, ..faults }, FabricLimits::default()).await;
+    assert!(pair.reader.takes_turns());
+    pair
+}
+
+#[tokio::test]
+async fn what_a_runtime_does_not_get_to_is_done_by_the_thread() {
+    let pair = turning(Faults { delay: Duration::from_millis(2), ..Faults::default() }).await;
+    let into = memory();
+    let mut reading = pair.read(&into, &[(3, 40_000)]).await.unwrap();
+    // Nobody but the thread is there to take a turn.
+    let done = Instant::now() + Duration::from_secs(20);
+    while !holds(&into, (3, 40_000)) {
+        assert!(Instant::now() < done, "the runtime is held up, and so is the read");
+        std::thread::yield_now();
+    }
+    reading.end().await.unwrap();
+    // The same of a fence: it holds up the only thread of the runtime.
+    let given_up = pair.read(&into, &[(3, 40_000)]).await.unwrap();
+    drop(given_up);
+    into.write(0, &[0xee; 50_000]);
+    tokio::time::sleep(Duration::from_millis(20)).await;
+    assert!(!holds(&into, (3, 40_000)));
+}
+
+#[test]
+fn a_fabric_outlives_the_runtime_it_was_started_on() {
+    let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+    let first = runtime();
+    let pair = first.block_on(turning(Faults::default()));
+    first.block_on(async { pair.read(&memory(), &[(5, 500)]).await.unwrap().end().await.unwrap() });
+    drop(first);
+    runtime().block_on(async {
+        for _ in 0..20 {
+            let into = memory();
+            let mut read = pair.read(&into, &[(5, 5000)]).await.unwrap();
+            tokio::time::timeout(Duration::from_secs(20), read.end()).await.unwrap().unwrap();
+            assert!(holds(&into, (5, 5000)));
+        }
+        drop(pair);
+    });
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_last_handle_may_go_in_a_turn() {
+    let Pair { world, reader, owner, peer, remote } = turning(Faults::default()).await;
+    let into = memory();
+    let local = reader.registered(&into.span(), Access::Local).await.unwrap();
+    let verb = Verb::Read { remote, offset: 0 };
+    let transfer = Transfer { verb, local: LocalRange { id: local.id, offset: 0, len: 100 } };
+    let batch = Batch::new(peer, vec![transfer], Box::new((local, reader.clone())));
+    let running = reader.submit(batch).await.unwrap();
+    drop(reader);
+    running.detach();
+    let closed = async {
+        while world.is_alive(0) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), closed)
+        .await
+        .expect("it closes without waiting for itself");
+    drop(owner);
 }

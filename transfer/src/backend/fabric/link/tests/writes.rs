@@ -192,6 +192,7 @@ async fn play_writes(seed: u64) -> [usize; 2] {
         flipped: if rng.below(4) == 0 { 20 } else { 0 },
         late_writes: true,
         depth: 2 + rng.below(60) as usize,
+        descriptor: rng.below(2) == 0,
         ..Faults::default()
     };
     let written = written_with(seed, faults, Integrity::Digest).await;
@@ -209,7 +210,7 @@ async fn play_writes(seed: u64) -> [usize; 2] {
                 let Ok(session) = session else { return false };
                 let until = Instant::now() + Duration::from_micros(500 + rng.below(200_000));
                 let patience =
-                    Duration::from_micros(if rng.below(3) == 0 { rng.below(9000) } else { 60_000_000 });
+                    Duration::from_micros(if rng.below(3) == 0 { rng.below(5000) } else { 60_000_000 });
                 let writing = session.write(HANDOFF, mine, &written.source, until);
                 match tokio::time::timeout(patience, writing).await {
                     Ok(Ok(_)) => {
