@@ -123,6 +123,11 @@ impl Prober {
         let request = self.with_key(self.http.get(format!("{}{path}", self.server)));
         request.timeout(LOOK_TIMEOUT).send().await.map_err(|error| {
             let text = match TlsFault::of(&error) {
+                // The words of the fault are for callers of conductors.
+                Some(TlsFault::UnknownAuthority) => format!(
+                    "{} shows a certificate of an authority that is not trusted here: check engine.ca_file",
+                    self.server
+                ),
                 Some(fault) => format!("{} {fault}", self.server),
                 None => format!("{}: {}", self.server, why(&error)),
             };
