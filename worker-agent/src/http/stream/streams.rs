@@ -1,7 +1,7 @@
 //! The generations of one connection and what is still to be sent of them. No I/O, no clock.
 //!
 //! Each generation has credit of its own: without it its tokens wait here, bounded by what it may generate at all, and
-//! those of others go on.
+//! those of others go on. Where nobody reads an answer before its end, its tokens wait for each other.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -11,6 +11,17 @@ use baton_config::protocol::GenerateEvent;
 
 /// Tokens of one generation that are written before it is the turn of the next one.
 const TURN_TOKENS: usize = 256;
+/// Tokens of one generation that wait for each other at most.
+const HELD_TOKENS: usize = 64;
+
+/// Whether somebody reads tokens as they come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// Somebody does.
+    Each,
+    /// What follows the first token may wait for more, until [`Streams::release`].
+    Together,
+}
 
 /// Something of a generation that is to be sent.
 #[derive(Debug, Clone, PartialEq)]
@@ -43,6 +54,11 @@ struct Stream<T> {
     state: T,
     credit: u32,
     queue: VecDeque<Out>,
+    pace: Pace,
+    /// Whether it had a token: the first does not wait.
+    begun: bool,
+    /// Whether it is among those whose tokens wait for more.
+    held: bool,
     /// Whether it is in the row of those with something to write.
     in_row: bool,
     /// Since when it has a token and no credit.
@@ -54,23 +70,34 @@ struct Stream<T> {
 pub(super) struct Streams<T> {
     table: HashMap<StreamId, Stream<T>>,
     row: VecDeque<StreamId>,
+    /// Those with tokens that wait for more; some may have ended or gone on since.
+    held: Vec<StreamId>,
 }
 
 impl<T> Streams<T> {
     /// None.
     pub(super) fn new() -> Self {
-        Self { table: HashMap::new(), row: VecDeque::new() }
+        Self { table: HashMap::new(), row: VecDeque::new(), held: Vec::new() }
     }
 
     /// Begins one.
-    pub(super) fn open(&mut self, id: StreamId, credit: u32, state: T) -> Result<(), Breach> {
+    pub(super) fn open(&mut self, id: StreamId, credit: u32, pace: Pace, state: T) -> Result<(), Breach> {
         if credit > CREDIT_MAX {
             return Err(Breach::Credit(id));
         }
         if self.table.contains_key(&id) {
             return Err(Breach::Twice(id));
         }
-        let stream = Stream { state, credit, queue: VecDeque::new(), in_row: false, blocked: None };
+        let stream = Stream {
+            state,
+            credit,
+            queue: VecDeque::new(),
+            pace,
+            begun: false,
+            held: false,
+            in_row: false,
+            blocked: None,
+        };
         self.table.insert(id, stream);
         Ok(())
     }
@@ -83,6 +110,7 @@ impl<T> Streams<T> {
     /// Forgets all.
     pub(super) fn drain(&mut self) -> impl Iterator<Item = T> + use<'_, T> {
         self.row.clear();
+        self.held.clear();
         self.table.drain().map(|(_, stream)| stream.state)
     }
 
@@ -109,10 +137,37 @@ impl<T> Streams<T> {
     /// Adds to what is to be sent of one; nothing may follow the last event.
     pub(super) fn push(&mut self, id: StreamId, out: Out) {
         let Some(stream) = self.table.get_mut(&id) else { return };
+        let token = matches!(out, Out::Token(_));
+        let waits = token && stream.begun && stream.pace == Pace::Together;
+        stream.begun |= token;
         stream.queue.push_back(out);
-        if !stream.in_row && stream.blocked.is_none() {
-            stream.in_row = true;
-            self.row.push_back(id);
+        if stream.in_row || stream.blocked.is_some() {
+            return;
+        }
+        if waits && stream.queue.len() < HELD_TOKENS {
+            if !std::mem::replace(&mut stream.held, true) {
+                self.held.push(id);
+            }
+            return;
+        }
+        stream.in_row = true;
+        self.row.push_back(id);
+    }
+
+    /// Whether tokens wait for more.
+    pub(super) fn is_holding(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Those that wait have waited long enough.
+    pub(super) fn release(&mut self) {
+        for id in self.held.drain(..) {
+            let Some(stream) = self.table.get_mut(&id) else { continue };
+            stream.held = false;
+            if !stream.queue.is_empty() && !stream.in_row && stream.blocked.is_none() {
+                stream.in_row = true;
+                self.row.push_back(id);
+            }
         }
     }
 
