@@ -28,8 +28,12 @@ pub(crate) const LEADER_KEY: &str = "leader";
 /// Where conductors are listed.
 pub(crate) const CONDUCTORS_PREFIX: &str = "conductors/";
 
-/// Lease asked for: longer than etcd takes to replace its own leader (2.1 s), as short as that allows.
-pub(crate) const LEASE_TTL: Duration = Duration::from_secs(3);
+/// A leader that died is followed by another within this.
+#[cfg(test)]
+pub(crate) const TTL: Duration = Duration::from_secs(3);
+/// Lease asked for. Shorter than [`TTL`]: etcd ends a lease up to 500 ms late, then comes [`CLAIM_JITTER`] and the
+/// claim. Not shorter than this, since etcd grants no less; while it replaces a leader of its own it ends no lease.
+pub(crate) const LEASE_TTL: Duration = Duration::from_secs(2);
 /// Claims of several conductors that see the leader go are spread over this.
 const CLAIM_JITTER: Duration = Duration::from_millis(100);
 

@@ -17,6 +17,7 @@ use crate::conductor::{Backing, Conductor};
 
 const CONCURRENT: usize = 64;
 const EVENTS: usize = 50;
+const KILLS: usize = 10;
 /// Time for any step before it is taken for failed.
 const PATIENCE: Duration = Duration::from_secs(60);
 /// Workers that share a watch in [`rejoin`]: what is measured is the way back to a lease.
@@ -161,6 +162,27 @@ pub(crate) async fn rejoin(backing: &Backing, workers: usize) -> Result<String> 
     let last = times.iter().max().copied().unwrap_or_default();
     conductor.stop().await?;
     Ok(format!("{last:.2?}"))
+}
+
+/// Of two conductors the leading one is killed, again and again; how long until the other leads, at best and at worst.
+pub(crate) async fn succeed(backing: &Backing) -> Result<String> {
+    let start = || Conductor::start(backing, Duration::from_secs(10), 0);
+    let mut leader = start().await?;
+    leader.leads().await?;
+    let mut times = Vec::with_capacity(KILLS);
+    for _ in 0..KILLS {
+        let heir = start().await?;
+        // Until it is listed and waits.
+        tokio::time::sleep(Duration::from_secs(1)).await;
+        let killed = Instant::now();
+        leader.stop().await?;
+        tokio::time::timeout(PATIENCE, heir.leads()).await.context("nobody leads")??;
+        times.push(killed.elapsed());
+        leader = heir;
+    }
+    leader.stop().await?;
+    times.sort();
+    Ok(format!("{:.1?} to {:.1?}", times[0], times[KILLS - 1]))
 }
 
 fn registration(i: usize, address: &str) -> Result<Registration> {

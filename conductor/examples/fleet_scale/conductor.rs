@@ -16,8 +16,11 @@ use tokio_util::sync::CancellationToken;
 #[derive(Debug, Clone)]
 pub(crate) enum Backing {
     Embedded,
-    /// At this URL.
-    Etcd(String),
+    /// At this URL, below this prefix.
+    Etcd {
+        url: String,
+        prefix: String,
+    },
 }
 
 /// A running conductor.
@@ -32,8 +35,8 @@ impl Conductor {
     pub(crate) async fn start(backing: &Backing, lease_ttl: Duration, port: u16) -> Result<Self> {
         let mut command = Command::new(std::env::current_exe()?);
         command.args(["serve", &port.to_string(), &lease_ttl.as_millis().to_string()]);
-        if let Backing::Etcd(url) = backing {
-            command.arg(url);
+        if let Backing::Etcd { url, prefix } = backing {
+            command.args([url, prefix]);
         }
         command.stdin(Stdio::null()).stdout(Stdio::piped()).kill_on_drop(true);
         let mut process = command.spawn()?;
@@ -50,6 +53,18 @@ impl Conductor {
         self.process.kill().await.context("it could not be killed")
     }
 
+    /// Waits until it leads.
+    pub(crate) async fn leads(&self) -> Result<()> {
+        let http = baton_conductor::http::client();
+        loop {
+            let metrics = http.get(format!("{}/metrics", self.url)).send().await?.text().await?;
+            if metrics.lines().any(|line| line == "baton_conductor_leader 1") {
+                return Ok(());
+            }
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    }
+
     pub(crate) async fn resident_mb(&self) -> Result<f64> {
         let pid = self.process.id().context("it has ended")?;
         let status = tokio::fs::read_to_string(format!("/proc/{pid}/status")).await?;
@@ -59,7 +74,7 @@ impl Conductor {
     }
 }
 
-/// The child: `PORT LEASE_TTL_MS [ETCD]`.
+/// The child: `PORT LEASE_TTL_MS [ETCD PREFIX]`.
 pub(crate) async fn serve_here(mut arguments: impl Iterator<Item = String>) -> Result<()> {
     let mut next = |what: &'static str| arguments.next().context(what);
     let port: u16 = next("a port")?.parse()?;
@@ -68,9 +83,7 @@ pub(crate) async fn serve_here(mut arguments: impl Iterator<Item = String>) -> R
     let mut options = ConductorOptions::new(vec![pool]);
     options.lease_ttl = lease_ttl;
     if let Ok(url) = next("no etcd") {
-        // Registrations of an earlier run are of no interest.
-        let prefix = format!("/bench-{}", std::process::id());
-        options.store = StoreOptions::Etcd(EtcdOptions::new(vec![url], &prefix));
+        options.store = StoreOptions::Etcd(EtcdOptions::new(vec![url], &next("a prefix")?));
     }
     let listener = TcpListener::bind(("127.0.0.1", port)).await?;
     println!("http://{}", listener.local_addr()?);

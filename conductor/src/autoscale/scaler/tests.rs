@@ -6,6 +6,7 @@ use axum::Router;
 use axum::body::Bytes;
 use axum::extract::State;
 use axum::response::{IntoResponse, Response};
+use axum::serve::Listener;
 use baton_config::fleet::{KubernetesSpec, WebhookAuth, WebhookSpec, WorkloadKind};
 use http::{HeaderMap, Method, StatusCode, Uri};
 use serde_json::{Value, json};
@@ -17,6 +18,8 @@ use crate::mirror::{Fleet, ScaledSeen};
 use crate::reconcile::Fence;
 use crate::store::Store;
 use crate::store::embedded::{Embedded, EmbeddedOptions};
+
+mod secure;
 
 /// One request as it came.
 #[derive(Debug, Clone)]
@@ -38,9 +41,12 @@ struct Fake {
 
 impl Fake {
     async fn start() -> (Arc<Self>, SocketAddr) {
+        Self::serve(TcpListener::bind("127.0.0.1:0").await.unwrap())
+    }
+
+    fn serve<L: Listener<Addr = SocketAddr>>(listener: L) -> (Arc<Self>, SocketAddr) {
         let fake = Arc::new(Self::default());
         *fake.replicas.lock().unwrap() = (2, 100);
-        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = listener.local_addr().unwrap();
         let app = Router::new().fallback(answer).with_state(fake.clone());
         TaskTracker::new().spawn(async move { axum::serve(listener, app).await });

@@ -45,6 +45,7 @@ async fn bad_registrations_are_refused_and_change_nothing() {
     let server = Server::with("127.0.0.1:0".parse().unwrap(), options).await;
     let url = format!("{}/v1/workers", server.url());
     let http = crate::http::client();
+    server.leads().await;
     let before = server.listing().await;
     let bodies = [
         ("no pool of that name", with("pool", json!("other")), "invalid_field"),
