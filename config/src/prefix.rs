@@ -1,5 +1,7 @@
 //! Chained hashes of full KV blocks: equal hash, equal token prefix.
 
+mod xxh3;
+
 use serde::{Deserialize, Serialize};
 use twox_hash::XxHash3_64;
 
@@ -18,21 +20,24 @@ impl BlockHash {
 
     /// The hash of the block that holds `tokens` and follows `self`.
     pub fn child(self, tokens: &[u32]) -> Self {
-        // Blocks are short: their bytes fit on the stack, where hashing in one go is several times as fast.
-        let mut buffer = [0; 4 * STACK_TOKENS];
-        if tokens.len() > STACK_TOKENS {
-            let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
-            return Self(XxHash3_64::oneshot_with_seed(self.0, &bytes));
+        if xxh3::is_short(tokens.len()) {
+            return Self(xxh3::short(self.0, tokens));
         }
-        let bytes = &mut buffer[..4 * tokens.len()];
-        for (place, token) in bytes.chunks_exact_mut(4).zip(tokens) {
-            place.copy_from_slice(&token.to_le_bytes());
+        if tokens.len() <= STACK_TOKENS {
+            // Hashed in one go, without a detour over the heap.
+            let mut buffer = [0; 4 * STACK_TOKENS];
+            let bytes = &mut buffer[..4 * tokens.len()];
+            for (place, token) in bytes.chunks_exact_mut(4).zip(tokens) {
+                place.copy_from_slice(&token.to_le_bytes());
+            }
+            return Self(XxHash3_64::oneshot_with_seed(self.0, bytes));
         }
-        Self(XxHash3_64::oneshot_with_seed(self.0, bytes))
+        let bytes: Vec<u8> = tokens.iter().flat_map(|token| token.to_le_bytes()).collect();
+        Self(XxHash3_64::oneshot_with_seed(self.0, &bytes))
     }
 }
 
-/// Tokens of a block that are hashed without a detour over the heap.
+/// Tokens of a block whose bytes are put on the stack.
 const STACK_TOKENS: usize = 128;
 
 /// How the blocks of a prompt are hashed.

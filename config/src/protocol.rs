@@ -108,6 +108,9 @@ pub struct GenerateRequest {
     /// Whether each token event carries the running digest of the logits bits.
     #[serde(default)]
     pub logits_digest: bool,
+    /// Nobody reads the answer before its end: tokens after the first may come together, a moment later.
+    #[serde(default)]
+    pub whole: bool,
     /// Present when another worker prefills.
     #[serde(default)]
     pub handoff: Option<HandoffRef>,

@@ -20,11 +20,12 @@ fn run(workers: usize, replicas: usize, memberships: usize) {
     );
 }
 
-fn decisions(workers: usize) {
-    let what = Decisions { workers, prompt_tokens: 8192, block_tokens: 16, rounds: 20_000 };
+fn decisions(workers: usize, threads: usize, events: bool) {
+    let what = Decisions { workers, prompt_tokens: 8192, block_tokens: 16, rounds: 20_000, threads, events };
     match measure::decisions(what) {
         Ok(times) => println!(
-            "{workers:>4} workers, prompt of 8,192 tokens: decision p50/p99/p99.9 {:.1}/{:.1}/{:.1} us",
+            "{workers:>4} workers, prompt of 8,192 tokens, {threads} threads{}: decision p50/p99/p99.9 {:.1}/{:.1}/{:.1} us",
+            if events { ", 20,000 events/s" } else { "" },
             times[times.len() / 2].as_secs_f64() * 1e6,
             times[times.len() * 99 / 100].as_secs_f64() * 1e6,
             times[times.len() * 999 / 1000].as_secs_f64() * 1e6,
@@ -40,6 +41,7 @@ fn main() {
     run(512, 512, 1_000_000);
     run(64, 8, 100_000);
     for workers in [8, 64, 512] {
-        decisions(workers);
+        decisions(workers, 1, false);
+        decisions(workers, 1, true);
     }
 }

@@ -6,7 +6,7 @@ use bytes::{Bytes, BytesMut};
 use http::header::{CONTENT_ENCODING, CONTENT_LENGTH, CONTENT_TYPE, HOST};
 use http::{HeaderMap, HeaderValue, Uri};
 use http_body_util::BodyExt as _;
-use hyper::body::Incoming;
+use hyper::body::{Body as _, Incoming};
 
 use crate::reply::Refusal;
 
@@ -17,6 +17,9 @@ pub(crate) const HEAD_MAX_BYTES: usize = 64 << 10;
 const HEADERS_MAX: usize = 100;
 /// Longest time a client may be ready to wait, in milliseconds.
 const MAX_WAIT_MS: u64 = 3_600_000;
+
+/// Room that is made for a body because its head says so, once some of it has come: what does not come takes no memory.
+const RESERVED_MAX_BYTES: u64 = 2 << 20;
 
 /// `x-baton-max-wait-ms`: how long the client is ready to wait for a place.
 pub(crate) fn max_wait(headers: &HeaderMap) -> Result<Option<Duration>, Refusal> {
@@ -83,6 +86,7 @@ pub(crate) async fn read(
     limit: baton_config::Bytes,
     patience: Duration,
 ) -> Result<Bytes, Refusal> {
+    let expected = body.size_hint().exact().unwrap_or(0).min(RESERVED_MAX_BYTES);
     let mut first: Option<Bytes> = None;
     let mut all = BytesMut::new();
     // A body that drips is as bad as one that stalls: all of it gets the patience of six pieces.
@@ -106,6 +110,7 @@ pub(crate) async fn read(
         match (&first, all.is_empty()) {
             (None, true) => first = Some(data),
             (Some(head), true) => {
+                all.reserve((expected as usize).max(head.len() + data.len()));
                 all.extend_from_slice(head);
                 all.extend_from_slice(&data);
                 first = None;

@@ -67,6 +67,8 @@ pub(crate) struct Job {
     /// Separates its cached prefixes from those of others; 0 for none.
     pub(crate) cache_salt: u64,
     pub(crate) logits_digest: bool,
+    /// Nobody reads the tokens before the last one, and no text among them can end it.
+    pub(crate) whole: bool,
     /// The model's own end tokens, unless ignored, and the request's.
     pub(crate) end_tokens: Arc<[u32]>,
     /// When it is given up.

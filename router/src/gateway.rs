@@ -22,6 +22,7 @@ use crate::answer::{self, AnswerBody, Api, ChoiceSpec, EventStream, EventWriter,
 use crate::body;
 use crate::clock::unix_seconds;
 use crate::dispatch::{DispatchError, Dispatcher, Explanation, Job};
+use crate::entropy;
 use crate::forward::Forwarder;
 use crate::metrics::Metrics;
 use crate::model::{Model, PromptError, TemplateError};
@@ -419,12 +420,10 @@ impl Gateway {
     }
 
     fn head(&self, api: Api, ask: &mut Ask) -> Result<Head, getrandom::Error> {
-        let mut random = [0; 12];
-        getrandom::fill(&mut random)?;
-        let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
+        let random = entropy::bytes::<12>()?;
         Ok(Head {
             api,
-            id: format!("{}{hex}", api.id_prefix()),
+            id: named_id(api.id_prefix(), &random),
             created: unix_seconds(),
             model: ask.model.clone(),
             logprobs: ask.sampling.logprobs.is_some(),
@@ -457,6 +456,7 @@ impl Gateway {
                     sampling,
                     cache_salt,
                     logits_digest: ask.debug.logits_digest,
+                    whole: !ask.stream && ask.stop.is_empty(),
                     end_tokens: Arc::clone(&end_tokens),
                     deadline: started + self.timeouts.request,
                     session: placing.session,
@@ -474,6 +474,18 @@ impl Gateway {
         }
         specs
     }
+}
+
+/// An id of these bytes after a prefix, in lower-case hex.
+fn named_id(prefix: &str, random: &[u8]) -> String {
+    const DIGITS: &[u8; 16] = b"0123456789abcdef";
+    let mut id = String::with_capacity(prefix.len() + 2 * random.len());
+    id.push_str(prefix);
+    for byte in random {
+        id.push(char::from(DIGITS[usize::from(byte >> 4)]));
+        id.push(char::from(DIGITS[usize::from(byte & 15)]));
+    }
+    id
 }
 
 fn refused(entry: Entry, refusal: &Refusal, dialect: Dialect) -> Response<AnswerBody> {

@@ -25,6 +25,7 @@ mod answer;
 mod body;
 mod clock;
 mod dispatch;
+mod entropy;
 mod fleet;
 mod forward;
 mod gateway;

@@ -2,11 +2,14 @@
 //! the prefix index.
 
 mod index;
+mod tokenizer;
 
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::{Duration, Instant};
 
 use baton_config::fleet::{Disaggregation, PolicyKind};
+use baton_config::prefix::{BlockHash, HashScheme};
 use baton_config::protocol::Sampling;
 use baton_config::{Bytes, Epoch, Role};
 
@@ -18,6 +21,7 @@ use crate::options::Timeouts;
 use crate::schedule::Rules;
 
 pub use self::index::{IndexFigures, IndexLoad, prefix_index};
+pub use self::tokenizer::{TokenizerError, TokenizerFigures, tokenizer};
 
 /// What is measured.
 #[derive(Debug, Clone, Copy)]
@@ -28,9 +32,20 @@ pub struct Decisions {
     pub prompt_tokens: u32,
     /// Tokens in a block.
     pub block_tokens: u32,
-    /// Decisions.
+    /// Decisions of each thread.
     pub rounds: usize,
+    /// Threads that decide at the same time.
+    pub threads: usize,
+    /// Whether workers report [`EVENTS_PER_S`] changes of their caches a second meanwhile.
+    pub events: bool,
 }
+
+/// Events of 32 blocks that arrive in a second while decisions are measured under load.
+pub const EVENTS_PER_S: u32 = 20_000;
+/// Events that arrive together.
+const EVENTS_AT_ONCE: u32 = 20;
+/// Requests in flight while decisions are measured.
+const IN_FLIGHT: usize = 2000;
 
 /// Why nothing could be measured.
 #[derive(Debug, thiserror::Error)]
@@ -44,6 +59,17 @@ pub enum MeasureError {
     /// Nobody was chosen.
     #[error("no worker was chosen")]
     Nobody,
+    /// A thread that decides panicked.
+    #[error("a thread panicked")]
+    Panicked,
+}
+
+/// CPU time of this thread in nanoseconds, from the scheduler's account.
+fn cpu_ns() -> u64 {
+    std::fs::read_to_string("/proc/thread-self/schedstat")
+        .ok()
+        .and_then(|text| text.split(' ').next()?.parse().ok())
+        .unwrap_or_default()
 }
 
 /// The time of each decision, hashing and looking up the prompt included, shortest first.
@@ -69,16 +95,39 @@ pub fn decisions(what: Decisions) -> Result<Vec<Duration>, MeasureError> {
         slo_itl_s: 0.05,
         spill_requests: None,
     };
-    let fleet = Arc::new(Fleet::of(index, workers.clone()));
+    let fleet = Arc::new(Fleet::of(index, workers));
     let caller = Caller::new(Duration::from_secs(1));
     let metrics = Arc::new(Metrics::new()?);
-    let dispatcher = Dispatcher::new(fleet, caller, rules, Timeouts::default(), metrics, u32::MAX);
+    let dispatcher =
+        Dispatcher::new(Arc::clone(&fleet), caller, rules, Timeouts::default(), metrics, u32::MAX);
+    let over = AtomicBool::new(false);
+    std::thread::scope(|scope| {
+        if what.events {
+            scope.spawn(|| report_events(&fleet, what.block_tokens, &over));
+        }
+        let deciders: Vec<_> =
+            (0..what.threads.max(1)).map(|_| scope.spawn(|| decide(&dispatcher, &tokens, what))).collect();
+        // All of them, before the events end.
+        let ended: Vec<_> = deciders.into_iter().map(|decider| decider.join()).collect();
+        over.store(true, Ordering::Relaxed);
+        let mut all = Vec::new();
+        for times in ended {
+            all.extend(times.map_err(|_| MeasureError::Panicked)??);
+        }
+        all.sort_unstable();
+        Ok(all)
+    })
+}
+
+/// Decides again and again, with as many requests in flight as a busy router has.
+fn decide(dispatcher: &Dispatcher, tokens: &[u32], what: Decisions) -> Result<Vec<Duration>, MeasureError> {
     let job = Job {
         request_id: "measured".to_owned(),
         prompt: tokens.into(),
         max_tokens: 1,
         sampling: Sampling::default(),
         logits_digest: false,
+        whole: false,
         cache_salt: 0,
         end_tokens: Arc::new([]),
         deadline: tokio::time::Instant::now() + Duration::from_secs(3600),
@@ -91,14 +140,46 @@ pub fn decisions(what: Decisions) -> Result<Vec<Duration>, MeasureError> {
         let begun = Instant::now();
         let (decode, prefill) = dispatcher.decide(&job).ok_or(MeasureError::Nobody)?;
         times.push(begun.elapsed());
-        // Two thousand requests are in flight at a time.
         busy.push_back((decode.occupy(0), prefill.map(|prefill| prefill.occupy(what.prompt_tokens / 4))));
-        if busy.len() > 2000 {
+        if busy.len() > IN_FLIGHT / what.threads.max(1) {
             busy.pop_front();
         }
     }
-    times.sort_unstable();
     Ok(times)
+}
+
+/// Stores other prompts, and removes them again, as the events of all workers would.
+#[expect(clippy::disallowed_methods, reason = "a thread of its own that nobody waits for")]
+fn report_events(fleet: &Fleet, block_tokens: u32, over: &AtomicBool) {
+    let holders: Vec<_> = fleet
+        .workers()
+        .iter()
+        .filter_map(|worker| Some((worker.known().events.get()?, worker.known().namespace())))
+        .collect();
+    let tokens: Vec<u32> = (0..32 * block_tokens).collect();
+    // Made before: workers hash, routers read.
+    let chains: Vec<Vec<BlockHash>> =
+        (1..=64).map(|salt| HashScheme::Baton.chain(salt, block_tokens, &tokens)).collect();
+    let pause = Duration::from_secs(1) * EVENTS_AT_ONCE / EVENTS_PER_S;
+    for turn in 0u64.. {
+        for event in 0..u64::from(EVENTS_AT_ONCE) {
+            let number = turn * u64::from(EVENTS_AT_ONCE) + event;
+            let Some((holder, namespace)) = holders.get(number as usize % holders.len().max(1)) else {
+                return;
+            };
+            // Each prompt is stored by one event and removed by the next of its worker.
+            let round = number / holders.len() as u64;
+            let chain = &chains[(round / 2) as usize % chains.len()];
+            match round % 2 {
+                0 => fleet.index.store(*namespace, *holder, Tier::Device, chain),
+                _ => fleet.index.remove(*namespace, *holder, Tier::Device, chain),
+            }
+        }
+        if over.load(Ordering::Relaxed) {
+            return;
+        }
+        std::thread::sleep(pause);
+    }
 }
 
 fn worker(number: usize, what: Decisions) -> Result<Arc<Worker>, MeasureError> {

@@ -1,6 +1,7 @@
 //! The listener: accepts, serves, drains.
 
 mod connection;
+mod settled;
 mod tls;
 mod watched;
 

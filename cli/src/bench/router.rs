@@ -13,16 +13,20 @@ mod fleet;
 mod load;
 mod process;
 mod row;
+mod start;
 mod text;
 mod workload;
 
 use std::net::{SocketAddr, ToSocketAddrs};
+use std::path::{Path, PathBuf};
 use std::time::Duration;
+
+use baton_router::measure::{self, TokenizerFigures};
 
 pub(crate) use self::workload::Workload;
 
 use self::engines::{Counters, Engines};
-use self::fleet::{Fleet, Wanted};
+use self::fleet::{Fleet, Place, Wanted};
 use self::load::{Load, Sample};
 use self::row::Row;
 use self::workload::{Pace, Requests};
@@ -36,6 +40,9 @@ use crate::signals::Signals;
 const THREADS: usize = 2;
 /// Turns that a gateway and its engines alone take for one row.
 const TURNS: u32 = 2;
+/// How long streams that yield nothing are open at least, and when their memory should have been given back.
+const OPEN_FOR: Duration = Duration::from_secs(5);
+const AFTER: Duration = Duration::from_secs(3);
 
 pub(crate) fn run(args: &BenchRouterArgs) -> Result<(), Failure> {
     runtime(THREADS)?.block_on(async {
@@ -43,7 +50,7 @@ pub(crate) fn run(args: &BenchRouterArgs) -> Result<(), Failure> {
         let work = async {
             match args.hold {
                 true => hold(args).await,
-                false => measure(args).await,
+                false => measure_all(args).await,
             }
         };
         tokio::select! {
@@ -70,11 +77,12 @@ async fn start(args: &BenchRouterArgs, workload: Workload) -> Result<Fleet, Fail
         workers: args.workers,
         policy: &args.policy,
         model: &args.model,
+        passing: args.passing,
     })
     .await
 }
 
-async fn measure(args: &BenchRouterArgs) -> Result<(), Failure> {
+async fn measure_all(args: &BenchRouterArgs) -> Result<(), Failure> {
     let workloads = match args.workload.as_slice() {
         [] => Workload::DEFAULT.to_vec(),
         named => named.to_vec(),
@@ -90,7 +98,7 @@ async fn measure(args: &BenchRouterArgs) -> Result<(), Failure> {
         for workload in group {
             let concurrency = match (args.concurrency.as_slice(), workload.pace(1)) {
                 ([], _) | (_, Pace::Arrivals { .. }) => workload.concurrency(),
-                (named, Pace::Closed) => named,
+                (named, Pace::Closed | Pace::Open) => named,
             };
             for clients in concurrency {
                 let row = bench.row(*workload, *clients).await?;
@@ -126,6 +134,10 @@ struct Bench {
     engine_count: usize,
     model: String,
     time: Duration,
+    /// Of what was started here.
+    place: Option<Place>,
+    /// The model whose tokenizer is the floor, where the router has one.
+    tokenizer: Option<PathBuf>,
 }
 
 struct Subject {
@@ -141,6 +153,8 @@ struct Measured {
     sample: Sample,
     cpu: Duration,
     resident_bytes: u64,
+    /// Before and after streams that were only open.
+    around_bytes: Option<(u64, u64)>,
     done: Vec<Counters>,
 }
 
@@ -149,7 +163,11 @@ impl Bench {
         let (gateway, engine_urls, model) = match fleet {
             Some(fleet) => {
                 let place = &fleet.place;
-                let gateway = Subject::new(std::slice::from_ref(&place.router), vec![place.router_pid])?;
+                let (router, pid) = match &place.passing {
+                    Some(passing) => (&passing.router, passing.router_pid),
+                    None => (&place.router, place.router_pid),
+                };
+                let gateway = Subject::new(std::slice::from_ref(router), vec![pid])?;
                 (gateway, place.engines.clone(), fleet::MODEL_ID.to_owned())
             }
             None => {
@@ -163,7 +181,9 @@ impl Bench {
         let engine_count = engine_urls.len();
         let engines = Engines::new(engine_urls)?;
         let time = Duration::from_secs_f64(args.seconds);
-        Ok(Self { gateway, direct, engines, engine_count, model, time })
+        let place = fleet.map(|fleet| fleet.place.clone());
+        let tokenizer = place.as_ref().filter(|place| place.passing.is_none()).map(|_| args.model.clone());
+        Ok(Self { gateway, direct, engines, engine_count, model, time, place, tokenizer })
     }
 
     async fn row(&self, workload: Workload, clients: u32) -> Result<Row, Failure> {
@@ -174,17 +194,31 @@ impl Bench {
             targets: Vec::new(),
             concurrency: clients as usize,
             pace,
-            time: self.time / turns,
+            time: if pace == Pace::Open { self.time.max(OPEN_FOR) } else { self.time / turns },
         };
-        let (mut gateway, mut direct) =
-            (Measured::default(), self.direct.as_ref().map(|_| Measured::default()));
+        // Streams that are only open say nothing about engines.
+        let beside = self.direct.as_ref().filter(|_| pace != Pace::Open);
+        let (mut gateway, mut direct) = (Measured::default(), beside.map(|_| Measured::default()));
         for turn in 0..turns {
-            if let (Some(subject), Some(direct)) = (&self.direct, &mut direct) {
+            if let (Some(subject), Some(direct)) = (beside, &mut direct) {
                 self.turn(subject, &load, 2 * turn, direct).await?;
             }
             self.turn(&self.gateway, &load, 2 * turn + 1, &mut gateway).await?;
         }
-        Ok(Row::new(&self.gateway.name, workload, clients, &gateway, direct.as_ref()))
+        let mut row = Row::new(&self.gateway.name, workload, clients, &gateway, direct.as_ref());
+        if let (Workload::Quiet, Some(place)) = (workload, &self.place) {
+            row.fresh(start::fresh(place).await?);
+        }
+        if let (Workload::Large, Some(model)) = (workload, &self.tokenizer) {
+            row.floor(self.floor(model)?);
+        }
+        Ok(row)
+    }
+
+    /// What tokenizing a large prompt costs by itself.
+    fn floor(&self, model: &Path) -> Result<TokenizerFigures, Failure> {
+        let prompt = Requests::new(Workload::Large, &self.gateway.host, &self.model, 1).prompt();
+        measure::tokenizer(model, &prompt).map_err(|error| Failure::of(&error))
     }
 
     async fn turn(
@@ -199,10 +233,22 @@ impl Bench {
         let seed = u64::from(std::process::id()) << 32 | (load.concurrency as u64) << 8 | u64::from(turn);
         let requests = Requests::new(load.workload, &subject.host, &self.model, seed);
         let before = self.engines.read().await?;
-        let mut cpu = Duration::ZERO;
-        let sample = load.run(&requests, || cpu = process::cpu_time(&subject.pids)).await;
-        measured.cpu += process::cpu_time(&subject.pids).saturating_sub(cpu);
-        measured.resident_bytes = process::resident_bytes(&subject.pids);
+        let (cold, cold_bytes) = (process::cpu_time(&subject.pids), process::resident_bytes(&subject.pids));
+        let (mut cpu, mut bytes) = (Duration::ZERO, 0);
+        let begin = || {
+            cpu = process::cpu_time(&subject.pids);
+            bytes = process::resident_bytes(&subject.pids);
+        };
+        let sample = load.run(&requests, begin).await;
+        if load.pace == Pace::Open {
+            measured.cpu += cpu.saturating_sub(cold);
+            measured.resident_bytes = bytes;
+            tokio::time::sleep(AFTER).await;
+            measured.around_bytes = Some((cold_bytes, process::resident_bytes(&subject.pids)));
+        } else {
+            measured.cpu += process::cpu_time(&subject.pids).saturating_sub(cpu);
+            measured.resident_bytes = process::resident_bytes(&subject.pids);
+        }
         let after = self.engines.read().await?;
         engines::add(&mut measured.done, &before, &after);
         measured.sample.join(sample);

@@ -12,6 +12,7 @@ fn request(tokens: Vec<u32>) -> GenerateRequest {
         sampling: Sampling { stop_tokens: vec![5], logprobs: Some(2), ..Sampling::default() },
         cache_salt: u64::MAX,
         logits_digest: true,
+        whole: true,
         handoff: None,
     }
 }

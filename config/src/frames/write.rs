@@ -27,8 +27,11 @@ pub fn open(
     let error = match (written, json, room) {
         (Ok(()), Ok(json), true) => {
             out[head..head + 4].copy_from_slice(&json.to_le_bytes());
-            out.reserve(4 * request.tokens.len());
-            out.extend(request.tokens.iter().flat_map(|token| token.to_le_bytes()));
+            let tokens = out.len();
+            out.resize(tokens + 4 * request.tokens.len(), 0);
+            for (place, token) in out[tokens..].chunks_exact_mut(4).zip(&request.tokens) {
+                place.copy_from_slice(&token.to_le_bytes());
+            }
             finish(out, start);
             return Ok(());
         }
@@ -126,10 +129,11 @@ impl serde::Serialize for WithoutTokens<'_> {
             sampling,
             cache_salt,
             logits_digest,
+            whole,
             handoff,
         } = self.0;
         let none: [u32; 0] = [];
-        let mut fields = serializer.serialize_struct("GenerateRequest", 8)?;
+        let mut fields = serializer.serialize_struct("GenerateRequest", 9)?;
         fields.serialize_field("request_id", request_id)?;
         fields.serialize_field("tokens", &none)?;
         fields.serialize_field("generated", generated)?;
@@ -137,6 +141,7 @@ impl serde::Serialize for WithoutTokens<'_> {
         fields.serialize_field("sampling", sampling)?;
         fields.serialize_field("cache_salt", cache_salt)?;
         fields.serialize_field("logits_digest", logits_digest)?;
+        fields.serialize_field("whole", whole)?;
         fields.serialize_field("handoff", handoff)?;
         fields.end()
     }

@@ -31,11 +31,13 @@ READY_WITHIN_S = 90
 RATED = [("chats", 0, 1, SECONDS)] if QUICK else [(name, 0, 1, SECONDS) for name in ("prefixes", "zipf", "chats")]
 CLOSED = [("short", 1), ("short", 256), ("shared", 256), ("stream", 256)]
 if not QUICK:
+    # What costs memory is measured by itself: streams that yield nothing.
     CLOSED = [*[("short", c) for c in (1, 32, 256, 1024)], ("shared", 1), ("shared", 256),
               ("stream", 1), ("stream", 256), ("large", 8)]
 GROUPS = [
     ("engines that take no time", 2, ["round_robin"], [(*cell, ROUNDS, SECONDS) for cell in CLOSED]),
     ("a token every 20 ms", 2, ["round_robin"], [] if QUICK else [("paced", 256, 1, 6)]),
+    ("a token never", 2, ["round_robin"], [] if QUICK else [("quiet", 2000, 1, 5)]),
     ("engines with prefill times and small prefix caches", 4, ["round_robin", "cache_aware"], RATED),
 ]
 
@@ -56,6 +58,11 @@ def ask(url, path="/v1/chat/completions", timeout=10):
         return answer.status
 
 
+def models(url):
+    with urllib.request.urlopen(url + "/v1/models", timeout=10) as answer:
+        return answer.status
+
+
 class Gateway:
     """A process that is measured; `direct` is none at all."""
 
@@ -67,14 +74,14 @@ class Gateway:
             self.process = subprocess.Popen(command, env=os.environ | (environment or {}), stdin=subprocess.DEVNULL,
                                             stdout=log, stderr=subprocess.STDOUT, start_new_session=True)
 
-    def ready(self):
-        """Waits for the first good answer; False when there is none."""
+    def ready(self, still=False):
+        """Waits for the first good answer, or for the list of models; False when there is none."""
         deadline = time.monotonic() + READY_WITHIN_S
         while time.monotonic() < deadline:
             if self.process and self.process.poll() is not None:
                 break
             try:
-                if ask(self.url) == 200:
+                if (models if still else ask)(self.url) == 200:
                     # Some come up with one engine and find the others a moment later.
                     if self.process:
                         self.pids = children(self.process.pid)
@@ -98,7 +105,8 @@ class Held:
     """A fleet of simulated engines with one router, by `baton bench router --hold`."""
 
     def __init__(self, baton, workload, workers):
-        self.command = [baton, "bench", "router", "--hold", "--workload", workload, "--workers", str(workers)]
+        self.command = [baton, "bench", "router", "--hold", "--workload", workload, "--workers", str(workers),
+                        "--passing"]
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
         self.place = json.loads(self.process.stdout.readline())
 
@@ -144,7 +152,10 @@ def group(baton, out, names, workers, policies, cells, rows, commands):
             port = peers.free_port()
             started.append(Gateway("baton round_robin", baton_router(baton, place, "round_robin", port, folder),
                                    f"http://127.0.0.1:{port}", log("baton-round-robin")))
-            # A router that passes bytes through to `engine: { kind: openai }` pools of the same engines belongs here.
+            # As to servers of other projects: `engine: { kind: openai }`.
+            passing = place["passing"]
+            started.append(Gateway("baton passing on", None, passing["router"], log("baton-passing"),
+                                   pids=[passing["router_pid"]]))
             for name in names:
                 for policy in policies:
                     port = peers.free_port()
@@ -153,9 +164,13 @@ def group(baton, out, names, workers, policies, cells, rows, commands):
                                            log(f"{name}-{policy}"), environment))
             for gateway in started:
                 gateways.append(gateway)
-                shown = gateway.command or {"direct": ["(no gateway)"], "baton kv_aware": fleet.command}[gateway.name]
+                shown = gateway.command or (["(no gateway)"] if gateway.name == "direct" else fleet.command)
                 commands.setdefault(gateway.name, " ".join(shown))
-            good = [gateway for gateway in started if gateway.name == "direct" or gateway.ready()]
+            # Engines that yield no token answer nobody: there a gateway that lives is ready.
+            still = cells[0][0] == "quiet"
+            good = [gateway for gateway in started if gateway.name == "direct" or gateway.ready(still)]
+            if still:
+                good = [gateway for gateway in good if gateway.name != "direct"]
             for workload, clients, rounds, seconds in cells:
                 for turn in range(rounds):
                     # Whoever comes first meets a machine that has rested: not always the same one.
@@ -179,6 +194,8 @@ COLUMNS = [
     ("CPU s/1000", lambda r: r["cpu_s_per_1000"], "{:.3f}"),
     ("CPU us/token", lambda r: r["cpu_us_per_token"], "{:.2f}"),
     ("RSS MiB", lambda r: r["resident_mib"], "{:.0f}"),
+    ("before", lambda r: r.get("around_mib", [r["resident_mib"]])[0], "{:.0f}"),
+    ("after", lambda r: r.get("around_mib", [r["resident_mib"]])[-1], "{:.0f}"),
     ("hit rate", lambda r: r["hit_rate"], "{:.2f}"),
     ("worst share", lambda r: r["worst_share"], "{:.2f}"),
     ("failed", lambda r: r["failed"], "{:.0f}"),

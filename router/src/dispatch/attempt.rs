@@ -32,7 +32,7 @@ use crate::metrics::{Metrics, MoveReason};
 use crate::options::Timeouts;
 use crate::schedule::Predicted;
 
-/// How often a stream without tokens looks whether its worker still lives.
+/// How often a stream over a connection of its own looks whether its worker still lives, if no token comes.
 const TICK: Duration = Duration::from_millis(250);
 /// For the body of an error answer, and for what is left after the last token.
 const LINGER: Duration = Duration::from_secs(2);
@@ -250,7 +250,8 @@ pub(super) struct Attempt {
     predicted: Option<Predicted>,
     /// The stream cannot go on elsewhere once it has begun.
     irreplaceable: bool,
-    tick: Alarm,
+    /// Where there is no carrier that looks at the clock for all of its streams.
+    tick: Option<Alarm>,
 }
 
 impl fmt::Debug for Attempt {
@@ -288,6 +289,7 @@ impl Attempt {
             sampling: job.sampling.clone(),
             cache_salt: job.cache_salt,
             logits_digest: job.logits_digest,
+            whole: job.whole,
             handoff: remote.map(|(id, prefill)| HandoffRef {
                 id,
                 own_epoch: pair.decode.member.epoch,
@@ -329,7 +331,7 @@ impl Attempt {
             placed_at: Instant::now(),
             predicted,
             irreplaceable: job.logits_digest,
-            tick: Alarm::after(TICK),
+            tick: None,
         }
     }
 
@@ -352,9 +354,17 @@ impl Attempt {
             {
                 self.prefill = None;
             }
-            ready!(self.tick.poll(cx));
+            ready!(self.poll_tick(cx));
             self.check_progress()?;
         }
+    }
+
+    /// Ready when it is time to look whether the worker still lives.
+    fn poll_tick(&mut self, cx: &mut Context<'_>) -> Poll<()> {
+        if let Source::Frames(stream) = &mut self.source {
+            return if stream.take_tick() { Poll::Ready(()) } else { Poll::Pending };
+        }
+        self.tick.get_or_insert_with(|| Alarm::after(TICK)).poll(cx)
     }
 
     fn take(&mut self, item: Item) -> Result<Event, Lost> {
@@ -401,7 +411,9 @@ impl Attempt {
 
     fn check_progress(&mut self) -> Result<(), Lost> {
         let now = Instant::now();
-        self.tick.reset(now + TICK);
+        if let Some(tick) = &mut self.tick {
+            tick.reset(now + TICK);
+        }
         if now >= self.deadline {
             return Err(Lost::Deadline);
         }

@@ -88,28 +88,36 @@ impl Dispatcher {
     pub(crate) fn choose_for(&self, sought: &Sought<'_>, avoid: &[(WorkerId, Epoch)]) -> Option<Placement> {
         let workers = self.fleet.workers();
         let now = Instant::now();
-        let standings: Vec<Option<Standing>> = workers
-            .iter()
-            .map(|worker| worker.member.ready.then(|| worker.standing(now, self.timeouts.frozen)))
-            .collect();
         let looked = self.look_up(&workers, sought.cache_salt, sought.tokens);
         let avoided = |worker: &Worker| {
             avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
         };
-        let candidates = |fits: &dyn Fn(&Worker, &Standing) -> bool| -> Vec<Candidate> {
-            let all = workers.iter().zip(&standings).enumerate();
-            let fitting = all.filter_map(|(key, (worker, standing))| {
-                let standing = standing.as_ref().filter(|standing| fits(worker, standing))?;
-                Some(candidate(key, worker, standing, &looked))
-            });
-            fitting.collect()
-        };
-        let mut decode = candidates(&|w, standing| w.member.role.decodes() && standing.well && !avoided(w));
+        let (mut decode, mut prefill) = (Vec::with_capacity(workers.len()), Vec::new());
+        let mut unwell = Vec::new();
+        for (key, worker) in workers.iter().enumerate().filter(|(_, worker)| worker.member.ready) {
+            let standing = worker.standing(now, self.timeouts.frozen);
+            let (role, usable) = (worker.member.role, !avoided(worker));
+            let side = match (role.decodes() && usable, standing.well) {
+                (true, true) => Some(&mut decode),
+                (true, false) => Some(&mut unwell),
+                (false, _) => None,
+            };
+            let prefills = role.prefills() && standing.well;
+            if side.is_none() && !prefills {
+                continue;
+            }
+            let candidate = candidate(key, worker, &standing, &looked);
+            if prefills {
+                prefill.push(candidate.clone());
+            }
+            if let Some(side) = side {
+                side.push(candidate);
+            }
+        }
         if decode.is_empty() {
             // Rather one that may be down than none.
-            decode = candidates(&|w, _| w.member.role.decodes() && !avoided(w));
+            decode = unwell;
         }
-        let prefill = candidates(&|w, standing| w.member.role.prefills() && standing.well);
         let work = Work {
             tokens: u32::try_from(sought.tokens.len()).unwrap_or(u32::MAX),
             ticket: self.tickets.fetch_add(1, Ordering::Relaxed),
@@ -186,6 +194,7 @@ fn candidate(key: usize, worker: &Worker, standing: &Standing, looked: &[Looked]
         itl_ms: load.itl_ms,
         kv_used: load.kv_used,
         cached_tokens: looked.map_or(0, |looked| looked.cached_tokens(worker)),
+        held_tokens: worker.known().held_tokens(),
     }
 }
 

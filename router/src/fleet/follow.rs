@@ -197,6 +197,7 @@ impl Follower {
                 tracing::error!(%error, "taking in a snapshot panicked");
                 let cell = self.health.known().events.clone();
                 *feed = Some(Feed::new(Arc::clone(&self.index), self.epoch, cell));
+                self.health.known().lost_sight();
                 Err(Left::Ended)
             }
         }
@@ -213,8 +214,14 @@ fn take(health: &Health, metrics: &Metrics, feed: &mut Feed, batch: &KvEventBatc
     }
     health.known().set_namespace(Namespace { scheme: batch.scheme, block_tokens: batch.block_tokens });
     match feed.take(batch) {
-        Taken::Applied => Ok(()),
+        Taken::Applied => {
+            health.known().took(batch);
+            Ok(())
+        }
         Taken::Gap => Err(Left::Gap),
-        Taken::OtherLife => Err(Left::OtherLife),
+        Taken::OtherLife => {
+            health.known().lost_sight();
+            Err(Left::OtherLife)
+        }
     }
 }

@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::Duration;
 
 use baton_config::prefix::{BlockHash, HashScheme};
+use baton_config::protocol::{KvEvent, KvEventBatch, KvTier};
 use tokio::time::Instant;
 
 use crate::index::{Depth, Found, Holder, HolderCell, Namespace, PrefixIndex, Recent};
@@ -27,6 +28,8 @@ pub(crate) struct Known {
     gone: AtomicBool,
     /// Scheme and block size in one number.
     namespace: AtomicU64,
+    /// Blocks on its device by its events.
+    held: AtomicU64,
 }
 
 impl Known {
@@ -37,6 +40,7 @@ impl Known {
             reports: AtomicBool::new(false),
             gone: AtomicBool::new(false),
             namespace: AtomicU64::new(0),
+            held: AtomicU64::new(0),
         };
         let block_tokens = block_tokens.filter(|tokens| *tokens > 0).unwrap_or(DEFAULT_BLOCK_TOKENS);
         known.set_namespace(Namespace { scheme: HashScheme::Baton, block_tokens });
@@ -67,6 +71,34 @@ impl Known {
 
     pub(super) fn set_reports(&self, reports: bool) {
         self.reports.store(reports, Ordering::Relaxed);
+    }
+
+    /// Takes note of what a batch of its events says of its device.
+    pub(super) fn took(&self, batch: &KvEventBatch) {
+        if batch.tier != KvTier::Device {
+            return;
+        }
+        // One follower writes.
+        let mut held = if batch.snapshot { 0 } else { self.held.load(Ordering::Relaxed) };
+        for event in &batch.events {
+            match event {
+                KvEvent::Stored { blocks, .. } => held += blocks.len() as u64,
+                KvEvent::Removed { blocks } => held = held.saturating_sub(blocks.len() as u64),
+                KvEvent::Cleared => held = 0,
+            }
+        }
+        self.held.store(held, Ordering::Relaxed);
+    }
+
+    /// Its cache was lost, or nothing is known of it.
+    pub(super) fn lost_sight(&self) {
+        self.held.store(0, Ordering::Relaxed);
+    }
+
+    /// Tokens whose KV is on its device; `None` of a worker without events.
+    pub(crate) fn held_tokens(&self) -> Option<u64> {
+        let block_tokens = u64::from(self.namespace().block_tokens);
+        self.reports.load(Ordering::Relaxed).then(|| self.held.load(Ordering::Relaxed) * block_tokens)
     }
 
     /// How much of the chain that was looked up the worker has.

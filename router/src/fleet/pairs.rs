@@ -1,9 +1,11 @@
 //! The ways from prefill workers to one decode worker: what was measured on them, which of them are avoided.
 
 use std::collections::HashMap;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use arc_swap::ArcSwap;
 use baton_config::protocol::PathStatus;
 use baton_config::{Epoch, WorkerId};
 use tokio::time::Instant;
@@ -26,14 +28,13 @@ pub(crate) struct Link {
     pub(crate) latency_s: Option<f64>,
 }
 
-/// The pairs of one decode worker.
+/// The pairs of one decode worker. Every decision reads many: without a lock while none of them fails.
 #[derive(Debug, Default)]
-pub(super) struct Pairs(Mutex<State>);
-
-#[derive(Debug, Default)]
-struct State {
-    measured: Arc<HashMap<WorkerId, Link>>,
-    failing: HashMap<(WorkerId, Epoch), Failing>,
+pub(super) struct Pairs {
+    measured: ArcSwap<HashMap<WorkerId, Link>>,
+    failing: Mutex<HashMap<(WorkerId, Epoch), Failing>>,
+    /// Whether any are in `failing`.
+    fails: AtomicBool,
 }
 
 #[derive(Debug, Default)]
@@ -52,36 +53,38 @@ impl Pairs {
         };
         let ours = paths.iter().filter(|path| path.decode == *own);
         let measured = ours.map(|path| (path.prefill.clone(), link(path))).collect();
-        self.state().measured = Arc::new(measured);
+        self.measured.store(Arc::new(measured));
     }
 
     /// The way from `prefill`; `None` while it is avoided.
     pub(super) fn link(&self, prefill: &Member, now: Instant) -> Option<Link> {
-        let state = self.state();
-        if !state.failing.is_empty() {
-            let failing = state.failing.get(&(prefill.worker.clone(), prefill.epoch));
+        if self.fails.load(Ordering::Relaxed) {
+            let all = self.failing();
+            let failing = all.get(&(prefill.worker.clone(), prefill.epoch));
             if failing.and_then(|failing| failing.until).is_some_and(|until| now < until) {
                 return None;
             }
         }
-        Some(state.measured.get(&prefill.worker).copied().unwrap_or_default())
+        Some(self.measured.load().get(&prefill.worker).copied().unwrap_or_default())
     }
 
     /// A handoff ended well or was given up; `true` when the pair is avoided from now on.
     pub(super) fn ended(&self, prefill: &Member, well: bool, now: Instant) -> bool {
-        let mut state = self.state();
-        if well && state.failing.is_empty() {
+        if well && !self.fails.load(Ordering::Relaxed) {
             return false;
         }
+        let mut all = self.failing();
         let pair = (prefill.worker.clone(), prefill.epoch);
         if well {
-            state.failing.remove(&pair);
+            all.remove(&pair);
+            self.fails.store(!all.is_empty(), Ordering::Relaxed);
             return false;
         }
-        if state.failing.len() >= PAIRS_MAX {
-            state.failing.retain(|_, failing| failing.until.is_some_and(|until| now < until));
+        if all.len() >= PAIRS_MAX {
+            all.retain(|_, failing| failing.until.is_some_and(|until| now < until));
         }
-        let failing = state.failing.entry(pair).or_default();
+        self.fails.store(true, Ordering::Relaxed);
+        let failing = all.entry(pair).or_default();
         failing.failures += 1;
         let already = failing.until.is_some_and(|until| now < until);
         if failing.failures < FAILURES || already {
@@ -91,7 +94,7 @@ impl Pairs {
         true
     }
 
-    fn state(&self) -> MutexGuard<'_, State> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    fn failing(&self) -> MutexGuard<'_, HashMap<(WorkerId, Epoch), Failing>> {
+        self.failing.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }

@@ -1,9 +1,10 @@
 //! One worker: what the conductor says of it, what it last said of itself, what this router has on it.
 
+use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
+use arc_swap::{ArcSwap, Guard};
 use baton_config::prefix::BlockHash;
 use baton_config::protocol::{PeerRef, WorkerStatus};
 use baton_config::{Epoch, WorkerId};
@@ -39,7 +40,8 @@ pub(crate) struct Health {
     lane: Lane,
     /// By how much its prefills take longer than predicted, in thousandths.
     slowness: AtomicU32,
-    seen: Mutex<Seen>,
+    /// Read by every decision for every worker, so without a lock.
+    seen: ArcSwap<Seen>,
 }
 
 /// What a decision needs to know of a worker, taken at one moment.
@@ -50,7 +52,7 @@ pub(crate) struct Standing {
     pub(crate) well: bool,
 }
 
-#[derive(Debug, Default)]
+#[derive(Debug, Clone, Default)]
 struct Seen {
     report: Option<Report>,
     /// Set when a connection was refused.
@@ -64,7 +66,7 @@ struct Seen {
 }
 
 /// A worker's own account, and what this router had on it at that moment.
-#[derive(Debug)]
+#[derive(Debug, Clone)]
 struct Report {
     requests: u32,
     prefill_tokens: u64,
@@ -109,7 +111,7 @@ impl Worker {
             pairs: Pairs::default(),
             lane: Lane::default(),
             slowness: AtomicU32::new(1000),
-            seen: Mutex::default(),
+            seen: ArcSwap::default(),
         };
         Ok(Self { member, health: Arc::new(health) })
     }
@@ -181,7 +183,7 @@ impl Worker {
 
     /// Notes that a connection to it failed.
     pub(crate) fn mark_down(&self, now: Instant) {
-        self.health.seen().down_until = Some(now + DOWN_FOR);
+        self.health.note(|seen| seen.down_until = Some(now + DOWN_FOR));
     }
 
     /// Its load: the last report, corrected by what this router began and ended since.
@@ -303,8 +305,17 @@ impl Health {
         }
     }
 
-    fn seen(&self) -> MutexGuard<'_, Seen> {
-        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
+    fn seen(&self) -> Guard<Arc<Seen>> {
+        self.seen.load()
+    }
+
+    /// Changes what is known; several may do so at a time.
+    fn note(&self, change: impl Fn(&mut Seen)) {
+        self.seen.rcu(|seen| {
+            let mut seen = Seen::clone(seen);
+            change(&mut seen);
+            seen
+        });
     }
 
     /// Takes in an answer to a poll.
@@ -326,13 +337,15 @@ impl Health {
         // preferred: until the view has caught up, which without a conductor it does not, that is nobody to ask.
         let elsewhere = status.epoch != Some(self.epoch);
         let unwilling = elsewhere || matches!(status.state.as_str(), "draining" | "unhealthy");
-        let mut seen = self.seen();
         let unhealthy = status.state == "unhealthy";
-        *seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling, unhealthy };
+        let seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling, unhealthy };
+        self.seen.store(Arc::new(seen));
     }
 
     /// Notes that a poll failed.
     pub(super) fn silent(&self, now: Instant) {
-        self.seen().silent_since.get_or_insert(now);
+        self.note(|seen| {
+            seen.silent_since.get_or_insert(now);
+        });
     }
 }

@@ -6,11 +6,12 @@ use http::{Request, Response};
 use hyper::body::Incoming;
 use tokio::time::Instant;
 
-use super::{Gateway, refused};
+use super::{Gateway, named_id, refused};
 use crate::account::Entry;
 use crate::admit::Place;
 use crate::answer::AnswerBody;
 use crate::dispatch::Explanation;
+use crate::entropy;
 use crate::forward::{Asked, Forwarder};
 use crate::reply::Refusal;
 use crate::request::{Passing, parse_passed};
@@ -72,11 +73,9 @@ impl Gateway {
 }
 
 fn new_id() -> Result<String, Refusal> {
-    let mut random = [0; 12];
-    getrandom::fill(&mut random).map_err(|error| {
+    let random = entropy::bytes::<12>().map_err(|error| {
         tracing::error!(%error, "no random numbers from the system");
         Refusal::Internal
     })?;
-    let hex: String = random.iter().map(|byte| format!("{byte:02x}")).collect();
-    Ok(format!("req-{hex}"))
+    Ok(named_id("req-", &random))
 }

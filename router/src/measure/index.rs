@@ -11,6 +11,7 @@ use baton_config::prefix::{BlockHash, HashScheme};
 use serde::Serialize;
 
 use self::workload::{Dice, Event, HALF, workload};
+use super::cpu_ns;
 use crate::index::{Found, Holder, Namespace, PrefixIndex, Tier};
 
 const NAMESPACE: Namespace = Namespace { scheme: HashScheme::Baton, block_tokens: 16 };
@@ -57,14 +58,6 @@ pub struct IndexFigures {
     pub hash_ns: u64,
     /// Sum of all depths found: the same for every index that answers right.
     pub depths: u64,
-}
-
-/// CPU time of this thread in nanoseconds, from the scheduler's account.
-fn cpu_ns() -> u64 {
-    std::fs::read_to_string("/proc/thread-self/schedstat")
-        .ok()
-        .and_then(|text| text.split(' ').next()?.parse().ok())
-        .unwrap_or_default()
 }
 
 /// CPU nanoseconds that each of `count` parts of some work takes.

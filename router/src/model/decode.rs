@@ -129,6 +129,11 @@ impl Vocabulary {
         self.pieces.encode(&self.tokenizer, text, add_special, salt)
     }
 
+    /// The same without cutting and without looking anything up: the tokenizer's own work.
+    pub(crate) fn encode_whole(&self, text: &str) -> Result<Vec<u32>, String> {
+        super::encode::whole(&self.tokenizer, text, false)
+    }
+
     /// The text of `ids` at once, special tokens left out.
     pub(crate) fn decode(&self, ids: &[u32]) -> String {
         if let Some(table) = &self.table {

@@ -168,7 +168,8 @@ impl Pieces {
     }
 }
 
-fn whole(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>, String> {
+/// The ids of a text, as the tokenizer gives them.
+pub(super) fn whole(tokenizer: &Tokenizer, text: &str, add_special: bool) -> Result<Vec<u32>, String> {
     let encoding = tokenizer.encode_fast(text, add_special).map_err(|error| error.to_string())?;
     Ok(encoding.get_ids().to_vec())
 }

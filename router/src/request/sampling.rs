@@ -4,6 +4,7 @@ use baton_config::protocol::Sampling;
 
 use super::Bounds;
 use super::fields::{Fields, kind};
+use crate::entropy;
 use crate::reply::{Refusal, quoted};
 
 /// Most entries of `logit_bias`.
@@ -44,7 +45,7 @@ pub(super) fn common(fields: &mut Fields<'_>, bounds: &Bounds) -> Result<Samplin
 
 /// A seed that nobody asked for.
 pub(super) fn random_seed() -> Result<u64, Refusal> {
-    getrandom::u64().map_err(|error| {
+    entropy::number().map_err(|error| {
         tracing::error!(%error, "no random numbers from the system");
         Refusal::Internal
     })

@@ -22,7 +22,7 @@ pub(crate) struct Offer {
     pub(crate) first_token_s: f64,
     /// What the others on the decode worker pay, in seconds.
     pub(crate) decode_s: f64,
-    /// What its computing costs those who come after, in seconds.
+    /// What its computing and its place in the cache cost those who come after, in seconds.
     pub(crate) spent_s: f64,
     load: u64,
     /// Tokens that its workers lack.
@@ -58,16 +58,20 @@ pub(crate) fn offers(snapshot: &Snapshot, work: Work, rules: Rules, transfer_s: 
     let mut offers = Vec::with_capacity(snapshot.decode.len() + PAIRED * PAIRED);
     let decode_s = |decode: &Candidate| predict::decode_cost_s(decode, rules.slo_itl_s);
     let lacking = |candidate: &Candidate| u64::from(work.uncached(candidate.cached_tokens));
+    let (least_d, least_p) = (predict::least_held(&snapshot.decode), predict::least_held(&snapshot.prefill));
+    let crowding_d = |decode: &Candidate| predict::crowding_s(decode, least_d, work);
+    let crowding_p = |prefill: &Candidate| predict::crowding_s(prefill, least_p, work);
     let mut paired = vec![false; snapshot.decode.len()];
     if rules.disaggregation != Disaggregation::Never && !snapshot.prefill.is_empty() {
         let lot = |candidate: &Candidate| draw(rules.seed, work.ticket, candidate.identity);
-        let prefill_s = |prefill: &Candidate| {
-            let prefill = Prefill::on(prefill, work, Side::Prefill);
-            prefill.total_s() + prefill.compute_s * SPENT_PER_COMPUTE
+        let prefill_s = |candidate: &Candidate| {
+            let prefill = Prefill::on(candidate, work, Side::Prefill);
+            prefill.total_s() + prefill.compute_s * SPENT_PER_COMPUTE + crowding_p(candidate)
         };
         // What D lacks has to be moved: in the absence of a measurement as slowly as it would be computed.
         let lacking_s = |decode: &Candidate| {
-            decode_s(decode) + Prefill::on(decode, work, Side::Prefill).compute_s * MOVE_PER_COMPUTE
+            let moved_s = Prefill::on(decode, work, Side::Prefill).compute_s * MOVE_PER_COMPUTE;
+            decode_s(decode) + moved_s + crowding_d(decode)
         };
         let prefill = best(&snapshot.prefill, &prefill_s, &lot);
         for d in best(&snapshot.decode, &lacking_s, &lot) {
@@ -80,7 +84,9 @@ pub(crate) fn offers(snapshot: &Snapshot, work: Work, rules: Rules, transfer_s: 
                         choice: Choice { decode: decode.key, prefill: Some(p.key) },
                         first_token_s: timing.remote_s(),
                         decode_s: decode_s(decode),
-                        spent_s: timing.prefill.compute_s * SPENT_PER_COMPUTE,
+                        spent_s: timing.prefill.compute_s * SPENT_PER_COMPUTE
+                            + crowding_p(p)
+                            + crowding_d(decode),
                         load: u64::from(decode.requests) + u64::from(p.requests),
                         lacking: lacking(decode) + lacking(p),
                     });
@@ -95,7 +101,7 @@ pub(crate) fn offers(snapshot: &Snapshot, work: Work, rules: Rules, transfer_s: 
             choice: Choice { decode: decode.key, prefill: None },
             first_token_s: prefill.total_s(),
             decode_s: decode_s(decode),
-            spent_s: prefill.compute_s * SPENT_PER_COMPUTE,
+            spent_s: prefill.compute_s * SPENT_PER_COMPUTE + crowding_d(decode),
             load: u64::from(decode.requests),
             lacking: lacking(decode),
         });

@@ -159,6 +159,8 @@ struct SimWorker {
     /// What the router has on it.
     requests: u32,
     booked: u64,
+    /// Blocks that it has told of.
+    held: u64,
 }
 
 enum Event {
@@ -213,6 +215,7 @@ impl Simulation {
             itl_ms: Some(ITL_S * 1e3),
             kv_used: 0.0,
             cached_tokens: found.depth(self.holders[key]).device * BLOCK,
+            held_tokens: Some(worker.held * u64::from(BLOCK)),
         };
         let decode = self.workers.iter().enumerate().map(candidate).collect();
         let snapshot = Snapshot::new(decode, Vec::new());
@@ -265,6 +268,8 @@ impl Simulation {
             }
             Event::Ended(who) => self.workers[who].requests -= 1,
             Event::News(who, stored, removed) => {
+                let worker = &mut self.workers[who];
+                worker.held = worker.held + stored.len() as u64 - removed.len() as u64;
                 self.index.store(NAMESPACE, self.holders[who], Tier::Device, &stored);
                 self.index.remove(NAMESPACE, self.holders[who], Tier::Device, &removed);
             }

@@ -13,6 +13,7 @@ fn candidate(key: usize, requests: u32, prefill_tokens: u64) -> Candidate {
         itl_ms: Some(10.0),
         kv_used: 0.0,
         cached_tokens: 0,
+        held_tokens: None,
     }
 }
 
@@ -329,6 +330,7 @@ fn any_candidates(from: usize) -> impl Strategy<Value = Vec<Candidate>> {
                     itl_ms,
                     kv_used,
                     cached_tokens,
+                    held_tokens: None,
                 }
             };
         all.into_iter().enumerate().map(build).collect()
@@ -356,4 +358,22 @@ proptest! {
         }
         prop_assert_eq!(choose(&snapshot, work, rules, &free), Some(choice));
     }
+}
+
+#[test]
+fn a_chat_begins_where_there_is_room_and_stays_where_it_is() {
+    let chosen = |cached: [u32; 2], tokens: u32| {
+        let worker = |key: usize, held_tokens| Candidate {
+            cached_tokens: cached[key],
+            held_tokens: Some(held_tokens),
+            ..candidate(key, 0, 0)
+        };
+        let snapshot = Snapshot::new(vec![worker(0, 20_000), worker(1, 0)], Vec::new());
+        let work = Work { tokens, ticket: 1, session: None };
+        let rules = rules(PolicyKind::KvAware, Disaggregation::Never);
+        choose(&snapshot, work, rules, &|_, _, _| Some(0.0)).unwrap().decode
+    };
+    assert_eq!(chosen([200, 100], 264), 1, "a system prompt is soon computed once more");
+    assert_eq!(chosen([1800, 200], 2000), 0, "what only one has is not computed again for the sake of room");
+    assert_eq!(chosen([264, 264], 264), 1, "of equals the emptier");
 }

@@ -16,6 +16,7 @@ use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use super::settled::Settled;
 use super::tls::Tls;
 use super::watched::{Answered, Busy, Phase, Phases, Watched, longest};
 use crate::account::Entry;
@@ -133,7 +134,7 @@ impl Connection {
         let service = service(&self.gateway, &phases);
         let mut http = http1::Builder::new();
         http.max_buf_size(HEAD_MAX_BYTES).half_close(false);
-        let mut connection = http.serve_connection(watched, service_fn(service));
+        let mut connection = Settled::new(http.serve_connection(watched, service_fn(service)));
         let mut closed = false;
         loop {
             let deadline = phases.deadline(&self.gateway.timeouts);
@@ -146,7 +147,7 @@ impl Connection {
                 }
                 () = self.closing.cancelled(), if !closed => {
                     closed = true;
-                    Pin::new(&mut connection).graceful_shutdown();
+                    Pin::new(connection.get_mut()).graceful_shutdown();
                 }
                 () = wait_until(deadline) => {
                     if is_over(&phases, phases.deadline(&self.gateway.timeouts)) {
@@ -156,7 +157,7 @@ impl Connection {
             }
         }
         if matches!(phases.get(), Phase::Head(_)) {
-            self.tell_slow(connection.into_parts().io.into_inner().into_inner()).await;
+            self.tell_slow(connection.into_inner().into_parts().io.into_inner().into_inner()).await;
         }
     }
 

@@ -1,6 +1,7 @@
 //! `GET /v1/kv/events?since=SEQ`.
 
 use std::sync::Arc;
+use std::time::Duration;
 
 use axum::body::Bytes;
 use axum::extract::rejection::QueryRejection;
@@ -9,11 +10,15 @@ use axum::response::Response;
 use baton_config::Epoch;
 use serde::Deserialize;
 use tokio::sync::mpsc;
+use tokio::time::Instant;
 
 use super::fault::Fault;
 use super::{Shared, lines};
 use crate::kv_log::Next;
 
+/// Lines follow each other no more closely than this: under load one carries what many requests changed, and wakes its reader
+/// once. Followers are as much behind at most; computing a block takes longer.
+const GATHER: Duration = Duration::from_millis(2);
 /// Lines between the log and a follower's connection.
 const LINES_MAX: usize = 8;
 
@@ -46,6 +51,7 @@ async fn follow(shared: Arc<Shared>, params: Params, out: mpsc::Sender<Bytes>) {
     let mut news = shared.kv_log.news();
     let mut since = params.since;
     let mut epoch = params.epoch.map_or(news.borrow().0, Epoch);
+    let mut rested = Instant::now();
     loop {
         let current = news.borrow_and_update().0;
         let next = if current == epoch { shared.kv_log.after(since) } else { Next::Gap };
@@ -61,6 +67,7 @@ async fn follow(shared: Arc<Shared>, params: Params, out: mpsc::Sender<Bytes>) {
                     () = out.closed() => return,
                     changed = news.changed() => if changed.is_err() { return },
                 }
+                tokio::time::sleep_until(rested).await;
                 continue;
             }
         };
@@ -69,5 +76,6 @@ async fn follow(shared: Arc<Shared>, params: Params, out: mpsc::Sender<Bytes>) {
         if out.send(lines::line(&batch)).await.is_err() {
             return;
         }
+        rested = Instant::now() + GATHER;
     }
 }

@@ -8,12 +8,13 @@ use crate::bench::router::Workload;
 #[command(
     after_help = "Without --url a fleet of simulated engines is started, with one router; figures straight from the engines' own
 OpenAI surface stand beside those of the router, measured in turns. With --url any gateway is measured, in front of engines that
---engine-url names. Workloads: short, shared, stream, paced, large; prefixes, zipf, chats for routing quality.
-What each of them is: docs/benchmarks.md. CPU is that of the gateway alone.
+--engine-url names. Workloads: short, shared, stream, paced, large; quiet for memory and the time of a start; prefixes, zipf, chats
+for routing quality. What each of them is: docs/benchmarks.md. CPU is that of the gateway alone.
 
 Examples:
   baton bench router
   baton bench router --workload short --concurrency 1,256 --seconds 5 --policy round_robin
+  baton bench router --workload large --passing
   baton bench router --workload chats --workers 4 --hold
   baton bench router --url http://127.0.0.1:30000 --pid 4711 --engine-url http://127.0.0.1:21000,http://127.0.0.1:21001"
 )]
@@ -33,6 +34,9 @@ pub(crate) struct BenchRouterArgs {
     /// Policy of its router.
     #[arg(long, default_value = "kv_aware")]
     pub(crate) policy: String,
+    /// Measure a router that passes requests on to the engines' own OpenAI surface, as to servers of other projects.
+    #[arg(long, conflicts_with = "url")]
+    pub(crate) passing: bool,
     /// Directory of the model whose tokenizer and template are used.
     #[arg(long, value_name = "DIR", default_value = "examples/models/tiny")]
     pub(crate) model: PathBuf,

@@ -28,7 +28,7 @@ const CONTEXT_TOKENS: u32 = 1 << 20;
 /// A running fleet.
 #[derive(Debug)]
 pub(super) struct Fleet {
-    launcher: Child,
+    launchers: Vec<Child>,
     pub(super) place: Place,
     // Removed with the fleet.
     _directory: TempDir,
@@ -45,6 +45,23 @@ pub(super) struct Place {
     config: String,
     /// The model directory.
     model: String,
+    /// A router that passes requests on to the same engines, where one was asked for.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub(super) passing: Option<Passing>,
+}
+
+/// A router that passes requests on.
+#[derive(Debug, Clone, Serialize)]
+pub(super) struct Passing {
+    pub(super) router: String,
+    pub(super) router_pid: u32,
+}
+
+impl Place {
+    /// The fleet file.
+    pub(super) fn config(&self) -> &str {
+        &self.config
+    }
 }
 
 /// What to start.
@@ -54,6 +71,8 @@ pub(super) struct Wanted<'a> {
     pub(super) workers: u32,
     pub(super) policy: &'a str,
     pub(super) model: &'a Path,
+    /// Also a router that passes requests on.
+    pub(super) passing: bool,
 }
 
 impl Fleet {
@@ -65,60 +84,84 @@ impl Fleet {
         copy_model(wanted.model, &model)?;
         let config = directory.path().join("fleet.yaml");
         fs::write(&config, document(&wanted, &model)).map_err(failed)?;
-        let mut launcher = Command::new(std::env::current_exe().map_err(failed)?)
-            .args(["--log", "warn", "up"])
-            .arg(&config)
-            .stdin(Stdio::null())
-            .stdout(Stdio::piped())
-            // Ctrl-C in the terminal is for this process, which stops the fleet.
-            .process_group(0)
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(failed)?;
-        let Some(stdout) = launcher.stdout.take() else {
-            return Err(Failure::failed("no stdout of baton up"));
-        };
-        let mut lines = BufReader::new(stdout).lines();
-        let line = tokio::time::timeout(READY_WITHIN, lines.next_line()).await;
-        let Ok(Ok(Some(line))) = line else {
-            let said = "the fleet of the bench did not get ready: see above";
-            return Err(Failure::failed(said));
-        };
-        let place = place(&line, &launcher, &config, &model).await?;
-        Ok(Self { launcher, place, _directory: directory })
+        let (launcher, line) = launch(&config).await?;
+        let mut launchers = vec![launcher];
+        let mut place = place(&line, &launchers[0], &config, &model).await?;
+        if wanted.passing {
+            let config = directory.path().join("passing.yaml");
+            fs::write(&config, passing_document(wanted.policy, &place.engines)).map_err(failed)?;
+            let (launcher, line) = launch(&config).await?;
+            let (router, router_pid) = router(&line, &launcher)?;
+            place.passing = Some(Passing { router, router_pid });
+            launchers.push(launcher);
+        }
+        Ok(Self { launchers, place, _directory: directory })
     }
 
     /// Ends it.
-    pub(super) async fn stop(mut self) {
-        if let Some(pid) = self.launcher.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
-            // Ended already, else.
-            let _ = kill_process(pid, Signal::TERM);
+    pub(super) async fn stop(self) {
+        for mut launcher in self.launchers.into_iter().rev() {
+            if let Some(pid) = launcher.id().and_then(|pid| Pid::from_raw(i32::try_from(pid).ok()?)) {
+                // Ended already, else.
+                let _ = kill_process(pid, Signal::TERM);
+            }
+            let _ = tokio::time::timeout(ENDED_WITHIN, launcher.wait()).await;
         }
-        let _ = tokio::time::timeout(ENDED_WITHIN, self.launcher.wait()).await;
     }
 }
 
-/// Finds the parts: `ready http://ROUTER/v1 model=ID conductor=http://CONDUCTOR`.
-async fn place(line: &str, launcher: &Child, config: &Path, model: &Path) -> Result<Place, Failure> {
-    let unread = || Failure::failed(format!("baton up said {line:?}"));
-    let word = |prefix: &str| line.split(' ').find_map(|word| word.strip_prefix(prefix));
-    let router = line.split(' ').nth(1).and_then(|url| url.strip_suffix("/v1")).ok_or_else(unread)?;
-    let conductor = word("conductor=").ok_or_else(unread)?;
+/// Starts a fleet and waits until it is ready; gives what it says then.
+async fn launch(config: &Path) -> Result<(Child, String), Failure> {
+    let failed = |error: std::io::Error| Failure::because("the fleet of the bench cannot be started", &error);
+    let mut launcher = Command::new(std::env::current_exe().map_err(failed)?)
+        .args(["--log", "warn", "up"])
+        .arg(config)
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        // Ctrl-C in the terminal is for this process, which stops the fleet.
+        .process_group(0)
+        .kill_on_drop(true)
+        .spawn()
+        .map_err(failed)?;
+    let Some(stdout) = launcher.stdout.take() else {
+        return Err(Failure::failed("no stdout of baton up"));
+    };
+    let mut lines = BufReader::new(stdout).lines();
+    match tokio::time::timeout(READY_WITHIN, lines.next_line()).await {
+        Ok(Ok(Some(line))) => Ok((launcher, line)),
+        _ => Err(Failure::failed("the fleet of the bench did not get ready: see above")),
+    }
+}
+
+/// Where the router of a fleet is, and its process: `ready http://ROUTER/v1 model=ID conductor=http://CONDUCTOR`.
+fn router(line: &str, launcher: &Child) -> Result<(String, u32), Failure> {
+    let url = line.split(' ').nth(1).and_then(|url| url.strip_suffix("/v1"));
+    let url = url.ok_or_else(|| Failure::failed(format!("baton up said {line:?}")))?;
     let children = process::children(launcher.id().unwrap_or_default());
     let is_router = |words: &[String]| words.iter().any(|word| word == "router");
-    let router_pid = children.iter().find(|(_, words)| is_router(words)).map(|(pid, _)| *pid);
+    let pid = children.iter().find(|(_, words)| is_router(words)).map(|(pid, _)| *pid);
+    let pid = pid.ok_or_else(|| Failure::failed("the router of the bench is gone"))?;
+    Ok((url.to_owned(), pid))
+}
+
+/// Finds the parts.
+async fn place(line: &str, launcher: &Child, config: &Path, model: &Path) -> Result<Place, Failure> {
+    let (router, router_pid) = router(line, launcher)?;
+    let conductor = line.split(' ').find_map(|word| word.strip_prefix("conductor="));
+    let conductor = conductor.ok_or_else(|| Failure::failed(format!("baton up said {line:?}")))?;
     let failed = |error: reqwest::Error| Failure::because("the workers of the bench", &error);
     let url = format!("{conductor}/v1/workers?metadata=no");
     let listing = crate::remote::client()?.get(url).send().await.map_err(failed)?;
     let listing: Listing = listing.json().await.map_err(failed)?;
     let engines = listing.workers.iter().map(|worker| format!("http://{}", worker.record.address));
     Ok(Place {
-        router: router.to_owned(),
-        router_pid: router_pid.ok_or_else(|| Failure::failed("the router of the bench is gone"))?,
+        router,
+        router_pid,
         conductor: conductor.to_owned(),
         engines: engines.collect(),
         config: config.display().to_string(),
         model: model.display().to_string(),
+        passing: None,
     })
 }
 
@@ -159,6 +202,11 @@ fn document(wanted: &Wanted<'_>, model: &Path) -> String {
         Engines::Paced => {
             ("prefill_us_base: 0, prefill_us_per_token: 0, decode_us_base: 20000", 1 << 16, 1 << 16)
         }
+        Engines::Still => (
+            "prefill_us_base: 3600000000, prefill_us_per_token: 0, decode_us_base: 3600000000",
+            1 << 16,
+            1 << 16,
+        ),
         Engines::Timed => {
             ("prefill_us_base: 2000, prefill_us_per_token: 40, decode_us_base: 2000", 1600, 512)
         }
@@ -186,6 +234,26 @@ pools:
     )
 }
 
+/// The same engines as servers of another project.
+fn passing_document(policy: &str, engines: &[String]) -> String {
+    format!(
+        "version: 1
+model: {{ id: {MODEL_ID} }}
+conductor: {{ listen: 127.0.0.1:0 }}
+router:
+  listen: 127.0.0.1:0
+  policy: {{ kind: {policy} }}
+  limits: {{ body: 16MiB, queue: 4096, in_flight: 16384, connections: 32768 }}
+pools:
+  - name: servers
+    role: both
+    engine: {{ kind: openai, urls: [{}] }}
+    limits: {{ in_flight: 16384 }}
+",
+        engines.join(", ")
+    )
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -196,8 +264,8 @@ mod tests {
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny");
         let model = directory.path().join("model");
         copy_model(&tiny, &model).unwrap();
-        for engines in [Engines::Fast, Engines::Paced, Engines::Timed] {
-            let wanted = Wanted { engines, workers: 3, policy: "round_robin", model: &tiny };
+        for engines in [Engines::Fast, Engines::Paced, Engines::Still, Engines::Timed] {
+            let wanted = Wanted { engines, workers: 3, policy: "round_robin", model: &tiny, passing: false };
             let path = directory.path().join("fleet.yaml");
             fs::write(&path, document(&wanted, &model)).unwrap();
             let fleet = baton_config::fleet::Fleet::load(&path).unwrap();
@@ -207,5 +275,9 @@ mod tests {
             let block = fleet.pools[0].kv.geometry(&shape).block_bytes();
             assert_eq!(block, 16 * 32);
         }
+        let path = directory.path().join("passing.yaml");
+        let engines = ["http://127.0.0.1:1".to_owned(), "http://127.0.0.1:2".to_owned()];
+        fs::write(&path, passing_document("kv_aware", &engines)).unwrap();
+        assert!(baton_config::fleet::Fleet::load(&path).unwrap().passes_on());
     }
 }

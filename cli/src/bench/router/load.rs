@@ -4,13 +4,17 @@ use std::net::SocketAddr;
 use std::sync::Arc;
 use std::time::Duration;
 
-use tokio::sync::{Barrier, Mutex};
+use tokio::sync::{Barrier, Mutex, Semaphore};
 use tokio::task::JoinSet;
 use tokio::time::Instant;
+use tokio_util::sync::CancellationToken;
 
 use super::client::{Broken, Connection, Seen};
 use super::workload::{Pace, Requests, Workload};
 use crate::failure::chain;
+
+/// Connections that are made at a time.
+const OPENING: usize = 64;
 
 /// Whom to ask, and how.
 #[derive(Debug, Clone)]
@@ -28,6 +32,8 @@ pub(super) struct Load {
 pub(super) struct Sample {
     pub(super) answers: Vec<Seen>,
     pub(super) failed: u64,
+    /// Of [`Pace::Open`]: streams that were open until the end.
+    pub(super) opened: u64,
     /// What one of those that failed said.
     pub(super) failure: Option<String>,
     /// From the first request to the end of the last answer.
@@ -50,6 +56,7 @@ impl Sample {
         self.wall += other.wall;
         self.answers.extend(other.answers);
         self.failed += other.failed;
+        self.opened += other.opened;
         self.failure = self.failure.take().or(other.failure);
     }
 
@@ -59,10 +66,11 @@ impl Sample {
 }
 
 impl Load {
-    /// Runs it. `begin` is called when all connections are warm, right before what counts.
+    /// Runs it. `begin` is called when all connections are warm, right before what counts; of [`Pace::Open`], when all are open.
     pub(super) async fn run(&self, requests: &Requests, begin: impl FnOnce() + Send) -> Sample {
         match self.pace {
             Pace::Closed => self.closed(requests, begin).await,
+            Pace::Open => self.open(requests, begin).await,
             Pace::Arrivals { per_s, count } => self.arrivals(requests, per_s, count, begin).await,
         }
     }
@@ -94,6 +102,46 @@ impl Load {
         let start = Instant::now();
         gate.wait().await;
         let mut sample = gather(clients).await;
+        sample.wall = start.elapsed();
+        sample
+    }
+
+    /// Opens all streams, a few at a time, and leaves them when `time` is over; one that ends before has failed.
+    async fn open(&self, requests: &Requests, begin: impl FnOnce() + Send) -> Sample {
+        let mut clients = JoinSet::new();
+        let (open, leave) = (Arc::new(Semaphore::new(OPENING)), CancellationToken::new());
+        let start = Instant::now();
+        for number in 0..self.concurrency {
+            let mut connection = Connection::new(self.targets[number % self.targets.len()]);
+            let mut requests = requests.fork(number as u64);
+            let (open, leave) = (Arc::clone(&open), leave.clone());
+            clients.spawn(async move {
+                let mut request = Vec::new();
+                requests.next(&mut request);
+                let opened = {
+                    let _turn = open.acquire().await;
+                    connection.open().await
+                };
+                if let Err(broken) = opened {
+                    return Some(broken);
+                }
+                match leave.run_until_cancelled(connection.exchange(&request, true)).await {
+                    None => None,
+                    Some(Ok(_)) => Some(Broken::Cut),
+                    Some(Err(broken)) => Some(broken),
+                }
+            });
+        }
+        tokio::time::sleep_until(start + self.time).await;
+        begin();
+        leave.cancel();
+        let mut sample = Sample::default();
+        while let Some(ended) = clients.join_next().await {
+            if let Ok(Some(broken)) = ended {
+                sample.add(Err(broken));
+            }
+        }
+        sample.opened = self.concurrency as u64 - sample.failed;
         sample.wall = start.elapsed();
         sample
     }
@@ -158,7 +206,7 @@ struct Desk {
 
 struct Chats {
     waiting: Mutex<Vec<String>>,
-    there: tokio::sync::Semaphore,
+    there: Semaphore,
 }
 
 /// Chats of [`Workload::Chats`].
@@ -166,10 +214,8 @@ const CHATS: usize = 32;
 
 impl Desk {
     fn new(workload: Workload, requests: &Requests) -> Self {
-        let chats = (workload == Workload::Chats).then(|| Chats {
-            waiting: Mutex::new(vec![String::new(); CHATS]),
-            there: tokio::sync::Semaphore::new(CHATS),
-        });
+        let chats = (workload == Workload::Chats)
+            .then(|| Chats { waiting: Mutex::new(vec![String::new(); CHATS]), there: Semaphore::new(CHATS) });
         Self { requests: Mutex::new(requests.clone()), chats }
     }
 

@@ -19,9 +19,20 @@ fn of_threads(pid: u32) -> u64 {
 
 /// Memory that is there, of all of them.
 pub(super) fn resident_bytes(pids: &[u32]) -> u64 {
+    pages(pids, |resident, _| resident)
+}
+
+/// Of that, what is no file's.
+pub(super) fn own_bytes(pids: &[u32]) -> u64 {
+    pages(pids, u64::saturating_sub)
+}
+
+/// The sum of what is made of the pages that are there and, of these, those of files.
+fn pages(pids: &[u32], of: impl Fn(u64, u64) -> u64) -> u64 {
     let pages = pids.iter().filter_map(|pid| {
         let text = fs::read_to_string(format!("/proc/{pid}/statm")).ok()?;
-        text.split(' ').nth(1)?.parse::<u64>().ok()
+        let mut numbers = text.split(' ').skip(1).map_while(|number| number.parse::<u64>().ok());
+        Some(of(numbers.next()?, numbers.next()?))
     });
     pages.sum::<u64>() * rustix::param::page_size() as u64
 }
@@ -54,6 +65,7 @@ mod tests {
             sum = (0..100_000u64).fold(sum, |sum, n| sum.wrapping_mul(31).wrapping_add(n));
         }
         assert!(sum != 1 && resident_bytes(&own) > 1 << 20);
+        assert!((1..resident_bytes(&own)).contains(&own_bytes(&own)));
         assert_eq!(cpu_time(&[]), Duration::ZERO);
     }
 }

@@ -3,10 +3,12 @@
 use std::time::Duration;
 
 use baton_config::Bytes;
+use baton_router::measure::TokenizerFigures;
 use serde::Serialize;
 
 use super::client::Seen;
 use super::engines::Done;
+use super::start::Fresh;
 use super::{Measured, Workload};
 use crate::table::columns;
 
@@ -35,11 +37,28 @@ pub(super) struct Row {
     cpu_s_per_1000: f64,
     cpu_us_per_token: f64,
     resident_mib: f64,
+    /// Before and after streams that were only open.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    around_mib: Option<[f64; 2]>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    fresh: Option<FreshRouter>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    tokenizer: Option<TokenizerFigures>,
     /// Share of the prompt tokens that the engines did not have to compute.
     hit_rate: f64,
     /// Share of the requests that the busiest engine had.
     worst_share: f64,
     cancelled: u64,
+}
+
+/// A router that was just started.
+#[derive(Debug, Clone, Serialize)]
+struct FreshRouter {
+    /// From its start to its first answer.
+    live_ms: f64,
+    idle_mib: f64,
+    /// Of that, what is no file's.
+    own_mib: f64,
 }
 
 #[derive(Debug, Clone, Serialize)]
@@ -63,7 +82,7 @@ impl Row {
         direct: Option<&Measured>,
     ) -> Self {
         let sample = &measured.sample;
-        let (requests, tokens) = (sample.answers.len() as u64, sample.tokens());
+        let (requests, tokens) = (sample.answers.len() as u64 + sample.opened, sample.tokens());
         let seconds = sample.wall.as_secs_f64();
         let cpu_s = measured.cpu.as_secs_f64();
         let per = |count: u64, unit: f64| if count == 0 { 0.0 } else { cpu_s * unit / count as f64 };
@@ -102,12 +121,62 @@ impl Row {
             cpu_s,
             cpu_s_per_1000: per(requests, 1e3),
             cpu_us_per_token: per(tokens, 1e6),
-            resident_mib: measured.resident_bytes as f64 / f64::from(1 << 20),
+            resident_mib: mib(measured.resident_bytes),
+            around_mib: measured.around_bytes.map(|(before, after)| [mib(before), mib(after)]),
+            fresh: None,
+            tokenizer: None,
             hit_rate,
             worst_share,
             cancelled,
         }
     }
+
+    /// Adds what a router is that was just started.
+    pub(super) fn fresh(&mut self, fresh: Fresh) {
+        self.fresh = Some(FreshRouter {
+            live_ms: fresh.live_after.as_secs_f64() * 1e3,
+            idle_mib: mib(fresh.resident_bytes),
+            own_mib: mib(fresh.own_bytes),
+        });
+    }
+
+    /// Adds what tokenizing such a prompt costs by itself.
+    pub(super) fn floor(&mut self, figures: TokenizerFigures) {
+        self.tokenizer = Some(figures);
+    }
+
+    /// What does not fit into columns.
+    fn notes(&self) -> Vec<String> {
+        let mut notes = Vec::new();
+        if let Some([before, after]) = self.around_mib {
+            notes.push(format!(
+                "{} streams, {} open until the end: {before:.1} MiB before, {:.1} MiB with them, {after:.1} MiB afterwards",
+                self.concurrency, self.requests, self.resident_mib
+            ));
+        }
+        if let Some(fresh) = &self.fresh {
+            notes.push(format!(
+                "a fresh router: {:.1} ms from its start to 200 of /livez; idle {:.1} MiB, of which {:.1} MiB are its own and the \
+                 rest the program's file",
+                fresh.live_ms, fresh.idle_mib, fresh.own_mib
+            ));
+        }
+        if let Some(tokenizer) = &self.tokenizer {
+            notes.push(format!(
+                "tokenizing 1,000 such prompts of {} tokens: {:.2} CPU-s as wholes, {:.2} in pieces when these were seen \
+                 before, {:.2} when not",
+                tokenizer.tokens,
+                tokenizer.whole_us / 1e3,
+                tokenizer.known_us / 1e3,
+                tokenizer.new_us / 1e3,
+            ));
+        }
+        notes
+    }
+}
+
+fn mib(bytes: u64) -> f64 {
+    bytes as f64 / f64::from(1 << 20)
 }
 
 fn rate(count: u64, seconds: f64) -> f64 {
@@ -167,7 +236,8 @@ pub(super) fn describe(rows: &[Row]) -> String {
             row.failed.to_string(),
         ]
     }));
-    columns(&table)
+    let notes: Vec<String> = rows.iter().flat_map(Row::notes).map(|note| note + "\n").collect();
+    columns(&table) + &notes.concat()
 }
 
 fn time(us: f64) -> String {

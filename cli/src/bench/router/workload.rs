@@ -17,6 +17,8 @@ pub(crate) enum Workload {
     Paced,
     /// 1 MB of prompt, 4 tokens, not streamed.
     Large,
+    /// Streams that are open and yield nothing: what they cost in memory.
+    Quiet,
     /// 24 prefixes of 1,024 tokens, at a rate.
     Prefixes,
     /// 64 prefixes of 1,024 tokens, the first of which are asked for most (Zipf 1.2), at a rate.
@@ -32,6 +34,8 @@ pub(super) enum Engines {
     Fast,
     /// A step takes 20 ms.
     Paced,
+    /// A step takes longer than anybody waits.
+    Still,
     /// A token of prompt takes 40 us, a step 2 ms, and the prefix cache of a worker holds 25,600 tokens.
     Timed,
 }
@@ -41,6 +45,8 @@ pub(super) enum Engines {
 pub(super) enum Pace {
     /// Each connection sends the next one when it has its answer.
     Closed,
+    /// Each connection sends one, waits, and leaves.
+    Open,
     /// So many in a second, so many in all, whatever the answers.
     Arrivals { per_s: f64, count: u32 },
 }
@@ -70,6 +76,7 @@ impl Workload {
             Self::Stream => "stream",
             Self::Paced => "paced",
             Self::Large => "large",
+            Self::Quiet => "quiet",
             Self::Prefixes => "prefixes",
             Self::Zipf => "zipf",
             Self::Chats => "chats",
@@ -80,6 +87,7 @@ impl Workload {
         match self {
             Self::Short | Self::Shared | Self::Stream | Self::Large => Engines::Fast,
             Self::Paced => Engines::Paced,
+            Self::Quiet => Engines::Still,
             Self::Prefixes | Self::Zipf | Self::Chats => Engines::Timed,
         }
     }
@@ -91,6 +99,7 @@ impl Workload {
         match self.engines() {
             Engines::Timed => Pace::Arrivals { per_s: 75.0 * part, count: (600.0 * part).max(1.0) as u32 },
             Engines::Fast | Engines::Paced => Pace::Closed,
+            Engines::Still => Pace::Open,
         }
     }
 
@@ -100,6 +109,7 @@ impl Workload {
             Self::Short | Self::Shared | Self::Stream => &[1, 32, 256, 1024],
             Self::Paced => &[256],
             Self::Large => &[8],
+            Self::Quiet => &[2000],
             Self::Prefixes | Self::Zipf | Self::Chats => &[1024],
         }
     }
@@ -113,7 +123,7 @@ impl Workload {
             Self::Short | Self::Large => 4,
             Self::Shared => 64,
             Self::Stream => 512,
-            Self::Paced => 100,
+            Self::Paced | Self::Quiet => 100,
             Self::Prefixes | Self::Zipf => 16,
             Self::Chats => ANSWER_TOKENS,
         }
@@ -142,7 +152,7 @@ impl Requests {
             Workload::Zipf => (64, PREFIX_TOKENS),
             Workload::Chats => (1, SYSTEM_TOKENS),
             Workload::Large => (1, (1 << 20) / 4 - 16),
-            Workload::Short | Workload::Stream | Workload::Paced => (0, 0),
+            Workload::Short | Workload::Stream | Workload::Paced | Workload::Quiet => (0, 0),
         };
         let shared = (0..count).map(|_| words.text(tokens)).collect();
         let zipf = if workload == Workload::Zipf { count } else { 0 };
@@ -163,25 +173,30 @@ impl Requests {
 
     /// The next request, as it goes over the wire.
     pub(super) fn next(&mut self, out: &mut Vec<u8>) {
+        let message = ["{\"role\":\"user\",\"content\":\"", &self.prompt(), "\"}"].concat();
+        self.request(&message, out);
+    }
+
+    /// What the user says in the next request: words without anything that JSON would escape.
+    pub(super) fn prompt(&mut self) -> String {
         let own = match self.workload {
             Workload::Short => 25,
             Workload::Shared => SHARED_OWN_TOKENS,
-            Workload::Stream | Workload::Paced => 150,
+            Workload::Stream | Workload::Paced | Workload::Quiet => 150,
             Workload::Large => 16,
             Workload::Prefixes | Workload::Zipf => PREFIX_OWN_TOKENS,
             Workload::Chats => TURN_TOKENS,
         };
         let own = self.words.text(own);
-        let chosen = match self.shared.len() {
-            0 => None,
-            _ if self.workload == Workload::Large => None,
-            count => Some(self.pick(count)),
-        };
-        let shared = chosen.map_or("", |at| self.shared[at].as_str());
-        // A large prompt begins with what is its own: nothing of it is in any cache.
-        let end = if self.workload == Workload::Large { self.shared[0].as_str() } else { "" };
-        let message = ["{\"role\":\"user\",\"content\":\"", shared, &own, end, "\"}"].concat();
-        self.request(&message, out);
+        match self.shared.len() {
+            0 => own,
+            // A large prompt begins with what is its own: nothing of it is in any cache of the engines.
+            _ if self.workload == Workload::Large => [own.as_str(), &self.shared[0]].concat(),
+            count => {
+                let at = self.pick(count);
+                [self.shared[at].as_str(), &own].concat()
+            }
+        }
     }
 
     /// Any number below `count`.
@@ -267,7 +282,7 @@ mod tests {
             let expected = match workload {
                 Workload::Short => 25,
                 Workload::Shared => 1950,
-                Workload::Stream | Workload::Paced => 150,
+                Workload::Stream | Workload::Paced | Workload::Quiet => 150,
                 Workload::Large => 1 << 18,
                 Workload::Prefixes | Workload::Zipf => 1152,
                 Workload::Chats => 264,

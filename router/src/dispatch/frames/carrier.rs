@@ -15,6 +15,9 @@ use super::mux::{Breach, Due, Mux};
 /// cost of a wake-up and of a write to the client. First tokens, ends and errors do not wait.
 const GATHER: Duration = Duration::from_millis(4);
 
+/// Between two ticks of the streams.
+pub(super) const TICK: Duration = Duration::from_millis(250);
+
 /// A buffer that a long prompt made larger than this is given back.
 const KEPT_BYTES: usize = 256 << 10;
 
@@ -38,6 +41,8 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
     let mut due = Due::default();
     let mut woken = Instant::now();
     let mut gathered = std::pin::pin!(tokio::time::sleep_until(woken));
+    let mut tick = std::pin::pin!(tokio::time::sleep_until(woken));
+    let mut ticks = false;
     loop {
         if mux.is_abandoned() {
             return Ok(());
@@ -47,6 +52,10 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
             unsent.shrink_to(KEPT_BYTES);
             sent = 0;
             mux.take_unsent(&mut unsent);
+        }
+        // Streams begin with something to send.
+        if sent < unsent.len() && !std::mem::replace(&mut ticks, true) {
+            tick.as_mut().reset(Instant::now() + TICK);
         }
         tokio::select! {
             biased;
@@ -81,6 +90,10 @@ async fn exchange<S: AsyncRead + AsyncWrite + Unpin>(
             () = gathered.as_mut(), if due.is_later() => {
                 woken = Instant::now();
                 due.wake_later();
+            }
+            () = tick.as_mut(), if ticks => {
+                ticks = mux.tick() || sent < unsent.len();
+                tick.as_mut().reset(Instant::now() + TICK);
             }
             () = mux.news() => {}
         }

@@ -21,6 +21,8 @@ const RICH_WINDOW: u32 = 64;
 const ASIDES_MAX: usize = 8;
 /// Tokens that a stream waits to be woken for, at most.
 const BACKLOG: usize = 64;
+/// The same where nobody reads before the end.
+const WHOLE_BACKLOG: usize = 256;
 /// Bytes that the worker has not taken, then it gets no more requests over this connection.
 const UNSENT_MAX_BYTES: usize = 64 << 20;
 
@@ -72,8 +74,14 @@ struct Waiting {
     waker: Option<Waker>,
     /// Whether it is among those to be woken later.
     due: bool,
+    /// Whether nobody reads before the end.
+    whole: bool,
     /// Whether anything came: what comes first is not held up.
     begun: bool,
+    /// Whether anything came since the last tick,
+    heard: bool,
+    /// and whether it is for this stream to see that there was one.
+    ticked: bool,
     /// Tokens that may still come.
     credit: u32,
     lost: Option<Lost>,
@@ -196,6 +204,24 @@ impl Mux {
         Ok(())
     }
 
+    /// Time has passed: tells every generation, which may find that its worker has been silent for too long. Those to whom
+    /// something came are awake enough. `false` when there are none.
+    pub(super) fn tick(&self) -> bool {
+        let mut quiet: Vec<Waker> = Vec::new();
+        let table = self.table();
+        for slot in table.slots.values() {
+            let mut waiting = slot.waiting();
+            waiting.ticked = true;
+            if !std::mem::take(&mut waiting.heard) {
+                quiet.extend(waiting.waker.take());
+            }
+        }
+        let any = !table.slots.is_empty();
+        drop(table);
+        quiet.into_iter().for_each(Waker::wake);
+        any
+    }
+
     /// Nothing comes any more: every generation that is open is lost.
     pub(super) fn end(&self, why: &Lost) {
         self.over.store(true, Ordering::Release);
@@ -253,13 +279,15 @@ fn put(slot: &Arc<Slot>, item: Item, due: &mut Due) -> Result<(), ()> {
         }
         Item::Token(_) | Item::Event(_) => waiting.credit = waiting.credit.checked_sub(1).ok_or(())?,
     }
-    let patient = plain && waiting.begun && waiting.queue.len() < BACKLOG;
+    let backlog = if waiting.whole { WHOLE_BACKLOG } else { BACKLOG };
+    let patient = plain && waiting.begun && waiting.queue.len() < backlog;
     // What comes before the first token is told with it.
     waiting.begun |= plain;
+    waiting.heard = true;
     waiting.queue.push_back(item);
     if !patient {
         due.now.extend(waiting.waker.take());
-    } else if waiting.waker.is_some() && !waiting.due {
+    } else if waiting.waker.is_some() && !waiting.whole && !waiting.due {
         waiting.due = true;
         due.later.push(Arc::clone(slot));
     }
@@ -277,6 +305,8 @@ pub(crate) struct Stream {
     window: u32,
     /// Tokens passed on for which no credit was given.
     spent: u32,
+    /// Whether there was a tick.
+    ticked: bool,
 }
 
 impl Stream {
@@ -285,7 +315,8 @@ impl Stream {
         let mux = &link.0;
         let rich = request.sampling.logprobs.is_some() || request.logits_digest;
         let window = if rich { RICH_WINDOW } else { WINDOW };
-        let slot = Arc::new(Slot(Mutex::new(Waiting { credit: window, ..Waiting::default() })));
+        let waiting = Waiting { credit: window, whole: request.whole, ..Waiting::default() };
+        let slot = Arc::new(Slot(Mutex::new(waiting)));
         let id = {
             let mut table = mux.table();
             if let Some(lost) = &table.lost {
@@ -304,7 +335,15 @@ impl Stream {
             id
         };
         // From here on dropping it takes it out of the table.
-        let stream = Self { link: Arc::clone(link), id, slot, taken: VecDeque::new(), window, spent: 0 };
+        let stream = Self {
+            link: Arc::clone(link),
+            id,
+            slot,
+            taken: VecDeque::new(),
+            window,
+            spent: 0,
+            ticked: false,
+        };
         let mut unwritable = None;
         let said = mux.say(|unsent| unwritable = frames::open(unsent, id, window, request).err());
         if let Some(error) = unwritable {
@@ -329,6 +368,7 @@ impl Stream {
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Item, Lost>> {
         if self.taken.is_empty() {
             let mut waiting = self.slot.waiting();
+            self.ticked |= std::mem::take(&mut waiting.ticked);
             if waiting.queue.is_empty() {
                 if let Some(lost) = &waiting.lost {
                     return Poll::Ready(Err(lost.clone()));
@@ -345,6 +385,11 @@ impl Stream {
             Some(item) => Poll::Ready(Ok(item)),
             None => Poll::Pending,
         }
+    }
+
+    /// Whether time has passed since this was last asked: about a tick of [`Mux::tick`].
+    pub(crate) fn take_tick(&mut self) -> bool {
+        std::mem::take(&mut self.ticked)
     }
 
     /// Gives credit for tokens that were passed on, half a window at a time.

@@ -15,7 +15,7 @@ use super::super::fault::Fault;
 use super::super::prompt_cost::PromptCost;
 use super::check_life;
 use super::start::{self, Held, Inbox, Started};
-use super::streams::{Breach, Out, Pace, Streams};
+use super::streams::{Breach, Out, Pace, Reading, Streams};
 use crate::driver::DecodeNews;
 use crate::in_flight::Permit;
 use crate::inbox::{Item, Key};
@@ -26,6 +26,9 @@ use crate::validate;
 const OUT_BYTES: usize = 256 << 10;
 /// Between two looks for clients that take nothing, and for a router that does not.
 const LOOK_EVERY: Duration = Duration::from_secs(5);
+/// Tokens that nobody reads before the last one wait for each other for so long: one write for all of them, and one wake-up of
+/// the router.
+const HOLD: Duration = Duration::from_millis(50);
 /// For what is left to write when the worker stops.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -94,6 +97,8 @@ impl Connection {
         let (mut input, mut output) = tokio::io::split(io);
         let (abort, inbox) = (self.shared.abort.clone(), Arc::clone(&self.inbox));
         let mut looks = tokio::time::interval(LOOK_EVERY.min(self.shared.stalled / 2));
+        let mut held = std::pin::pin!(tokio::time::sleep(HOLD));
+        let mut holds = false;
         let mut items = Vec::new();
         loop {
             inbox.take(&mut items);
@@ -102,6 +107,9 @@ impl Connection {
             }
             self.fill();
             self.set_paces().await;
+            if self.streams.is_holding() && !std::mem::replace(&mut holds, true) {
+                held.as_mut().reset(Instant::now() + HOLD);
+            }
             let unwritten = self.written < self.out.len();
             tokio::select! {
                 biased;
@@ -124,6 +132,10 @@ impl Connection {
                     }
                 },
                 () = inbox.arrived() => {}
+                () = held.as_mut(), if holds => {
+                    holds = false;
+                    self.streams.release();
+                }
                 _ = looks.tick() => if self.look() { break },
             }
         }
@@ -178,11 +190,16 @@ impl Connection {
                 Command::Open(open) => {
                     // What is wrong within a request is its own affair.
                     let generation = begin(&self.shared, self.epoch, &self.inbox, &open);
-                    let (stage, permit, fault) = match generation {
-                        Ok(permit) => (Stage::Starting(Vec::new()), Some(permit), None),
-                        Err(fault) => (Stage::Over(RequestEnd::Refused), None, Some(fault)),
+                    let (stage, permit, reading, fault) = match generation {
+                        Ok((permit, reading)) => (Stage::Starting(Vec::new()), Some(permit), reading, None),
+                        Err(fault) => (Stage::Over(RequestEnd::Refused), None, Reading::Each, Some(fault)),
                     };
-                    self.streams.open(open.id, open.credit, Generation { stage, _permit: permit })?;
+                    self.streams.open(
+                        open.id,
+                        open.credit,
+                        reading,
+                        Generation { stage, _permit: permit },
+                    )?;
                     if let Some(fault) = fault {
                         self.streams.push(open.id, Out::Last(Box::new(fault.into())));
                     }
@@ -381,13 +398,19 @@ impl Connection {
 }
 
 /// Checks a request and has it started.
-fn begin(shared: &Arc<Shared>, epoch: Epoch, inbox: &Arc<Inbox>, open: &Open<'_>) -> Result<Permit, Fault> {
+fn begin(
+    shared: &Arc<Shared>,
+    epoch: Epoch,
+    inbox: &Arc<Inbox>,
+    open: &Open<'_>,
+) -> Result<(Permit, Reading), Fault> {
     check_life(shared, epoch)?;
     let request = open.request().map_err(|error| Fault::refused(error.to_string()))?;
     validate::generate(&request, &shared.model)?;
     let permit = start::admit(shared)?;
+    let reading = if request.whole { Reading::Together } else { Reading::Each };
     shared.tasks.spawn(start::run(Arc::clone(shared), Arc::clone(inbox), open.id, request));
-    Ok(permit)
+    Ok((permit, reading))
 }
 
 /// Lets a generation go that nobody wants any more.

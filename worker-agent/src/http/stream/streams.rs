@@ -1,7 +1,8 @@
 //! The generations of one connection and what is still to be sent of them. No I/O, no clock.
 //!
 //! Each generation has credit of its own: without it its tokens wait here, and those of others go on. One of which enough
-//! waits is to be paused until most of that is gone.
+//! waits is to be paused until most of that is gone. Where nobody reads an answer before its end, its tokens wait for each
+//! other.
 
 use std::collections::{HashMap, VecDeque};
 use std::time::{Duration, Instant};
@@ -15,6 +16,17 @@ const TURN_TOKENS: usize = 256;
 const FULL: usize = 1024;
 /// What is left when a paused one goes on: it has to be brought back into the engine before it can yield more.
 const DRAINED: usize = FULL / 4;
+/// Tokens of one generation that wait for each other at most.
+const HELD_TOKENS: usize = 64;
+
+/// Whether somebody reads tokens as they come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Reading {
+    /// Somebody does.
+    Each,
+    /// What follows the first token may wait for more, until [`Streams::release`].
+    Together,
+}
 
 /// Something of a generation that is to be sent.
 #[derive(Debug, Clone, PartialEq)]
@@ -71,6 +83,11 @@ struct Stream<T> {
     weight: usize,
     /// Whether the engine was told to stop.
     paused: bool,
+    reading: Reading,
+    /// Whether it had a token: the first does not wait.
+    begun: bool,
+    /// Whether it is among those whose tokens wait for more.
+    held: bool,
     /// Whether it is in the row of those with something to write.
     in_row: bool,
     /// Since when it has a token and no credit.
@@ -83,16 +100,24 @@ pub(super) struct Streams<T> {
     table: HashMap<StreamId, Stream<T>>,
     row: VecDeque<StreamId>,
     paces: Vec<Pace>,
+    /// Those with tokens that wait for more; some may have ended or gone on since.
+    held: Vec<StreamId>,
 }
 
 impl<T> Streams<T> {
     /// None.
     pub(super) fn new() -> Self {
-        Self { table: HashMap::new(), row: VecDeque::new(), paces: Vec::new() }
+        Self { table: HashMap::new(), row: VecDeque::new(), paces: Vec::new(), held: Vec::new() }
     }
 
     /// Begins one.
-    pub(super) fn open(&mut self, id: StreamId, credit: u32, state: T) -> Result<(), Breach> {
+    pub(super) fn open(
+        &mut self,
+        id: StreamId,
+        credit: u32,
+        reading: Reading,
+        state: T,
+    ) -> Result<(), Breach> {
         if credit > CREDIT_MAX {
             return Err(Breach::Credit(id));
         }
@@ -105,6 +130,9 @@ impl<T> Streams<T> {
             queue: VecDeque::new(),
             weight: 0,
             paused: false,
+            reading,
+            begun: false,
+            held: false,
             in_row: false,
             blocked: None,
         };
@@ -120,6 +148,7 @@ impl<T> Streams<T> {
     /// Forgets all.
     pub(super) fn drain(&mut self) -> impl Iterator<Item = T> + use<'_, T> {
         self.row.clear();
+        self.held.clear();
         self.table.drain().map(|(_, stream)| stream.state)
     }
 
@@ -146,15 +175,42 @@ impl<T> Streams<T> {
     /// Adds to what is to be sent of one; nothing may follow the last event.
     pub(super) fn push(&mut self, id: StreamId, out: Out) {
         let Some(stream) = self.table.get_mut(&id) else { return };
+        let token = matches!(out, Out::Token(_));
+        let waits = token && stream.begun && stream.reading == Reading::Together;
+        stream.begun |= token;
         stream.weight += out.weight();
         stream.queue.push_back(out);
         if stream.weight >= FULL && !stream.paused {
             stream.paused = true;
             self.paces.push(Pace::Pause(id));
         }
-        if !stream.in_row && stream.blocked.is_none() {
-            stream.in_row = true;
-            self.row.push_back(id);
+        if stream.in_row || stream.blocked.is_some() {
+            return;
+        }
+        if waits && stream.queue.len() < HELD_TOKENS {
+            if !std::mem::replace(&mut stream.held, true) {
+                self.held.push(id);
+            }
+            return;
+        }
+        stream.in_row = true;
+        self.row.push_back(id);
+    }
+
+    /// Whether tokens wait for more.
+    pub(super) fn is_holding(&self) -> bool {
+        !self.held.is_empty()
+    }
+
+    /// Those that wait have waited long enough.
+    pub(super) fn release(&mut self) {
+        for id in self.held.drain(..) {
+            let Some(stream) = self.table.get_mut(&id) else { continue };
+            stream.held = false;
+            if !stream.queue.is_empty() && !stream.in_row && stream.blocked.is_none() {
+                stream.in_row = true;
+                self.row.push_back(id);
+            }
         }
     }
 

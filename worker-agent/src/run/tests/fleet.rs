@@ -366,6 +366,7 @@ impl Fleet {
             sampling: Sampling { temperature: 0.0, ignore_eos: true, ..Sampling::default() },
             cache_salt: 0,
             logits_digest: true,
+            whole: false,
             handoff: None,
         }
     }

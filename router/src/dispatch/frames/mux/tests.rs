@@ -36,6 +36,7 @@ fn request() -> GenerateRequest {
         sampling: Sampling::default(),
         cache_salt: 0,
         logits_digest: false,
+        whole: false,
         handoff: None,
     }
 }
@@ -130,6 +131,50 @@ fn a_first_token_wakes_at_once_and_the_next_ones_together() {
     assert!(matches!(poll(&mut stream, &alarm), Poll::Ready(Ok(Item::Event(_)))));
     drop(stream);
     assert_eq!(said(&link), [], "what has ended is not cancelled");
+}
+
+#[test]
+fn who_waits_for_the_end_is_woken_for_the_first_token_and_the_end_but_before_the_credit_is_used_up() {
+    let (link, alarm, mut due) = (link(), Arc::new(Alarm::default()), Due::default());
+    let whole = GenerateRequest { whole: true, ..request() };
+    let mut stream = Stream::open(&link, &whole).unwrap();
+    assert!(poll(&mut stream, &alarm).is_pending());
+    hear(&link, &tokens(&[(0, 7)]), &mut due).unwrap();
+    assert_eq!(alarm.rung(), 1, "the first");
+    assert_eq!(token(poll(&mut stream, &alarm)), 7);
+    assert!(poll(&mut stream, &alarm).is_pending());
+    for next in 0..WHOLE_BACKLOG as u32 {
+        hear(&link, &tokens(&[(0, next)]), &mut due).unwrap();
+        assert_eq!((alarm.rung(), due.is_later()), (0, false), "token {next}");
+    }
+    hear(&link, &tokens(&[(0, 9)]), &mut due).unwrap();
+    assert_eq!(alarm.rung(), 1, "so many do not wait");
+    while let Poll::Ready(Ok(_)) = poll(&mut stream, &alarm) {}
+    hear(&link, &tokens(&[(0, 9)]), &mut due).unwrap();
+    assert_eq!(alarm.rung(), 0);
+    hear(&link, &event(0, &GenerateEvent::Finished { reason: FinishReason::Stop }), &mut due).unwrap();
+    assert_eq!(alarm.rung(), 1, "an end does not wait");
+}
+
+#[test]
+fn a_tick_wakes_those_to_whom_nothing_came_and_is_seen_by_all() {
+    let (link, alarm, mut due) = (link(), Arc::new(Alarm::default()), Due::default());
+    assert!(!link.0.tick(), "nobody is there");
+    let mut streams: Vec<Stream> = (0..2).map(|_| Stream::open(&link, &request()).unwrap()).collect();
+    for stream in &mut streams {
+        assert!(poll(stream, &alarm).is_pending() && !stream.take_tick());
+    }
+    hear(&link, &tokens(&[(0, 7)]), &mut due).unwrap();
+    assert_eq!(token(poll(&mut streams[0], &alarm)), 7);
+    assert!(poll(&mut streams[0], &alarm).is_pending());
+    alarm.rung();
+    assert!(link.0.tick());
+    assert_eq!(alarm.rung(), 1, "the one that is quiet");
+    for stream in &mut streams {
+        assert!(poll(stream, &alarm).is_pending() && stream.take_tick() && !stream.take_tick());
+    }
+    assert!(link.0.tick());
+    assert_eq!(alarm.rung(), 2, "both are quiet now");
 }
 
 #[test]

@@ -86,12 +86,13 @@ fn run(seed: u64) {
     let (mut next, mut ended) = (0, Vec::new());
     for _ in 0..400 {
         let id = StreamId(random.below(next as usize + 1) as u32);
-        match random.below(9) {
+        match random.below(10) {
             0 => {
                 let credit = random.below(20);
                 let id = StreamId(next);
                 next += 1;
-                streams.open(id, credit as u32, id).unwrap();
+                let reading = if random.below(2) == 0 { Reading::Each } else { Reading::Together };
+                streams.open(id, credit as u32, reading, id).unwrap();
                 model.insert(id, Model { credit, ..Model::default() });
             }
             1 => {
@@ -126,6 +127,7 @@ fn run(seed: u64) {
                     }
                 }
             }
+            7 => streams.release(),
             _ => {
                 let mut out = Vec::new();
                 streams.write(now, &mut out, 1 + random.below(200), &mut ended);
@@ -139,6 +141,8 @@ fn run(seed: u64) {
         streams.credit(id, 10_000).unwrap();
         model.get_mut(&id).unwrap().credit += 10_000;
     }
+    streams.release();
+    assert!(!streams.is_holding());
     let mut out = Vec::new();
     streams.write(now, &mut out, usize::MAX, &mut ended);
     read(&out, &mut model);
@@ -168,8 +172,8 @@ fn any_course_of_events_sends_each_stream_in_order_within_its_credit() {
 fn one_without_credit_holds_up_nobody_and_is_found_later() {
     let mut streams: Streams<()> = Streams::new();
     let begun = Instant::now();
-    streams.open(StreamId(1), 0, ()).unwrap();
-    streams.open(StreamId(2), 10, ()).unwrap();
+    streams.open(StreamId(1), 0, Reading::Each, ()).unwrap();
+    streams.open(StreamId(2), 10, Reading::Each, ()).unwrap();
     streams.push(StreamId(1), Out::Token(5));
     streams.push(StreamId(2), Out::Token(6));
     let (mut out, mut ended) = (Vec::new(), Vec::new());
@@ -189,7 +193,7 @@ fn an_engine_that_is_told_to_stop_leaves_little_here_and_all_of_it_arrives() {
     for (what, credit, at_once) in [(Out::Token(7), 1024, 1), (Out::Token(7), 1, 1), (rich(7), 64, 5)] {
         let mut streams: Streams<()> = Streams::new();
         let (id, now) = (StreamId(1), Instant::now());
-        streams.open(id, credit, ()).unwrap();
+        streams.open(id, credit, Reading::Each, ()).unwrap();
         let mut model = HashMap::from([(id, Model { credit: credit as usize, ..Model::default() })]);
         let (mut runs, mut pauses, mut pushed, mut most) = (true, 0, 0, 0);
         let (mut out, mut ended) = (Vec::new(), Vec::new());
@@ -228,11 +232,46 @@ fn an_engine_that_is_told_to_stop_leaves_little_here_and_all_of_it_arrives() {
 }
 
 #[test]
+fn tokens_that_nobody_reads_yet_wait_for_each_other_but_not_the_first_nor_the_end() {
+    let mut streams: Streams<()> = Streams::new();
+    let id = StreamId(1);
+    streams.open(id, 1000, Reading::Together, ()).unwrap();
+    let written = |streams: &mut Streams<()>| {
+        let (mut out, mut ended) = (Vec::new(), Vec::new());
+        streams.write(Instant::now(), &mut out, usize::MAX, &mut ended);
+        let mut model = HashMap::from([(id, Model { credit: 1000, ..Model::default() })]);
+        read(&out, &mut model);
+        model.remove(&id).unwrap().got.len()
+    };
+    streams.push(id, report());
+    streams.push(id, Out::Token(0));
+    assert_eq!((written(&mut streams), streams.is_holding()), (2, false), "the first");
+    streams.push(id, Out::Token(1));
+    streams.push(id, Out::Token(2));
+    assert_eq!((written(&mut streams), streams.is_holding()), (0, true));
+    streams.release();
+    assert_eq!((written(&mut streams), streams.is_holding()), (2, false));
+    for token in 0..HELD_TOKENS as u32 {
+        assert_eq!(written(&mut streams), 0);
+        streams.push(id, Out::Token(token));
+    }
+    assert_eq!(written(&mut streams), HELD_TOKENS, "no more of them wait");
+    streams.push(id, Out::Token(3));
+    streams.push(id, last());
+    assert_eq!(written(&mut streams), 2, "the end takes them along");
+    streams.release();
+    assert_eq!(written(&mut streams), 0);
+}
+
+#[test]
 fn what_a_router_must_not_do_is_refused() {
     let mut streams: Streams<()> = Streams::new();
-    streams.open(StreamId(1), CREDIT_MAX, ()).unwrap();
-    assert_eq!(streams.open(StreamId(1), 1, ()), Err(Breach::Twice(StreamId(1))));
+    streams.open(StreamId(1), CREDIT_MAX, Reading::Each, ()).unwrap();
+    assert_eq!(streams.open(StreamId(1), 1, Reading::Each, ()), Err(Breach::Twice(StreamId(1))));
     assert_eq!(streams.credit(StreamId(1), 1), Err(Breach::Credit(StreamId(1))));
-    assert_eq!(streams.open(StreamId(2), CREDIT_MAX + 1, ()), Err(Breach::Credit(StreamId(2))));
+    assert_eq!(
+        streams.open(StreamId(2), CREDIT_MAX + 1, Reading::Each, ()),
+        Err(Breach::Credit(StreamId(2)))
+    );
     assert_eq!(streams.credit(StreamId(9), u32::MAX), Ok(()), "it has ended");
 }
