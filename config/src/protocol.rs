@@ -109,7 +109,7 @@ pub struct GenerateRequest {
     #[serde(default)]
     pub logits_digest: bool,
     /// Nobody reads the answer before its end: tokens after the first may come together, a moment later.
-    #[serde(default)]
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub whole: bool,
     /// Present when another worker prefills.
     #[serde(default)]

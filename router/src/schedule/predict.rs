@@ -17,7 +17,7 @@ const DELAY_TOKENS: f64 = 0.4;
 /// Share of what a worker holds more than another one that counts against it. Without it a system prompt that all chats
 /// share draws nearly half of them to the worker that computed it first, whose cache then gives up what the others have room
 /// for: the busiest of four workers then has 0.43 of the requests instead of 0.28, and p99 of the first token is 31 ms instead of
-/// 24 (`baton bench router --workload chats --workers 4`, means of three runs). Twice or half of it changes little.
+/// 24 (`baton bench router --workload chats --workers 4`, means of three runs).
 const CROWDED: f64 = 0.1;
 
 /// Tokens of an answer for which a decode worker that is slower than it should be is charged.
