@@ -10,19 +10,22 @@
 //! 4. However the thread ends, the driver is closed first and then every batch is settled: nobody waits for ever.
 
 mod progress;
+mod queue;
 #[expect(unsafe_code, reason = "lends the descriptor of a driver to poll(2)")]
 mod sleep;
 mod turns;
 
-use std::collections::VecDeque;
-use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
+use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::thread::JoinHandle;
 
-use tokio::sync::{OwnedSemaphorePermit, Semaphore, oneshot};
+use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
 use self::progress::Progress;
+pub(super) use self::queue::Queue;
+pub(crate) use self::queue::{Answering, Exchange};
+use self::queue::{Asleep, Command, Need};
 use self::sleep::Alarm;
 use self::turns::{Spinner, Turns};
 use super::FabricLimits;
@@ -37,8 +40,6 @@ use crate::memory::{MemoryError, MemorySpan};
 use crate::slab::Slab;
 use crate::wire::HEADER_BYTES;
 
-/// Most commands that wait for the thread.
-const COMMANDS_MAX: usize = 1024;
 /// Buffers of each direction that bytes pass through.
 const SLOTS: usize = 64;
 /// Bytes of each: what is copied out of one is still in a core's cache.
@@ -142,157 +143,6 @@ impl Bounce {
     }
 }
 
-/// What tasks want of the thread.
-enum Command {
-    Register {
-        span: MemorySpan,
-        access: Access,
-        reply: oneshot::Sender<Result<(LocalId, Vec<u8>), DriverError>>,
-    },
-    Deregister(LocalId),
-    Connect {
-        address: Vec<u8>,
-        reply: oneshot::Sender<Result<Peer, DriverError>>,
-    },
-    Import {
-        peer: Peer,
-        key: Vec<u8>,
-        reply: oneshot::Sender<Result<RemoteId, DriverError>>,
-    },
-    Forget {
-        peer: Peer,
-        remote: RemoteId,
-    },
-    Submit(Arc<Batch>),
-    Exchange(Exchange),
-    /// The exchange begins when all of the batch is done.
-    SubmitThen(Arc<Batch>, Exchange),
-    Abort(Arc<Batch>),
-    /// Nothing more to or from this peer.
-    Sever {
-        peer: u64,
-        why: &'static str,
-    },
-    /// The same, and it is forgotten.
-    Disconnect {
-        peer: u64,
-    },
-}
-
-impl Command {
-    /// Whether the driver may block for it.
-    fn may_block(&self) -> bool {
-        match self {
-            Self::Register { .. }
-            | Self::Deregister(_)
-            | Self::Connect { .. }
-            | Self::Sever { .. }
-            | Self::Disconnect { .. } => true,
-            Self::Import { .. }
-            | Self::Forget { .. }
-            | Self::Submit(_)
-            | Self::Exchange(_)
-            | Self::SubmitThen(..)
-            | Self::Abort(_) => false,
-        }
-    }
-}
-
-/// A message that is awaited, and the request for it, which is posted from then on.
-pub(crate) struct Exchange {
-    pub(crate) receive: Arc<Batch>,
-    pub(crate) ask: Arc<Batch>,
-}
-
-/// The commands that wait for the thread.
-pub(super) struct Queue {
-    alarm: Alarm,
-    room: Arc<Semaphore>,
-    state: Mutex<Waiting>,
-    /// Answers peers' requests.
-    answering: OnceLock<Answering>,
-}
-
-/// Makes the answer to a request, or sees to it that it is made; it must not block.
-pub(crate) type Answering = Arc<dyn Fn(&[u8]) -> Option<Arc<Batch>> + Send + Sync>;
-
-#[derive(Default)]
-struct Waiting {
-    commands: VecDeque<(Command, Option<OwnedSemaphorePermit>)>,
-    /// The thread sleeps, or is about to: ring.
-    asleep: Option<Asleep>,
-    /// No handle is left, or the thread has ended.
-    closed: bool,
-}
-
-/// How the thread sleeps.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Asleep {
-    /// It looks again soon, in case something is missed.
-    Napping,
-    /// Nothing is under way.
-    Soundly,
-}
-
-/// How much the thread is needed after a turn that a task took.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-enum Need {
-    None,
-    /// It is to look after what is under way.
-    Soon,
-    Now,
-}
-
-impl Queue {
-    fn state(&self) -> MutexGuard<'_, Waiting> {
-        self.state.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-
-    /// Whether the thread will see it.
-    fn push(&self, command: Command, room: Option<OwnedSemaphorePermit>) -> Result<(), Command> {
-        self.leave(command, room)?;
-        self.rouse(Need::Now);
-        Ok(())
-    }
-
-    /// Leaves a command to whoever takes the next turn; whether somebody will.
-    fn leave(&self, command: Command, room: Option<OwnedSemaphorePermit>) -> Result<(), Command> {
-        let mut state = self.state();
-        if state.closed {
-            return Err(command);
-        }
-        state.commands.push_back((command, room));
-        Ok(())
-    }
-
-    /// Wakes the thread if it is needed.
-    fn rouse(&self, need: Need) {
-        if need == Need::None {
-            return;
-        }
-        let mut state = self.state();
-        let sleeps = match need {
-            Need::None => false,
-            Need::Soon => state.asleep == Some(Asleep::Soundly),
-            Need::Now => state.asleep.is_some(),
-        };
-        if sleeps {
-            state.asleep = None;
-            drop(state);
-            self.alarm.ring();
-        }
-    }
-
-    pub(super) fn deregister(&self, id: LocalId) {
-        let _ = self.push(Command::Deregister(id), None);
-    }
-
-    fn close(&self) {
-        self.state().closed = true;
-        self.alarm.ring();
-    }
-}
-
 fn gone(kind: BackendKind) -> DriverError {
     DriverError { what: format!("the progress thread of {kind} has ended"), remedy: String::new() }
 }
@@ -314,8 +164,7 @@ impl Fabric {
             remedy: String::new(),
         };
         let alarm = Alarm::new().map_err(system)?;
-        let room = Arc::new(Semaphore::new(COMMANDS_MAX));
-        let queue = Arc::new(Queue { alarm, room, state: Mutex::default(), answering: OnceLock::new() });
+        let queue = Arc::new(Queue::new(alarm));
         let (tell, told) = oneshot::channel();
         let own = Arc::clone(&queue);
         let ended = CancellationToken::new();
