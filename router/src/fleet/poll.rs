@@ -1,4 +1,4 @@
-//! Asks one worker for its state, once a second.
+//! Asks one worker for its state, once a second; sooner while it does not know its life yet.
 
 use std::sync::Arc;
 use std::time::Duration;
@@ -12,6 +12,8 @@ use crate::index::PrefixIndex;
 
 /// Between two polls, on average.
 const EVERY: Duration = Duration::from_secs(1);
+/// Until the second poll of a worker that has yet to hear of the life that the view tells of; doubled each time, up to the above.
+const AT_FIRST: Duration = Duration::from_millis(20);
 /// For an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 
@@ -27,6 +29,7 @@ impl Poller {
     /// Polls until stopped.
     pub(super) async fn run(self) {
         let mut turn: u64 = 0;
+        let mut soon = AT_FIRST;
         loop {
             let asked = Instant::now();
             let answer = tokio::select! {
@@ -34,8 +37,14 @@ impl Poller {
                 () = self.stop.cancelled() => return,
                 answer = tokio::time::timeout(PATIENCE, self.caller.state(&self.health.authority)) => answer,
             };
+            let mut pause = EVERY;
             match answer {
-                Ok(Ok(status)) if status.worker == self.health.name => self.health.reported(status),
+                Ok(Ok(status)) if status.worker == self.health.name => {
+                    if !self.health.reported(status) {
+                        pause = soon;
+                        soon = (soon * 2).min(EVERY);
+                    }
+                }
                 Ok(Ok(_)) => self.health.silent(asked),
                 Ok(Err(error)) => {
                     tracing::debug!(worker = %self.health.name, %error, "state not answered");
@@ -45,7 +54,7 @@ impl Poller {
             }
             self.health.known().fade(&self.index, Instant::now());
             turn += 1;
-            let pause = EVERY.mul_f64(jitter(self.health.name.as_str(), turn));
+            let pause = pause.mul_f64(jitter(self.health.name.as_str(), turn));
             tokio::select! {
                 biased;
                 () = self.stop.cancelled() => return,

@@ -82,7 +82,7 @@ async fn a_worker_in_another_life_than_the_view_says_is_avoided() {
     for (epoch, well) in
         [(Some(Epoch(1)), true), (None, false), (Some(Epoch(2)), false), (Some(Epoch(1)), true)]
     {
-        worker.health().reported(WorkerStatus { epoch, ..status(0, 0, 0) });
+        assert_eq!(worker.health().reported(WorkerStatus { epoch, ..status(0, 0, 0) }), well, "{epoch:?}");
         assert_eq!(is_well(), well, "{epoch:?}");
     }
 }

@@ -318,8 +318,8 @@ impl Health {
         });
     }
 
-    /// Takes in an answer to a poll.
-    pub(super) fn reported(&self, status: WorkerStatus) {
+    /// Takes in an answer to a poll; whether it is of the life that the view tells of.
+    pub(super) fn reported(&self, status: WorkerStatus) -> bool {
         let blocks = &status.kv_blocks;
         let live = blocks.total().saturating_sub(blocks.free + blocks.shared);
         let positive = |value: Option<f64>| value.filter(|v| v.is_finite() && *v > 0.0);
@@ -335,11 +335,12 @@ impl Health {
         self.pairs.reported(&self.name, &status.paths);
         // One in another life than the view says, or in none yet, refuses what is for this one. It is idle, too, and would be
         // preferred: until the view has caught up, which without a conductor it does not, that is nobody to ask.
-        let elsewhere = status.epoch != Some(self.epoch);
-        let unwilling = elsewhere || matches!(status.state.as_str(), "draining" | "unhealthy");
+        let here = status.epoch == Some(self.epoch);
+        let unwilling = !here || matches!(status.state.as_str(), "draining" | "unhealthy");
         let unhealthy = status.state == "unhealthy";
         let seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling, unhealthy };
         self.seen.store(Arc::new(seen));
+        here
     }
 
     /// Notes that a poll failed.
