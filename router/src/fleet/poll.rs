@@ -13,7 +13,7 @@ use crate::index::PrefixIndex;
 /// Between two polls, on average.
 const EVERY: Duration = Duration::from_secs(1);
 /// Until the second poll of a worker that has yet to hear of the life that the view tells of; doubled each time, up to the above.
-const AT_FIRST: Duration = Duration::from_millis(20);
+const AT_FIRST: Duration = Duration::from_millis(50);
 /// For an answer.
 const PATIENCE: Duration = Duration::from_secs(1);
 

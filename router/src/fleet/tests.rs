@@ -85,6 +85,12 @@ async fn a_worker_in_another_life_than_the_view_says_is_avoided() {
         assert_eq!(worker.health().reported(WorkerStatus { epoch, ..status(0, 0, 0) }), well, "{epoch:?}");
         assert_eq!(is_well(), well, "{epoch:?}");
     }
+    // One that registered a moment ago may not have heard of it: it is asked once more.
+    let worker = Worker::new(member("e", 1)).unwrap();
+    for well in [true, false] {
+        assert!(!worker.health().reported(WorkerStatus { epoch: None, ..status(0, 0, 0) }));
+        assert_eq!(worker.standing(Instant::now(), Duration::from_secs(3)).well, well);
+    }
 }
 
 #[tokio::test(start_paused = true)]

@@ -334,9 +334,11 @@ impl Health {
         };
         self.pairs.reported(&self.name, &status.paths);
         // One in another life than the view says, or in none yet, refuses what is for this one. It is idle, too, and would be
-        // preferred: until the view has caught up, which without a conductor it does not, that is nobody to ask.
+        // preferred: until the view has caught up, which without a conductor it does not, that is nobody to ask. The first time
+        // it may be that it is about to hear of its life.
         let here = status.epoch == Some(self.epoch);
-        let unwilling = !here || matches!(status.state.as_str(), "draining" | "unhealthy");
+        let elsewhere = !here && self.seen().report.is_some();
+        let unwilling = elsewhere || matches!(status.state.as_str(), "draining" | "unhealthy");
         let unhealthy = status.state == "unhealthy";
         let seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling, unhealthy };
         self.seen.store(Arc::new(seen));
