@@ -59,6 +59,7 @@ pub(crate) fn offers(snapshot: &Snapshot, work: Work, rules: Rules, transfer_s: 
     let decode_s = |decode: &Candidate| predict::decode_cost_s(decode, rules.slo_itl_s);
     let lacking = |candidate: &Candidate| u64::from(work.uncached(candidate.cached_tokens));
     let (least_d, least_p) = (predict::least_held(&snapshot.decode), predict::least_held(&snapshot.prefill));
+    // Of who computes: what a decode worker gives up in a handoff can be had again for a transfer.
     let crowding_d = |decode: &Candidate| predict::crowding_s(decode, least_d, work);
     let crowding_p = |prefill: &Candidate| predict::crowding_s(prefill, least_p, work);
     let mut paired = vec![false; snapshot.decode.len()];
@@ -71,7 +72,7 @@ pub(crate) fn offers(snapshot: &Snapshot, work: Work, rules: Rules, transfer_s: 
         // What D lacks has to be moved: in the absence of a measurement as slowly as it would be computed.
         let lacking_s = |decode: &Candidate| {
             let moved_s = Prefill::on(decode, work, Side::Prefill).compute_s * MOVE_PER_COMPUTE;
-            decode_s(decode) + moved_s + crowding_d(decode)
+            decode_s(decode) + moved_s
         };
         let prefill = best(&snapshot.prefill, &prefill_s, &lot);
         for d in best(&snapshot.decode, &lacking_s, &lot) {
@@ -84,9 +85,7 @@ pub(crate) fn offers(snapshot: &Snapshot, work: Work, rules: Rules, transfer_s: 
                         choice: Choice { decode: decode.key, prefill: Some(p.key) },
                         first_token_s: timing.remote_s(),
                         decode_s: decode_s(decode),
-                        spent_s: timing.prefill.compute_s * SPENT_PER_COMPUTE
-                            + crowding_p(p)
-                            + crowding_d(decode),
+                        spent_s: timing.prefill.compute_s * SPENT_PER_COMPUTE + crowding_p(p),
                         load: u64::from(decode.requests) + u64::from(p.requests),
                         lacking: lacking(decode) + lacking(p),
                     });
