@@ -4,6 +4,7 @@ mod chat;
 mod completions;
 mod content;
 mod fields;
+mod json;
 mod messages;
 mod passed;
 mod plain;

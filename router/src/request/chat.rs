@@ -1,10 +1,10 @@
 //! The fields that only chat has: messages, and much that is refused.
 
 use serde::Serialize;
-use serde_json::value::RawValue;
 
 use super::content::{self, Parts};
 use super::fields::Fields;
+use super::json::Raw;
 use super::plain::{EFFORTS, VERBOSITIES, refuse_filled, refuse_tools, text_format, unsupported};
 use crate::reply::{Refusal, quoted};
 
@@ -33,10 +33,10 @@ pub(super) fn messages(fields: &mut Fields<'_>, max: usize) -> Result<Vec<Messag
     if items.is_empty() {
         return Err(Refusal::coded("messages", "empty_array", "'messages' must have at least one message."));
     }
-    items.iter().enumerate().map(|(i, raw)| message(i, raw)).collect()
+    items.into_iter().enumerate().map(|(i, raw)| message(i, raw)).collect()
 }
 
-fn message(index: usize, raw: &RawValue) -> Result<Message, Refusal> {
+fn message(index: usize, raw: Raw<'_>) -> Result<Message, Refusal> {
     let mut fields = Fields::parse(format!("messages[{index}]"), raw)?;
     let role = match fields.required("role")?.as_str() {
         // Templates of open models know the role under its older name only.

@@ -1,9 +1,8 @@
 //! The fields that only completions has: prompts of four shapes.
 
-use serde_json::value::RawValue;
-
 use super::Bounds;
-use super::fields::{Fields, items_at, kind, string_at};
+use super::fields::{Fields, items_at, string_at};
+use super::json::Raw;
 use crate::reply::Refusal;
 
 /// One prompt.
@@ -23,7 +22,7 @@ pub(super) fn prompts(fields: &mut Fields<'_>, bounds: &Bounds) -> Result<Vec<Pr
 /// Reads a field of the four shapes of `prompt`.
 pub(super) fn texts(fields: &mut Fields<'_>, field: &str, bounds: &Bounds) -> Result<Vec<Prompt>, Refusal> {
     let Some(raw) = fields.take(field) else { return Err(fields.missing(field)) };
-    match kind(raw) {
+    match raw.kind() {
         "a string" => return Ok(vec![Prompt::Text(string_at(field, raw)?)]),
         "an array" => {}
         other => {
@@ -37,12 +36,12 @@ pub(super) fn texts(fields: &mut Fields<'_>, field: &str, bounds: &Bounds) -> Re
             Err(Refusal::coded(field, "empty_array", format!("'{field}' must not be an empty array.")))
         }
         Some(b'"') => items_at(field, raw, bounds.choices as usize)?
-            .iter()
+            .into_iter()
             .enumerate()
             .map(|(i, item)| string_at(&format!("{field}[{i}]"), item).map(Prompt::Text))
             .collect(),
         Some(b'[') => items_at(field, raw, bounds.choices as usize)?
-            .iter()
+            .into_iter()
             .enumerate()
             .map(|(i, item)| prompt_of_ids(&format!("{field}[{i}]"), item, bounds))
             .collect(),
@@ -50,7 +49,7 @@ pub(super) fn texts(fields: &mut Fields<'_>, field: &str, bounds: &Bounds) -> Re
     }
 }
 
-fn prompt_of_ids(name: &str, raw: &RawValue, bounds: &Bounds) -> Result<Prompt, Refusal> {
+fn prompt_of_ids(name: &str, raw: Raw<'_>, bounds: &Bounds) -> Result<Prompt, Refusal> {
     let ids = token_ids(name, raw, bounds)?;
     if ids.is_empty() {
         return Err(Refusal::coded(name, "empty_array", format!("'{name}' must not be empty.")));
@@ -59,7 +58,7 @@ fn prompt_of_ids(name: &str, raw: &RawValue, bounds: &Bounds) -> Result<Prompt, 
 }
 
 /// Reads an array of token ids, all below the model's vocabulary.
-pub(super) fn token_ids(name: &str, raw: &RawValue, bounds: &Bounds) -> Result<Vec<u32>, Refusal> {
+pub(super) fn token_ids(name: &str, raw: Raw<'_>, bounds: &Bounds) -> Result<Vec<u32>, Refusal> {
     let Ok(ids) = serde_json::from_str::<Vec<u32>>(raw.get()) else {
         let message = format!("'{name}' must hold token ids only: integers from 0 to {}.", bounds.vocab - 1);
         return Err(Refusal::coded(name, "invalid_type", message));

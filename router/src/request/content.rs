@@ -1,8 +1,7 @@
 //! The content of a message: a string, or parts of which only text is understood.
 
-use serde_json::value::RawValue;
-
-use super::fields::{Fields, alternatives, items_at, kind, string_at};
+use super::fields::{Fields, alternatives, items_at, string_at};
+use super::json::Raw;
 use super::plain::PLAIN_TEXT;
 use crate::reply::{Refusal, quoted};
 
@@ -33,8 +32,8 @@ pub(super) fn read(fields: &mut Fields<'_>, field: &str, rules: &Parts) -> Resul
 }
 
 /// Reads the content at `name`.
-pub(super) fn read_value(name: &str, raw: &RawValue, rules: &Parts) -> Result<String, Refusal> {
-    match kind(raw) {
+pub(super) fn read_value(name: &str, raw: Raw<'_>, rules: &Parts) -> Result<String, Refusal> {
+    match raw.kind() {
         "a string" => string_at(name, raw),
         "an array" => parts(name, raw, rules),
         other => {
@@ -44,13 +43,13 @@ pub(super) fn read_value(name: &str, raw: &RawValue, rules: &Parts) -> Result<St
     }
 }
 
-fn parts(name: &str, raw: &RawValue, rules: &Parts) -> Result<String, Refusal> {
+fn parts(name: &str, raw: Raw<'_>, rules: &Parts) -> Result<String, Refusal> {
     let items = items_at(name, raw, PARTS_MAX)?;
     if items.is_empty() {
         return Err(Refusal::coded(name, "empty_array", format!("'{name}' must have at least one part.")));
     }
     let mut text = String::new();
-    for (i, item) in items.iter().enumerate() {
+    for (i, item) in items.into_iter().enumerate() {
         if i > 0 {
             text.push('\n');
         }
@@ -59,7 +58,7 @@ fn parts(name: &str, raw: &RawValue, rules: &Parts) -> Result<String, Refusal> {
     Ok(text)
 }
 
-fn part(path: String, raw: &RawValue, rules: &Parts) -> Result<String, Refusal> {
+fn part(path: String, raw: Raw<'_>, rules: &Parts) -> Result<String, Refusal> {
     let mut part = Fields::parse(path.clone(), raw)?;
     let kind = part.required("type")?;
     if rules.others.contains(&kind.as_str()) {

@@ -3,13 +3,9 @@
 //! Values stay unparsed slices of the body until the field they belong to is read with its type. A key that occurs
 //! twice is refused: whoever reads the body next might take the other one.
 
-use std::borrow::Cow;
 use std::collections::{BTreeMap, HashSet};
-use std::fmt;
 
-use serde::de::{Deserialize, Deserializer, MapAccess, SeqAccess, Visitor};
-use serde_json::value::RawValue;
-
+use super::json::{self, Entries, Raw, TextError};
 use crate::reply::{Refusal, quoted};
 
 /// Most fields of one object.
@@ -22,99 +18,10 @@ const PARSER_MESSAGE_MAX_CHARS: usize = 200;
 pub(super) struct Fields<'a> {
     /// Where the object is, for messages: empty at the top, else like `messages[0]`.
     path: String,
-    entries: Vec<(Cow<'a, str>, &'a RawValue)>,
+    entries: Entries<'a>,
 }
 
-struct Entries<'a>(Vec<(Cow<'a, str>, &'a RawValue)>);
-
-/// A key, borrowed where it holds no escapes.
-struct Key<'a>(Cow<'a, str>);
-
-impl<'de> Deserialize<'de> for Key<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct KeyVisitor;
-        impl<'de> Visitor<'de> for KeyVisitor {
-            type Value = Key<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("a key")
-            }
-            fn visit_borrowed_str<E>(self, v: &'de str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Borrowed(v)))
-            }
-            fn visit_str<E>(self, v: &str) -> Result<Key<'de>, E> {
-                Ok(Key(Cow::Owned(v.to_owned())))
-            }
-        }
-        deserializer.deserialize_str(KeyVisitor)
-    }
-}
-
-impl<'de> Deserialize<'de> for Entries<'de> {
-    fn deserialize<D: Deserializer<'de>>(deserializer: D) -> Result<Self, D::Error> {
-        struct MapVisitor;
-        impl<'de> Visitor<'de> for MapVisitor {
-            type Value = Entries<'de>;
-            fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-                f.write_str("an object")
-            }
-            fn visit_map<A: MapAccess<'de>>(self, mut map: A) -> Result<Entries<'de>, A::Error> {
-                let mut entries = Vec::new();
-                while let Some(Key(key)) = map.next_key::<Key<'de>>()? {
-                    if entries.len() == FIELDS_MAX {
-                        return Err(serde::de::Error::custom(format_args!("more than {FIELDS_MAX} fields")));
-                    }
-                    entries.push((key, map.next_value::<&'de RawValue>()?));
-                }
-                Ok(Entries(entries))
-            }
-        }
-        deserializer.deserialize_map(MapVisitor)
-    }
-}
-
-/// An array of at most so many unparsed values.
-struct Items<'a>(Vec<&'a RawValue>);
-
-/// Deserializes [`Items`] with a bound, so that a long array costs no memory before it is refused.
-struct ItemsUpTo(usize);
-
-impl<'de> serde::de::DeserializeSeed<'de> for ItemsUpTo {
-    type Value = Items<'de>;
-    fn deserialize<D: Deserializer<'de>>(self, deserializer: D) -> Result<Items<'de>, D::Error> {
-        deserializer.deserialize_seq(self)
-    }
-}
-
-impl<'de> Visitor<'de> for ItemsUpTo {
-    type Value = Items<'de>;
-    fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        f.write_str("an array")
-    }
-    fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Items<'de>, A::Error> {
-        let mut items = Vec::new();
-        while let Some(item) = seq.next_element::<&'de RawValue>()? {
-            if items.len() == self.0 {
-                return Err(serde::de::Error::custom(format_args!("more than {} elements", self.0)));
-            }
-            items.push(item);
-        }
-        Ok(Items(items))
-    }
-}
-
-/// What kind of value a slice of JSON is, for messages.
-pub(super) fn kind(raw: &RawValue) -> &'static str {
-    match raw.get().as_bytes().first() {
-        Some(b'"') => "a string",
-        Some(b'[') => "an array",
-        Some(b'{') => "an object",
-        Some(b't' | b'f') => "a boolean",
-        Some(b'n') => "null",
-        _ => "a number",
-    }
-}
-
-fn parser_message(error: &serde_json::Error) -> String {
+fn parser_message(error: &TextError) -> String {
     error.to_string().chars().take(PARSER_MESSAGE_MAX_CHARS).collect()
 }
 
@@ -126,7 +33,7 @@ impl<'a> Fields<'a> {
         }
         let text = std::str::from_utf8(body)
             .map_err(|_| Refusal::malformed("The request body is not valid UTF-8."))?;
-        let Entries(entries) = serde_json::from_str(text).map_err(|error| {
+        let entries = json::body(text, FIELDS_MAX).map_err(|error| {
             if error.is_data() && !text.trim_start().starts_with('{') {
                 return Refusal::malformed("The request body must be a JSON object.");
             }
@@ -136,13 +43,13 @@ impl<'a> Fields<'a> {
     }
 
     /// The fields of a nested object at `path`.
-    pub(super) fn parse(path: String, raw: &'a RawValue) -> Result<Self, Refusal> {
+    pub(super) fn parse(path: String, raw: Raw<'a>) -> Result<Self, Refusal> {
         if !raw.get().starts_with('{') {
-            let message = format!("'{path}' must be an object, not {}.", kind(raw));
+            let message = format!("'{path}' must be an object, not {}.", raw.kind());
             return Err(Refusal::coded(path, "invalid_type", message));
         }
-        match serde_json::from_str(raw.get()) {
-            Ok(Entries(entries)) => Self::new(path, entries),
+        match raw.entries(FIELDS_MAX) {
+            Ok(entries) => Self::new(path, entries),
             Err(error) => {
                 let message = format!("'{path}' is not valid: {}.", parser_message(&error));
                 Err(Refusal::invalid(path, message))
@@ -150,7 +57,7 @@ impl<'a> Fields<'a> {
         }
     }
 
-    fn new(path: String, entries: Vec<(Cow<'a, str>, &'a RawValue)>) -> Result<Self, Refusal> {
+    fn new(path: String, entries: Entries<'a>) -> Result<Self, Refusal> {
         let mut seen = HashSet::with_capacity(entries.len());
         if let Some((twice, _)) = entries.iter().find(|(key, _)| !seen.insert(key.as_ref())) {
             let name = join(&path, &quoted(twice));
@@ -171,25 +78,25 @@ impl<'a> Fields<'a> {
     }
 
     /// All fields that were not read yet, in their order until the first was read.
-    pub(super) fn all(&self) -> impl Iterator<Item = (&str, &'a RawValue)> {
+    pub(super) fn all(&self) -> impl Iterator<Item = (&str, Raw<'a>)> {
         self.entries.iter().map(|(key, raw)| (key.as_ref(), *raw))
     }
 
     /// Looks at a field without taking it; one that is `null` counts as absent.
-    pub(super) fn peek(&self, field: &str) -> Option<&'a RawValue> {
+    pub(super) fn peek(&self, field: &str) -> Option<Raw<'a>> {
         self.all().find(|(key, raw)| *key == field && raw.get() != "null").map(|(_, raw)| raw)
     }
 
     /// Takes a field; one that is `null` counts as absent.
-    pub(super) fn take(&mut self, field: &str) -> Option<&'a RawValue> {
+    pub(super) fn take(&mut self, field: &str) -> Option<Raw<'a>> {
         let at = self.entries.iter().position(|(key, _)| key == field)?;
         let (_, raw) = self.entries.swap_remove(at);
         (raw.get() != "null").then_some(raw)
     }
 
-    fn mistyped(&self, field: &str, expected: &str, raw: &RawValue) -> Refusal {
+    fn mistyped(&self, field: &str, expected: &str, raw: Raw<'_>) -> Refusal {
         let name = self.name(field);
-        let message = format!("'{name}' must be {expected}, not {}.", kind(raw));
+        let message = format!("'{name}' must be {expected}, not {}.", raw.kind());
         Refusal::coded(name, "invalid_type", message)
     }
 
@@ -207,7 +114,7 @@ impl<'a> Fields<'a> {
     pub(super) fn integer(&mut self, field: &str, min: i64, max: i64) -> Result<Option<i64>, Refusal> {
         let Some(raw) = self.take(field) else { return Ok(None) };
         let name = self.name(field);
-        if kind(raw) != "a number" {
+        if raw.kind() != "a number" {
             return Err(self.mistyped(field, "an integer", raw));
         }
         let Ok(value) = raw.get().parse::<i128>() else {
@@ -230,7 +137,7 @@ impl<'a> Fields<'a> {
     /// Takes a number in `min..=max`.
     pub(super) fn number(&mut self, field: &str, min: f64, max: f64) -> Result<Option<f32>, Refusal> {
         let Some(raw) = self.take(field) else { return Ok(None) };
-        if kind(raw) != "a number" {
+        if raw.kind() != "a number" {
             return Err(self.mistyped(field, "a number", raw));
         }
         let name = self.name(field);
@@ -250,7 +157,7 @@ impl<'a> Fields<'a> {
     /// Takes a string.
     pub(super) fn string(&mut self, field: &str) -> Result<Option<String>, Refusal> {
         let Some(raw) = self.take(field) else { return Ok(None) };
-        if kind(raw) != "a string" {
+        if raw.kind() != "a string" {
             return Err(self.mistyped(field, "a string", raw));
         }
         string_at(&self.name(field), raw).map(Some)
@@ -260,21 +167,21 @@ impl<'a> Fields<'a> {
     pub(super) fn strings(&mut self, field: &str, max: usize) -> Result<Option<Vec<String>>, Refusal> {
         let Some(raw) = self.take(field) else { return Ok(None) };
         let name = self.name(field);
-        match kind(raw) {
+        match raw.kind() {
             "a string" => Ok(Some(vec![string_at(&name, raw)?])),
             "an array" => {
                 let items = items_at(&name, raw, max)?;
-                let text = |(i, item): (usize, &&RawValue)| string_at(&format!("{name}[{i}]"), item);
-                items.iter().enumerate().map(text).collect::<Result<_, _>>().map(Some)
+                let text = |(i, item): (usize, Raw<'_>)| string_at(&format!("{name}[{i}]"), item);
+                items.into_iter().enumerate().map(text).collect::<Result<_, _>>().map(Some)
             }
             _ => Err(self.mistyped(field, "a string or an array of strings", raw)),
         }
     }
 
     /// Takes an array of at most `max` values.
-    pub(super) fn items(&mut self, field: &str, max: usize) -> Result<Option<Vec<&'a RawValue>>, Refusal> {
+    pub(super) fn items(&mut self, field: &str, max: usize) -> Result<Option<Vec<Raw<'a>>>, Refusal> {
         let Some(raw) = self.take(field) else { return Ok(None) };
-        if kind(raw) != "an array" {
+        if raw.kind() != "an array" {
             return Err(self.mistyped(field, "an array", raw));
         }
         items_at(&self.name(field), raw, max).map(Some)
@@ -327,7 +234,7 @@ impl<'a> Fields<'a> {
     /// Takes a value without effect, which must at least be `expected`, as [`kind`] says it.
     pub(super) fn ignore(&mut self, field: &str, expected: &str) -> Result<(), Refusal> {
         match self.take(field) {
-            Some(raw) if kind(raw) != expected => Err(self.mistyped(field, expected, raw)),
+            Some(raw) if raw.kind() != expected => Err(self.mistyped(field, expected, raw)),
             _ => Ok(()),
         }
     }
@@ -382,22 +289,18 @@ fn join(path: &str, field: &str) -> String {
 }
 
 /// Parses a string, refusing lone surrogates and the like.
-pub(super) fn string_at(name: &str, raw: &RawValue) -> Result<String, Refusal> {
-    if kind(raw) != "a string" {
-        let message = format!("'{name}' must be a string, not {}.", kind(raw));
+pub(super) fn string_at(name: &str, raw: Raw<'_>) -> Result<String, Refusal> {
+    if raw.kind() != "a string" {
+        let message = format!("'{name}' must be a string, not {}.", raw.kind());
         return Err(Refusal::coded(name, "invalid_type", message));
     }
-    serde_json::from_str(raw.get())
-        .map_err(|error| Refusal::invalid(name, format!("'{name}' is not a valid string: {error}.")))
+    raw.string().map_err(|error| Refusal::invalid(name, format!("'{name}' is not a valid string: {error}.")))
 }
 
 /// Parses an array of at most `max` values.
-pub(super) fn items_at<'a>(name: &str, raw: &'a RawValue, max: usize) -> Result<Vec<&'a RawValue>, Refusal> {
-    let mut deserializer = serde_json::Deserializer::from_str(raw.get());
-    serde::de::DeserializeSeed::deserialize(ItemsUpTo(max), &mut deserializer).map(|items| items.0).map_err(
-        |_| {
-            let message = format!("'{name}' may have at most {max} elements.");
-            Refusal::coded(name, "array_above_max_length", message)
-        },
-    )
+pub(super) fn items_at<'a>(name: &str, raw: Raw<'a>, max: usize) -> Result<Vec<Raw<'a>>, Refusal> {
+    raw.items(max).map_err(|_| {
+        let message = format!("'{name}' may have at most {max} elements.");
+        Refusal::coded(name, "array_above_max_length", message)
+    })
 }

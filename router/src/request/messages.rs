@@ -1,11 +1,11 @@
 //! Anthropic's Messages API: a system prompt beside the messages, blocks in place of parts, its own names and ranges.
 
 use baton_config::protocol::Sampling;
-use serde_json::value::RawValue;
 
 use super::chat::Message;
 use super::content::{self, Parts};
-use super::fields::{Fields, kind, string_at};
+use super::fields::{Fields, string_at};
+use super::json::Raw;
 use super::plain::{refuse_filled, unserved, unsupported};
 use super::sampling::{SMALLEST_TOP_P, random_seed};
 use crate::reply::{Refusal, quoted};
@@ -43,7 +43,7 @@ pub(super) fn messages(fields: &mut Fields<'_>, max: usize) -> Result<Vec<Messag
     if items.is_empty() {
         return Err(Refusal::coded("messages", "empty_array", "'messages' must have at least one message."));
     }
-    for (i, raw) in items.iter().enumerate() {
+    for (i, raw) in items.into_iter().enumerate() {
         let next = message(format!("messages[{i}]"), raw)?;
         match messages.last_mut() {
             // Turns of one side in a row are one turn, as parts of one message are.
@@ -62,7 +62,7 @@ pub(super) fn messages(fields: &mut Fields<'_>, max: usize) -> Result<Vec<Messag
     Ok(messages)
 }
 
-fn message(path: String, raw: &RawValue) -> Result<Message, Refusal> {
+fn message(path: String, raw: Raw<'_>) -> Result<Message, Refusal> {
     let mut fields = Fields::parse(path, raw)?;
     let role = match fields.required("role")?.as_str() {
         "user" => "user",
@@ -96,7 +96,7 @@ pub(super) fn sampling(fields: &mut Fields<'_>) -> Result<Sampling, Refusal> {
 /// Reads `stop_sequences`.
 pub(super) fn stops(fields: &mut Fields<'_>) -> Result<Vec<String>, Refusal> {
     let items = fields.items("stop_sequences", STOP_SEQUENCES_MAX)?.unwrap_or_default();
-    let stop = |(i, raw): (usize, &&RawValue)| {
+    let stop = |(i, raw): (usize, Raw<'_>)| {
         let name = format!("stop_sequences[{i}]");
         let text = string_at(&name, raw)?;
         if text.trim().is_empty() {
@@ -105,7 +105,7 @@ pub(super) fn stops(fields: &mut Fields<'_>) -> Result<Vec<String>, Refusal> {
         }
         super::check_stop(&name, text)
     };
-    items.iter().enumerate().map(stop).collect()
+    items.into_iter().enumerate().map(stop).collect()
 }
 
 /// Reads `metadata`: the client's name for its own user.
@@ -157,7 +157,7 @@ pub(super) fn refuse_unsupported(fields: &mut Fields<'_>) -> Result<(), Refusal>
 
 /// Refuses `max_tokens: 0` by what it means there.
 pub(super) fn max_tokens(fields: &mut Fields<'_>) -> Result<u32, Refusal> {
-    match fields.peek("max_tokens").map(|raw| (kind(raw), raw.get())) {
+    match fields.peek("max_tokens").map(|raw| (raw.kind(), raw.get())) {
         None => Err(fields.missing("max_tokens")),
         Some(("a number", "0")) => {
             let message =

@@ -8,9 +8,9 @@ mod known;
 use std::ops::Range;
 
 use bytes::Bytes;
-use serde_json::value::RawValue;
 
-use super::fields::{Fields, items_at, kind};
+use super::fields::{Fields, items_at};
+use super::json::Raw;
 use super::{Bounds, INTERNAL_FIELDS, STOP_MAX_BYTES, choices, model_name};
 use crate::reply::{Refusal, quoted};
 use crate::routes::Dialect;
@@ -117,7 +117,7 @@ pub(crate) fn parse_passed(
         Passing::Tokenize | Passing::Detokenize if fields.peek("model").is_none() => None,
         _ => Some(model_name(&mut fields)?),
     };
-    let stream = matches!(fields.peek("stream").map(RawValue::get), Some("true"));
+    let stream = matches!(fields.peek("stream").map(Raw::get), Some("true"));
     let user = match passing {
         Passing::Chat
         | Passing::Completions
@@ -139,7 +139,7 @@ pub(crate) fn parse_passed(
 }
 
 /// The parts of a request that a server makes the beginning of its prompt of, in their order there.
-fn prompt_of<'a>(passing: Passing, fields: &Fields<'a>) -> Vec<&'a RawValue> {
+fn prompt_of<'a>(passing: Passing, fields: &Fields<'a>) -> Vec<Raw<'a>> {
     let names: &[&str] = match passing {
         Passing::Chat => &["tools", "messages"],
         Passing::Completions => &["prompt"],
@@ -150,7 +150,7 @@ fn prompt_of<'a>(passing: Passing, fields: &Fields<'a>) -> Vec<&'a RawValue> {
     names.iter().filter_map(|name| fields.peek(name)).collect()
 }
 
-fn words(parts: &[&RawValue]) -> Vec<u32> {
+fn words(parts: &[Raw<'_>]) -> Vec<u32> {
     let mut words = Vec::new();
     let mut room = ROUTED_MAX_BYTES;
     for part in parts {
@@ -233,7 +233,7 @@ fn messages(fields: &mut Fields<'_>, max: usize) -> Result<(), Refusal> {
     if items.is_empty() {
         return Err(Refusal::coded("messages", "empty_array", "'messages' must have at least one message."));
     }
-    for (i, raw) in items.iter().enumerate() {
+    for (i, raw) in items.into_iter().enumerate() {
         let mut message = Fields::parse(format!("messages[{i}]"), raw)?;
         let name = message.name("role");
         if message.string("role")?.is_none_or(|role| role.is_empty()) {
@@ -242,9 +242,9 @@ fn messages(fields: &mut Fields<'_>, max: usize) -> Result<(), Refusal> {
         }
         let name = message.name("content");
         if let Some(raw) = message.take("content")
-            && !matches!(kind(raw), "a string" | "an array")
+            && !matches!(raw.kind(), "a string" | "an array")
         {
-            let text = format!("'{name}' must be a string or an array of parts, not {}.", kind(raw));
+            let text = format!("'{name}' must be a string or an array of parts, not {}.", raw.kind());
             return Err(Refusal::coded(name, "invalid_type", text));
         }
     }
@@ -265,7 +265,7 @@ fn count(fields: &mut Fields<'_>, name: &'static str, max: usize) -> Result<usiz
     let Some(raw) = fields.take(name) else {
         return Err(Refusal::coded(name, "missing_required_parameter", format!("'{name}' is required.")));
     };
-    match kind(raw) {
+    match raw.kind() {
         "a string" => return Ok(1),
         "an array" => {}
         other => {

@@ -5,11 +5,11 @@
 use std::collections::BTreeMap;
 
 use serde::Serialize;
-use serde_json::value::RawValue;
 
 use super::chat::Message;
 use super::content::{self, Parts};
-use super::fields::{Fields, items_at, kind, string_at};
+use super::fields::{Fields, items_at, string_at};
+use super::json::Raw;
 use super::plain::{EFFORTS, PLAIN_TEXT, VERBOSITIES, refuse_tools, text_format, unserved};
 use crate::reply::{Refusal, quoted};
 
@@ -121,7 +121,7 @@ pub(super) fn messages(
     let system = |content: &String| Message { role: "system", content: content.clone(), name: None };
     let mut messages: Vec<Message> = instructions.iter().map(system).collect();
     let Some(raw) = fields.take("input") else { return Err(fields.missing("input")) };
-    match kind(raw) {
+    match raw.kind() {
         "a string" => {
             let content = string_at("input", raw)?;
             messages.push(Message { role: "user", content, name: None });
@@ -131,7 +131,7 @@ pub(super) fn messages(
             if items.is_empty() {
                 return Err(Refusal::coded("input", "empty_array", "'input' must have at least one item."));
             }
-            for (i, item) in items.iter().enumerate() {
+            for (i, item) in items.into_iter().enumerate() {
                 messages.push(input_item(format!("input[{i}]"), item)?);
             }
         }
@@ -143,7 +143,7 @@ pub(super) fn messages(
     Ok((messages, instructions))
 }
 
-fn input_item(path: String, raw: &RawValue) -> Result<Message, Refusal> {
+fn input_item(path: String, raw: Raw<'_>) -> Result<Message, Refusal> {
     let mut item = Fields::parse(path.clone(), raw)?;
     match item.string("type")?.as_deref() {
         None | Some("message") => {}
@@ -201,7 +201,7 @@ pub(super) fn logprobs(fields: &mut Fields<'_>) -> Result<(Option<u32>, u32), Re
 
 /// Refuses what would change the answer and is not supported; reads what the answer repeats.
 pub(super) fn repeats(fields: &mut Fields<'_>) -> Result<Repeats, Refusal> {
-    let tool_choice = match fields.peek("tool_choice").map(RawValue::get) {
+    let tool_choice = match fields.peek("tool_choice").map(Raw::get) {
         Some("\"none\"") => "none",
         _ => "auto",
     };

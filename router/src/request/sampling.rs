@@ -3,7 +3,8 @@
 use baton_config::protocol::Sampling;
 
 use super::Bounds;
-use super::fields::{Fields, kind};
+use super::fields::Fields;
+use super::json::Raw;
 use crate::entropy;
 use crate::reply::{Refusal, quoted};
 
@@ -81,15 +82,15 @@ fn logit_bias(fields: &mut Fields<'_>, bounds: &Bounds) -> Result<Vec<(u32, f32)
 
 fn stop_tokens(fields: &mut Fields<'_>, bounds: &Bounds) -> Result<Vec<u32>, Refusal> {
     let items = fields.items("stop_token_ids", STOP_TOKENS_MAX)?.unwrap_or_default();
-    let id = |(i, raw): (usize, &&serde_json::value::RawValue)| {
+    let id = |(i, raw): (usize, Raw<'_>)| {
         raw.get().parse::<u32>().ok().filter(|id| *id < bounds.vocab).ok_or_else(|| {
             let name = format!("stop_token_ids[{i}]");
-            let shown = if kind(raw) == "a number" { quoted(raw.get()) } else { kind(raw).to_owned() };
+            let shown = if raw.kind() == "a number" { quoted(raw.get()) } else { raw.kind().to_owned() };
             let message = format!("'{name}' must be a token id from 0 to {}, not {shown}.", bounds.vocab - 1);
             Refusal::coded("stop_token_ids", "invalid_token_id", message)
         })
     };
-    items.iter().enumerate().map(id).collect()
+    items.into_iter().enumerate().map(id).collect()
 }
 
 /// Reads `logprobs` and `top_logprobs` of a chat.
