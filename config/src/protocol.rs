@@ -5,6 +5,8 @@
 //! Token ids only: text, templates and tokenizers stay in the router. Receivers check every field against their
 //! own limits; nothing here is trusted because it parsed.
 
+mod kv_event;
+
 use serde::{Deserialize, Serialize};
 
 use crate::geometry::KvGeometry;
@@ -483,8 +485,8 @@ pub struct WorkerStatus {
 }
 
 /// A change of a worker's prefix cache.
-#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(tag = "kind", rename_all = "snake_case", deny_unknown_fields)]
+#[derive(Debug, Clone, PartialEq, Eq, Serialize)]
+#[serde(tag = "kind", rename_all = "snake_case")]
 pub enum KvEvent {
     /// These full blocks are now cached, each following the one before it; the first follows `parent`.
     Stored {

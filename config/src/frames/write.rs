@@ -29,8 +29,8 @@ pub fn open(
             out[head..head + 4].copy_from_slice(&json.to_le_bytes());
             let tokens = out.len();
             out.resize(tokens + 4 * request.tokens.len(), 0);
-            for (place, token) in out[tokens..].chunks_exact_mut(4).zip(&request.tokens) {
-                place.copy_from_slice(&token.to_le_bytes());
+            for (place, token) in out[tokens..].as_chunks_mut().0.iter_mut().zip(&request.tokens) {
+                *place = token.to_le_bytes();
             }
             finish(out, start);
             return Ok(());

@@ -8,6 +8,7 @@ use baton_config::protocol::KvEventBatch;
 use http::StatusCode;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
+use memchr::memchr;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -146,7 +147,7 @@ impl Follower {
             return Err(Left::Ended);
         };
         let Ok(mut data) = frame.into_data() else { return Ok(()) };
-        while let Some(end) = data.iter().position(|byte| *byte == b'\n') {
+        while let Some(end) = memchr(b'\n', &data) {
             let line = data.split_to(end + 1);
             if partial.bytes.is_empty() {
                 self.take_line(feed, &line)?;

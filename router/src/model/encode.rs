@@ -14,8 +14,7 @@
 //! Where none of this holds, or the tokenizer is not deterministic, nothing is cut and nothing is kept.
 
 mod cache;
-
-use std::sync::Arc;
+mod words;
 
 use tokenizers::pre_tokenizers::split::SplitPattern;
 use tokenizers::tokenizer::SplitDelimiterBehavior;
@@ -24,12 +23,19 @@ use tokenizers::{
 };
 
 use cache::Cache;
+use memchr::{memchr, memchr2, memchr3};
+use words::Words;
 
 /// Bytes of pieces and their tokens that are kept.
 const CACHE_BYTES: usize = 16 << 20;
 /// A plain text is cut at the first place after so many bytes: short enough that texts share pieces, long enough that
 /// looking one up is nothing beside tokenizing it.
 const CHUNK_BYTES: usize = 256;
+
+/// Bytes that are searched together for the end of a piece.
+const STRETCH_BYTES: usize = 1024;
+/// Of longer texts, common words are kept at hand.
+const LONG_BYTES: usize = 4 << 10;
 
 /// Longer words are not worth keeping by themselves.
 const WORD_BYTES: usize = 32;
@@ -42,11 +48,50 @@ const WORD_PATTERNS: [&str; 2] = [
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+",
 ];
 
+/// Texts that a piece begins with.
+#[derive(Debug)]
+struct Marks {
+    /// By their first byte.
+    all: Vec<Vec<String>>,
+    /// The first bytes there are.
+    first: Vec<u8>,
+}
+
+impl Marks {
+    fn new<'a>(marks: impl Iterator<Item = &'a str>) -> Self {
+        let mut all = vec![Vec::new(); 256];
+        for mark in marks {
+            all[usize::from(mark.as_bytes()[0])].push(mark.to_owned());
+        }
+        let first = (0..=u8::MAX).filter(|byte| !all[usize::from(*byte)].is_empty()).collect();
+        Self { all, first }
+    }
+
+    /// The first place of `from..to` where one begins.
+    fn find(&self, bytes: &[u8], mut from: usize, to: usize) -> Option<usize> {
+        loop {
+            let stretch = bytes.get(from..to)?;
+            let at = from
+                + match *self.first.as_slice() {
+                    [] => None,
+                    [one] => memchr(one, stretch),
+                    [one, two] => memchr2(one, two, stretch),
+                    [one, two, three] => memchr3(one, two, three, stretch),
+                    _ => stretch.iter().position(|byte| !self.all[usize::from(*byte)].is_empty()),
+                }?;
+            let begins = |mark: &String| bytes[at..].starts_with(mark.as_bytes());
+            if self.all[usize::from(bytes[at])].iter().any(begins) {
+                return Some(at);
+            }
+            from = at + 1;
+        }
+    }
+}
+
 /// How the texts of one tokenizer are cut, and the pieces that were seen.
 #[derive(Debug)]
 pub(super) struct Pieces {
-    /// Marks, by their first byte.
-    marks: Vec<Vec<String>>,
+    marks: Marks,
     /// Whether plain text is cut between words.
     words: bool,
     /// What the tokenizer puts around a text by itself; `None` where that is not just put around.
@@ -61,13 +106,11 @@ impl Pieces {
         let mut added: Vec<&AddedToken> =
             tokenizer.get_added_vocabulary().get_added_tokens_decoder().values().collect();
         added.retain(|token| !token.content.is_empty());
-        let mut marks = vec![Vec::new(); 256];
         let steady = is_deterministic(tokenizer.get_model())
             && !tokenizer.get_added_vocabulary().get_encode_special_tokens();
         let raw: Vec<&AddedToken> = added.iter().copied().filter(|token| !token.normalized).collect();
-        for mark in raw.iter().filter(|token| is_mark(token, &raw)) {
-            marks[usize::from(mark.content.as_bytes()[0])].push(mark.content.clone());
-        }
+        let marks =
+            Marks::new(raw.iter().filter(|token| is_mark(token, &raw)).map(|mark| mark.content.as_str()));
         let words = splits_words(tokenizer.get_pre_tokenizer())
             && keeps_words(tokenizer.get_normalizer())
             && added.iter().all(|token| leaves_words_alone(token));
@@ -92,14 +135,14 @@ impl Pieces {
         };
         let mut ids = Vec::with_capacity(text.len() / 3 + before.len() + after.len());
         ids.extend_from_slice(before);
+        let mut words = (text.len() > LONG_BYTES).then(Words::new);
         for piece in self.cut(text) {
-            if let Some(known) = cache.get(salt, piece) {
-                ids.extend_from_slice(&known);
+            if cache.append(salt, piece, &mut ids) {
                 continue;
             }
             let start = ids.len();
-            self.encode_words(tokenizer, cache, (piece, salt), &mut ids)?;
-            cache.put(salt, piece, ids[start..].into());
+            self.encode_words(tokenizer, cache, words.as_mut(), (piece, salt), &mut ids)?;
+            cache.put(salt, piece, &ids[start..]);
         }
         ids.extend_from_slice(after);
         Ok(ids)
@@ -110,37 +153,32 @@ impl Pieces {
         &self,
         tokenizer: &Tokenizer,
         cache: &Cache,
+        mut words: Option<&mut Words>,
         (piece, salt): (&str, u64),
         ids: &mut Vec<u32>,
     ) -> Result<(), String> {
         let mut rest = piece;
         while !rest.is_empty() {
-            let bytes = rest.as_bytes();
-            let cut = (1..bytes.len()).find(|at| self.parts_words(bytes, *at)).unwrap_or(bytes.len());
-            let (word, after) = rest.split_at(cut);
+            let (word, after) = rest.split_at(self.word_cut(rest.as_bytes(), 1, rest.len()));
             rest = after;
             // The piece itself is kept by its caller.
             if word.len() > WORD_BYTES || word.len() == piece.len() {
                 ids.extend_from_slice(&whole(tokenizer, word, false)?);
                 continue;
             }
-            if let Some(known) = cache.get(salt, word) {
-                ids.extend_from_slice(&known);
+            if words.as_ref().is_some_and(|words| words.append(word, ids)) {
                 continue;
             }
-            let new: Arc<[u32]> = whole(tokenizer, word, false)?.into();
-            ids.extend_from_slice(&new);
-            cache.put(salt, word, new);
+            let start = ids.len();
+            if !cache.append(salt, word, ids) {
+                ids.extend_from_slice(&whole(tokenizer, word, false)?);
+                cache.put(salt, word, &ids[start..]);
+            }
+            if let Some(words) = &mut words {
+                words.put(word, &ids[start..]);
+            }
         }
         Ok(())
-    }
-
-    /// Whether a text may be cut before its byte `at` because a word ends there.
-    fn parts_words(&self, bytes: &[u8], at: usize) -> bool {
-        self.words
-            && bytes[at] == b' '
-            && bytes[at - 1].is_ascii_alphabetic()
-            && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)
     }
 
     /// The pieces of a text, none of them empty.
@@ -155,17 +193,39 @@ impl Pieces {
 
     /// Where the first piece of a text ends.
     fn next_cut(&self, text: &str) -> Option<usize> {
-        if text.is_empty() {
+        let bytes = text.as_bytes();
+        if bytes.is_empty() {
             return None;
         }
-        let bytes = text.as_bytes();
-        let is_mark = |at: usize| {
-            self.marks[usize::from(bytes[at])].iter().any(|mark| bytes[at..].starts_with(mark.as_bytes()))
-        };
-        let is_word = |at: usize| at > CHUNK_BYTES && self.parts_words(bytes, at);
-        let cut = (1..bytes.len()).find(|at| is_word(*at) || is_mark(*at));
-        Some(cut.unwrap_or(bytes.len()))
+        // A stretch at a time: what is looked at for a word is looked at for a mark too, and not again for the next piece.
+        let mut from = 1;
+        loop {
+            let to = bytes.len().min(from + STRETCH_BYTES);
+            let word = self.word_cut(bytes, from.max(CHUNK_BYTES + 1), to);
+            if let Some(mark) = self.marks.find(bytes, from, word) {
+                return Some(mark);
+            }
+            // The end of a stretch is a place between words only if it is found to be one.
+            if word < to || to == bytes.len() {
+                return Some(word);
+            }
+            from = to;
+        }
     }
+
+    /// The first place of `from..to` where a word ends; else `to`.
+    fn word_cut(&self, bytes: &[u8], from: usize, to: usize) -> usize {
+        let mut places = from..to;
+        let found = if self.words { places.find(|at| parts_words(bytes, *at)) } else { None };
+        found.unwrap_or(to)
+    }
+}
+
+/// Whether a text may be cut before its byte `at` because a word ends there.
+fn parts_words(bytes: &[u8], at: usize) -> bool {
+    bytes[at] == b' '
+        && bytes[at - 1].is_ascii_alphabetic()
+        && bytes.get(at + 1).is_some_and(u8::is_ascii_alphabetic)
 }
 
 /// The ids of a text, as the tokenizer gives them.

@@ -1,10 +1,11 @@
 //! Chat templates of Hugging Face model directories, rendered as `transformers` renders them.
 
 mod calendar;
+mod sums;
 
 use std::path::Path;
 
-use minijinja::value::{Kwargs, Value};
+use minijinja::value::{Kwargs, Value, ValueKind};
 use minijinja::{Environment, ErrorKind, context};
 use serde::Deserialize;
 use serde::Serialize as _;
@@ -14,6 +15,8 @@ use crate::request::Message;
 
 /// The name under which the template is kept in its environment.
 const NAME: &str = "chat_template";
+/// What a template writes around a message, more or less; and around all of them.
+const AROUND_BYTES: usize = 64;
 
 /// A compiled chat template with the special tokens it may write.
 #[derive(Debug)]
@@ -128,7 +131,10 @@ impl ChatTemplate {
         environment.add_function("strftime_now", |format: String| calendar::strftime_now(&format));
         environment.add_filter("tojson", tojson);
         let exists = source.is_some();
-        if let Some(source) = source {
+        environment.add_filter(sums::FILTER, text_only);
+        if let Some(source) = source
+            && environment.add_template_owned(NAME, sums::apart(&source)).is_err()
+        {
             environment.add_template_owned(NAME, source)?;
         }
         Ok(Self { environment, special, exists })
@@ -156,13 +162,20 @@ impl ChatTemplate {
         generation_prompt: bool,
     ) -> Result<String, TemplateError> {
         let render = || {
-            self.environment.get_template(NAME)?.render(context! {
+            let context = context! {
                 messages => messages,
                 bos_token => self.special.bos.as_deref().unwrap_or_default(),
                 eos_token => self.special.eos.as_deref().unwrap_or_default(),
                 pad_token => self.special.pad.as_deref().unwrap_or_default(),
                 unk_token => self.special.unk.as_deref().unwrap_or_default(),
                 add_generation_prompt => generation_prompt,
+            };
+            // Made once for all of a long prompt: growing is copying.
+            let room = messages.iter().map(|message| message.content.len() + AROUND_BYTES).sum::<usize>();
+            let mut out = Vec::with_capacity(room + AROUND_BYTES);
+            self.environment.get_template(NAME)?.render_captured_to(context, &mut out)?;
+            String::from_utf8(out).map_err(|error| {
+                minijinja::Error::new(ErrorKind::BadSerialization, "no UTF-8").with_source(error)
             })
         };
         render().map_err(|error: minijinja::Error| {
@@ -178,6 +191,15 @@ impl ChatTemplate {
 #[derive(Debug, thiserror::Error)]
 #[error("raised by the template")]
 struct Raised;
+
+/// Lets texts through: of anything else and a text there is no sum.
+fn text_only(value: Value) -> Result<Value, minijinja::Error> {
+    if value.kind() == ValueKind::String {
+        return Ok(value);
+    }
+    let message = format!("tried to use + operator on a string and {}", value.kind());
+    Err(minijinja::Error::new(ErrorKind::InvalidOperation, message))
+}
 
 /// `json.dumps(value, ensure_ascii=False)`: separators with spaces, nothing escaped for HTML.
 fn tojson(value: &Value, indent: Option<usize>, options: Kwargs) -> Result<String, minijinja::Error> {

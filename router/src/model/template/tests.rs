@@ -73,3 +73,15 @@ fn several_templates_and_special_tokens_are_read() {
     assert_eq!(config.bos_token.and_then(|name| name.0).as_deref(), Some("<b>"));
     assert!(config.eos_token.is_none());
 }
+
+#[test]
+fn a_sum_with_what_is_no_text_is_still_refused() {
+    let chat = [message("user", " a ")];
+    for template in
+        ["{{ 'a' + 1 }}", "{{ 'a' + messages[0].nothing }}", "{{ 'a' + none + 'b' }}", "{{ messages + 'a' }}"]
+    {
+        assert!(matches!(render(template, &chat), Err(TemplateError::Broken(_))), "{template}");
+    }
+    let template = "{%- for m in messages -%}\n{{- bos_token + m.role + '>' + m['content'] | trim + eos_token -}}\n{% endfor %} {{ [1] + [2] }}";
+    assert_eq!(render(template, &chat).unwrap(), "<s>user>a</s> [1, 2]");
+}

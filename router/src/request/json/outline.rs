@@ -5,8 +5,6 @@
 
 use std::borrow::Cow;
 
-use memchr::{memchr, memchr2};
-
 use super::{Entries, Raw};
 
 /// Deeper nesting is not plain.
@@ -63,11 +61,14 @@ pub(super) fn items(text: &str, max: usize) -> Option<Vec<Raw<'_>>> {
 /// The text of a string that was gone through before.
 pub(super) fn string(text: &str) -> Option<String> {
     let mut rest = text.strip_prefix('"')?.strip_suffix('"')?;
-    let Some(first) = memchr(b'\\', rest.as_bytes()) else { return Some(rest.to_owned()) };
+    let backslash = |rest: &str| without(rest.as_bytes(), |byte| u8::from(byte == b'\\'));
     let mut out = String::with_capacity(rest.len());
-    let mut next = Some(first);
-    while let Some(at) = next {
+    loop {
+        let at = backslash(rest);
         out.push_str(&rest[..at]);
+        if at == rest.len() {
+            return Some(out);
+        }
         let (c, length) = match *rest.as_bytes().get(at + 1)? {
             b'n' => ('\n', 2),
             b't' => ('\t', 2),
@@ -80,10 +81,7 @@ pub(super) fn string(text: &str) -> Option<String> {
         };
         out.push(c);
         rest = rest.get(at + length..)?;
-        next = memchr(b'\\', rest.as_bytes());
     }
-    out.push_str(rest);
-    Some(out)
 }
 
 /// The character of what follows `\u`, and the length of the whole escape.
@@ -232,7 +230,7 @@ impl<'a, const KNOWN: bool> Cursor<'a, KNOWN> {
     fn string(&mut self) -> Option<()> {
         self.byte(b'"')?;
         loop {
-            self.at += self.plain()?;
+            self.at += self.plain();
             match self.peek()? {
                 b'"' => {
                     self.at += 1;
@@ -254,16 +252,23 @@ impl<'a, const KNOWN: bool> Cursor<'a, KNOWN> {
     }
 
     /// Bytes of a string before the next one that means something.
-    fn plain(&self) -> Option<usize> {
+    fn plain(&self) -> usize {
         let rest = self.rest();
-        if KNOWN {
-            return memchr2(b'"', b'\\', rest);
+        match KNOWN {
+            true => without(rest, |byte| u8::from(byte == b'"') | u8::from(byte == b'\\')),
+            false => {
+                without(rest, |byte| u8::from(byte == b'"') | u8::from(byte == b'\\') | u8::from(byte < b' '))
+            }
         }
-        let means = |byte: u8| byte == b'"' || byte == b'\\' || byte < b' ';
-        let (steps, _) = rest.as_chunks::<STEP_BYTES>();
-        // No way out of the inner loop: it becomes a few vector instructions.
-        let clear = |step: &&[u8; STEP_BYTES]| !step.iter().fold(false, |any, byte| any | means(*byte));
-        let clear = STEP_BYTES * steps.iter().take_while(clear).count();
-        rest[clear..].iter().position(|byte| means(*byte)).map(|more| clear + more)
     }
+}
+
+/// Bytes before the first one that means something, which is not 0.
+fn without(bytes: &[u8], means: impl Fn(u8) -> u8) -> usize {
+    let (steps, _) = bytes.as_chunks::<STEP_BYTES>();
+    // Numbers and no way out of the inner loop: it becomes a few vector instructions.
+    let clear = |step: &&[u8; STEP_BYTES]| step.iter().fold(0, |any, byte| any | means(*byte)) == 0;
+    let clear = STEP_BYTES * steps.iter().take_while(clear).count();
+    let more = bytes[clear..].iter().take_while(|byte| means(**byte) == 0).count();
+    clear + more
 }
