@@ -508,6 +508,7 @@ pub(crate) fn refusal(error: &DispatchError, api: Api) -> Refusal {
             ),
         ),
         DispatchError::WorkerLost => Refusal::WorkerLost,
+        DispatchError::Barred => Refusal::Barred,
         DispatchError::TimedOut => Refusal::TimedOut,
         DispatchError::Entropy => Refusal::Internal,
     }

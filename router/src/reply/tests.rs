@@ -31,6 +31,7 @@ fn every_refusal() -> Vec<Refusal> {
         Refusal::WorkersBusy,
         Refusal::NoWorker,
         Refusal::WorkerLost,
+        Refusal::Barred,
         Refusal::TimedOut,
         Refusal::Internal,
     ]

@@ -23,6 +23,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::fake_frames;
 use super::model_dir::EOS;
@@ -96,6 +97,7 @@ pub(crate) struct FakeWorker {
     pub(crate) seen: Arc<Seen>,
     script: Arc<Script>,
     _tasks: JoinSet<()>,
+    _life: DropGuard,
 }
 
 pub(super) struct Script {
@@ -105,6 +107,8 @@ pub(super) struct Script {
     prefill_status: Mutex<Option<u16>>,
     kv_events: Mutex<Option<Vec<KvEventBatch>>>,
     speaks_frames: AtomicBool,
+    /// Ends with the worker, and all connections with it.
+    pub(super) life: CancellationToken,
     name: WorkerId,
     role: Role,
 }
@@ -156,6 +160,7 @@ impl FakeWorker {
             prefill_status: Mutex::new(None),
             kv_events: Mutex::new(None),
             speaks_frames: AtomicBool::new(true),
+            life: CancellationToken::new(),
             name: worker.clone(),
             role,
         });
@@ -172,7 +177,8 @@ impl FakeWorker {
             kv: None,
             ready: true,
         };
-        Self { member, seen, script, _tasks: tasks }
+        let life = script.life.clone().drop_guard();
+        Self { member, seen, script, _tasks: tasks, _life: life }
     }
 
     /// What the next generate call does.
