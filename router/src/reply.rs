@@ -170,7 +170,7 @@ impl Refusal {
                 ("invalid_request_error", Some(*code))
             }
             Self::Overloaded(refused) => match refused.reason {
-                Reason::QueueFull | Reason::Deadline | Reason::QueueTimeout => {
+                Reason::QueueFull | Reason::Deadline | Reason::WorkersQueued | Reason::QueueTimeout => {
                     ("rate_limit_error", Some("overloaded"))
                 }
                 Reason::Requests | Reason::Concurrency => ("requests", Some("rate_limit_exceeded")),
@@ -288,6 +288,7 @@ fn overloaded(refused: &Refused) -> String {
     let what = match refused.reason {
         Reason::QueueFull => "The service is at its limit of requests.",
         Reason::Deadline => "The service is busy: this request would wait longer than it may.",
+        Reason::WorkersQueued => "The service is busy: no worker would begin this request in time.",
         Reason::QueueTimeout => "The service is busy: this request waited for as long as it may.",
         Reason::Requests => "Rate limit reached: requests per minute.",
         Reason::Tokens => "Rate limit reached: tokens per minute.",
