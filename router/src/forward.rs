@@ -170,6 +170,7 @@ impl Forwarder {
             let sought = Sought {
                 request_id: &asked.id,
                 tokens: &asked.request.words,
+                stands_for: true,
                 cache_salt: asked.cache_salt,
                 session: asked.session,
                 explain: asked.explain.as_ref(),

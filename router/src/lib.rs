@@ -38,6 +38,7 @@ mod reply;
 mod request;
 mod routes;
 mod schedule;
+mod search;
 mod server;
 mod stop;
 mod tenant;

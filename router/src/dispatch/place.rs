@@ -36,32 +36,70 @@ pub(crate) struct Sought<'a> {
     pub(crate) request_id: &'a str,
     /// The prompt and what was generated of it, or what stands for it where tokens are not known.
     pub(crate) tokens: &'a [u32],
+    /// Whether something stands for them: then only what this router sent is known of any worker, and less often noted.
+    pub(crate) stands_for: bool,
     pub(crate) cache_salt: u64,
     pub(crate) session: Option<u64>,
     /// Where to put how they were chosen, if somebody wants to know.
     pub(crate) explain: Option<&'a Explanation>,
 }
 
+/// Of what stands for tokens so many blocks are noted one by one (16 KiB of text),
+const DENSE_BLOCKS: u32 = 128;
+/// and then the last one of so many (2 KiB): to note all of a long text would cost more than passing it on.
+const SPARSE_BLOCKS: u32 = 16;
+
 /// One prompt in the index.
 struct Looked {
     namespace: Namespace,
     chain: Vec<BlockHash>,
+    /// Blocks of the prompt, all of which the chain has unless it is sparse.
+    blocks: u32,
+    sparse: bool,
     found: Found,
 }
 
 impl Looked {
-    fn at(dispatcher: &Dispatcher, namespace: Namespace, salt: u64, tokens: &[u32]) -> Self {
-        let chain = namespace.scheme.chain(salt, namespace.block_tokens, tokens);
+    fn at(dispatcher: &Dispatcher, namespace: Namespace, sought: &Sought<'_>) -> Self {
+        let mut chain = namespace.scheme.chain(sought.cache_salt, namespace.block_tokens, sought.tokens);
+        let blocks = u32::try_from(chain.len()).unwrap_or(u32::MAX);
+        let sparse = sought.stands_for;
+        if sparse {
+            thin(&mut chain);
+        }
         let mut found = Found::default();
         dispatcher.fleet.index.find(namespace, &chain, &mut found);
-        Self { namespace, chain, found }
+        Self { namespace, chain, blocks, sparse, found }
     }
 
     /// Tokens that the worker has, by worth.
     fn cached_tokens(&self, worker: &Worker) -> u32 {
         let Depth { device, any } = worker.known().depth(&self.found);
+        let (device, any) = (self.depth(device), self.depth(any));
         let blocks = f64::from(device) + LOWER_TIER_WORTH * f64::from(any - device.min(any));
         (blocks * f64::from(self.namespace.block_tokens)) as u32
+    }
+
+    /// Blocks of the prompt up to the last one of so many of the chain.
+    fn depth(&self, noted: u32) -> u32 {
+        if self.sparse { blocks_of(noted) } else { noted }
+    }
+}
+
+/// Leaves of a chain what is noted of something that stands for tokens.
+fn thin(chain: &mut Vec<BlockHash>) {
+    let mut at = 0;
+    chain.retain(|_| {
+        at += 1;
+        at <= DENSE_BLOCKS || at % SPARSE_BLOCKS == 0
+    });
+}
+
+/// Blocks up to the last one of so many of a chain that was made thin.
+fn blocks_of(noted: u32) -> u32 {
+    match noted.checked_sub(DENSE_BLOCKS) {
+        Some(more) => DENSE_BLOCKS + more * SPARSE_BLOCKS,
+        None => noted,
     }
 }
 
@@ -78,6 +116,7 @@ impl Dispatcher {
         let sought = Sought {
             request_id: &job.request_id,
             tokens,
+            stands_for: false,
             cache_salt: job.cache_salt,
             session: job.session,
             explain: job.explain.as_ref(),
@@ -89,7 +128,7 @@ impl Dispatcher {
     pub(crate) fn choose_for(&self, sought: &Sought<'_>, avoid: &[(WorkerId, Epoch)]) -> Option<Placement> {
         let workers = self.fleet.workers();
         let now = Instant::now();
-        let looked = self.look_up(&workers, sought.cache_salt, sought.tokens);
+        let looked = self.look_up(&workers, sought);
         let avoided = |worker: &Worker| {
             avoid.iter().any(|(name, epoch)| *name == worker.member.worker && *epoch == worker.member.epoch)
         };
@@ -180,7 +219,7 @@ impl Dispatcher {
     }
 
     /// The prompt in the index, for each way in which blocks are hashed; nothing for policies that do not ask.
-    fn look_up(&self, workers: &[Arc<Worker>], salt: u64, tokens: &[u32]) -> Vec<Looked> {
+    fn look_up(&self, workers: &[Arc<Worker>], sought: &Sought<'_>) -> Vec<Looked> {
         if !matches!(self.rules.policy, PolicyKind::KvAware | PolicyKind::Prefix) {
             return Vec::new();
         }
@@ -189,7 +228,7 @@ impl Dispatcher {
             let namespace = worker.known().namespace();
             let known = looked.iter().any(|looked| looked.namespace == namespace);
             if !known && looked.len() < NAMESPACES_MAX {
-                looked.push(Looked::at(self, namespace, salt, tokens));
+                looked.push(Looked::at(self, namespace, sought));
             }
         }
         looked
@@ -204,7 +243,7 @@ impl Dispatcher {
         for worker in [Some(&placement.decode), placement.prefill.as_ref()].into_iter().flatten() {
             let namespace = worker.known().namespace();
             if let Some(looked) = looked.iter().find(|looked| looked.namespace == namespace) {
-                worker.known().sent(&self.fleet.index, now, namespace, &looked.chain);
+                worker.known().sent(&self.fleet.index, now, namespace, (&looked.chain, looked.blocks));
             }
         }
     }
@@ -274,4 +313,27 @@ fn explain(
     }
     text.push_str("]}");
     text
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_thin_chain_tells_its_depth_and_goes_on_as_it_began() {
+        let chain = |blocks: u64| {
+            let mut chain: Vec<BlockHash> = (0..blocks).map(BlockHash).collect();
+            thin(&mut chain);
+            chain
+        };
+        let longest = chain(5000);
+        for blocks in (0..300).chain([4999, 5000]) {
+            let thin = chain(blocks);
+            assert!(longest.starts_with(&thin), "{blocks}");
+            let depth = u64::from(blocks_of(thin.len() as u32));
+            assert!(depth <= blocks && blocks - depth < u64::from(SPARSE_BLOCKS), "{blocks} {depth}");
+            assert!(depth == blocks || blocks > u64::from(DENSE_BLOCKS), "{blocks}");
+        }
+        assert!(longest.len() < 5000 / 10);
+    }
 }

@@ -8,7 +8,6 @@ use baton_config::protocol::KvEventBatch;
 use http::StatusCode;
 use http_body_util::BodyExt as _;
 use hyper::body::Incoming;
-use memchr::memchr;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 use tokio_util::sync::CancellationToken;
 
@@ -17,6 +16,7 @@ use super::worker::Health;
 use crate::dispatch::{CallError, Caller};
 use crate::index::{Feed, Namespace, PrefixIndex, Taken};
 use crate::metrics::Metrics;
+use crate::search::find;
 
 /// Between two tries, at first and at most.
 const BACKOFF: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(5));
@@ -147,7 +147,7 @@ impl Follower {
             return Err(Left::Ended);
         };
         let Ok(mut data) = frame.into_data() else { return Ok(()) };
-        while let Some(end) = memchr(b'\n', &data) {
+        while let Some(end) = find(&data, b'\n') {
             let line = data.split_to(end + 1);
             if partial.bytes.is_empty() {
                 self.take_line(feed, &line)?;

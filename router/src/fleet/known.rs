@@ -108,9 +108,17 @@ impl Known {
     }
 
     /// A prompt goes to this worker: without events, that is all there is to know.
-    pub(crate) fn sent(&self, index: &PrefixIndex, now: Instant, namespace: Namespace, chain: &[BlockHash]) {
+    ///
+    /// The chain may hold fewer hashes than the prompt has blocks, always the same ones.
+    pub(crate) fn sent(
+        &self,
+        index: &PrefixIndex,
+        now: Instant,
+        namespace: Namespace,
+        (chain, blocks): (&[BlockHash], u32),
+    ) {
         if !self.reports.load(Ordering::Relaxed) && !self.gone.load(Ordering::Relaxed) {
-            self.recent.note(index, now, namespace, chain);
+            self.recent.note(index, now, namespace, (chain, u64::from(blocks)));
         }
     }
 

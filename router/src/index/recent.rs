@@ -41,7 +41,15 @@ impl Recent {
     }
 
     /// A prompt was sent: the worker will hold its blocks.
-    pub fn note(&self, index: &PrefixIndex, now: Instant, namespace: Namespace, chain: &[BlockHash]) {
+    ///
+    /// The chain may hold fewer hashes than these, always the same ones of a prompt.
+    pub fn note(
+        &self,
+        index: &PrefixIndex,
+        now: Instant,
+        namespace: Namespace,
+        (chain, blocks): (&[BlockHash], u64),
+    ) {
         if chain.is_empty() {
             return;
         }
@@ -54,7 +62,7 @@ impl Recent {
             self.young.swap(index.join());
             state.since.get_or_insert(now);
         }
-        state.noted += chain.len() as u64;
+        state.noted += blocks;
         if let Some(young) = self.young.get() {
             index.store(namespace, young, Tier::Device, chain);
         }

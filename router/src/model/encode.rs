@@ -23,8 +23,9 @@ use tokenizers::{
 };
 
 use cache::Cache;
-use memchr::{memchr, memchr2, memchr3};
 use words::Words;
+
+use crate::search::before;
 
 /// Bytes of pieces and their tokens that are kept.
 const CACHE_BYTES: usize = 16 << 20;
@@ -73,12 +74,14 @@ impl Marks {
             let stretch = bytes.get(from..to)?;
             let at = from
                 + match *self.first.as_slice() {
-                    [] => None,
-                    [one] => memchr(one, stretch),
-                    [one, two] => memchr2(one, two, stretch),
-                    [one, two, three] => memchr3(one, two, three, stretch),
-                    _ => stretch.iter().position(|byte| !self.all[usize::from(*byte)].is_empty()),
-                }?;
+                    [] => return None,
+                    [one] => before(stretch, |byte| u8::from(byte == one)),
+                    [one, two] => before(stretch, |byte| u8::from(byte == one) | u8::from(byte == two)),
+                    _ => before(stretch, |byte| u8::from(!self.all[usize::from(byte)].is_empty())),
+                };
+            if at == to {
+                return None;
+            }
             let begins = |mark: &String| bytes[at..].starts_with(mark.as_bytes());
             if self.all[usize::from(bytes[at])].iter().any(begins) {
                 return Some(at);

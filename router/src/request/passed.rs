@@ -158,11 +158,13 @@ fn words(parts: &[Raw<'_>]) -> Vec<u32> {
         let bytes = &bytes[..bytes.len().min(room)];
         room -= bytes.len();
         words.reserve(bytes.len().div_ceil(4));
-        words.extend(bytes.chunks(4).map(|chunk| {
+        let (whole, rest) = bytes.as_chunks();
+        words.extend(whole.iter().map(|word| u32::from_le_bytes(*word)));
+        if !rest.is_empty() {
             let mut word = [0; 4];
-            word[..chunk.len()].copy_from_slice(chunk);
-            u32::from_le_bytes(word)
-        }));
+            word[..rest.len()].copy_from_slice(rest);
+            words.push(u32::from_le_bytes(word));
+        }
     }
     words
 }

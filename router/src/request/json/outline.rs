@@ -6,11 +6,10 @@
 use std::borrow::Cow;
 
 use super::{Entries, Raw};
+use crate::search::before;
 
 /// Deeper nesting is not plain.
 const DEPTH_MAX: u32 = 64;
-/// Bytes that are looked at together.
-const STEP_BYTES: usize = 32;
 
 /// The fields of the object that a text is; `KNOWN` when it was gone through before.
 pub(super) fn entries<const KNOWN: bool>(text: &str, max: usize) -> Option<Entries<'_>> {
@@ -61,7 +60,7 @@ pub(super) fn items(text: &str, max: usize) -> Option<Vec<Raw<'_>>> {
 /// The text of a string that was gone through before.
 pub(super) fn string(text: &str) -> Option<String> {
     let mut rest = text.strip_prefix('"')?.strip_suffix('"')?;
-    let backslash = |rest: &str| without(rest.as_bytes(), |byte| u8::from(byte == b'\\'));
+    let backslash = |rest: &str| before(rest.as_bytes(), |byte| u8::from(byte == b'\\'));
     let mut out = String::with_capacity(rest.len());
     loop {
         let at = backslash(rest);
@@ -255,20 +254,10 @@ impl<'a, const KNOWN: bool> Cursor<'a, KNOWN> {
     fn plain(&self) -> usize {
         let rest = self.rest();
         match KNOWN {
-            true => without(rest, |byte| u8::from(byte == b'"') | u8::from(byte == b'\\')),
+            true => before(rest, |byte| u8::from(byte == b'"') | u8::from(byte == b'\\')),
             false => {
-                without(rest, |byte| u8::from(byte == b'"') | u8::from(byte == b'\\') | u8::from(byte < b' '))
+                before(rest, |byte| u8::from(byte == b'"') | u8::from(byte == b'\\') | u8::from(byte < b' '))
             }
         }
     }
-}
-
-/// Bytes before the first one that means something, which is not 0.
-fn without(bytes: &[u8], means: impl Fn(u8) -> u8) -> usize {
-    let (steps, _) = bytes.as_chunks::<STEP_BYTES>();
-    // Numbers and no way out of the inner loop: it becomes a few vector instructions.
-    let clear = |step: &&[u8; STEP_BYTES]| step.iter().fold(0, |any, byte| any | means(*byte)) == 0;
-    let clear = STEP_BYTES * steps.iter().take_while(clear).count();
-    let more = bytes[clear..].iter().take_while(|byte| means(**byte) == 0).count();
-    clear + more
 }
