@@ -200,10 +200,9 @@ impl Pieces {
         if bytes.is_empty() {
             return None;
         }
-        // A stretch at a time: what is looked at for a word is looked at for a mark too, and not again for the next piece.
-        let mut from = 1;
+        // Up to where words are looked for, and then a stretch at a time: little is looked at again for the next piece.
+        let (mut from, mut to) = (1, bytes.len().min(CHUNK_BYTES + 1));
         loop {
-            let to = bytes.len().min(from + STRETCH_BYTES);
             let word = self.word_cut(bytes, from.max(CHUNK_BYTES + 1), to);
             if let Some(mark) = self.marks.find(bytes, from, word) {
                 return Some(mark);
@@ -213,6 +212,7 @@ impl Pieces {
                 return Some(word);
             }
             from = to;
+            to = bytes.len().min(from + STRETCH_BYTES);
         }
     }
 
