@@ -135,6 +135,10 @@ impl Core {
                 break;
             }
             any = true;
+            // Who waits for it takes it while it is in a cache; the rest comes with the next poll.
+            if !self.ended.borrow().is_empty() {
+                break;
+            }
         }
         any
     }

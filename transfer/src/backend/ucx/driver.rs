@@ -24,6 +24,7 @@ use super::{
     MemorySpan, PeerId, PostError, REQUEST_MAX_BYTES, RemoteId, UcxOptions, describe, frame,
 };
 use crate::backend::sockets;
+use crate::random::random_u64;
 
 /// See [`UcxDriver::patience`].
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -55,7 +56,6 @@ pub(super) struct UcxDriver {
     done: Vec<Done>,
     /// Why nothing works any more.
     pub(super) dead: Option<String>,
-    random: Random,
 }
 
 // SAFETY: nothing outside of it holds a part of it, so that its reference counts and cells go with it; and the worker is
@@ -108,7 +108,6 @@ impl UcxDriver {
             receives: HashMap::new(),
             done: Vec::new(),
             dead: None,
-            random: Random::default(),
         })
     }
 
@@ -154,7 +153,7 @@ impl UcxDriver {
         op: u64,
     ) -> Result<(), PostError> {
         let address = self.local(range)?;
-        let nonce = self.random.next();
+        let nonce = random();
         let target = self.usable(peer)?;
         let key = target.remotes.get(&remote.0).ok_or(PostError::Range)?;
         if !key.fits(offset, range.len) {
@@ -443,7 +442,7 @@ impl Driver for UcxDriver {
             return Err(error);
         }
         let mut region = Region::map(&self.core.context, span, access)?;
-        region.secret = u128::from(self.random.next()) << 64 | u128::from(self.random.next());
+        region.secret = u128::from(random()) << 64 | u128::from(random());
         let id = self.next_id();
         let key = match access {
             Access::Local => Ok(Vec::new()),
@@ -629,32 +628,12 @@ fn stop_waiting(core: &Core, peer: u32, status: ucs_status_t) {
     }
 }
 
-/// Unguessable numbers, never 0.
-#[derive(Default)]
-struct Random {
-    pool: Vec<u64>,
-}
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        loop {
-            match self.pool.pop() {
-                Some(0) => {}
-                Some(number) => return number,
-                None => self.refill(),
-            }
+/// A number that nobody can guess, never 0.
+fn random() -> u64 {
+    loop {
+        // The system has always more.
+        if let Ok(number @ 1..) = random_u64() {
+            return number;
         }
-    }
-
-    fn refill(&mut self) {
-        let mut bytes = [0; 256];
-        let mut filled = 0;
-        while filled < bytes.len() {
-            let flags = rustix::rand::GetRandomFlags::empty();
-            filled += rustix::rand::getrandom(&mut bytes[filled..], flags).unwrap_or(0);
-        }
-        let numbers =
-            bytes.chunks_exact(8).map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap_or_default()));
-        self.pool.extend(numbers);
     }
 }

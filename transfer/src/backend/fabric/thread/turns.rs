@@ -120,6 +120,11 @@ impl Turns {
 
     /// Takes turns, until nothing happens any more; then, if `arm` says so, has the descriptor tell when something does.
     pub(super) fn take(&self, arm: bool) -> Turned {
+        self.take_until(arm, || false)
+    }
+
+    /// As `take`, but no turn after what is awaited `came`.
+    fn take_until(&self, arm: bool, came: impl Fn() -> bool) -> Turned {
         for _ in 0..TURNS_MAX {
             self.again.store(true, Ordering::Relaxed);
             fence(Ordering::SeqCst);
@@ -146,6 +151,9 @@ impl Turns {
             if !busy && !self.is_asked_again() {
                 return Turned::Idle;
             }
+            if came() {
+                return Turned::Busy;
+            }
         }
         Turned::Busy
     }
@@ -160,7 +168,7 @@ impl Turns {
         let mut found = came();
         while !found && start.elapsed() < SPIN {
             std::hint::spin_loop();
-            if self.take(false) == Turned::Over {
+            if self.take_until(false, &came) == Turned::Over {
                 break;
             }
             found = came();
