@@ -377,7 +377,7 @@ impl Fabric {
             return self.0.queue.push(command, Some(room)).map_err(|_| gone(self.0.kind));
         };
         self.0.queue.leave(command, Some(room)).map_err(|_| gone(self.0.kind))?;
-        turns.take(true);
+        turns.take_all();
         Ok(())
     }
 

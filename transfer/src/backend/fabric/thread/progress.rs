@@ -69,6 +69,8 @@ pub(super) struct Progress<D: Driver + ?Sized> {
     events: u64,
     /// Something was posted since the descriptor was last prepared.
     unarmed: bool,
+    /// Something happened in the last turn: more may be there that the descriptor has told of already.
+    stirred: bool,
 }
 
 struct PeerState {
@@ -156,6 +158,7 @@ impl<D: Driver + ?Sized> Progress<D> {
             held_up: false,
             events: 0,
             unarmed: false,
+            stirred: false,
         }
     }
 
@@ -193,6 +196,7 @@ impl<D: Driver + ?Sized> Progress<D> {
             self.sweep();
         }
         self.tell();
+        self.stirred = busy;
         if busy {
             self.events += 1;
             self.last = Instant::now();
