@@ -29,7 +29,9 @@ async fn main() -> anyhow::Result<()> {
     if let Some(op) = arguments.get(4) {
         options.ops.retain(|known| known.as_str() == op);
     }
-    println!("backend op    shape            integrity    p50 us    p99 us     GB/s  cpu s/GB (raw)   raw us  ratio");
+    println!(
+        "backend op    shape            integrity    p50 us    p99 us     GB/s  cpu s/GB (raw)   raw us  ratio"
+    );
     for row in bench::run(options).await?.rows {
         println!(
             "{:9} {:5} {:4} x {:8} {:9} {:10.1} {:9.1} {:8.2} {:7.3} ({:.3}) {:8.1} {:6.2}",

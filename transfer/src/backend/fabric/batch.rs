@@ -276,6 +276,10 @@ impl Work for Posting {
         )
     }
 
+    fn writes(&self) -> bool {
+        matches!(self.batch.transfers.first(), Some(Transfer { verb: Verb::Write { .. }, .. }))
+    }
+
     fn joins(&self, transfer: usize) -> bool {
         let local = |at: usize| self.batch.transfers.get(at).map(|transfer| transfer.local.id);
         transfer > 0 && local(transfer) == local(transfer - 1)
