@@ -5,6 +5,7 @@ mod text;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use baton_config::keys::Quota;
 use baton_config::prefix::BlockHash;
@@ -17,7 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::account::Entry;
-use crate::admit::{Gate, Place};
+use crate::admit::{Gate, Place, Reason, Refused};
 use crate::answer::{self, AnswerBody, Api, ChoiceSpec, EventStream, EventWriter, Head, Meter};
 use crate::body;
 use crate::clock::unix_seconds;
@@ -50,6 +51,8 @@ pub(crate) struct Gateway {
     pub(crate) auth: Arc<Auth>,
     pub(crate) limits: Limits,
     pub(crate) timeouts: Timeouts,
+    /// How long a prompt may have to wait at the worker where it waits shortest.
+    pub(crate) slo_wait: Option<Duration>,
     /// The header that names the session of a request.
     pub(crate) session_header: String,
     /// Whether clients may ask how their workers were chosen.
@@ -65,6 +68,8 @@ struct Prepared {
     ask: Ask,
     prompts: Vec<Tokenized>,
     cache_salt: u64,
+    /// See [`Job::owner`].
+    owner: u64,
     placing: Placing,
 }
 
@@ -72,6 +77,21 @@ struct Prepared {
 struct Held {
     entry: Entry,
     place: Place,
+}
+
+/// Charges the tokens of an answer in one piece, also when its client has left.
+struct Bill<'a> {
+    place: &'a mut Place,
+    entry: &'a Entry,
+    meter: Meter,
+}
+
+impl Drop for Bill<'_> {
+    fn drop(&mut self) {
+        let tokens = self.meter.completion_tokens();
+        self.place.used(tokens);
+        self.entry.used(tokens);
+    }
 }
 
 /// One prompt.
@@ -272,10 +292,26 @@ impl Gateway {
         request: Request<Incoming>,
         principal: &Principal,
     ) -> Result<(Prepared, Place), Refusal> {
+        self.check_wait(request.headers())?;
         let (bytes, place) = self.admit(request, principal).await?;
         let cache_salt = self.auth.salt(principal)?;
-        let prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes, cache_salt)).await?;
+        let mut prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes, cache_salt)).await?;
+        prepared.owner = self.auth.owner(principal);
         Ok((prepared, place))
+    }
+
+    /// Refuses what no worker would begin in time, before anything is read.
+    pub(crate) fn check_wait(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let Some(bound) = [self.slo_wait, body::max_wait(headers)?].into_iter().flatten().min() else {
+            return Ok(());
+        };
+        match self.dispatcher.shortest_wait() {
+            Some(wait) if wait > bound => {
+                let refused = Refused { reason: Reason::WorkersQueued, after: wait - bound };
+                Err(Refusal::Overloaded(refused))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Reads a body and waits for a place, as soon as the head says that both may be had.
@@ -340,7 +376,7 @@ impl Gateway {
         for prompt in &prompts {
             self.check_context(api, prompt.tokens.len(), ask.max_tokens)?;
         }
-        Ok(Prepared { ask, prompts, cache_salt, placing: Placing::default() })
+        Ok(Prepared { ask, prompts, cache_salt, owner: 0, placing: Placing::default() })
     }
 
     fn tokenize(&self, prompt: Prompt, echo: bool, salt: u64) -> Result<Tokenized, Refusal> {
@@ -388,14 +424,15 @@ impl Gateway {
         place.used(prompt_tokens);
         entry.used(prompt_tokens);
         let (stream, n) = (prepared.ask.stream, prepared.ask.n);
-        let mut meter = Meter::new(prompt_tokens, n);
+        let meter = Meter::new(prompt_tokens, n);
         let specs = self.specs(prepared, &head.id, started);
         let choices = specs.len();
         let mut deltas = answer::deltas(&self.dispatcher, &self.model, specs);
         if !stream {
-            let collected = answer::collect(deltas, &head, &mut meter, choices).await;
-            place.used(meter.completion_tokens());
-            entry.used(meter.completion_tokens());
+            let collected = {
+                let mut bill = Bill { place: &mut place, entry: &entry, meter };
+                answer::collect(deltas, &head, &mut bill.meter, choices).await
+            };
             return match collected {
                 Ok(body) => {
                     entry.answered(200);
@@ -435,7 +472,7 @@ impl Gateway {
     }
 
     fn specs(&self, prepared: Prepared, id: &str, started: Instant) -> Vec<ChoiceSpec> {
-        let Prepared { ask, prompts, cache_salt, placing } = prepared;
+        let Prepared { ask, prompts, cache_salt, owner, placing } = prepared;
         let mut end_tokens = ask.sampling.stop_tokens.clone();
         if !ask.sampling.ignore_eos {
             end_tokens.extend_from_slice(&self.model.eos);
@@ -455,6 +492,7 @@ impl Gateway {
                     max_tokens: ask.max_tokens.map_or(room, |asked| asked.min(room)),
                     sampling,
                     cache_salt,
+                    owner,
                     logits_digest: ask.debug.logits_digest,
                     whole: !ask.stream && ask.stop.is_empty(),
                     end_tokens: Arc::clone(&end_tokens),
@@ -508,6 +546,7 @@ pub(crate) fn refusal(error: &DispatchError, api: Api) -> Refusal {
             ),
         ),
         DispatchError::WorkerLost => Refusal::WorkerLost,
+        DispatchError::Barred => Refusal::Barred,
         DispatchError::TimedOut => Refusal::TimedOut,
         DispatchError::Entropy => Refusal::Internal,
     }

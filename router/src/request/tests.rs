@@ -315,8 +315,10 @@ proptest! {
             Err(Refusal::Invalid { param, message, .. }) => {
                 let param = param.unwrap_or_default();
                 let top = param.split(['.', '[']).next().unwrap_or_default();
-                // A field that is missing may be one that was set to nothing.
-                let blamed = changes.iter().any(|(field, _)| *field == top) || top == "prompt";
+                // A field that is missing may be one that was set to nothing; of two that exclude each other the
+                // message names both.
+                let named = |field: &str| top == field || message.contains(&format!("'{field}'"));
+                let blamed = changes.iter().any(|(field, _)| named(field)) || top == "prompt";
                 prop_assert!(blamed, "{name}: {param}: {message}");
                 prop_assert!(message.len() < 600, "{message}");
             }
