@@ -1,6 +1,6 @@
 //! Measures transfers between two processes: `cargo run --release --example bench_transfer`.
 //!
-//! Optional arguments: seconds per shape, TCP streams, a backend, a shape such as `64x4096`.
+//! Optional arguments: seconds per shape, TCP streams, a backend, a shape such as `64x4096`, an operation.
 #![expect(clippy::print_stdout, reason = "an example talks to its user")]
 
 use std::time::Duration;
@@ -26,18 +26,25 @@ async fn main() -> anyhow::Result<()> {
     if let Some((blocks, block_bytes)) = arguments.get(3).and_then(|shape| shape.split_once('x')) {
         options.shapes = vec![bench::Shape { blocks: blocks.parse()?, block_bytes: block_bytes.parse()? }];
     }
-    println!("backend     shape        integrity    p50 us    p99 us     GB/s   cpu s   raw us  ratio");
+    if let Some(op) = arguments.get(4) {
+        options.ops.retain(|known| known.as_str() == op);
+    }
+    println!(
+        "backend op    shape            integrity    p50 us    p99 us     GB/s  cpu s/GB (raw)   raw us  ratio"
+    );
     for row in bench::run(options).await?.rows {
         println!(
-            "{:7} {:5} x {:8} {:9} {:10.1} {:9.1} {:8.2} {:7.3} {:8.1} {:6.2}",
+            "{:9} {:5} {:4} x {:8} {:9} {:10.1} {:9.1} {:8.2} {:7.3} ({:.3}) {:8.1} {:6.2}",
             row.backend,
+            row.op,
             row.blocks,
             row.block_bytes,
             row.integrity,
             row.p50_us,
             row.p99_us,
             row.gb_per_s,
-            row.cpu_s,
+            row.cpu_s_per_gb,
+            row.raw_cpu_s_per_gb,
             row.raw_p50_us,
             row.ratio
         );

@@ -112,6 +112,7 @@ pub mod layout;
 pub mod memory;
 pub mod plan;
 pub mod probe;
+mod random;
 pub mod session;
 pub mod slab;
 mod spin;

@@ -160,6 +160,9 @@ impl Slab {
         let slots = self.slots();
         let asked = u32::try_from(count).ok().filter(|_| count <= slots);
         let asked = asked.ok_or(SlabError::TooMany { asked: count, slots })?;
+        if let Ok(permit) = self.0.permits.clone().try_acquire_many_owned(asked) {
+            return Ok(self.take(permit));
+        }
         let permit = self.0.permits.clone().acquire_many_owned(asked);
         let permit = tokio::time::timeout_at(deadline, permit).await;
         match permit {

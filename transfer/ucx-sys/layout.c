@@ -39,9 +39,13 @@ int main(void)
     OFFSET(ucp_request_param_t, op_attr_mask);
     OFFSET(ucp_request_param_t, flags);
     OFFSET(ucp_request_param_t, cb);
+    OFFSET(ucp_request_param_t, datatype);
     OFFSET(ucp_request_param_t, user_data);
     OFFSET(ucp_request_param_t, memory_type);
     OFFSET(ucp_request_param_t, memh);
+    OFFSET(ucp_dt_iov_t, buffer);
+    OFFSET(ucp_dt_iov_t, length);
+    SIZE(ucp_dt_iov_t);
     SIZE(ucp_am_handler_param_t);
     OFFSET(ucp_am_handler_param_t, field_mask);
     OFFSET(ucp_am_handler_param_t, id);
@@ -90,6 +94,8 @@ int main(void)
     VALUE(UCP_MEM_MAP_PROT_REMOTE_WRITE);
     VALUE(UCP_OP_ATTR_FIELD_CALLBACK);
     VALUE(UCP_OP_ATTR_FIELD_USER_DATA);
+    VALUE(UCP_OP_ATTR_FIELD_DATATYPE);
+    VALUE(UCP_DATATYPE_IOV);
     VALUE(UCP_OP_ATTR_FIELD_FLAGS);
     VALUE(UCP_OP_ATTR_FIELD_MEMORY_TYPE);
     VALUE(UCP_OP_ATTR_FIELD_MEMH);

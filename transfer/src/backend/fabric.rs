@@ -24,7 +24,7 @@ pub(crate) mod testing;
 pub(crate) mod thread;
 mod window;
 
-use self::driver::DriverInfo;
+use self::driver::{DriverInfo, PiecesMax};
 use self::window::Bounds;
 use crate::agent::AgentOptions;
 
@@ -33,7 +33,7 @@ const STRIPE_BYTES: usize = 256 << 10;
 /// Bytes of one operation over a single rail.
 const OP_BYTES: usize = 1 << 20;
 /// Most blocks of one operation.
-const PIECES_MAX: usize = 8;
+pub(crate) const PIECES_MAX: usize = 8;
 
 /// Bounds of one fabric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -65,13 +65,14 @@ impl FabricLimits {
         }
     }
 
-    fn bounds(&self, info: &DriverInfo, pieces_max: usize) -> Bounds {
+    fn bounds(&self, info: &DriverInfo, pieces_max: PiecesMax) -> Bounds {
         let op_bytes = if info.rails > 1 { STRIPE_BYTES } else { OP_BYTES };
         Bounds {
             ops: self.ops_per_peer.max(1),
             bytes: self.bytes_per_peer.max(1),
             op_bytes: op_bytes.min(info.op_max).max(1),
-            pieces: pieces_max.clamp(1, PIECES_MAX),
+            read_pieces: pieces_max.read.clamp(1, PIECES_MAX),
+            write_pieces: pieces_max.write.clamp(1, PIECES_MAX),
         }
     }
 }

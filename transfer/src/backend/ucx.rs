@@ -51,9 +51,10 @@ use std::net::{IpAddr, Ipv4Addr};
 
 use self::config::Context;
 use self::driver::UcxDriver;
+use super::fabric::PIECES_MAX;
 use super::fabric::driver::{
     ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, KEY_MAX_BYTES, LocalId,
-    LocalRange, PeerId, PostError, REQUEST_MAX_BYTES, RemoteId,
+    LocalRange, PeerId, Piece, PiecesMax, PostError, REQUEST_MAX_BYTES, RemoteId,
 };
 use crate::backend::handlers;
 use crate::memory::MemorySpan;
@@ -117,7 +118,13 @@ fn describe(context: &Context, options: &UcxOptions) -> DriverInfo {
     let cuda = context.cuda().map_err(|error| format!("{}: {}", error.what, error.remedy));
     DriverInfo {
         detail: format!("UCX {}, {}, {way}", context.version(), context.resources.join(" ")),
-        wire: format!("ucx {}.{} {way} {}", context.version.0, context.version.1, config::TCP_PIECE),
+        wire: format!(
+            "ucx {}.{} {way} {} {}",
+            context.version.0,
+            context.version.1,
+            messages::VERSION,
+            config::TCP_PIECE
+        ),
         same_host: options.bind.is_loopback(),
         read: true,
         write: true,

@@ -61,6 +61,7 @@ pub const UCP_MEM_MAP_PROT_REMOTE_WRITE: c_uint = 1 << 9;
 
 pub const UCP_OP_ATTR_FIELD_CALLBACK: u32 = 1 << 1;
 pub const UCP_OP_ATTR_FIELD_USER_DATA: u32 = 1 << 2;
+pub const UCP_OP_ATTR_FIELD_DATATYPE: u32 = 1 << 3;
 pub const UCP_OP_ATTR_FIELD_FLAGS: u32 = 1 << 4;
 pub const UCP_OP_ATTR_FIELD_MEMORY_TYPE: u32 = 1 << 6;
 pub const UCP_OP_ATTR_FIELD_MEMH: u32 = 1 << 8;
@@ -198,6 +199,16 @@ structure!(ucp_am_handler_param_t {
     cb: Option<ucp_am_recv_callback_t>,
     arg: *mut c_void,
 });
+
+/// One of several, so without spare room.
+#[repr(C)]
+#[derive(Debug, Clone, Copy)]
+pub struct ucp_dt_iov_t {
+    pub buffer: *mut c_void,
+    pub length: usize,
+}
+
+pub const UCP_DATATYPE_IOV: u64 = 2;
 
 /// Made by UCX only, so without spare room.
 #[repr(C)]

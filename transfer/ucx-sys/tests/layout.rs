@@ -35,7 +35,8 @@ fn ours() -> Vec<(String, i64)> {
         ucp_mem_map_params_t.field_mask, ucp_mem_map_params_t.address, ucp_mem_map_params_t.length,
         ucp_mem_map_params_t.prot, ucp_mem_map_params_t.memory_type,
         ucp_request_param_t.op_attr_mask, ucp_request_param_t.flags, ucp_request_param_t.cb,
-        ucp_request_param_t.user_data, ucp_request_param_t.memory_type, ucp_request_param_t.memh,
+        ucp_request_param_t.datatype, ucp_request_param_t.user_data, ucp_request_param_t.memory_type, ucp_request_param_t.memh,
+        ucp_dt_iov_t.buffer, ucp_dt_iov_t.length,
         ucp_am_handler_param_t.field_mask, ucp_am_handler_param_t.id, ucp_am_handler_param_t.flags,
         ucp_am_handler_param_t.cb, ucp_am_handler_param_t.arg,
         ucp_am_recv_param_t.recv_attr, ucp_am_recv_param_t.reply_ep,
@@ -82,6 +83,8 @@ fn ours() -> Vec<(String, i64)> {
         UCP_MEM_MAP_PROT_REMOTE_WRITE,
         UCP_OP_ATTR_FIELD_CALLBACK,
         UCP_OP_ATTR_FIELD_USER_DATA,
+        UCP_OP_ATTR_FIELD_DATATYPE,
+        UCP_DATATYPE_IOV,
         UCP_OP_ATTR_FIELD_FLAGS,
         UCP_OP_ATTR_FIELD_MEMORY_TYPE,
         UCP_OP_ATTR_FIELD_MEMH,
@@ -108,6 +111,7 @@ fn sizes() -> Vec<(&'static str, usize)> {
         ("ucp_ep_params_t", size_of::<ucp_ep_params_t>()),
         ("ucp_mem_map_params_t", size_of::<ucp_mem_map_params_t>()),
         ("ucp_request_param_t", size_of::<ucp_request_param_t>()),
+        ("ucp_dt_iov_t", size_of::<ucp_dt_iov_t>()),
         ("ucp_am_handler_param_t", size_of::<ucp_am_handler_param_t>()),
     ]
 }

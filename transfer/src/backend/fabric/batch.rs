@@ -70,6 +70,8 @@ struct State {
     /// It was settled by force: what it had posted may have left and not arrived.
     cut: bool,
     waiting: Option<Wake>,
+    /// Threads that wait for the end.
+    blocked: usize,
     /// Of who waits until it is posted.
     posting: Option<Waker>,
 }
@@ -134,7 +136,9 @@ impl Batch {
         if end != End::Open && !state.settled {
             state.settled = true;
             state.cut = end == End::Cut;
-            self.settled.notify_all();
+            if state.blocked > 0 {
+                self.settled.notify_all();
+            }
             self.settling.notify_waiters();
         }
         let news = state.is_news();
@@ -212,7 +216,9 @@ impl Batch {
         let mut state = self.state();
         while !state.settled {
             let Some(left) = until.checked_duration_since(Instant::now()) else { return false };
+            state.blocked += 1;
             state = self.settled.wait_timeout(state, left).unwrap_or_else(PoisonError::into_inner).0;
+            state.blocked -= 1;
         }
         true
     }
@@ -270,6 +276,10 @@ impl Work for Posting {
         )
     }
 
+    fn writes(&self) -> bool {
+        matches!(self.batch.transfers.first(), Some(Transfer { verb: Verb::Write { .. }, .. }))
+    }
+
     fn joins(&self, transfer: usize) -> bool {
         let local = |at: usize| self.batch.transfers.get(at).map(|transfer| transfer.local.id);
         transfer > 0 && local(transfer) == local(transfer - 1)
@@ -282,13 +292,15 @@ pub(crate) struct Running {
     batch: Arc<Batch>,
     /// Where it waits, once it had to.
     bell: Option<Bell>,
+    /// Whether it looks again and again for a moment before it waits.
+    spins: bool,
     fenced: bool,
     ended: bool,
 }
 
 impl Running {
     pub(super) fn new(fabric: Fabric, batch: Arc<Batch>) -> Self {
-        Self { fabric, batch, bell: None, fenced: false, ended: false }
+        Self { fabric, batch, bell: None, spins: true, fenced: false, ended: false }
     }
 
     /// Makes the drop a fence: once it returns, nothing of the batch writes its local ranges any more. It blocks for
@@ -298,12 +310,17 @@ impl Running {
         self
     }
 
+    /// Whether it looks again and again before it waits, or who waits for several does: see [`Fabric::first_of`].
+    pub(crate) fn spins(&mut self, spins: bool) {
+        self.spins = spins;
+    }
+
     /// Waits for news and appends the transfers that are complete to `done`; whether more are to come.
     ///
     /// # Errors
     /// With the fabric's reason, once nothing of the batch is posted any more.
     pub(crate) async fn next(&mut self, done: &mut Vec<u32>) -> Result<bool, Arc<str>> {
-        let mut spun = false;
+        let mut spun = !self.spins;
         let more = poll_fn(|context| {
             loop {
                 let mut state = self.batch.state();

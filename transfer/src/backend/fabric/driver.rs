@@ -94,6 +94,13 @@ pub(crate) struct Piece {
     pub(crate) local: LocalRange,
 }
 
+/// Most pieces of one operation, at least 1.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct PiecesMax {
+    pub(crate) read: usize,
+    pub(crate) write: usize,
+}
+
 /// Why a library cannot be used, or a call of it failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{what}")]
@@ -187,9 +194,9 @@ pub(crate) trait Driver {
         op: u64,
     ) -> Result<(), PostError>;
 
-    /// Most pieces of one operation, at least 1: each saves what an operation of its own would cost.
-    fn pieces_max(&self) -> usize {
-        1
+    /// Most pieces of one operation: each saves what an operation of its own would cost.
+    fn pieces_max(&self) -> PiecesMax {
+        PiecesMax { read: 1, write: 1 }
     }
 
     /// As `read`, of 1 to `pieces_max` pieces with one local registration, reported as one operation of all their bytes.

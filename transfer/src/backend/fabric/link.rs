@@ -18,7 +18,6 @@ use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use futures_util::StreamExt;
 use futures_util::stream::FuturesOrdered;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
@@ -37,6 +36,7 @@ use crate::backend::handshake::Route;
 use crate::backend::{Fault, Pair, ReadJob};
 use crate::error::{LinkError, Refusal};
 use crate::memory::MemorySpan;
+use crate::random::random_u64;
 use crate::session::{Descriptor, Destination};
 use crate::slab::Slot;
 use crate::wire::ask::ASK_MAX_BLOCKS;
@@ -294,16 +294,21 @@ impl FabricLink {
     /// Reads blocks through buffers; those that failed their digest.
     async fn read_loads(&self, job: &ReadJob<'_>, loads: &[Load]) -> Result<Vec<usize>, Fault> {
         let mut landing = Landing::new(job);
+        if let [only] = loads {
+            let (load, buffer) = self.fetch(job, only, true).await?;
+            landing.take(load, self.fabric.landing().memory(), buffer.offset);
+            return Ok(landing.corrupt);
+        }
         let mut waiting = loads.iter();
         // In order, and started in order: the first of them always has its buffer, so reads cannot starve each other.
         let mut under_way = FuturesOrdered::new();
-        under_way.extend(waiting.by_ref().take(LOADS_AT_ONCE).map(|load| self.fetch(job, load)));
+        under_way.extend(waiting.by_ref().take(LOADS_AT_ONCE).map(|load| self.fetch(job, load, false)));
         let mut unyielded = 0;
-        while let Some(fetched) = under_way.next().await {
+        while let Some(fetched) = self.fabric.first_of(&mut under_way).await {
             let (load, buffer) = fetched?;
             landing.take(load, self.fabric.landing().memory(), buffer.offset);
             drop(buffer);
-            under_way.extend(waiting.next().map(|load| self.fetch(job, load)));
+            under_way.extend(waiting.next().map(|load| self.fetch(job, load, false)));
             unyielded += load.bytes;
             if unyielded >= YIELD_BYTES {
                 unyielded = 0;
@@ -313,8 +318,13 @@ impl FabricLink {
         Ok(landing.corrupt)
     }
 
-    /// Fills a buffer.
-    async fn fetch<'a>(&self, job: &ReadJob<'_>, load: &'a Load) -> Result<(&'a Load, Buffer), Fault> {
+    /// Fills a buffer, `alone` or while others are being filled.
+    async fn fetch<'a>(
+        &self,
+        job: &ReadJob<'_>,
+        load: &'a Load,
+        alone: bool,
+    ) -> Result<(&'a Load, Buffer), Fault> {
         // Without its first buffer a read does not move; later ones keep it moving.
         let queued = job.progress.moved() == 0;
         if queued {
@@ -328,7 +338,7 @@ impl FabricLink {
         let local = self.register_host(&slot.memory().span()).await.map_err(unable)?;
         let (id, offset) = (local.id, slot.offset() + DATA_AT);
         if load.packed {
-            let running = self.receive(job, load, slot, local).await?;
+            let running = self.receive(job, (load, alone), slot, local).await?;
             return Ok((load, Buffer { offset, _running: running }));
         }
         let keep = Box::new((slot, local));
@@ -343,6 +353,7 @@ impl FabricLink {
         }
         let batch = Batch::new(self.peer.clone(), transfers, keep);
         let mut running = self.fabric.submit(batch).await.map_err(broken)?;
+        running.spins(alone);
         running.end().await.map_err(broken)?;
         let unverified =
             load.parts.iter().map(|part| part.block).filter(|index| job.expected(*index).is_none());
@@ -354,7 +365,7 @@ impl FabricLink {
     async fn receive(
         &self,
         job: &ReadJob<'_>,
-        load: &Load,
+        (load, alone): (&Load, bool),
         slot: Slot,
         registered: Arc<Registration>,
     ) -> Result<Running, Fault> {
@@ -367,6 +378,7 @@ impl FabricLink {
         let mut running;
         if self.asks(blocks.len()) {
             running = self.ask((Kind::Pack, tag), job.handoff, blocks, batch).await?;
+            running.spins(alone);
             running.end().await.map_err(broken)?;
         } else {
             running = self.fabric.submit(batch).await.map_err(broken)?;
@@ -461,10 +473,7 @@ struct Buffer {
 }
 
 fn tag() -> Result<u64, Fault> {
-    let mut bytes = [0; 8];
-    rustix::rand::getrandom(&mut bytes, rustix::rand::GetRandomFlags::empty())
-        .map_err(|errno| LinkError::io("asking for random bytes")(errno.into()))?;
-    Ok(u64::from_le_bytes(bytes))
+    random_u64().map_err(|error| LinkError::io("asking for random bytes")(error).into())
 }
 
 #[cfg(test)]

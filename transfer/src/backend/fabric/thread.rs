@@ -15,9 +15,13 @@ mod queue;
 mod sleep;
 mod turns;
 
+use std::future::poll_fn;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
+use std::task::{Context, Poll, Wake, Waker};
 use std::thread::JoinHandle;
 
+use futures_util::{Stream, StreamExt};
 use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -373,13 +377,31 @@ impl Fabric {
             return self.0.queue.push(command, Some(room)).map_err(|_| gone(self.0.kind));
         };
         self.0.queue.leave(command, Some(room)).map_err(|_| gone(self.0.kind))?;
-        turns.take(true);
+        turns.take_all();
         Ok(())
     }
 
     /// Whether tasks take turns at the driver.
     pub(super) fn takes_turns(&self) -> bool {
         self.0.turns.is_some()
+    }
+
+    /// The next of `stream`, whose parts wait for batches without looking again and again: that is done here, for all.
+    pub(super) async fn first_of<S: Stream + Unpin>(&self, stream: &mut S) -> Option<S::Item> {
+        let mut looks = self.takes_turns();
+        poll_fn(|context| {
+            while std::mem::take(&mut looks) {
+                let woken = Arc::new(Woken::default());
+                let waker = Waker::from(Arc::clone(&woken));
+                if let Poll::Ready(next) = stream.poll_next_unpin(&mut Context::from_waker(&waker)) {
+                    return Poll::Ready(next);
+                }
+                self.spin(|| woken.is());
+                looks = woken.is();
+            }
+            stream.poll_next_unpin(context)
+        })
+        .await
     }
 
     /// Takes turns for a moment, where that is likely to pay, until `came`.
@@ -403,6 +425,22 @@ impl Drop for Inner {
         {
             tracing::error!(kind = %self.kind, "the progress thread panicked");
         }
+    }
+}
+
+/// Notes that something came that a task would be woken for.
+#[derive(Default)]
+struct Woken(AtomicBool);
+
+impl Woken {
+    fn is(&self) -> bool {
+        self.0.load(Ordering::Acquire)
+    }
+}
+
+impl Wake for Woken {
+    fn wake(self: Arc<Self>) {
+        self.0.store(true, Ordering::Release);
     }
 }
 

@@ -10,6 +10,8 @@ pub(super) trait Work {
     fn bytes(&self, transfer: usize) -> usize;
     /// Whether one may become several operations. A message may not.
     fn splits(&self) -> bool;
+    /// Whether they go to the peer.
+    fn writes(&self) -> bool;
     /// Whether one may share an operation with the one before it.
     fn joins(&self, transfer: usize) -> bool;
 }
@@ -24,7 +26,9 @@ pub(super) struct Bounds {
     /// Bytes of one operation, where it can be split.
     pub(super) op_bytes: usize,
     /// Transfers that one operation may be of, at least 1.
-    pub(super) pieces: usize,
+    pub(super) read_pieces: usize,
+    /// See `read_pieces`.
+    pub(super) write_pieces: usize,
 }
 
 /// One operation to post: a part of a transfer, or several whole ones.
@@ -59,7 +63,7 @@ struct Waiting<W> {
 impl<W: Work> Window<W> {
     pub(super) fn new(bounds: Bounds) -> Self {
         debug_assert!(
-            bounds.ops > 0 && bounds.bytes > 0 && bounds.op_bytes > 0 && bounds.pieces > 0,
+            bounds.ops > 0 && bounds.bytes > 0 && bounds.op_bytes > 0,
             "{bounds:?} let nothing through"
         );
         Self { bounds, ops: 0, bytes: 0, waiting: VecDeque::new() }
@@ -81,7 +85,8 @@ impl<W: Work> Window<W> {
         let mut part = Part { transfer: *transfer, count: 1, offset: *offset, len };
         if work.splits() && *offset == 0 && len == left {
             let room = self.bounds.op_bytes.min(self.bounds.bytes.saturating_sub(self.bytes));
-            while part.count < self.bounds.pieces {
+            let most = if work.writes() { self.bounds.write_pieces } else { self.bounds.read_pieces };
+            while part.count < most {
                 let next = transfer + part.count;
                 if next == work.transfers() || !work.joins(next) || part.len + work.bytes(next) > room {
                     break;

@@ -24,7 +24,7 @@ use super::select;
 use super::sinks::Sinks;
 use super::slots::Slots;
 use crate::backend::fabric::driver::{
-    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PostError,
+    Access, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange, PeerId, Piece, PiecesMax, PostError,
     REQUEST_MAX_BYTES, RemoteId,
 };
 use crate::backend::sockets;
@@ -489,8 +489,8 @@ impl Driver for LibfabricDriver {
         self.write_pieces(peer, &[Piece { remote, offset: to_offset, local: from }], op)
     }
 
-    fn pieces_max(&self) -> usize {
-        self.pieces_max
+    fn pieces_max(&self) -> PiecesMax {
+        PiecesMax { read: self.pieces_max, write: self.pieces_max }
     }
 
     fn read_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {

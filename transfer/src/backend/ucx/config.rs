@@ -90,6 +90,9 @@ impl Context {
             ("PUT_ENABLE", put),
             ("TCP_RX_SEG_SIZE", TCP_PIECE),
             ("RX_SEG_SIZE", TCP_PIECE),
+            // For answers to several pieces at once: the default lets 6 through.
+            ("TCP_MAX_IOV", "16"),
+            ("MAX_IOV", "16"),
         ];
         if !one_sided {
             // UCX takes `cma` for a rendezvous only if a sender can take its memory back, which `cma` cannot, unless it

@@ -135,6 +135,10 @@ impl Core {
                 break;
             }
             any = true;
+            // Who waits for it takes it while it is in a cache; the rest comes with the next poll.
+            if !self.ended.borrow().is_empty() {
+                break;
+            }
         }
         any
     }
@@ -214,14 +218,19 @@ impl Core {
         if let Some(moved) = moved {
             job.moved = moved;
         }
-        // A request that was not sent is not answered.
-        if job.status != UCS_OK && job.nonce != 0 {
-            job.nonce = 0;
-            job.parts = job.parts.saturating_sub(1);
-        }
         self.slots.set(index, job);
         if job.parts == 0 {
             self.ended.borrow_mut().push_back(index);
+        }
+    }
+
+    /// Awaits no answer to a job any more. What its pieces were given before stays.
+    pub(super) fn stop_waiting(&self, index: u32, status: ucs_status_t) {
+        let Some(mut job) = self.slots.job(index).filter(|job| job.unanswered != 0) else { return };
+        let left = std::mem::take(&mut job.unanswered).count_ones();
+        self.slots.set(index, job);
+        for _ in 0..left {
+            self.part_done(index, status, None);
         }
     }
 
@@ -297,6 +306,10 @@ unsafe extern "C" fn sent(request: *mut c_void, status: ucs_status_t, slot: *mut
     let slot = unsafe { &*slot.cast::<Slot>() };
     // SAFETY: as above.
     let core = unsafe { &*slot.core };
+    if status != UCS_OK {
+        // A request that was not sent is not answered.
+        core.stop_waiting(slot.index, status);
+    }
     core.part_done(slot.index, status, None);
     // SAFETY: the request of this callback, freed once.
     unsafe { (core.context.api.ucp_request_free)(request) };

@@ -9,8 +9,8 @@ use std::rc::Rc;
 use std::time::{Duration, Instant};
 
 use baton_ucx_sys::{
-    Api, UCS_ERR_CANCELED, UCS_ERR_NO_MEMORY, UCS_ERR_NO_RESOURCE, UCS_OK, is_request, status_of,
-    ucs_status_t,
+    Api, UCS_ERR_CANCELED, UCS_ERR_NO_MEMORY, UCS_ERR_NO_RESOURCE, UCS_OK, is_request, status_of, ucp_ep_h,
+    ucp_rkey_h, ucs_status_t,
 };
 
 use super::address::Form;
@@ -18,12 +18,14 @@ use super::config::Context;
 use super::core::Core;
 use super::peer::{self, Peer, Reach, Remote};
 use super::region::Region;
-use super::slots::{Job, Work};
+use super::slots::{Job, Place, Work};
 use super::{
     ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange,
-    MemorySpan, PeerId, PostError, REQUEST_MAX_BYTES, RemoteId, UcxOptions, describe, frame,
+    MemorySpan, PIECES_MAX, PeerId, Piece, PiecesMax, PostError, REQUEST_MAX_BYTES, RemoteId, UcxOptions,
+    describe, frame,
 };
 use crate::backend::sockets;
+use crate::random::random_u64;
 
 /// See [`UcxDriver::patience`].
 const PATIENCE: Duration = Duration::from_secs(10);
@@ -55,7 +57,6 @@ pub(super) struct UcxDriver {
     done: Vec<Done>,
     /// Why nothing works any more.
     pub(super) dead: Option<String>,
-    random: Random,
 }
 
 // SAFETY: nothing outside of it holds a part of it, so that its reference counts and cells go with it; and the worker is
@@ -108,7 +109,6 @@ impl UcxDriver {
             receives: HashMap::new(),
             done: Vec::new(),
             dead: None,
-            random: Random::default(),
         })
     }
 
@@ -145,58 +145,70 @@ impl UcxDriver {
         region.at(range.offset as u64, range.len).filter(|_| range.len <= longest).ok_or(PostError::Range)
     }
 
-    fn post(
-        &mut self,
-        work: Work,
-        (peer, remote): (PeerId, RemoteId),
-        offset: u64,
-        range: LocalRange,
-        op: u64,
-    ) -> Result<(), PostError> {
-        let address = self.local(range)?;
-        let nonce = self.random.next();
-        let target = self.usable(peer)?;
-        let key = target.remotes.get(&remote.0).ok_or(PostError::Range)?;
-        if !key.fits(offset, range.len) {
+    fn post(&mut self, work: Work, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
+        let (Some(first), true) = (pieces.first(), pieces.len() <= PIECES_MAX) else {
             return Err(PostError::Range);
+        };
+        let mut places = [Place::default(); PIECES_MAX];
+        let mut targets = [None; PIECES_MAX];
+        let target = self.usable(peer)?;
+        for (piece, (place, target_of)) in pieces.iter().zip(places.iter_mut().zip(&mut targets)) {
+            let key =
+                target.remotes.get(&piece.remote.0).filter(|key| key.fits(piece.offset, piece.local.len));
+            let reach = key.ok_or(PostError::Range)?.reach;
+            if piece.local.id != first.local.id {
+                return Err(PostError::Range);
+            }
+            *place = Place { address: self.local(piece.local)?, len: piece.local.len };
+            *target_of = Some(reach);
         }
         let mut job = Job::new(work, op, Some(peer.0));
-        (job.region, job.remote) = (Some(range.id.0), Some(remote.0));
-        (job.address, job.len) = (address, range.len);
-        let (ep, reach) = (target.ep, key.reach);
-        match (reach.target(offset), reach) {
-            (Some(target), _) => {
-                (job.nonce, job.parts) = (nonce, 2);
-                if work == Work::Read {
-                    self.core.post_read(ep, job, &target)?;
-                } else {
-                    self.core.post_write(ep, job, &target)?;
+        job.region = Some(first.local.id.0);
+        (job.address, job.len) = (places[0].address, pieces.iter().map(|piece| piece.local.len).sum());
+        let ep = target.ep;
+        match targets[0] {
+            Some(Reach::OneSided { base, key }) if pieces.len() == 1 => {
+                job.remote = Some(first.remote.0);
+                self.post_one_sided(ep, job, base + first.offset, key)?;
+            }
+            Some(Reach::Messages { .. }) => {
+                (job.nonce, job.parts) = (random(), 1 + pieces.len() as u8);
+                job.unanswered = (1u16 << pieces.len()).wrapping_sub(1) as u8;
+                let mut asked = Vec::with_capacity(PIECES_MAX);
+                for (piece, reach) in pieces.iter().zip(targets.iter().flatten()) {
+                    asked.push(reach.target(piece.offset).ok_or(PostError::Range)?);
+                }
+                match (work, &asked[..]) {
+                    (Work::Read, _) => self.core.post_read(ep, job, &asked, places)?,
+                    (_, [target]) => self.core.post_write(ep, job, target)?,
+                    _ => return Err(PostError::Range),
                 }
             }
-            (None, Reach::OneSided { base, key }) => {
-                let slot = self.core.start(job).ok_or(PostError::Again)?;
-                let params = self.core.params(slot, job.region);
-                let api = &self.core.context.api;
-                let memory = std::ptr::with_exposed_provenance_mut::<c_void>(address);
-                let at = base + offset;
-                let result = if work == Work::Read {
-                    // SAFETY: endpoint and key live; the range is within the registration and stays until the callback.
-                    unsafe { (api.ucp_get_nbx)(ep, memory, range.len, at, key, &raw const params) }
-                } else {
-                    // SAFETY: as above.
-                    unsafe { (api.ucp_put_nbx)(ep, memory, range.len, at, key, &raw const params) }
-                };
-                self.core.posted(slot.index, result)?;
-            }
-            (None, Reach::Messages { .. }) => return Err(PostError::Range),
+            Some(Reach::OneSided { .. }) | None => return Err(PostError::Range),
         }
         if let Some(peer) = self.peers.get_mut(&peer.0) {
             peer.posted += 1;
-            if let Some(key) = peer.remotes.get_mut(&remote.0) {
+            if let Some(key) = job.remote.and_then(|remote| peer.remotes.get_mut(&remote)) {
                 key.in_use += 1;
             }
         }
         Ok(())
+    }
+
+    /// Posts UCX's own read or write.
+    fn post_one_sided(&self, ep: ucp_ep_h, job: Job, at: u64, key: ucp_rkey_h) -> Result<(), PostError> {
+        let slot = self.core.start(job).ok_or(PostError::Again)?;
+        let params = self.core.params(slot, job.region);
+        let api = &self.core.context.api;
+        let memory = std::ptr::with_exposed_provenance_mut::<c_void>(job.address);
+        let result = if job.work == Work::Read {
+            // SAFETY: endpoint and key live; the range is within the registration and stays until the callback.
+            unsafe { (api.ucp_get_nbx)(ep, memory, job.len, at, key, &raw const params) }
+        } else {
+            // SAFETY: as above.
+            unsafe { (api.ucp_put_nbx)(ep, memory, job.len, at, key, &raw const params) }
+        };
+        self.core.posted(slot.index, result)
     }
 
     /// Takes up what ended. Returns whether anything did.
@@ -443,7 +455,7 @@ impl Driver for UcxDriver {
             return Err(error);
         }
         let mut region = Region::map(&self.core.context, span, access)?;
-        region.secret = u128::from(self.random.next()) << 64 | u128::from(self.random.next());
+        region.secret = u128::from(random()) << 64 | u128::from(random());
         let id = self.next_id();
         let key = match access {
             Access::Local => Ok(Vec::new()),
@@ -508,7 +520,7 @@ impl Driver for UcxDriver {
         to: LocalRange,
         op: u64,
     ) -> Result<(), PostError> {
-        self.post(Work::Read, (peer, remote), from_offset, to, op)
+        self.post(Work::Read, peer, &[Piece { remote, offset: from_offset, local: to }], op)
     }
 
     fn write(
@@ -519,7 +531,16 @@ impl Driver for UcxDriver {
         from: LocalRange,
         op: u64,
     ) -> Result<(), PostError> {
-        self.post(Work::Write, (peer, remote), to_offset, from, op)
+        self.post(Work::Write, peer, &[Piece { remote, offset: to_offset, local: from }], op)
+    }
+
+    fn pieces_max(&self) -> PiecesMax {
+        let read = if self.core.context.one_sided { 1 } else { PIECES_MAX };
+        PiecesMax { read, write: 1 }
+    }
+
+    fn read_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
+        self.post(Work::Read, peer, pieces, op)
     }
 
     fn send(&mut self, peer: PeerId, tag: u64, from: LocalRange, op: u64) -> Result<(), PostError> {
@@ -620,41 +641,19 @@ impl Drop for UcxDriver {
 
 /// Ends the jobs that wait for an answer of a peer; those whose answer is already arriving end with it.
 fn stop_waiting(core: &Core, peer: u32, status: ucs_status_t) {
-    for (index, mut job) in core.slots.busy() {
-        if job.peer == Some(peer) && job.nonce != 0 {
-            job.nonce = 0;
-            core.slots.set(index, job);
-            core.part_done(index, status, None);
+    for (index, job) in core.slots.busy() {
+        if job.peer == Some(peer) {
+            core.stop_waiting(index, status);
         }
     }
 }
 
-/// Unguessable numbers, never 0.
-#[derive(Default)]
-struct Random {
-    pool: Vec<u64>,
-}
-
-impl Random {
-    fn next(&mut self) -> u64 {
-        loop {
-            match self.pool.pop() {
-                Some(0) => {}
-                Some(number) => return number,
-                None => self.refill(),
-            }
+/// A number that nobody can guess, never 0.
+fn random() -> u64 {
+    loop {
+        // The system has always more.
+        if let Ok(number @ 1..) = random_u64() {
+            return number;
         }
-    }
-
-    fn refill(&mut self) {
-        let mut bytes = [0; 256];
-        let mut filled = 0;
-        while filled < bytes.len() {
-            let flags = rustix::rand::GetRandomFlags::empty();
-            filled += rustix::rand::getrandom(&mut bytes[filled..], flags).unwrap_or(0);
-        }
-        let numbers =
-            bytes.chunks_exact(8).map(|chunk| u64::from_le_bytes(chunk.try_into().unwrap_or_default()));
-        self.pool.extend(numbers);
     }
 }

@@ -2,8 +2,8 @@
 //!
 //! ```text
 //! MESSAGE tag, bytes                                    ► lands where the tag is awaited, else dropped
-//! READ    slot, nonce, region, flags, secret, range     ► ANSWER slot, nonce, status, bytes
-//! WRITE   slot, nonce, region, flags, secret, range, bytes (eager) ► ANSWER slot, nonce, status
+//! READ    slot, nonce; pieces: region, flags, secret, range        ► for some: ANSWER slot, which, nonce, status, bytes
+//! WRITE   slot, nonce, region, flags, secret, range, bytes (eager) ► ANSWER slot, 0, nonce, status
 //! ```
 //! The owner answers inside the callback, where the endpoint UCX gives for answers certainly lives. Nonces are random,
 //! so only who got the request can answer it. Bytes by rendezvous are taken up outside of the callback.
@@ -12,13 +12,18 @@ use std::ffi::c_void;
 
 use baton_ucx_sys::{
     UCP_AM_RECV_ATTR_FIELD_REPLY_EP, UCP_AM_RECV_ATTR_FLAG_RNDV, UCP_AM_SEND_FLAG_EAGER,
-    UCP_AM_SEND_FLAG_REPLY, UCP_AM_SEND_FLAG_RNDV, UCP_OP_ATTR_FIELD_FLAGS, UCS_INPROGRESS, UCS_OK,
-    is_request, status_of, ucp_am_recv_callback_t, ucp_am_recv_param_t, ucp_ep_h, ucs_status_t,
+    UCP_AM_SEND_FLAG_REPLY, UCP_AM_SEND_FLAG_RNDV, UCP_DATATYPE_IOV, UCP_OP_ATTR_FIELD_DATATYPE,
+    UCP_OP_ATTR_FIELD_FLAGS, UCP_OP_ATTR_FIELD_MEMORY_TYPE, UCS_INPROGRESS, UCS_MEMORY_TYPE_HOST, UCS_OK,
+    is_request, status_of, ucp_am_recv_callback_t, ucp_am_recv_param_t, ucp_dt_iov_t, ucp_ep_h,
+    ucp_request_param_t, ucs_status_t,
 };
 
 use super::core::Core;
-use super::slots::{HEADER_WORDS, Job, Work};
-use super::{Access, PostError, REQUEST_MAX_BYTES};
+use super::slots::{HEADER_WORDS, Job, PIECE_WORDS, Place, Slot, Work};
+use super::{Access, PIECES_MAX, PostError, REQUEST_MAX_BYTES};
+
+/// Which form the messages have.
+pub(super) const VERSION: &str = "v2";
 
 const MESSAGE: u32 = 0;
 const READ: u32 = 1;
@@ -36,6 +41,11 @@ const REQUESTS_MAX: usize = 4096;
 /// Longest read, write or message: an eager write is assembled in memory at the peer.
 pub(super) const BYTES_MAX: usize = 16 << 20;
 
+/// Shorter pieces are answered together, in messages of no more than so many bytes: each message costs system calls and
+/// a packet that is not full on either side. Longer ones are taken by rendezvous where that is quicker.
+const TOGETHER_BELOW_BYTES: usize = 128 << 10;
+const TOGETHER_BYTES: usize = 256 << 10;
+
 /// Statuses of ours, below all of UCX's.
 pub(super) const REFUSED: ucs_status_t = -101;
 pub(super) const MISFIT: ucs_status_t = -102;
@@ -46,6 +56,7 @@ const FLAG_RENDEZVOUS: u32 = 1;
 /// A message whose bytes are still with their sender.
 pub(super) struct Arrival {
     slot: u32,
+    to: Place,
     data: *mut c_void,
     len: usize,
 }
@@ -60,16 +71,23 @@ pub(super) struct Target {
 
 type Header = [u64; HEADER_WORDS];
 
-fn request_header(slot: u32, job: &Job, target: &Target, flags: u32) -> Header {
+/// What names a range of a registration.
+fn piece_words(target: &Target, flags: u32, len: usize) -> [u64; PIECE_WORDS] {
     [
-        u64::from(slot),
-        job.nonce,
         u64::from(target.region) | u64::from(flags) << 32,
         target.secret as u64,
         (target.secret >> 64) as u64,
         target.offset,
-        job.len as u64,
+        len as u64,
     ]
+}
+
+/// Who asks for a piece, and what for.
+fn request_header(asker: [u64; 2], piece: [u64; PIECE_WORDS]) -> Header {
+    let mut header = [0; HEADER_WORDS];
+    header[..2].copy_from_slice(&asker);
+    header[2..].copy_from_slice(&piece);
+    header
 }
 
 impl Core {
@@ -80,46 +98,87 @@ impl Core {
         let mut header = [0; HEADER_WORDS];
         header[0] = tag.to_le();
         slot.header.set(header);
-        self.send(ep, MESSAGE, slot.index, job, flags)
+        self.send(ep, MESSAGE, slot, Place { address: job.address, len: job.len }, flags)
     }
 
     /// Posts a request of the core above: an eager message that nobody has to await.
     pub(super) fn post_request(&self, ep: ucp_ep_h, job: Job) -> Result<(), PostError> {
         let slot = self.start(job).ok_or(PostError::Again)?;
         slot.header.set([0; HEADER_WORDS]);
-        self.send(ep, REQUEST, slot.index, job, UCP_AM_SEND_FLAG_EAGER)
+        self.send(ep, REQUEST, slot, Place { address: job.address, len: job.len }, UCP_AM_SEND_FLAG_EAGER)
     }
 
-    /// Posts a read: the request, which the owner answers with the bytes.
-    pub(super) fn post_read(&self, ep: ucp_ep_h, job: Job, target: &Target) -> Result<(), PostError> {
+    /// Posts a read: the request, which the owner answers with the bytes of each piece.
+    pub(super) fn post_read(
+        &self,
+        ep: ucp_ep_h,
+        job: Job,
+        pieces: &[Target],
+        places: [Place; PIECES_MAX],
+    ) -> Result<(), PostError> {
         let flags = if self.is_host(job.region) { 0 } else { FLAG_RENDEZVOUS };
         let slot = self.start(job).ok_or(PostError::Again)?;
-        slot.header.set(request_header(slot.index, &job, target, flags).map(u64::to_le));
-        let bare = Job { len: 0, ..job };
-        self.send(ep, READ, slot.index, bare, UCP_AM_SEND_FLAG_REPLY)
+        slot.places.set(places);
+        slot.header.set(request_header([u64::from(slot.index), job.nonce], [0; PIECE_WORDS]).map(u64::to_le));
+        let mut wanted = [[0; PIECE_WORDS]; PIECES_MAX];
+        for (words, (target, place)) in wanted.iter_mut().zip(pieces.iter().zip(&places)) {
+            *words = piece_words(target, flags, place.len).map(u64::to_le);
+        }
+        slot.wanted.set(wanted);
+        let asked = Place {
+            address: slot.wanted.as_ptr().expose_provenance(),
+            len: pieces.len() * PIECE_WORDS * size_of::<u64>(),
+        };
+        self.send(ep, READ, slot, asked, UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER)
     }
 
     /// Posts a write: the bytes, which the owner acknowledges once they are in place.
     pub(super) fn post_write(&self, ep: ucp_ep_h, job: Job, target: &Target) -> Result<(), PostError> {
         let slot = self.start(job).ok_or(PostError::Again)?;
-        slot.header.set(request_header(slot.index, &job, target, 0).map(u64::to_le));
-        self.send(ep, WRITE, slot.index, job, UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER)
+        let header = request_header([u64::from(slot.index), job.nonce], piece_words(target, 0, job.len));
+        slot.header.set(header.map(u64::to_le));
+        let bytes = Place { address: job.address, len: job.len };
+        self.send(ep, WRITE, slot, bytes, UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER)
     }
 
-    /// Sends the header of a slot and the bytes of its job.
-    fn send(&self, ep: ucp_ep_h, id: u32, index: u32, job: Job, flags: u32) -> Result<(), PostError> {
-        let Some(slot) = self.slot(index) else { return Err(PostError::Again) };
-        let mut params = self.params(slot, job.region.filter(|_| job.len > 0));
+    /// Sends the header of a slot and `bytes`: of its job's registration or, with a read, of itself.
+    fn send(&self, ep: ucp_ep_h, id: u32, slot: &Slot, bytes: Place, flags: u32) -> Result<(), PostError> {
+        let region = slot.job.get().and_then(|job| job.region).filter(|_| bytes.len > 0 && id != READ);
+        let mut params = self.params(slot, region);
         params.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;
         params.flags = flags;
+        self.send_with(ep, id, slot, bytes, &params)
+    }
+
+    /// Sends the header of a slot and its `count` parts, which are host memory of its job's registration.
+    fn send_parts(&self, ep: ucp_ep_h, id: u32, slot: &Slot, count: usize) -> Result<(), PostError> {
+        let mut params = self.params(slot, None);
+        params.op_attr_mask |=
+            UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_DATATYPE | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
+        params.flags = UCP_AM_SEND_FLAG_EAGER;
+        params.datatype = UCP_DATATYPE_IOV;
+        params.memory_type = UCS_MEMORY_TYPE_HOST;
+        let parts = Place { address: slot.parts.as_ptr().expose_provenance(), len: count };
+        self.send_with(ep, id, slot, parts, &params)
+    }
+
+    fn send_with(
+        &self,
+        ep: ucp_ep_h,
+        id: u32,
+        slot: &Slot,
+        bytes: Place,
+        params: &ucp_request_param_t,
+    ) -> Result<(), PostError> {
         let words = match id {
             MESSAGE | REQUEST => 1,
+            READ => 2,
             ANSWER => 3,
             _ => HEADER_WORDS,
         };
-        let bytes = match job.len {
+        let from = match bytes.len {
             0 => std::ptr::null(),
-            _ => std::ptr::with_exposed_provenance::<c_void>(job.address),
+            _ => std::ptr::with_exposed_provenance::<c_void>(bytes.address),
         };
         // SAFETY: the endpoint lives (it is closed only when its peer goes, or is the one of the running callback);
         // header and bytes stay in place until the callback (core rules 3 and 4).
@@ -129,12 +188,12 @@ impl Core {
                 id,
                 slot.header.as_ptr().cast(),
                 words * size_of::<u64>(),
-                bytes,
-                job.len,
-                &raw const params,
+                from,
+                bytes.len,
+                params,
             )
         };
-        self.posted(index, result)
+        self.posted(slot.index, result)
     }
 
     fn is_host(&self, region: Option<u32>) -> bool {
@@ -158,7 +217,7 @@ impl Core {
                 (self.context.api.ucp_am_recv_data_nbx)(
                     self.worker.get(),
                     arrival.data,
-                    std::ptr::with_exposed_provenance_mut(job.address),
+                    std::ptr::with_exposed_provenance_mut(arrival.to.address),
                     arrival.len,
                     &raw const params,
                 )
@@ -183,13 +242,19 @@ impl Core {
     }
 
     /// Puts arrived bytes where a job wants them, now or (rendezvous) soon.
-    fn land(&self, index: u32, job: &Job, data: *mut c_void, len: usize, rendezvous: bool) -> ucs_status_t {
-        if len > job.len {
+    fn land(
+        &self,
+        (index, job): (u32, &Job),
+        place: Place,
+        (data, len): (*mut c_void, usize),
+        rendezvous: bool,
+    ) -> ucs_status_t {
+        if len > place.len {
             self.part_done(index, MISFIT, None);
             return UCS_OK;
         }
         if rendezvous {
-            self.arrivals.borrow_mut().push_back(Arrival { slot: index, data, len });
+            self.arrivals.borrow_mut().push_back(Arrival { slot: index, to: place, data, len });
             return UCS_INPROGRESS;
         }
         if len > 0 && !self.is_host(job.region) {
@@ -197,7 +262,7 @@ impl Core {
             return UCS_OK;
         }
         if len > 0 {
-            let to = std::ptr::with_exposed_provenance_mut::<u8>(job.address);
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(place.address);
             // SAFETY: `len` bytes of a message, and of host memory of the job (core rule 4), which UCX's buffers are not.
             unsafe { std::ptr::copy_nonoverlapping(data.cast::<u8>(), to, len) };
         }
@@ -206,16 +271,16 @@ impl Core {
     }
 
     /// Where the range of a request is, if the requester may have it.
-    fn allowed(&self, header: &Header, access: Access) -> Option<(u32, usize, usize)> {
-        let id = header[2] as u32;
-        let secret = u128::from(header[3]) | u128::from(header[4]) << 64;
-        let len = usize::try_from(header[6]).ok().filter(|len| *len <= BYTES_MAX)?;
+    fn allowed(&self, piece: &[u64; PIECE_WORDS], access: Access) -> Option<(u32, usize, usize)> {
+        let id = piece[0] as u32;
+        let secret = u128::from(piece[1]) | u128::from(piece[2]) << 64;
+        let len = usize::try_from(piece[4]).ok().filter(|len| *len <= BYTES_MAX)?;
         let regions = self.regions.borrow();
         let region = regions.get(&id).filter(|region| region.gone.is_none())?;
         if region.access != access || region.secret != secret {
             return None;
         }
-        Some((id, region.at(header[5], len)?, len))
+        Some((id, region.at(piece[3], len)?, len))
     }
 
     /// The endpoints of answers under way with bytes of such regions; they are the caller's to close, once.
@@ -245,18 +310,85 @@ impl Core {
         self.slots.busy().iter().any(|(index, job)| job.parts > 0 && !waits(*index, job))
     }
 
+    /// Answers a request for pieces: small ones of one registration together, as long as they are all there is to say.
+    fn serve(&self, ep: ucp_ep_h, asker: [u64; 2], pieces: &[[u64; PIECE_WORDS]]) {
+        let mut first = 0;
+        while let Some(piece) = pieces.get(first) {
+            let mut job = Job::new(Work::Serve, 0, None);
+            let Some((region, address, len)) = self.allowed(piece, Access::RemoteRead) else {
+                self.answer(ep, &about(asker, first, 1), REFUSED, job, 0);
+                first += 1;
+                continue;
+            };
+            (job.region, job.address, job.len) = (Some(region), address, len);
+            let rendezvous = asks_rendezvous(piece) || !self.is_host(job.region);
+            let mut parts = [Place { address, len }; PIECES_MAX];
+            let mut count = 1;
+            while len < TOGETHER_BELOW_BYTES
+                && !rendezvous
+                && let Some(piece) = pieces.get(first + count)
+                && !asks_rendezvous(piece)
+                && let Some((of, address, len)) = self.allowed(piece, Access::RemoteRead)
+                && of == region
+                && len < TOGETHER_BELOW_BYTES
+                && job.len + len <= TOGETHER_BYTES
+            {
+                parts[count] = Place { address, len };
+                job.len += len;
+                count += 1;
+            }
+            let header = about(asker, first, count);
+            match (count, rendezvous) {
+                (1, true) => self.answer(ep, &header, UCS_OK, job, UCP_AM_SEND_FLAG_RNDV),
+                (1, false) => self.answer(ep, &header, UCS_OK, job, 0),
+                _ => self.answer_together(ep, &header, job, &parts[..count]),
+            }
+            first += count;
+        }
+    }
+
     /// Answers a request; `job` has the bytes.
     pub(super) fn answer(&self, ep: ucp_ep_h, header: &Header, status: ucs_status_t, job: Job, flags: u32) {
-        // A requester that cannot be told runs into its deadline.
-        let job = Job { reply: ep, ..job };
-        let Some(slot) = self.start(job) else { return };
+        let Some(slot) = self.start_answer(ep, header, status, job) else { return };
+        tell_lost(self.send(ep, ANSWER, slot, Place { address: job.address, len: job.len }, flags));
+    }
+
+    /// Answers a request for several pieces with their bytes.
+    fn answer_together(&self, ep: ucp_ep_h, header: &Header, job: Job, pieces: &[Place]) {
+        let Some(slot) = self.start_answer(ep, header, UCS_OK, job) else { return };
+        let mut parts = slot.parts.get();
+        for (part, piece) in parts.iter_mut().zip(pieces) {
+            let buffer = std::ptr::with_exposed_provenance_mut(piece.address);
+            *part = ucp_dt_iov_t { buffer, length: piece.len };
+        }
+        slot.parts.set(parts);
+        tell_lost(self.send_parts(ep, ANSWER, slot, pieces.len()));
+    }
+
+    /// A slot for an answer. A requester that cannot be told runs into its deadline.
+    fn start_answer(&self, ep: ucp_ep_h, header: &Header, status: ucs_status_t, job: Job) -> Option<&Slot> {
+        let slot = self.start(Job { reply: ep, ..job })?;
         let mut answer = [0; HEADER_WORDS];
         answer[..3].copy_from_slice(&[header[0], header[1], status as u8 as u64]);
         slot.header.set(answer.map(u64::to_le));
-        if self.send(ep, ANSWER, slot.index, job, flags).is_err() {
-            tracing::debug!(library = "ucx", "a peer went before it was answered");
-        }
+        Some(slot)
     }
+}
+
+fn tell_lost(sent: Result<(), PostError>) {
+    if sent.is_err() {
+        tracing::debug!(library = "ucx", "a peer went before it was answered");
+    }
+}
+
+/// Who asked, and which of the pieces this is about.
+fn about([slot, nonce]: [u64; 2], first: usize, count: usize) -> Header {
+    let pieces = (first as u64) << 32 | (count as u64 - 1) << 40;
+    request_header([slot | pieces, nonce], [0; PIECE_WORDS])
+}
+
+fn asks_rendezvous(piece: &[u64; PIECE_WORDS]) -> bool {
+    (piece[0] >> 32) as u32 & FLAG_RENDEZVOUS != 0
 }
 
 /// The words of a message's header.
@@ -300,7 +432,7 @@ unsafe extern "C" fn on_message(
     let (rendezvous, _) = unsafe { how(param) };
     let Some(index) = core.awaited.borrow_mut().remove(&header[0]) else { return UCS_OK };
     let Some(job) = core.slots.job(index) else { return UCS_OK };
-    core.land(index, &job, data, len, rendezvous)
+    core.land((index, &job), Place { address: job.address, len: job.len }, (data, len), rendezvous)
 }
 
 unsafe extern "C" fn on_request(
@@ -329,26 +461,31 @@ unsafe extern "C" fn on_read(
     core: *mut c_void,
     header: *const c_void,
     header_len: usize,
-    _data: *mut c_void,
-    _len: usize,
+    data: *mut c_void,
+    len: usize,
     param: *const ucp_am_recv_param_t,
 ) -> ucs_status_t {
     // SAFETY: the core was given as the argument of the handler (core rule 3).
     let core = unsafe { &*core.cast::<Core>() };
     // SAFETY: arguments of this callback.
-    let Some(header) = (unsafe { words(header, header_len, HEADER_WORDS) }) else { return UCS_OK };
+    let Some(asker) = (unsafe { words(header, header_len, 2) }) else { return UCS_OK };
     // SAFETY: as above.
-    let (_, Some(ep)) = (unsafe { how(param) }) else { return UCS_OK };
-    let mut job = Job::new(Work::Serve, 0, None);
-    match core.allowed(&header, Access::RemoteRead) {
-        None => core.answer(ep, &header, REFUSED, job, 0),
-        Some((region, address, len)) => {
-            (job.region, job.address, job.len) = (Some(region), address, len);
-            let asked = (header[2] >> 32) as u32 & FLAG_RENDEZVOUS != 0;
-            let flags = if asked || !core.is_host(Some(region)) { UCP_AM_SEND_FLAG_RNDV } else { 0 };
-            core.answer(ep, &header, UCS_OK, job, flags);
-        }
+    let (rendezvous, Some(ep)) = (unsafe { how(param) }) else { return UCS_OK };
+    if rendezvous || data.is_null() || asker[0] > u64::from(u32::MAX) {
+        return UCS_OK;
     }
+    // SAFETY: `len` bytes of an eager message, until the callback returns.
+    let asked = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) };
+    let (pieces, rest) = asked.as_chunks::<{ PIECE_WORDS * size_of::<u64>() }>();
+    if pieces.len() > PIECES_MAX || !rest.is_empty() {
+        return UCS_OK;
+    }
+    let mut wanted = [[0; PIECE_WORDS]; PIECES_MAX];
+    for (wanted, piece) in wanted.iter_mut().zip(pieces) {
+        let (words, _) = piece.as_chunks::<{ size_of::<u64>() }>();
+        *wanted = std::array::from_fn(|word| u64::from_le_bytes(words[word]));
+    }
+    core.serve(ep, [asker[0], asker[1]], &wanted[..pieces.len()]);
     UCS_OK
 }
 
@@ -367,7 +504,7 @@ unsafe extern "C" fn on_write(
     // SAFETY: as above.
     let (rendezvous, Some(ep)) = (unsafe { how(param) }) else { return UCS_OK };
     let to = core
-        .allowed(&header, Access::RemoteWrite)
+        .allowed(&std::array::from_fn(|word| header[2 + word]), Access::RemoteWrite)
         .filter(|(region, _, wanted)| *wanted == len && !rendezvous && core.is_host(Some(*region)));
     let status = match to {
         None => REFUSED,
@@ -397,26 +534,52 @@ unsafe extern "C" fn on_answer(
     let Some(header) = (unsafe { words(header, header_len, 3) }) else { return UCS_OK };
     // SAFETY: as above.
     let (rendezvous, _) = unsafe { how(param) };
-    let index = header[0] as u32;
-    let Some(mut job) = core.slots.job(index) else { return UCS_OK };
-    if job.nonce == 0 || job.nonce != header[1] {
+    let (index, first) = (header[0] as u32, usize::from((header[0] >> 32) as u8));
+    let count = usize::from((header[0] >> 40) as u8) + 1;
+    if header[0] >> 48 != 0 || first + count > PIECES_MAX {
         return UCS_OK;
     }
-    job.nonce = 0;
+    let pieces = (((1u16 << count) - 1) << first) as u8;
+    let (Some(slot), Some(mut job)) = (core.slot(index), core.slots.job(index)) else { return UCS_OK };
+    if job.unanswered & pieces != pieces || job.nonce != header[1] {
+        return UCS_OK;
+    }
+    job.unanswered &= !pieces;
     core.slots.set(index, job);
+    let fail = |status| {
+        (0..count).for_each(|_| core.part_done(index, status, None));
+        UCS_OK
+    };
     let status = header[2] as u8 as ucs_status_t;
     if status != UCS_OK {
-        core.part_done(index, status.min(-1), None);
-        return UCS_OK;
-    }
-    let expected = if job.work == Work::Read { job.len } else { 0 };
-    if len != expected {
-        core.part_done(index, MISFIT, None);
-        return UCS_OK;
+        return fail(status.min(-1));
     }
     if job.work == Work::Write {
-        core.part_done(index, UCS_OK, Some(job.len));
-        return UCS_OK;
+        return match len {
+            0 => {
+                core.part_done(index, UCS_OK, Some(job.len));
+                UCS_OK
+            }
+            _ => fail(MISFIT),
+        };
     }
-    core.land(index, &job, data, len, rendezvous)
+    let places = slot.places.get();
+    let places = &places[first..first + count];
+    if len != places.iter().map(|place| place.len).sum::<usize>() {
+        return fail(MISFIT);
+    }
+    if let [only] = places {
+        return core.land((index, &job), *only, (data, len), rendezvous);
+    }
+    if rendezvous {
+        return fail(MISFIT);
+    }
+    let mut at = 0;
+    for place in places {
+        // SAFETY: the lengths of the places are that of the message, all together.
+        let bytes = unsafe { data.cast::<u8>().add(at) };
+        core.land((index, &job), *place, (bytes.cast(), place.len), false);
+        at += place.len;
+    }
+    UCS_OK
 }

@@ -2,8 +2,9 @@
 
 use std::cell::{Cell, RefCell};
 
-use baton_ucx_sys::{UCS_OK, ucp_ep_h, ucs_status_t};
+use baton_ucx_sys::{UCS_OK, ucp_dt_iov_t, ucp_ep_h, ucs_status_t};
 
+use super::PIECES_MAX;
 use super::core::Core;
 
 /// Operations of this side, at most.
@@ -12,6 +13,17 @@ pub(super) const OPS_MAX: usize = 4096;
 const SLOTS_MAX: usize = 65_536;
 /// Words of the longest message header.
 pub(super) const HEADER_WORDS: usize = 7;
+/// Words that name a piece.
+pub(super) const PIECE_WORDS: usize = 5;
+/// A bit for each fits into what a job keeps.
+const _: () = assert!(PIECES_MAX <= u8::BITS as usize);
+
+/// Memory of this side that the bytes of an answer go to.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Place {
+    pub(super) address: usize,
+    pub(super) len: usize,
+}
 
 /// What a slot is used for.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -41,8 +53,10 @@ pub(super) struct Job {
     pub(super) len: usize,
     /// Of an answer: the endpoint UCX gave for it, which lives until the answer was sent or failed.
     pub(super) reply: ucp_ep_h,
-    /// Makes an answer to it unguessable; 0: none is awaited.
+    /// Makes an answer to it unguessable.
     pub(super) nonce: u64,
+    /// The pieces whose answers are awaited: a bit for each.
+    pub(super) unanswered: u8,
     /// Callbacks and answers still to come.
     pub(super) parts: u8,
     /// The first error.
@@ -63,6 +77,7 @@ impl Job {
             len: 0,
             reply: std::ptr::null_mut(),
             nonce: 0,
+            unanswered: 0,
             parts: 1,
             status: UCS_OK,
             moved: 0,
@@ -76,6 +91,11 @@ pub(super) struct Slot {
     pub(super) index: u32,
     /// The header of the message, which UCX reads until it was sent.
     pub(super) header: Cell<[u64; HEADER_WORDS]>,
+    /// What a read asks for, which UCX reads like the header, and where each piece goes.
+    pub(super) wanted: Cell<[[u64; PIECE_WORDS]; PIECES_MAX]>,
+    pub(super) places: Cell<[Place; PIECES_MAX]>,
+    /// What an answer to several pieces is made of, which UCX reads until it was sent.
+    pub(super) parts: Cell<[ucp_dt_iov_t; PIECES_MAX]>,
     pub(super) job: Cell<Option<Job>>,
 }
 
@@ -107,6 +127,9 @@ impl Slots {
                     core,
                     index,
                     header: Cell::new([0; HEADER_WORDS]),
+                    wanted: Cell::new([[0; PIECE_WORDS]; PIECES_MAX]),
+                    places: Cell::default(),
+                    parts: Cell::new([ucp_dt_iov_t { buffer: std::ptr::null_mut(), length: 0 }; PIECES_MAX]),
                     job: Cell::new(None),
                 }));
                 index

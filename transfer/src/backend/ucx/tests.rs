@@ -523,4 +523,5 @@ fn a_receive_that_was_cancelled_does_not_take_the_next_one_of_its_tag_along() {
 
 mod hostile;
 mod inside;
+mod pieces;
 mod processes;

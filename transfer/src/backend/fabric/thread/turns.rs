@@ -17,9 +17,9 @@ use std::time::{Duration, Instant};
 
 use tokio_util::sync::CancellationToken;
 
-use super::Queue;
 use super::progress::Progress;
 use super::progress::rest::Rest;
+use super::{Need, Queue};
 use crate::backend::fabric::bell::readable;
 use crate::backend::fabric::driver::Driver;
 use crate::spin::Spin;
@@ -152,6 +152,22 @@ impl Turns {
 
     /// Takes turns for a moment, if that is likely to pay, until `came`.
     pub(super) fn spin(&self, who: Spinner, came: impl Fn() -> bool) -> bool {
+        let found = self.look_again(who, came);
+        if self.is_unarmed() {
+            // Posted by somebody who came in vain, or more was there than was taken.
+            self.take_all();
+        }
+        found
+    }
+
+    /// Takes turns and has the descriptor tell of what comes later. What is too much for a task is the thread's.
+    pub(super) fn take_all(&self) {
+        if self.take(true) == Turned::Busy {
+            self.queue.rouse(Need::Now);
+        }
+    }
+
+    fn look_again(&self, who: Spinner, came: impl Fn() -> bool) -> bool {
         let spin = || self.spins[who as usize].lock().unwrap_or_else(PoisonError::into_inner);
         if !spin().is_worth_it() {
             return false;
@@ -166,14 +182,10 @@ impl Turns {
             found = came();
         }
         spin().tried(found);
-        if self.is_unarmed() {
-            // Posted by somebody who came in vain.
-            self.take(true);
-        }
         found
     }
 
-    /// Whether the descriptor does not tell of all that is under way. Who has the lock now asks the same before going.
+    /// Whether the descriptor does not tell of all that is there or under way. Who has the lock now asks the same before going.
     fn is_unarmed(&self) -> bool {
         let progress = self.progress.try_lock().ok();
         progress.is_some_and(|progress| progress.as_ref().is_some_and(Progress::is_unarmed))

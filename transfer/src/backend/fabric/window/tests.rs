@@ -8,6 +8,7 @@ struct List {
     id: usize,
     lens: Vec<usize>,
     splits: bool,
+    writes: bool,
 }
 
 impl Work for List {
@@ -21,6 +22,10 @@ impl Work for List {
 
     fn splits(&self) -> bool {
         self.splits
+    }
+
+    fn writes(&self) -> bool {
+        self.writes
     }
 
     fn joins(&self, transfer: usize) -> bool {
@@ -48,7 +53,8 @@ impl Model {
         assert!(part.len > 0 && (part.len <= bounds.op_bytes || !list.splits));
         assert!(list.splits || part.len == list.lens[part.transfer], "a message is never split");
         let all = part.transfer..part.transfer + part.count;
-        assert!(part.count >= 1 && part.count <= bounds.pieces, "{} pieces", part.count);
+        let most = if list.writes { bounds.write_pieces } else { bounds.read_pieces };
+        assert!(part.count >= 1 && part.count <= most, "{} pieces", part.count);
         assert!(part.count == 1 || part.len == list.lens[all.clone()].iter().sum::<usize>());
         for transfer in all {
             assert!(transfer == part.transfer || list.joins(transfer));
@@ -81,7 +87,7 @@ fn random_list(id: usize, rng: &mut Rng, bounds: Bounds) -> List {
     let splits = rng.below(4) > 0;
     let longest = if splits { 5 * bounds.op_bytes } else { bounds.bytes };
     let lens = (0..rng.below(12)).map(|_| 1 + rng.below(longest as u64) as usize).collect();
-    List { id, lens, splits }
+    List { id, lens, splits, writes: rng.below(2) > 0 }
 }
 
 fn play(seed: u64) {
@@ -90,7 +96,8 @@ fn play(seed: u64) {
         ops: 1 + rng.below(8) as usize,
         bytes: 64 + rng.below(1000) as usize,
         op_bytes: 1 + rng.below(200) as usize,
-        pieces: 1 + rng.below(4) as usize,
+        read_pieces: 1 + rng.below(4) as usize,
+        write_pieces: 1 + rng.below(4) as usize,
     };
     let mut window = Window::new(bounds);
     let mut model = Model::default();
@@ -141,9 +148,10 @@ fn every_byte_is_posted_once_within_the_bounds_and_nobody_starves() {
 
 #[test]
 fn lists_take_turns() {
-    let mut window = Window::new(Bounds { ops: 100, bytes: 1 << 20, op_bytes: 10, pieces: 1 });
-    window.submit(List { id: 1, lens: vec![25], splits: true });
-    window.submit(List { id: 2, lens: vec![5, 5], splits: true });
+    let mut window =
+        Window::new(Bounds { ops: 100, bytes: 1 << 20, op_bytes: 10, read_pieces: 1, write_pieces: 1 });
+    window.submit(List { id: 1, lens: vec![25], splits: true, writes: false });
+    window.submit(List { id: 2, lens: vec![5, 5], splits: true, writes: false });
     let mut order = Vec::new();
     while let Some((list, part)) = window.next() {
         order.push((list.id, part.offset, part.len));

@@ -143,7 +143,10 @@ fn answers_that_nobody_asked_for_change_nothing() {
     let ep = link.far.driver.peers[&victim.0].ep;
     let address = link.there.span().address();
     link.read(0, 0, 4096, 1).unwrap();
-    for (slot, nonce) in [(0, 0), (0, 1), (0, u64::MAX), (1, 0), (u64::MAX, 5)] {
+    // Also about pieces that were not asked for, and more than there can be.
+    let pieces = |first: u64, more: u64| first << 32 | more << 40;
+    let numbers = [0, 1, u64::MAX, pieces(0, 7), pieces(7, 0), pieces(7, 1), pieces(255, 255), 1 << 48];
+    for (slot, nonce) in numbers.into_iter().flat_map(|slot| [(slot, 0), (slot, 1), (slot, u64::MAX)]) {
         let mut job = Job::new(Work::Serve, 0, None);
         (job.region, job.address, job.len) = (Some(source.0), address + 64, 64);
         link.far.driver.core.answer(ep, &[slot, nonce, 0, 0, 0, 0, 0], UCS_OK, job, 0);

@@ -47,9 +47,9 @@ impl<D: Driver + ?Sized> Progress<D> {
         self.driver().arm()
     }
 
-    /// Whether the descriptor does not tell of all that is under way.
+    /// Whether the descriptor does not tell of all that is there or under way.
     pub(in super::super) fn is_unarmed(&self) -> bool {
-        self.unarmed && self.ops.len() > 0
+        self.stirred || self.unarmed && self.ops.len() > 0
     }
 
     /// Turns in which something happened.
