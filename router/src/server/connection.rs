@@ -102,7 +102,8 @@ impl Connection {
         let patience = self.gateway.timeouts.header;
         match &self.tls {
             None => match self.opening(patience, speaks_http2(&stream)).await {
-                Some(Ok(true)) => self.http2(stream, phases).await,
+                // Most connections are not of this kind, and would have to make room for it.
+                Some(Ok(true)) => Box::pin(self.http2(stream, phases)).await,
                 Some(Ok(false)) => self.http1(stream, phases).await,
                 Some(Err(error)) => tracing::debug!(%error, "connection gone before it was served"),
                 None => {}
