@@ -31,6 +31,8 @@ pub mod record;
 mod registry;
 pub mod server;
 pub mod store;
+#[cfg(test)]
+mod test_authority;
 mod tls;
 
 pub use client::{Client, ClientOptions, View};

@@ -28,6 +28,8 @@ pub(crate) enum Reason {
     QueueFull,
     /// It would have waited longer than it may.
     Deadline,
+    /// No worker would begin it in time.
+    WorkersQueued,
     /// It has waited as long as it may.
     QueueTimeout,
     /// Its key has had its requests of this minute.
@@ -40,9 +42,10 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub(crate) const ALL: [Self; 6] = [
+    pub(crate) const ALL: [Self; 7] = [
         Self::QueueFull,
         Self::Deadline,
+        Self::WorkersQueued,
         Self::QueueTimeout,
         Self::Requests,
         Self::Tokens,
@@ -54,6 +57,7 @@ impl Reason {
         match self {
             Self::QueueFull => "queue_full",
             Self::Deadline => "deadline",
+            Self::WorkersQueued => "workers_queued",
             Self::QueueTimeout => "queue_timeout",
             Self::Requests => "request_rate",
             Self::Tokens => "token_rate",

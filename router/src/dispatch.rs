@@ -8,6 +8,7 @@ mod call;
 mod frames;
 mod lines;
 mod place;
+mod suspects;
 
 use std::sync::atomic::AtomicU64;
 use std::sync::{Arc, OnceLock};
@@ -28,6 +29,8 @@ use attempt::{Attempt, Event, Lost};
 pub(crate) use call::{CallError, Caller};
 pub(crate) use frames::Lane;
 pub(crate) use place::{Placement, Sought};
+pub(crate) use suspects::Suspects;
+use suspects::Verdict;
 
 /// Workers that are tried before the first token,
 const ATTEMPTS_MAX: usize = 4;
@@ -54,6 +57,8 @@ pub(crate) struct Dispatcher {
     /// Owns what is left to do after a generation ended.
     pub(crate) tracker: TaskTracker,
     pub(crate) vocab: u32,
+    /// Requests that workers died with.
+    suspects: Arc<Suspects>,
     tickets: AtomicU64,
 }
 
@@ -125,6 +130,9 @@ pub(crate) enum DispatchError {
     /// Too many workers were lost, or the stream cannot be replayed.
     #[error("worker lost")]
     WorkerLost,
+    /// Workers died with this very request.
+    #[error("workers died with it")]
+    Barred,
     /// The request's time is over.
     #[error("timed out")]
     TimedOut,
@@ -157,7 +165,8 @@ impl Dispatcher {
         vocab: u32,
     ) -> Self {
         let tracker = TaskTracker::new();
-        Self { fleet, caller, rules, timeouts, metrics, tracker, vocab, tickets: AtomicU64::new(0) }
+        let suspects = Arc::default();
+        Self { fleet, caller, rules, timeouts, metrics, tracker, vocab, suspects, tickets: AtomicU64::new(0) }
     }
 }
 
@@ -183,6 +192,8 @@ pub(crate) struct Generation {
     repeated: bool,
     /// Set while a stream that had begun looks for another worker.
     moving: Option<(MoveReason, Instant)>,
+    /// Set until the worker it is on gives a token of it.
+    unproven: bool,
     /// Since when no worker is found.
     waits_since: Option<Instant>,
     /// The next change of the fleet, while it is waited for.
@@ -206,6 +217,7 @@ impl Generation {
             broke: false,
             repeated: false,
             moving: None,
+            unproven: true,
             waits_since: None,
             change: None,
             trace: Trace::default(),
@@ -243,6 +255,9 @@ impl Generation {
                     }
                     if let Some((reason, _)) = self.moving.take() {
                         self.dispatcher.metrics.migrated(reason, true);
+                    }
+                    if std::mem::take(&mut self.unproven) && !self.dispatcher.suspects.is_empty() {
+                        self.dispatcher.suspects.survived(self.print());
                     }
                     self.sent.push(token);
                     return Poll::Ready(Ok(Progress::Token { token, logprob, logits_digest }));
@@ -301,6 +316,10 @@ impl Generation {
     fn lost(&mut self, lost: Lost) -> Result<(), DispatchError> {
         let Some(attempt) = self.attempt.take() else { return Err(DispatchError::WorkerLost) };
         let worker = Arc::clone(&attempt.pair.decode);
+        let now = Instant::now();
+        if matches!(lost, Lost::Broken(_)) && self.unproven && attempt.was_heard(now) {
+            self.dispatcher.suspects.broke(self.print(), &worker, now);
+        }
         drop(attempt);
         let sent = self.sent.len();
         if matches!(lost, Lost::Deadline) {
@@ -315,7 +334,7 @@ impl Generation {
             "worker failed a request"
         );
         if lost.unreachable() {
-            worker.mark_down(Instant::now());
+            worker.mark_down(now);
         }
         if matches!(lost, Lost::Refused(_)) && sent == 0 {
             return Err(DispatchError::Refused);
@@ -381,6 +400,10 @@ impl Generation {
                 ready!(change.as_mut().poll(cx));
                 self.change = None;
             }
+            if let Some(inquiry) = self.inquiry()? {
+                self.change = Some(inquiry);
+                continue;
+            }
             if let Some(placement) = self.dispatcher.choose(&self.job, &self.sent, &self.failed) {
                 self.waits_since = None;
                 return Poll::Ready(self.open(placement));
@@ -395,6 +418,42 @@ impl Generation {
                 let _ = tokio::time::timeout(RETRY_EVERY, changes.changed()).await;
             }));
         }
+    }
+
+    /// What names the request among those that workers died with.
+    fn print(&self) -> u64 {
+        let job = &self.job;
+        self.dispatcher.suspects.print(&job.prompt, job.cache_salt, &job.sampling)
+    }
+
+    /// What has to be found out about the request before another worker is put at risk.
+    fn inquiry(&self) -> Result<Option<BoxFuture<'static, ()>>, DispatchError> {
+        if self.dispatcher.suspects.is_empty() {
+            return Ok(None);
+        }
+        let print = self.print();
+        let doubtful = match self.dispatcher.suspects.verdict(print, Instant::now()) {
+            Verdict::Free => return Ok(None),
+            Verdict::Doubtful(workers) => workers,
+            Verdict::Barred => {
+                if let Some((reason, _)) = self.moving {
+                    self.dispatcher.metrics.migrated(reason, false);
+                }
+                self.dispatcher.metrics.barred.inc();
+                tracing::error!(
+                    request = self.job.request_id,
+                    "workers died with this very request: refused for a while, instead of killing another one"
+                );
+                return Err(DispatchError::Barred);
+            }
+        };
+        let (suspects, caller) = (Arc::clone(&self.dispatcher.suspects), self.dispatcher.caller.clone());
+        Ok(Some(Box::pin(async move {
+            for worker in doubtful {
+                let died = suspects::has_died(&caller, &worker).await;
+                suspects.settle(print, &worker, died);
+            }
+        })))
     }
 
     /// Whether it is worth waiting for another worker.
@@ -432,6 +491,7 @@ impl Generation {
         if self.sent.is_empty() {
             self.trace.prefill = placement.prefill.as_ref().map(|worker| worker.member.worker.clone());
         }
+        self.unproven = true;
         let handoff = match &placement.prefill {
             Some(_) => Some(new_handoff_id()?),
             None => None,

@@ -5,6 +5,7 @@ mod text;
 
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
 
 use baton_config::keys::Quota;
 use baton_config::prefix::BlockHash;
@@ -17,7 +18,7 @@ use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::account::Entry;
-use crate::admit::{Gate, Place};
+use crate::admit::{Gate, Place, Reason, Refused};
 use crate::answer::{self, AnswerBody, Api, ChoiceSpec, EventStream, EventWriter, Head, Meter};
 use crate::body;
 use crate::clock::unix_seconds;
@@ -50,6 +51,8 @@ pub(crate) struct Gateway {
     pub(crate) auth: Arc<Auth>,
     pub(crate) limits: Limits,
     pub(crate) timeouts: Timeouts,
+    /// How long a prompt may have to wait at the worker where it waits shortest.
+    pub(crate) slo_wait: Option<Duration>,
     /// The header that names the session of a request.
     pub(crate) session_header: String,
     /// Whether clients may ask how their workers were chosen.
@@ -272,10 +275,25 @@ impl Gateway {
         request: Request<Incoming>,
         principal: &Principal,
     ) -> Result<(Prepared, Place), Refusal> {
+        self.check_wait(request.headers())?;
         let (bytes, place) = self.admit(request, principal).await?;
         let cache_salt = self.auth.salt(principal)?;
         let prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes, cache_salt)).await?;
         Ok((prepared, place))
+    }
+
+    /// Refuses what no worker would begin in time, before anything is read.
+    pub(crate) fn check_wait(&self, headers: &HeaderMap) -> Result<(), Refusal> {
+        let Some(bound) = [self.slo_wait, body::max_wait(headers)?].into_iter().flatten().min() else {
+            return Ok(());
+        };
+        match self.dispatcher.shortest_wait() {
+            Some(wait) if wait > bound => {
+                let refused = Refused { reason: Reason::WorkersQueued, after: wait - bound };
+                Err(Refusal::Overloaded(refused))
+            }
+            _ => Ok(()),
+        }
     }
 
     /// Reads a body and waits for a place, as soon as the head says that both may be had.
@@ -508,6 +526,7 @@ pub(crate) fn refusal(error: &DispatchError, api: Api) -> Refusal {
             ),
         ),
         DispatchError::WorkerLost => Refusal::WorkerLost,
+        DispatchError::Barred => Refusal::Barred,
         DispatchError::TimedOut => Refusal::TimedOut,
         DispatchError::Entropy => Refusal::Internal,
     }

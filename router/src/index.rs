@@ -9,7 +9,7 @@
 //! An entry is eight bytes: 41 bits of the block's hash (47 with the shard it is in), the number of an interned *set of
 //! holders*, and an age. Blocks that the same workers hold share one set, so that a block costs the same whether one
 //! worker has it or 512 do. Tables are between 53 and 80 % full: 10 to 15 bytes a block, whatever the number of holders;
-//! a set costs about 60 bytes and four for each holder. Two blocks that agree in 47 bits are taken for one: among 10^6
+//! a set costs about 60 bytes and four for each row of holders. Two blocks that agree in 47 bits are taken for one: among 10^6
 //! blocks that happens once in 280 routers, and then costs one wrong prediction.
 //!
 //! Lookups use that a worker which holds block `i` of a chain holds the blocks before it: sets only shrink along a
@@ -245,7 +245,7 @@ impl PrefixIndex {
         found.depths.fill(Depth::default());
         let mut from = 0;
         search::segments(chain.len(), &probe, &mut |to, set| {
-            self.sets.with(set, |members| extend(&mut found.depths, members, from, to));
+            self.sets.with(set, |runs| extend(&mut found.depths, runs, from, to));
             from = to;
         });
     }
@@ -279,20 +279,23 @@ impl PrefixIndex {
     }
 }
 
-/// Blocks `from..to` are held by `members`: counts for those that hold all before, too.
-fn extend(depths: &mut Vec<Depth>, members: &[sets::Member], from: u32, to: u32) {
-    let Some(last) = members.last() else { return };
-    // Members are sorted.
-    if depths.len() <= last.holder().number() {
-        depths.resize(last.holder().number() + 1, Depth::default());
+/// Blocks `from..to` are held by the holders of `runs`: counts for those that hold all before, too.
+fn extend(depths: &mut Vec<Depth>, runs: &[sets::Run], from: u32, to: u32) {
+    let Some(last) = runs.last() else { return };
+    let numbers = last.numbers().end;
+    if depths.len() < numbers {
+        depths.resize(numbers, Depth::default());
     }
-    for member in members {
-        let depth = &mut depths[member.holder().number()];
-        if depth.any == from {
-            depth.any = to;
+    for run in runs {
+        let depths = &mut depths[run.numbers()];
+        let on_device = run.has(Tier::Device);
+        if from == 0 {
+            depths.fill(Depth { device: if on_device { to } else { 0 }, any: to });
+            continue;
         }
-        if member.has(Tier::Device) && depth.device == from {
-            depth.device = to;
+        for depth in depths {
+            depth.any = if depth.any == from { to } else { depth.any };
+            depth.device = if on_device && depth.device == from { to } else { depth.device };
         }
     }
 }

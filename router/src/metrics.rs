@@ -42,6 +42,7 @@ pub(crate) struct Metrics {
     pub(crate) index_gaps: IntCounter,
     pub(crate) predicted_cached: IntCounter,
     pub(crate) pair_trips: IntCounter,
+    pub(crate) barred: IntCounter,
     disagg: IntCounterVec,
     pub(crate) prompt_tokens: IntCounter,
     pub(crate) completion_tokens: IntCounter,
@@ -201,6 +202,10 @@ impl Metrics {
             pair_trips: make.counter(
                 "baton_router_pair_breaks_total",
                 "Pairs of workers between which handoffs failed and that are avoided for a while.",
+            )?,
+            barred: make.counter(
+                "baton_router_barred_total",
+                "Requests refused because two workers had died with them.",
             )?,
             registry: registry.clone(),
         };

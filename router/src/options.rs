@@ -27,6 +27,8 @@ pub struct RouterOptions {
     pub limits: Limits,
     /// How long things may take.
     pub timeouts: Timeouts,
+    /// How long a prompt may have to wait at the worker where it waits shortest; no bound where absent.
+    pub slo_wait: Option<Duration>,
     /// Time between tokens that decode workers should stay below.
     pub slo_itl: Duration,
     /// `prefix` and `session`: requests a worker may have more than the least loaded one; no bound where 0.
@@ -58,6 +60,7 @@ impl RouterOptions {
             disaggregation: defaults::DISAGGREGATION,
             limits: Limits::default(),
             timeouts: Timeouts::default(),
+            slo_wait: None,
             slo_itl: defaults::SLO_ITL,
             spill_requests: defaults::SPILL_REQUESTS,
             session_header: defaults::SESSION_HEADER.to_owned(),
@@ -102,6 +105,7 @@ impl RouterOptions {
                 grace: limits.drain_grace,
                 ..Timeouts::default()
             },
+            slo_wait: router.policy.slo.early_rejection.then_some(router.policy.slo.ttft),
             slo_itl: router.policy.slo.itl,
             spill_requests: router.policy.spill_requests,
             session_header: router.policy.session_header.clone(),

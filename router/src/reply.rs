@@ -56,6 +56,8 @@ pub(crate) enum Refusal {
     NoWorker,
     /// The worker died and the request could not be moved.
     WorkerLost,
+    /// Two workers died with this very request.
+    Barred,
     /// A server of another project refused the request, in its own words.
     RefusedByServer {
         status: StatusCode,
@@ -123,7 +125,7 @@ impl Refusal {
             Self::RefusedByServer { status, .. } => *status,
             Self::WorkerLost | Self::ServerDenied => StatusCode::BAD_GATEWAY,
             Self::TimedOut => StatusCode::GATEWAY_TIMEOUT,
-            Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
+            Self::Barred | Self::Internal => StatusCode::INTERNAL_SERVER_ERROR,
         }
     }
 
@@ -168,7 +170,7 @@ impl Refusal {
                 ("invalid_request_error", Some(*code))
             }
             Self::Overloaded(refused) => match refused.reason {
-                Reason::QueueFull | Reason::Deadline | Reason::QueueTimeout => {
+                Reason::QueueFull | Reason::Deadline | Reason::WorkersQueued | Reason::QueueTimeout => {
                     ("rate_limit_error", Some("overloaded"))
                 }
                 Reason::Requests | Reason::Concurrency => ("requests", Some("rate_limit_exceeded")),
@@ -178,6 +180,7 @@ impl Refusal {
             Self::NoWorker => ("server_error", Some("no_worker")),
             Self::NoSigners => ("server_error", Some("identity_provider_unavailable")),
             Self::WorkerLost => ("server_error", Some("worker_lost")),
+            Self::Barred => ("server_error", Some("request_failed_repeatedly")),
             Self::RefusedByServer { kind, code, .. } => (kind.as_str(), code.as_deref()),
             Self::ServerDenied => ("server_error", Some("server_denied")),
             Self::TimedOut => ("server_error", Some("timeout")),
@@ -229,6 +232,9 @@ impl Refusal {
             Self::WorkerLost => {
                 "The worker that served this request was lost and it could not be moved to another one."
                     .to_owned()
+            }
+            Self::Barred => {
+                "Two workers died while they served this very request: it is not tried again for ten minutes.".to_owned()
             }
             Self::ServerDenied => "The server behind this service does not let it in.".to_owned(),
             Self::TimedOut => "The request took longer than the service allows.".to_owned(),
@@ -282,6 +288,7 @@ fn overloaded(refused: &Refused) -> String {
     let what = match refused.reason {
         Reason::QueueFull => "The service is at its limit of requests.",
         Reason::Deadline => "The service is busy: this request would wait longer than it may.",
+        Reason::WorkersQueued => "The service is busy: no worker would begin this request in time.",
         Reason::QueueTimeout => "The service is busy: this request waited for as long as it may.",
         Reason::Requests => "Rate limit reached: requests per minute.",
         Reason::Tokens => "Rate limit reached: tokens per minute.",

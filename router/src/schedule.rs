@@ -61,7 +61,7 @@ impl Snapshot {
 }
 
 /// What is to be placed.
-#[derive(Debug, Clone, Copy)]
+#[derive(Debug, Clone, Copy, Default)]
 pub(crate) struct Work {
     /// Tokens whose KV is needed.
     pub(crate) tokens: u32,

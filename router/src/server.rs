@@ -200,6 +200,7 @@ fn gateway(
         session_header: options.session_header.clone(),
         explain: options.explain,
         timeouts: options.timeouts.clone(),
+        slo_wait: options.slo_wait,
         tokenizing: Arc::new(Semaphore::new(available_parallelism().map_or(2, usize::from))),
         accepting: AtomicBool::new(true),
     }

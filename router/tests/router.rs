@@ -42,6 +42,8 @@ mod shapes;
 mod smuggling;
 #[path = "router/streams.rs"]
 mod streams;
+#[path = "router/suspects.rs"]
+mod suspects;
 #[path = "router/tenants.rs"]
 mod tenants;
 #[path = "router/tokens.rs"]

@@ -29,6 +29,8 @@ pub const POLICY: PolicyKind = PolicyKind::KvAware;
 pub const POLICY_SEED: u64 = 0;
 /// `router.policy.slo.ttft_ms`.
 pub const SLO_TTFT: Duration = Duration::from_millis(500);
+/// `router.policy.slo.early_rejection`.
+pub const SLO_EARLY_REJECTION: bool = false;
 /// `router.policy.slo.itl_ms`.
 pub const SLO_ITL: Duration = Duration::from_millis(50);
 /// `router.policy.spill_requests`.

@@ -75,6 +75,8 @@ pub struct Slo {
     pub ttft: Duration,
     /// Time between tokens.
     pub itl: Duration,
+    /// Whether requests whose prompt would wait longer than `ttft` at every worker are refused.
+    pub early_rejection: bool,
 }
 
 choice! {
@@ -156,6 +158,7 @@ impl PolicySpec {
         let mut slo = section.section("slo");
         let ttft = slo.duration("ttft_ms", 1..=3_600_000, defaults::SLO_TTFT);
         let itl = slo.duration("itl_ms", 1..=3_600_000, defaults::SLO_ITL);
+        let early_rejection = slo.flag("early_rejection", defaults::SLO_EARLY_REJECTION);
         let spill_requests = section.count("spill_requests", 0..=1_000_000, defaults::SPILL_REQUESTS);
         let session_header = section.value(
             "session_header",
@@ -167,7 +170,7 @@ impl PolicySpec {
                 (!text.is_empty() && text.len() <= 64 && text.bytes().all(is_name)).then_some(text)
             },
         );
-        Self { kind, seed, slo: Slo { ttft, itl }, spill_requests, session_header }
+        Self { kind, seed, slo: Slo { ttft, itl, early_rejection }, spill_requests, session_header }
     }
 }
 

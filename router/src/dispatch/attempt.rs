@@ -10,7 +10,7 @@ use std::time::Duration;
 use baton_config::HandoffId;
 use baton_config::protocol::{
     FailureCode, FinishReason, GenerateEvent, GenerateRequest, HandoffRef, PrefillReply, PrefillReport,
-    PrefillRequest, TokenLogprob,
+    PrefillRequest, Sampling, TokenLogprob,
 };
 use bytes::Bytes;
 use futures_util::FutureExt as _;
@@ -25,7 +25,7 @@ use super::call::{self, CallError, Caller};
 use super::frames::{Found, Item, Stream, Way};
 use super::lines::{LineError, Lines};
 use super::place::Placement;
-use super::{Dispatcher, Job};
+use super::{Dispatcher, Job, Suspects};
 use crate::alarm::Alarm;
 use crate::fleet::{Occupied, Worker};
 use crate::metrics::{Metrics, MoveReason};
@@ -36,6 +36,9 @@ use crate::schedule::Predicted;
 const TICK: Duration = Duration::from_millis(250);
 /// For the body of an error answer, and for what is left after the last token.
 const LINGER: Duration = Duration::from_secs(2);
+
+/// A connection that breaks sooner after a request was sent may have been broken before.
+const HEARD_AFTER: Duration = Duration::from_millis(20);
 
 /// The workers of an attempt.
 #[derive(Debug)]
@@ -314,6 +317,10 @@ impl Attempt {
                 prefill: Arc::clone(prefill),
                 decode: Arc::clone(&pair.decode),
                 handoff: id,
+                suspects: Arc::clone(&dispatcher.suspects),
+                prompt: Arc::clone(&job.prompt),
+                cache_salt: job.cache_salt,
+                sampling: request.sampling,
                 _occupied: prefill.occupy(uncached),
             };
             Box::pin(call.run(body)) as PrefillCall
@@ -384,6 +391,11 @@ impl Attempt {
             GenerateEvent::Finished { reason } => Ok(Event::Finished(reason)),
             GenerateEvent::Failed { code, message } => Err(Lost::of_code(code, message)),
         }
+    }
+
+    /// Whether it was sent so long ago that its worker had it, and not only a connection that had broken before.
+    pub(super) fn was_heard(&self, now: Instant) -> bool {
+        now.duration_since(self.placed_at) >= HEARD_AFTER
     }
 
     /// Notes that tokens come.
@@ -493,6 +505,10 @@ struct PrefillJob {
     prefill: Arc<Worker>,
     decode: Arc<Worker>,
     handoff: HandoffId,
+    suspects: Arc<Suspects>,
+    prompt: Arc<[u32]>,
+    cache_salt: u64,
+    sampling: Sampling,
     _occupied: Occupied,
 }
 
@@ -500,6 +516,7 @@ impl PrefillJob {
     /// Calls, and where that fails tells the decode worker, which then prefills itself instead of waiting.
     async fn run(self, body: Bytes) {
         let name = &self.prefill.member.worker;
+        let asked = Instant::now();
         let error = match self.call(body).await {
             Ok(reply) => {
                 tracing::debug!(worker = %name, outcome = ?reply.outcome, "prefill done");
@@ -508,9 +525,14 @@ impl PrefillJob {
             Err(error) => error,
         };
         self.metrics.prefill_failures.inc();
+        let now = Instant::now();
+        if matches!(error, CallError::Broken(_)) && now.duration_since(asked) >= HEARD_AFTER {
+            let print = self.suspects.print(&self.prompt, self.cache_salt, &self.sampling);
+            self.suspects.broke(print, &self.prefill, now);
+        }
         let leaving = matches!(error, CallError::Refused { code: FailureCode::Unavailable, .. });
         if leaving || matches!(error, CallError::Connect(_)) {
-            self.prefill.mark_down(Instant::now());
+            self.prefill.mark_down(now);
         }
         tracing::warn!(worker = %name, error = chain(&error), "prefill failed");
         if let Err(error) = self.caller.end_handoff(self.decode.authority(), self.handoff).await {

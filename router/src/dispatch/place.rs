@@ -4,8 +4,9 @@ use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
+use std::time::Duration;
 
-use baton_config::fleet::PolicyKind;
+use baton_config::fleet::{Disaggregation, PolicyKind};
 use baton_config::prefix::BlockHash;
 use baton_config::{Epoch, WorkerId};
 use tokio::time::Instant;
@@ -13,7 +14,7 @@ use tokio::time::Instant;
 use super::{DEFAULT_BANDWIDTH, Dispatcher, Explanation, Job};
 use crate::fleet::{Standing, Ways, Worker};
 use crate::index::{Depth, Found, Namespace};
-use crate::schedule::{self, Candidate, Predicted, Snapshot, Work};
+use crate::schedule::{self, Candidate, Predicted, Prefill, Side, Snapshot, Work};
 
 /// Kinds of block hashes looked up for one request at most; workers of further ones count as having nothing.
 const NAMESPACES_MAX: usize = 4;
@@ -155,6 +156,35 @@ impl Dispatcher {
     /// One decision: decode and prefill worker.
     pub(crate) fn decide(&self, job: &Job) -> Option<(Arc<Worker>, Option<Arc<Worker>>)> {
         self.choose(job, &[], &[]).map(|placement| (placement.decode, placement.prefill))
+    }
+
+    /// How long a prompt that comes now would wait where it waits shortest; `None` when nobody can compute it.
+    pub(crate) fn shortest_wait(&self) -> Option<Duration> {
+        let now = Instant::now();
+        let workers = self.fleet.workers();
+        let shortest = |sides: &[Side]| {
+            let mut shortest: Option<f64> = None;
+            for worker in workers.iter().filter(|worker| worker.member.ready) {
+                let standing = worker.standing(now, self.timeouts.frozen);
+                if !standing.well {
+                    continue;
+                }
+                for side in sides.iter().filter(|side| side.is_of(worker.member.role)) {
+                    let wait = standing.load.prefill_tokens_per_s.map_or(0.0, |_| {
+                        Prefill::on(&candidate(0, worker, &standing, &[]), Work::default(), *side).queue_s
+                    });
+                    shortest = Some(shortest.map_or(wait, |shortest| shortest.min(wait)));
+                }
+            }
+            shortest
+        };
+        let wait = match self.rules.disaggregation {
+            Disaggregation::Never => shortest(&[Side::Decode]),
+            Disaggregation::Auto => shortest(&[Side::Prefill, Side::Decode]),
+            // Without prefill workers decode workers compute for themselves.
+            Disaggregation::Always => shortest(&[Side::Prefill]).or_else(|| shortest(&[Side::Decode])),
+        };
+        wait.and_then(|wait| Duration::try_from_secs_f64(wait).ok())
     }
 
     /// The prompt in the index, for each way in which blocks are hashed; nothing for policies that do not ask.

@@ -48,6 +48,7 @@ impl Gateway {
     ) -> Result<(Asked, Place), Refusal> {
         let started = Instant::now();
         let placing = self.placing(request.headers(), principal.tenant.admin);
+        self.check_wait(request.headers())?;
         let (bytes, place) = self.admit(request, principal).await?;
         let fields = Arc::clone(forwarder);
         let parse = move |this: &Self, bytes: &bytes::Bytes| {

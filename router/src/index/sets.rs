@@ -16,35 +16,87 @@ const SETS_MAX: usize = 1 << SET_BITS;
 const CHUNK: usize = 1024;
 /// Sets that lie unused before the first is used for something else: a reader that just read its number still finds it.
 const REST: usize = 256;
-/// What a set costs besides its members: its place, its content's header, the writer's record and index.
+/// What a set costs besides its runs: its place, its content's header, the writer's record and index.
 const SET_BYTES: u64 = 60;
 
-/// A holder in a set, and the tiers where it holds the block.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Member {
-    holder: u16,
+/// Up to 256 holders with numbers in a row in a set, and the tiers where all of them hold the block: what the whole fleet
+/// holds is few of these.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) struct Run {
+    first: u16,
+    /// Holders after the first.
+    more: u8,
     tiers: u8,
 }
 
-impl Member {
-    pub(super) fn holder(self) -> Holder {
-        Holder(self.holder)
+impl Run {
+    /// The numbers of its holders.
+    pub(super) fn numbers(self) -> std::ops::Range<usize> {
+        let first = usize::from(self.first);
+        first..first + usize::from(self.more) + 1
     }
 
     pub(super) fn has(self, tier: Tier) -> bool {
         self.tiers & tier as u8 != 0
     }
 
-    /// Sets are known by the sum of these.
-    fn mark(self) -> u64 {
-        let mut z = (u64::from(self.holder) << 8 | u64::from(self.tiers)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
-        z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
-        z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
-        z ^ (z >> 31)
+    fn holders(self) -> impl Iterator<Item = u16> {
+        (0..=u16::from(self.more)).map(move |more| self.first + more)
+    }
+
+    /// The run of `numbers`, unless there are none.
+    fn of(numbers: std::ops::Range<usize>, tiers: u8) -> Option<Self> {
+        let more = u8::try_from(numbers.len().checked_sub(1)?).ok()?;
+        Some(Self { first: u16::try_from(numbers.start).ok()?, more, tiers })
     }
 }
 
-type Content = ArcSwapOption<Box<[Member]>>;
+/// Runs in order, joined where they can be.
+#[derive(Debug, Default)]
+struct Runs(Vec<Run>);
+
+impl Runs {
+    fn push(&mut self, run: Run) {
+        if let Some(last) = self.0.last_mut()
+            && last.tiers == run.tiers
+            && last.numbers().end == run.numbers().start
+            && let Some(joined) = Run::of(last.numbers().start..run.numbers().end, run.tiers)
+        {
+            *last = joined;
+        } else {
+            self.0.push(run);
+        }
+    }
+
+    /// `runs`, but that one holder, in or before the run at `at`, has its block in `tiers`, which may be none.
+    fn changed(runs: &[Run], at: usize, holder: u16, tiers: u8) -> Self {
+        let (before, behind) = runs.split_at(at);
+        let mut changed = Vec::with_capacity(runs.len() + 2);
+        changed.extend_from_slice(before);
+        let mut changed = Self(changed);
+        let number = usize::from(holder);
+        let cut = behind.first().filter(|run| run.numbers().contains(&number));
+        let (head, tail) = cut.map_or((None, None), |run| {
+            let numbers = run.numbers();
+            (Run::of(numbers.start..number, run.tiers), Run::of(number + 1..numbers.end, run.tiers))
+        });
+        let own = (tiers != 0).then_some(Run { first: holder, more: 0, tiers });
+        let mut behind = behind[usize::from(cut.is_some())..].iter().copied();
+        [head, own, tail, behind.next()].into_iter().flatten().for_each(|run| changed.push(run));
+        changed.0.extend(behind);
+        changed
+    }
+}
+
+/// A set's mark is the sum of those of its holders.
+fn mark(holder: u16, tiers: u8) -> u64 {
+    let mut z = (u64::from(holder) << 8 | u64::from(tiers)).wrapping_mul(0x9E37_79B9_7F4A_7C15);
+    z = (z ^ (z >> 30)).wrapping_mul(0xBF58_476D_1CE4_E5B9);
+    z = (z ^ (z >> 27)).wrapping_mul(0x94D0_49BB_1331_11EB);
+    z ^ (z >> 31)
+}
+
+type Content = ArcSwapOption<Box<[Run]>>;
 
 /// The sets as readers reach them; written by the writer only.
 #[derive(Debug)]
@@ -59,18 +111,24 @@ impl Default for Directory {
 }
 
 impl Directory {
-    /// Shows the members of a set, sorted by holder.
-    pub(super) fn with(&self, set: u32, show: impl FnOnce(&[Member])) {
+    /// Shows the holders of a set, in order.
+    pub(super) fn with(&self, set: u32, show: impl FnOnce(&[Run])) {
         let Some(chunk) = self.chunks.get(set as usize / CHUNK).and_then(OnceLock::get) else { return };
-        if let Some(members) = chunk[set as usize % CHUNK].load().as_deref() {
-            show(members);
+        if let Some(runs) = chunk[set as usize % CHUNK].load().as_deref() {
+            show(runs);
         }
     }
 
-    fn put(&self, set: u32, members: Box<[Member]>) {
+    fn runs(&self, set: u32) -> Vec<Run> {
+        let mut all = Vec::new();
+        self.with(set, |runs| all.extend_from_slice(runs));
+        all
+    }
+
+    fn put(&self, set: u32, runs: Box<[Run]>) {
         let fresh = || (0..CHUNK).map(|_| Content::empty()).collect();
         let chunk = self.chunks[set as usize / CHUNK].get_or_init(fresh);
-        chunk[set as usize % CHUNK].store(Some(Arc::new(members)));
+        chunk[set as usize % CHUNK].store(Some(Arc::new(runs)));
     }
 }
 
@@ -172,31 +230,23 @@ impl Sets {
         (holder, tier): (Holder, Tier),
         add: bool,
     ) -> Option<Step> {
-        let mut members: Vec<Member> = Vec::new();
-        directory.with(from, |all| members.extend_from_slice(all));
-        let at = members.binary_search_by_key(&holder.0, |member| member.holder);
-        let before = at.map_or(0, |at| members[at].tiers);
+        let runs = directory.runs(from);
+        let behind = runs.partition_point(|run| run.numbers().end <= holder.number());
+        let before = runs
+            .get(behind)
+            .filter(|run| run.numbers().contains(&holder.number()))
+            .map_or(0, |run| run.tiers);
         let after = if add { before | tier as u8 } else { before & !(tier as u8) };
         let same = Step { from, holder, tier, add, to: from, gained: 0 };
         if after == before {
             return Some(same);
         }
-        let member = Member { holder: holder.0, tiers: after };
-        let gained = match at {
-            Ok(at) if after == 0 => {
-                members.remove(at);
-                -1
-            }
-            Ok(at) => {
-                members[at] = member;
-                0
-            }
-            Err(at) => {
-                members.insert(at, member);
-                1
-            }
-        };
-        let to = self.intern(directory, members)?;
+        let marked = |tiers: u8| if tiers == 0 { 0 } else { mark(holder.0, tiers) };
+        let Record { mark, members, .. } = self.records[from as usize];
+        let mark = mark.wrapping_sub(marked(before)).wrapping_add(marked(after));
+        let gained = i64::from(after != 0) - i64::from(before != 0);
+        let members = members.saturating_add_signed(i32::try_from(gained).unwrap_or(0));
+        let to = self.intern(directory, mark, members, || Runs::changed(&runs, behind, holder.0, after))?;
         Some(Step { to, gained, ..same })
     }
 
@@ -207,36 +257,46 @@ impl Sets {
         from: u32,
         gone: impl Fn(Holder) -> bool,
     ) -> Option<u32> {
-        let mut members: Vec<Member> = Vec::new();
-        directory.with(from, |all| members.extend_from_slice(all));
-        let before = members.len();
-        members.retain(|member| !gone(member.holder()));
-        if members.len() == before { Some(from) } else { self.intern(directory, members) }
+        let (mut left, mut sum, mut members) = (Runs::default(), 0u64, 0);
+        for run in directory.runs(from) {
+            for holder in run.holders().filter(|holder| !gone(Holder(*holder))) {
+                left.push(Run { first: holder, more: 0, ..run });
+                sum = sum.wrapping_add(mark(holder, run.tiers));
+                members += 1;
+            }
+        }
+        if members == self.members(from) { Some(from) } else { self.intern(directory, sum, members, || left) }
     }
 
-    /// The set with these members. Its marks are 64 bits: two different sets with the same sum do not occur.
-    fn intern(&mut self, directory: &Directory, members: Vec<Member>) -> Option<u32> {
-        if members.is_empty() {
+    /// The set with a mark, which `runs` makes if there is none. Marks are 64 bits: two different sets with the same sum
+    /// do not occur.
+    fn intern(
+        &mut self,
+        directory: &Directory,
+        mark: u64,
+        members: u32,
+        runs: impl FnOnce() -> Runs,
+    ) -> Option<u32> {
+        if members == 0 {
             return Some(EMPTY);
         }
-        let mark = members.iter().fold(0u64, |sum, member| sum.wrapping_add(member.mark()));
         if let Some(set) = self.by_mark.get(&mark) {
             return Some(*set);
         }
-        let set = self.take_number()?;
-        let count = u32::try_from(members.len()).unwrap_or(u32::MAX);
-        self.records[set as usize] = Record { mark, uses: 0, members: count };
+        let set = self.take_number(directory)?;
+        self.records[set as usize] = Record { mark, uses: 0, members };
         self.by_mark.insert(mark, set);
-        self.bytes += cost(count);
-        directory.put(set, members.into_boxed_slice());
+        let Runs(runs) = runs();
+        self.bytes += cost(runs.len());
+        directory.put(set, runs.into_boxed_slice());
         Some(set)
     }
 
-    fn take_number(&mut self) -> Option<u32> {
+    fn take_number(&mut self, directory: &Directory) -> Option<u32> {
         let fresh = self.records.len();
         let rested = self.resting.len() > REST || fresh == SETS_MAX;
         if rested && let Some(set) = self.resting.pop_front() {
-            self.bytes -= cost(self.records[set as usize].members);
+            directory.with(set, |runs| self.bytes -= cost(runs.len()));
             return Some(set);
         }
         if fresh == SETS_MAX {
@@ -266,6 +326,6 @@ impl Sets {
     }
 }
 
-fn cost(members: u32) -> u64 {
-    SET_BYTES + u64::from(members) * size_of::<Member>() as u64
+fn cost(runs: usize) -> u64 {
+    SET_BYTES + (runs * size_of::<Run>()) as u64
 }

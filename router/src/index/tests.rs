@@ -281,6 +281,39 @@ proptest! {
     }
 }
 
+#[test]
+fn rows_of_holders_are_cut_and_joined_anywhere() {
+    const HOLDERS: usize = 700;
+    let index = PrefixIndex::with_capacity(1 << 20);
+    let prompt = chain(1, 3);
+    let holders: Vec<Holder> = (0..HOLDERS).map(|_| index.join().unwrap()).collect();
+    let mut held = vec![[false; 2]; HOLDERS];
+    let mut dice = Dice(5);
+    let mut order: Vec<usize> = (0..HOLDERS).collect();
+    for last in (1..HOLDERS).rev() {
+        order.swap(last, dice.below(last + 1));
+    }
+    // Everybody gets it on the device, in any order; then tiers come and go.
+    let mut changes: Vec<(usize, usize, bool)> = order.into_iter().map(|at| (at, 0, true)).collect();
+    for _ in 0..2 * HOLDERS {
+        changes.push((dice.below(HOLDERS), dice.below(2), dice.below(3) == 0));
+    }
+    let mut found = Found::default();
+    for (at, tier, add) in changes {
+        let change = if add { PrefixIndex::store } else { PrefixIndex::remove };
+        change(&index, SMALL, holders[at], TIERS[tier], &prompt);
+        held[at][tier] = add;
+        index.find(SMALL, &prompt, &mut found);
+        for (holder, held) in holders.iter().zip(&held) {
+            let depth = |held: bool| if held { 3 } else { 0 };
+            let wanted = Depth { device: depth(held[0]), any: depth(held[0] || held[1]) };
+            assert_eq!(found.depth(*holder), wanted, "{holder:?} after {at} {tier} {add}");
+        }
+    }
+    let members = held.iter().filter(|held| held[0] || held[1]).count();
+    assert_eq!(index.stats().memberships, 3 * members as u64);
+}
+
 /// A worker with a prefix cache, as an engine keeps it: never a block without the one before it.
 struct Engine {
     epoch: Epoch,

@@ -24,6 +24,7 @@ fn every_refusal() -> Vec<Refusal> {
         Refusal::Forbidden { message: "The token names no tenant of this service.", code: "unknown_tenant" },
         overloaded(Reason::QueueFull),
         overloaded(Reason::Deadline),
+        overloaded(Reason::WorkersQueued),
         overloaded(Reason::QueueTimeout),
         overloaded(Reason::Requests),
         overloaded(Reason::Tokens),
@@ -31,6 +32,7 @@ fn every_refusal() -> Vec<Refusal> {
         Refusal::WorkersBusy,
         Refusal::NoWorker,
         Refusal::WorkerLost,
+        Refusal::Barred,
         Refusal::TimedOut,
         Refusal::Internal,
     ]

@@ -1,5 +1,7 @@
 //! What a prefill would cost, here or there.
 
+use baton_config::Role;
+
 use super::{Candidate, Work};
 
 /// Prefill speed assumed of a worker that has measured none: what the reference engine does on two cores with the
@@ -28,6 +30,16 @@ const LATE_TOKENS: f64 = 20.0;
 pub(crate) enum Side {
     Prefill = 0,
     Decode = 1,
+}
+
+impl Side {
+    /// Whether workers of a role play it.
+    pub(crate) fn is_of(self, role: Role) -> bool {
+        match self {
+            Self::Prefill => role.prefills(),
+            Self::Decode => role.decodes(),
+        }
+    }
 }
 
 /// One worker's prefill of the work, in seconds.

@@ -3,6 +3,7 @@
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
+use baton_config::fleet::Disaggregation;
 use baton_config::{Bytes, Role};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
@@ -167,5 +168,45 @@ async fn a_request_has_an_end_in_time() {
     let answer = harness.complete(&body).await;
     assert_eq!((answer.status, &answer.json()["error"]["code"]), (504, &json!("timeout")));
     assert_eq!(worker.generated().len(), 1, "nobody's fault: no other worker is bothered");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_prompt_that_no_worker_would_begin_in_time_is_refused_unread() {
+    let first = FakeWorker::start("decode-0", Role::Decode).await;
+    let second = FakeWorker::start("decode-1", Role::Decode).await;
+    // 3 s and 2.5 s of prompts.
+    first.queue(6000, 2000.0);
+    second.queue(2500, 1000.0);
+    let harness = Harness::start(&[&first, &second], |options| {
+        options.disaggregation = Disaggregation::Never;
+        options.slo_wait = Some(Duration::from_millis(500));
+    })
+    .await;
+    let body = json!({ "model": "tiny", "messages": [{ "role": "user", "content": "hi" }] });
+    let refused = async || harness.chat(&body).await.status == 429;
+    harness.until("both queues are known", refused).await;
+    let answer = harness.chat(&json!("unread")).await;
+    assert_eq!(answer.status, 429, "{}", answer.text);
+    assert_eq!(answer.headers["retry-after"], "2");
+    assert_eq!(answer.json()["error"]["code"], "overloaded");
+    assert!(harness.metric("baton_router_rejected_total{reason=\"workers_queued\"}").await >= 2.0);
+    assert_eq!(harness.get("/health").await.status, 200, "it is not down");
+
+    // One of them is enough.
+    second.queue(400, 1000.0);
+    harness.until("the queue is known", async || !refused().await).await;
+    let asked = async |max_wait: &str| {
+        let request = format!(
+            "POST /v1/chat/completions HTTP/1.1\r\nhost: a\r\ncontent-type: application/json\r\nx-baton-max-wait-ms: \
+             {max_wait}\r\ncontent-length: {}\r\nconnection: close\r\n\r\n{body}",
+            body.to_string().len()
+        );
+        rest(raw(&harness, request.as_bytes()).await).await
+    };
+    let answer = asked("100").await;
+    assert!(answer.starts_with("HTTP/1.1 429") && answer.contains("retry-after: 1"), "{answer}");
+    let answer = asked("450").await;
+    assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     harness.finish().await;
 }

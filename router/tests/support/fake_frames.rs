@@ -39,7 +39,8 @@ pub(super) fn upgrade(mut request: Request<Incoming>, script: Arc<Script>, seen:
     tokio::spawn(async move {
         let Ok(upgraded) = upgrade.await else { return };
         seen.connections.fetch_add(1, Ordering::SeqCst);
-        serve(TokioIo::new(upgraded), script, seen).await;
+        let life = script.life.clone();
+        life.run_until_cancelled(serve(TokioIo::new(upgraded), script, seen)).await;
     });
     let body = Full::new(Bytes::new()).map_err(|never| match never {}).boxed_unsync();
     let head = Response::builder().status(101).header("connection", "upgrade").header("upgrade", PROTOCOL);

@@ -23,6 +23,7 @@ use hyper::{Request, Response};
 use hyper_util::rt::TokioIo;
 use tokio::net::TcpListener;
 use tokio::task::JoinSet;
+use tokio_util::sync::{CancellationToken, DropGuard};
 
 use super::fake_frames;
 use super::model_dir::EOS;
@@ -96,6 +97,7 @@ pub(crate) struct FakeWorker {
     pub(crate) seen: Arc<Seen>,
     script: Arc<Script>,
     _tasks: JoinSet<()>,
+    _life: DropGuard,
 }
 
 pub(super) struct Script {
@@ -105,6 +107,10 @@ pub(super) struct Script {
     prefill_status: Mutex<Option<u16>>,
     kv_events: Mutex<Option<Vec<KvEventBatch>>>,
     speaks_frames: AtomicBool,
+    /// Prompt tokens yet to be computed, and how many of them a second.
+    queue: Mutex<(u64, Option<f64>)>,
+    /// Ends with the worker, and all connections with it.
+    pub(super) life: CancellationToken,
     name: WorkerId,
     role: Role,
 }
@@ -156,6 +162,8 @@ impl FakeWorker {
             prefill_status: Mutex::new(None),
             kv_events: Mutex::new(None),
             speaks_frames: AtomicBool::new(true),
+            queue: Mutex::default(),
+            life: CancellationToken::new(),
             name: worker.clone(),
             role,
         });
@@ -172,7 +180,8 @@ impl FakeWorker {
             kv: None,
             ready: true,
         };
-        Self { member, seen, script, _tasks: tasks }
+        let life = script.life.clone().drop_guard();
+        Self { member, seen, script, _tasks: tasks, _life: life }
     }
 
     /// What the next generate call does.
@@ -184,6 +193,12 @@ impl FakeWorker {
     /// What calls do that nothing was said about.
     pub(crate) fn always(&self, act: Act) -> &Self {
         *self.script.default.lock().expect("unpoisoned") = act;
+        self
+    }
+
+    /// It says that so many prompt tokens are waiting, of which it computes so many a second.
+    pub(crate) fn queue(&self, tokens: u64, tokens_per_s: f64) -> &Self {
+        *self.script.queue.lock().expect("unpoisoned") = (tokens, Some(tokens_per_s));
         self
     }
 
@@ -273,6 +288,7 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>)
 }
 
 fn state(script: &Script, seen: &Seen) -> WorkerStatus {
+    let (prefill_tokens_pending, prefill_tokens_per_s) = *script.queue.lock().expect("unpoisoned");
     WorkerStatus {
         worker: script.name.clone(),
         epoch: Some(Epoch(1)),
@@ -282,12 +298,12 @@ fn state(script: &Script, seen: &Seen) -> WorkerStatus {
         pid: 1,
         requests_running: u32::try_from(seen.open.load(Ordering::SeqCst)).expect("small"),
         requests_waiting: 0,
-        prefill_tokens_pending: 0,
+        prefill_tokens_pending,
         kv_blocks: BlockCounts { free: 10, ..BlockCounts::default() },
         kv_evictable: 0,
         prefilled_tokens: 0,
         prompt_tokens: None,
-        prefill_tokens_per_s: None,
+        prefill_tokens_per_s,
         itl_ms: None,
         paths: Vec::new(),
         last_error: None,

@@ -5,7 +5,6 @@ use std::os::unix::fs::PermissionsExt;
 use std::path::Path;
 
 use baton_config::fleet::{ConductorAccess, Identity, ServerTls};
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use reqwest::Method;
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -14,6 +13,7 @@ use super::*;
 use crate::client::CallError;
 use crate::client::transport::{CallTiming, Transport};
 use crate::http::TlsFault;
+use crate::test_authority::Authority;
 
 const OLD: &str = "k7Jw0pQx9ZfLr2TnVb5Ys8HdMc3Ge6Ua";
 const NEW: &str = "Zq4Xn8Rb1Kd6Wm3Ty9Hv5Lc2Pf7Js0Ge";
@@ -41,28 +41,11 @@ impl Files {
 
     /// A certificate of `authority` for `names`.
     fn identity(&self, file: &str, authority: &Authority, names: &[&str]) -> Identity {
-        let key = KeyPair::generate().unwrap();
-        let names: Vec<String> = names.iter().map(ToString::to_string).collect();
-        let cert = CertificateParams::new(names).unwrap().signed_by(&key, &authority.issuer).unwrap();
+        let (cert, key) = authority.identity(names);
         Identity {
-            cert_file: self.write(&format!("{file}.pem"), &cert.pem()),
-            key_file: self.write(&format!("{file}.key"), &key.serialize_pem()),
+            cert_file: self.write(&format!("{file}.pem"), &cert),
+            key_file: self.write(&format!("{file}.key"), &key),
         }
-    }
-}
-
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let pem = params.self_signed(&key).unwrap().pem();
-        Self { issuer: Issuer::new(params, key), pem }
     }
 }
 
@@ -336,7 +319,7 @@ async fn certificates_are_rotated_under_a_running_fleet() {
     };
     timeout(PATIENCE, taken).await.expect("the new certificates are served");
     // A certificate and a key that do not go together change nothing.
-    secured.files.write("server.key", &KeyPair::generate().unwrap().serialize_pem());
+    secured.files.write("server.key", &rcgen::KeyPair::generate().unwrap().serialize_pem());
     assert!(server.cert_file.exists());
     worker.set_state(WorkerState::Ready);
     let view = wait(&client, "the worker ready", |view| view.ready().count() == 1).await;

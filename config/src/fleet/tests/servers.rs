@@ -47,6 +47,7 @@ fn explains_a_fleet_that_passes_requests_on() {
           router.policy.seed                 0                         default
           router.policy.slo.ttft_ms          500                       default
           router.policy.slo.itl_ms           50                        default
+          router.policy.slo.early_rejection  false                     default
           router.policy.spill_requests       0                         default
           router.policy.session_header       x-session-id              default
           router.limits.body                 4 MiB                     default

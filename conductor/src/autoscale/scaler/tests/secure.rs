@@ -3,7 +3,6 @@
 use axum::serve::Listener;
 use base64::Engine;
 use base64::engine::general_purpose::STANDARD;
-use rcgen::{BasicConstraints, CertificateParams, IsCa, Issuer, KeyPair};
 use rustls::pki_types::pem::PemObject;
 use rustls::pki_types::{CertificateDer, PrivateKeyDer};
 use rustls::server::WebPkiClientVerifier;
@@ -13,35 +12,12 @@ use tokio_rustls::TlsAcceptor;
 use tokio_rustls::server::TlsStream;
 
 use super::*;
+use crate::test_authority::Authority;
 
-/// Certificates of one authority, in PEM.
-struct Authority {
-    issuer: Issuer<'static, KeyPair>,
-    pem: String,
-}
-
-impl Authority {
-    fn new() -> Self {
-        let key = KeyPair::generate().unwrap();
-        let mut params = CertificateParams::new(Vec::new()).unwrap();
-        params.is_ca = IsCa::Ca(BasicConstraints::Unconstrained);
-        let pem = params.self_signed(&key).unwrap().pem();
-        Self { issuer: Issuer::new(params, key), pem }
-    }
-
-    /// A certificate for `name`, and its key.
-    fn identity(&self, name: &str) -> (String, String) {
-        let key = KeyPair::generate().unwrap();
-        let cert =
-            CertificateParams::new(vec![name.to_owned()]).unwrap().signed_by(&key, &self.issuer).unwrap();
-        (cert.pem(), key.serialize_pem())
-    }
-
-    fn roots(&self) -> RootCertStore {
-        let mut roots = RootCertStore::empty();
-        roots.add(CertificateDer::from_pem_slice(self.pem.as_bytes()).unwrap()).unwrap();
-        roots
-    }
+fn roots(authority: &Authority) -> RootCertStore {
+    let mut roots = RootCertStore::empty();
+    roots.add(CertificateDer::from_pem_slice(authority.pem.as_bytes()).unwrap()).unwrap();
+    roots
 }
 
 /// Takes those who speak TLS and, where `clients` is given, show a certificate of that authority.
@@ -52,13 +28,13 @@ struct Secure {
 
 impl Secure {
     async fn bind(authority: &Authority, clients: Option<&Authority>) -> Self {
-        let (cert, key) = authority.identity("localhost");
+        let (cert, key) = authority.identity(&["localhost"]);
         let ring = Arc::new(rustls::crypto::ring::default_provider());
         let builder =
             ServerConfig::builder_with_provider(ring.clone()).with_safe_default_protocol_versions().unwrap();
         let builder = match clients {
             Some(clients) => {
-                let roots = Arc::new(clients.roots());
+                let roots = Arc::new(roots(clients));
                 let verifier = WebPkiClientVerifier::builder_with_provider(roots, ring).build().unwrap();
                 builder.with_client_cert_verifier(verifier)
             }
@@ -130,13 +106,13 @@ async fn a_kubeconfig_names_the_server_its_authority_and_who_asks() {
 
     let problem = scaler().current().await.unwrap_err().to_string();
     assert!(problem.starts_with("there is no way to Kubernetes ("), "{problem}");
-    for (authority, user) in [(&clients, known(clients.identity("conductor"))), (&servers, json!({}))] {
+    for (authority, user) in [(&clients, known(clients.identity(&["conductor"]))), (&servers, json!({}))] {
         write(authority, user);
         let problem = scaler().current().await.unwrap_err().to_string();
         assert!(problem.starts_with("the Kubernetes API server can't be reached: "), "{problem}");
     }
     assert!(fake.calls().is_empty());
-    write(&servers, known(clients.identity("conductor")));
+    write(&servers, known(clients.identity(&["conductor"])));
     let mut scaler = scaler();
     assert_eq!(scaler.current().await.unwrap(), 2);
     assert_eq!(scaler.scale(5).await.unwrap(), 5);

@@ -1,0 +1,112 @@
+//! Requests that workers die with.
+
+use std::time::Duration;
+
+use baton_config::Role;
+use baton_config::fleet::Disaggregation;
+use serde_json::{Value, json};
+
+use crate::fake_worker::{Act, FakeWorker};
+use crate::harness::Harness;
+
+const MANY: usize = 5;
+
+fn ask(text: &str) -> Value {
+    json!({ "model": "tiny", "messages": [{ "role": "user", "content": text }], "max_tokens": 20, "stream": true })
+}
+
+/// Workers that take requests and say nothing, until they are told otherwise.
+async fn fleet(framed: bool) -> (Vec<FakeWorker>, Harness) {
+    let mut workers = Vec::new();
+    for at in 0..MANY {
+        let worker = FakeWorker::start(&format!("decode-{at}"), Role::Decode).await;
+        worker.always(Act::SilentAfter(0));
+        if !framed {
+            worker.without_frames();
+        }
+        workers.push(worker);
+    }
+    let all: Vec<&FakeWorker> = workers.iter().collect();
+    let harness = Harness::start(&all, |options| options.disaggregation = Disaggregation::Never).await;
+    (workers, harness)
+}
+
+/// Kills the next worker that gets a request.
+async fn kill_one(workers: &mut Vec<FakeWorker>, harness: &Harness) {
+    let before: Vec<usize> = workers.iter().map(|worker| worker.generated().len()).collect();
+    let taken =
+        || workers.iter().zip(&before).position(|(worker, before)| worker.generated().len() > *before);
+    harness.until("a worker took it", async || taken().is_some()).await;
+    let at = taken().expect("it did");
+    tokio::time::sleep(Duration::from_millis(50)).await;
+    drop(workers.remove(at));
+}
+
+fn all_do(workers: &[FakeWorker], act: &Act) {
+    for worker in workers {
+        worker.always(act.clone());
+    }
+}
+
+fn calls(workers: &[FakeWorker]) -> usize {
+    workers.iter().map(|worker| worker.generated().len()).sum()
+}
+
+#[tokio::test]
+async fn a_request_that_workers_die_with_does_not_reach_a_third() {
+    for framed in [true, false] {
+        let (mut workers, harness) = fleet(framed).await;
+        let (body, other) = (ask("a deadly one"), ask("a harmless one"));
+        let (answer, ()) = tokio::join!(harness.chat(&body), async {
+            kill_one(&mut workers, &harness).await;
+            kill_one(&mut workers, &harness).await;
+        });
+        assert_eq!(answer.status, 500, "{framed}: {}", answer.text);
+        assert_eq!(answer.json()["error"]["code"], "request_failed_repeatedly");
+        assert_eq!(calls(&workers), 0, "{framed}");
+        all_do(&workers, &Act::Good);
+        for _ in 0..3 {
+            let again = harness.chat(&body).await;
+            assert_eq!(again.status, 500, "{}", again.text);
+        }
+        assert_eq!(calls(&workers), 0, "{framed}");
+        let answer = harness.chat(&other).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(harness.metric("baton_router_barred_total").await as u64, 4);
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_request_that_is_answered_between_two_deaths_did_not_cause_them() {
+    let (mut workers, harness) = fleet(true).await;
+    let body = ask("a popular one");
+    for _ in 0..3 {
+        all_do(&workers, &Act::SilentAfter(0));
+        let (answer, ()) = tokio::join!(harness.chat(&body), async {
+            kill_one(&mut workers, &harness).await;
+            all_do(&workers, &Act::Good);
+        });
+        assert_eq!(answer.status, 200, "{}", answer.text);
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn connections_that_break_are_no_deaths() {
+    for framed in [true, false] {
+        let (workers, harness) = fleet(framed).await;
+        for worker in &workers {
+            worker.always(Act::Good);
+            worker.then(Act::DieAfter(0));
+        }
+        for _ in 0..MANY {
+            let answer = harness.chat(&ask("an unlucky one")).await;
+            assert!([200, 502].contains(&answer.status), "{}", answer.text);
+        }
+        let answer = harness.chat(&ask("an unlucky one")).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(harness.metric("baton_router_barred_total").await as u64, 0);
+        harness.finish().await;
+    }
+}
