@@ -29,10 +29,16 @@ use std::process::ExitCode;
 
 use baton_config::environment::Environment;
 use clap::Parser;
+use mimalloc::MiMalloc;
 
 use args::{Args, Command};
 use failure::Failure;
 use logging::Logging;
+
+/// glibc's keeps what it once had: a router of which 2,000 clients have left stays as large as it was with them. This one gives
+/// it back, and takes less time. Without huge pages, of which each of its parts would take a whole one.
+#[global_allocator]
+static ALLOCATOR: MiMalloc = MiMalloc;
 
 fn main() -> ExitCode {
     let args = match Args::try_parse() {

@@ -231,6 +231,11 @@ impl Generation {
         &self.trace
     }
 
+    /// Whether `token` is one of those that end it.
+    pub(crate) fn ends_with(&self, token: u32) -> bool {
+        self.job.end_tokens.contains(&token)
+    }
+
     /// The next token or the end.
     pub(crate) fn poll_next(&mut self, cx: &mut Context<'_>) -> Poll<Result<Progress, DispatchError>> {
         loop {
@@ -303,7 +308,7 @@ impl Generation {
     /// The end that the lost worker did not get to say: nothing is left to generate.
     fn already_ended(&self) -> Option<FinishReason> {
         let last = self.sent.last()?;
-        if self.job.end_tokens.contains(last) {
+        if self.ends_with(*last) {
             return Some(FinishReason::Stop);
         }
         (self.sent.len() >= self.job.max_tokens as usize).then_some(FinishReason::Length)

@@ -8,6 +8,7 @@ mod known;
 mod pairs;
 mod poll;
 pub(crate) mod roster;
+mod seen;
 mod sweep;
 mod worker;
 
@@ -23,6 +24,7 @@ use crate::dispatch::Caller;
 use crate::index::PrefixIndex;
 use crate::metrics::Metrics;
 use follow::Turns;
+pub(crate) use pairs::Ways;
 pub use roster::{Member, Roster, RosterFeed};
 pub(crate) use worker::{Occupied, Standing, Worker};
 

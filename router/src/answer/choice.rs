@@ -64,7 +64,11 @@ pub(crate) struct End {
 /// A choice being generated.
 struct Run {
     generation: Generation,
-    spec: ChoiceSpec,
+    index: u32,
+    /// Every token is passed on at once.
+    every_token: bool,
+    /// When the request began.
+    started: Instant,
     metrics: Arc<Metrics>,
     decoder: Decoder,
     stops: StopMatcher,
@@ -91,18 +95,19 @@ impl Drop for Run {
 }
 
 /// The deltas of one choice; nothing is sent before the first poll.
-pub(super) fn run(dispatcher: Arc<Dispatcher>, model: Arc<Model>, mut spec: ChoiceSpec) -> Deltas {
+pub(super) fn run(dispatcher: Arc<Dispatcher>, model: Arc<Model>, spec: ChoiceSpec) -> Deltas {
+    let ChoiceSpec { index, job, stop, echo, every_token, started } = spec;
     let metrics = Arc::clone(&dispatcher.metrics);
-    let pending = Delta { index: spec.index, text: spec.echo.take().unwrap_or_default(), ..Delta::default() };
-    let (started, itl) = (spec.started, metrics.itl.local());
     let run = Run {
-        itl,
-        generation: Generation::new(dispatcher, spec.job.clone()),
-        stops: StopMatcher::new(std::mem::take(&mut spec.stop)),
+        itl: metrics.itl.local(),
+        generation: Generation::new(dispatcher, job),
+        index,
+        every_token,
+        started,
+        stops: StopMatcher::new(stop),
         decoder: Decoder::new(Arc::clone(&model.vocabulary)),
-        spec,
         metrics,
-        pending,
+        pending: Delta { index, text: echo.unwrap_or_default(), ..Delta::default() },
         piece: String::new(),
         first_at: None,
         last_at: None,
@@ -143,7 +148,7 @@ impl Run {
                     if self.push_text(token) {
                         return Poll::Ready(Ok(self.end(FinishReason::Stop)));
                     }
-                    if self.spec.every_token || !self.pending.text.is_empty() {
+                    if self.every_token || !self.pending.text.is_empty() {
                         return Poll::Ready(Ok(self.take()));
                     }
                 }
@@ -163,7 +168,7 @@ impl Run {
     /// Adds the text of a token; whether a stop string ended it.
     fn push_text(&mut self, token: u32) -> bool {
         // An end token is no part of the text, even if it is an ordinary one.
-        if self.spec.job.end_tokens.contains(&token) {
+        if self.generation.ends_with(token) {
             return false;
         }
         self.piece.clear();
@@ -179,7 +184,7 @@ impl Run {
             None => {
                 self.first_at = Some(now);
                 self.booked_at = now;
-                self.metrics.ttft.observe(now.duration_since(self.spec.started).as_secs_f64());
+                self.metrics.ttft.observe(now.duration_since(self.started).as_secs_f64());
             }
         }
         self.unbooked += 1;
@@ -196,13 +201,13 @@ impl Run {
     }
 
     fn take(&mut self) -> Delta {
-        let next = Delta { index: self.spec.index, ..Delta::default() };
+        let next = Delta { index: self.index, ..Delta::default() };
         std::mem::replace(&mut self.pending, next)
     }
 
     fn end(&mut self, reason: FinishReason) -> Delta {
         let mut delta = self.take();
-        let ttft = self.first_at.map(|at| at.duration_since(self.spec.started));
+        let ttft = self.first_at.map(|at| at.duration_since(self.started));
         delta.end = Some(End {
             reason,
             stop: self.stops.matched().map(str::to_owned),

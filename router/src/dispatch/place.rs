@@ -1,5 +1,6 @@
 //! Takes a snapshot of the fleet, looks the prompt up in the prefix index, and has the scheduler choose.
 
+use std::cell::RefCell;
 use std::fmt::Write as _;
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -11,7 +12,7 @@ use baton_config::{Epoch, WorkerId};
 use tokio::time::Instant;
 
 use super::{DEFAULT_BANDWIDTH, Dispatcher, Explanation, Job};
-use crate::fleet::{Standing, Worker};
+use crate::fleet::{Standing, Ways, Worker};
 use crate::index::{Depth, Found, Namespace};
 use crate::schedule::{self, Candidate, Predicted, Prefill, Side, Snapshot, Work};
 
@@ -163,8 +164,15 @@ impl Dispatcher {
             ticket: self.tickets.fetch_add(1, Ordering::Relaxed),
             session: sought.session,
         };
+        // Pairs are looked at one decode worker after the other.
+        let last: RefCell<Option<(usize, Ways<'_>)>> = RefCell::new(None);
         let transfer_s = |prefill: usize, decode: usize, tokens: u32| {
-            transfer_s(&workers[prefill], &workers[decode], tokens, now)
+            let mut last = last.borrow_mut();
+            let (_, ways) = match last.take() {
+                Some(known) if known.0 == decode => last.insert(known),
+                _ => last.insert((decode, workers[decode].ways(now))),
+            };
+            transfer_s(&workers[prefill], ways, tokens)
         };
         let snapshot = Snapshot::new(decode, prefill);
         let choice = schedule::choose(&snapshot, work, self.rules, &transfer_s)?;
@@ -267,8 +275,8 @@ fn candidate(key: usize, worker: &Worker, standing: &Standing, looked: &[Looked]
     }
 }
 
-fn transfer_s(prefill: &Worker, decode: &Worker, tokens: u32, now: Instant) -> Option<f64> {
-    let link = decode.link_from(prefill, now)?;
+fn transfer_s(prefill: &Worker, ways: &Ways<'_>, tokens: u32) -> Option<f64> {
+    let link = ways.link(prefill)?;
     let Some(geometry) = &prefill.member.kv else { return Some(0.0) };
     let bytes = geometry.token_bytes().0 as f64 * f64::from(tokens);
     Some(bytes / link.bytes_per_s.unwrap_or(DEFAULT_BANDWIDTH) + link.latency_s.unwrap_or(0.0))

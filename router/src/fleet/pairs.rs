@@ -5,12 +5,13 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use baton_config::protocol::PathStatus;
 use baton_config::{Epoch, WorkerId};
 use tokio::time::Instant;
 
 use super::Member;
+use super::worker::{Worker, identity};
 
 /// How long a pair is avoided whose handoffs failed.
 const AVOIDED_FOR: Duration = Duration::from_secs(30);
@@ -31,10 +32,18 @@ pub(crate) struct Link {
 /// The pairs of one decode worker. Every decision reads many: without a lock while none of them fails.
 #[derive(Debug, Default)]
 pub(super) struct Pairs {
-    measured: ArcSwap<HashMap<WorkerId, Link>>,
+    /// By the number of the prefill worker, in order.
+    measured: ArcSwap<Vec<(u64, Link)>>,
     failing: Mutex<HashMap<(WorkerId, Epoch), Failing>>,
     /// Whether any are in `failing`.
     fails: AtomicBool,
+}
+
+/// The ways to one decode worker, as they are at one moment.
+pub(crate) struct Ways<'a> {
+    pairs: &'a Pairs,
+    measured: Guard<Arc<Vec<(u64, Link)>>>,
+    now: Instant,
 }
 
 #[derive(Debug, Default)]
@@ -52,20 +61,23 @@ impl Pairs {
             latency_s: positive(path.latency_us).map(|us| us / 1e6),
         };
         let ours = paths.iter().filter(|path| path.decode == *own);
-        let measured = ours.map(|path| (path.prefill.clone(), link(path))).collect();
+        let mut measured: Vec<_> = ours.map(|path| (identity(&path.prefill), link(path))).collect();
+        measured.sort_unstable_by_key(|(prefill, _)| *prefill);
         self.measured.store(Arc::new(measured));
     }
 
-    /// The way from `prefill`; `None` while it is avoided.
-    pub(super) fn link(&self, prefill: &Member, now: Instant) -> Option<Link> {
-        if self.fails.load(Ordering::Relaxed) {
-            let all = self.failing();
-            let failing = all.get(&(prefill.worker.clone(), prefill.epoch));
-            if failing.and_then(|failing| failing.until).is_some_and(|until| now < until) {
-                return None;
-            }
+    /// All of them.
+    pub(super) fn ways(&self, now: Instant) -> Ways<'_> {
+        Ways { pairs: self, measured: self.measured.load(), now }
+    }
+
+    fn is_avoided(&self, prefill: &Member, now: Instant) -> bool {
+        if !self.fails.load(Ordering::Relaxed) {
+            return false;
         }
-        Some(self.measured.load().get(&prefill.worker).copied().unwrap_or_default())
+        let all = self.failing();
+        let failing = all.get(&(prefill.worker.clone(), prefill.epoch));
+        failing.and_then(|failing| failing.until).is_some_and(|until| now < until)
     }
 
     /// A handoff ended well or was given up; `true` when the pair is avoided from now on.
@@ -96,5 +108,16 @@ impl Pairs {
 
     fn failing(&self) -> MutexGuard<'_, HashMap<(WorkerId, Epoch), Failing>> {
         self.failing.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Ways<'_> {
+    /// The way from `prefill`; `None` while it is avoided.
+    pub(crate) fn link(&self, prefill: &Worker) -> Option<Link> {
+        if self.pairs.is_avoided(&prefill.member, self.now) {
+            return None;
+        }
+        let at = self.measured.binary_search_by_key(&prefill.identity(), |(known, _)| *known);
+        Some(at.map_or_else(|_| Link::default(), |at| self.measured[at].1))
     }
 }

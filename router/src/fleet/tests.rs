@@ -70,7 +70,7 @@ fn load_is_the_report_corrected_by_what_happened_since() {
     assert_eq!((worker.load().requests, worker.load().prefill_tokens), (4, 110));
     drop((first, second, third));
     assert_eq!((worker.load().requests, worker.load().prefill_tokens), (1, 50));
-    let from = |name: &str| worker.link_from(&Worker::new(member(name, 1)).unwrap(), Instant::now()).unwrap();
+    let from = |name: &str| worker.ways(Instant::now()).link(&Worker::new(member(name, 1)).unwrap()).unwrap();
     assert_eq!(from("p").bytes_per_s, Some(2e9));
     assert_eq!(from("q").bytes_per_s, None);
 }
@@ -205,12 +205,12 @@ async fn a_pair_whose_handoffs_fail_is_avoided_for_a_while() {
     assert!(!decode.handed_off(&prefill, true, Instant::now()));
     assert!(!decode.handed_off(&prefill, false, Instant::now()), "a good one between counts");
     assert!(decode.handed_off(&prefill, false, Instant::now()));
-    assert_eq!(decode.link_from(&prefill, Instant::now()), None);
-    assert!(decode.link_from(&other, Instant::now()).is_some(), "other pairs go on");
+    assert_eq!(decode.ways(Instant::now()).link(&prefill), None);
+    assert!(decode.ways(Instant::now()).link(&other).is_some(), "other pairs go on");
     let reborn = Worker::new(member("p", 2)).unwrap();
-    assert!(decode.link_from(&reborn, Instant::now()).is_some(), "another life, another pair");
+    assert!(decode.ways(Instant::now()).link(&reborn).is_some(), "another life, another pair");
     tokio::time::advance(Duration::from_secs(31)).await;
-    assert!(decode.link_from(&prefill, Instant::now()).is_some(), "tried again");
+    assert!(decode.ways(Instant::now()).link(&prefill).is_some(), "tried again");
     assert!(decode.handed_off(&prefill, false, Instant::now()), "and avoided at once when it fails again");
 }
 

@@ -4,7 +4,6 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
 use std::time::Duration;
 
-use arc_swap::{ArcSwap, Guard};
 use baton_config::prefix::BlockHash;
 use baton_config::protocol::{PeerRef, WorkerStatus};
 use baton_config::{Epoch, WorkerId};
@@ -13,7 +12,8 @@ use tokio::time::Instant;
 
 use super::Member;
 use super::known::Known;
-use super::pairs::{Link, Pairs};
+use super::pairs::{Pairs, Ways};
+use super::seen::{Report, Seen};
 use crate::dispatch::Lane;
 
 /// How long a worker that refused a connection is avoided, unless it answers its state before.
@@ -40,8 +40,7 @@ pub(crate) struct Health {
     lane: Lane,
     /// By how much its prefills take longer than predicted, in thousandths.
     slowness: AtomicU32,
-    /// Read by every decision for every worker, so without a lock.
-    seen: ArcSwap<Seen>,
+    seen: Seen,
 }
 
 /// What a decision needs to know of a worker, taken at one moment.
@@ -50,31 +49,6 @@ pub(crate) struct Standing {
     pub(crate) load: WorkerLoad,
     /// Whether it answers and takes requests, as far as is known.
     pub(crate) well: bool,
-}
-
-#[derive(Debug, Clone, Default)]
-struct Seen {
-    report: Option<Report>,
-    /// Set when a connection was refused.
-    down_until: Option<Instant>,
-    /// First of the polls in a row that failed.
-    silent_since: Option<Instant>,
-    /// It says itself that it should get no requests: the conductor may not have heard, or be away.
-    unwilling: bool,
-    /// Of these, that it is not well.
-    unhealthy: bool,
-}
-
-/// A worker's own account, and what this router had on it at that moment.
-#[derive(Debug, Clone)]
-struct Report {
-    requests: u32,
-    prefill_tokens: u64,
-    own_requests: u32,
-    own_prefill_tokens: u64,
-    prefill_tokens_per_s: Option<f64>,
-    itl_ms: Option<f64>,
-    kv_used: f64,
 }
 
 /// The load of a worker as the scheduler sees it.
@@ -94,6 +68,11 @@ pub(crate) struct WorkerLoad {
     pub(crate) slowness: f64,
 }
 
+/// The same number for the same name, in every life and every router.
+pub(super) fn identity(name: &WorkerId) -> u64 {
+    BlockHash::root(0).child(&name.as_str().bytes().map(u32::from).collect::<Vec<_>>()).0
+}
+
 impl Worker {
     /// A worker just seen for the first time in this life.
     pub(crate) fn new(member: Member) -> Result<Self, http::uri::InvalidUri> {
@@ -102,16 +81,14 @@ impl Worker {
             authority,
             name: member.worker.clone(),
             epoch: member.epoch,
-            identity: BlockHash::root(0)
-                .child(&member.worker.as_str().bytes().map(u32::from).collect::<Vec<_>>())
-                .0,
+            identity: identity(&member.worker),
             requests: AtomicU32::new(0),
             prefill_tokens: AtomicU64::new(0),
             known: Known::new(member.kv.as_ref().map(|kv| kv.block_tokens)),
             pairs: Pairs::default(),
             lane: Lane::default(),
             slowness: AtomicU32::new(1000),
-            seen: ArcSwap::default(),
+            seen: Seen::nothing(),
         };
         Ok(Self { member, health: Arc::new(health) })
     }
@@ -155,13 +132,12 @@ impl Worker {
     /// Whether new requests should keep away from it for now.
     #[cfg(test)]
     pub(crate) fn is_down(&self, now: Instant) -> bool {
-        let seen = self.health.seen();
-        seen.down_until.is_some_and(|until| now < until)
+        self.health.seen.is_down(now)
     }
 
     /// How long its state has not been answered.
     pub(super) fn silent_for(&self, now: Instant) -> Duration {
-        self.health.seen().silent_since.map_or(Duration::ZERO, |since| now.duration_since(since))
+        self.health.seen.silent_for(now)
     }
 
     /// Whether it has not answered its state for so long that a stream without progress for `frozen` is lost.
@@ -173,7 +149,7 @@ impl Worker {
 
     /// Whether it last said that it is not well. One that says nothing any more says nothing about the server beside it.
     pub(crate) fn is_unhealthy(&self) -> bool {
-        self.health.seen().unhealthy
+        self.health.seen.is_unhealthy()
     }
 
     /// Requests of this router on it.
@@ -183,22 +159,18 @@ impl Worker {
 
     /// Notes that a connection to it failed.
     pub(crate) fn mark_down(&self, now: Instant) {
-        self.health.note(|seen| seen.down_until = Some(now + DOWN_FOR));
+        self.health.seen.down(now + DOWN_FOR);
     }
 
     /// Its load: the last report, corrected by what this router began and ended since.
     #[cfg(test)]
     pub(crate) fn load(&self) -> WorkerLoad {
-        self.health.load(&self.health.seen())
+        self.health.load()
     }
 
     /// Its load, and whether it is well.
     pub(crate) fn standing(&self, now: Instant, frozen: Duration) -> Standing {
-        let seen = self.health.seen();
-        let down = seen.down_until.is_some_and(|until| now < until);
-        let silent = seen.silent_since.map_or(Duration::ZERO, |since| now.duration_since(since));
-        let well = !down && !seen.unwilling && silent < frozen / 2;
-        Standing { load: self.health.load(&seen), well }
+        Standing { load: self.health.load(), well: self.health.seen.is_well(now, frozen / 2) }
     }
 
     /// Where the prefix index knows it.
@@ -206,9 +178,9 @@ impl Worker {
         &self.health.known
     }
 
-    /// The way from a prefill worker to this one; `None` while it is avoided.
-    pub(crate) fn link_from(&self, prefill: &Self, now: Instant) -> Option<Link> {
-        self.health.pairs.link(&prefill.member, now)
+    /// The ways from prefill workers to this one.
+    pub(crate) fn ways(&self, now: Instant) -> Ways<'_> {
+        self.health.pairs.ways(now)
     }
 
     /// A handoff from a prefill worker came to its end, or had to be given up; `true` when the pair is avoided from now.
@@ -281,11 +253,11 @@ impl Health {
         self.slowness.store((after * 1000.0).round() as u32, Ordering::Relaxed);
     }
 
-    fn load(&self, seen: &Seen) -> WorkerLoad {
+    fn load(&self) -> WorkerLoad {
         let own_requests = self.requests.load(Ordering::Relaxed);
         let own_tokens = self.prefill_tokens.load(Ordering::Relaxed);
         let slowness = f64::from(self.slowness.load(Ordering::Relaxed)) / 1000.0;
-        let Some(report) = &seen.report else {
+        let Some(report) = self.seen.report() else {
             return WorkerLoad {
                 requests: own_requests,
                 prefill_tokens: own_tokens,
@@ -293,11 +265,9 @@ impl Health {
                 ..WorkerLoad::default()
             };
         };
-        let others = report.requests.saturating_sub(report.own_requests);
-        let other_tokens = report.prefill_tokens.saturating_sub(report.own_prefill_tokens);
         WorkerLoad {
-            requests: own_requests + others,
-            prefill_tokens: own_tokens + other_tokens,
+            requests: own_requests + report.requests,
+            prefill_tokens: own_tokens + report.prefill_tokens,
             prefill_tokens_per_s: report.prefill_tokens_per_s,
             itl_ms: report.itl_ms,
             kv_used: report.kv_used,
@@ -305,29 +275,16 @@ impl Health {
         }
     }
 
-    fn seen(&self) -> Guard<Arc<Seen>> {
-        self.seen.load()
-    }
-
-    /// Changes what is known; several may do so at a time.
-    fn note(&self, change: impl Fn(&mut Seen)) {
-        self.seen.rcu(|seen| {
-            let mut seen = Seen::clone(seen);
-            change(&mut seen);
-            seen
-        });
-    }
-
     /// Takes in an answer to a poll; whether it is of the life that the view tells of.
     pub(super) fn reported(&self, status: WorkerStatus) -> bool {
         let blocks = &status.kv_blocks;
         let live = blocks.total().saturating_sub(blocks.free + blocks.shared);
         let positive = |value: Option<f64>| value.filter(|v| v.is_finite() && *v > 0.0);
+        let requests = status.requests_running + status.requests_waiting;
+        let tokens = status.prefill_tokens_pending;
         let report = Report {
-            requests: status.requests_running + status.requests_waiting,
-            prefill_tokens: status.prefill_tokens_pending,
-            own_requests: self.requests.load(Ordering::Relaxed),
-            own_prefill_tokens: self.prefill_tokens.load(Ordering::Relaxed),
+            requests: requests.saturating_sub(self.requests.load(Ordering::Relaxed)),
+            prefill_tokens: tokens.saturating_sub(self.prefill_tokens.load(Ordering::Relaxed)),
             prefill_tokens_per_s: positive(status.prefill_tokens_per_s),
             itl_ms: positive(status.itl_ms),
             kv_used: f64::from(live) / f64::from(blocks.total().max(1)),
@@ -337,18 +294,15 @@ impl Health {
         // preferred: until the view has caught up, which without a conductor it does not, that is nobody to ask. The first time
         // it may be that it is about to hear of its life.
         let here = status.epoch == Some(self.epoch);
-        let elsewhere = !here && self.seen().report.is_some();
+        let elsewhere = !here && self.seen.has_reported();
         let unwilling = elsewhere || matches!(status.state.as_str(), "draining" | "unhealthy");
         let unhealthy = status.state == "unhealthy";
-        let seen = Seen { report: Some(report), down_until: None, silent_since: None, unwilling, unhealthy };
-        self.seen.store(Arc::new(seen));
+        self.seen.answered(report, unwilling, unhealthy);
         here
     }
 
     /// Notes that a poll failed.
     pub(super) fn silent(&self, now: Instant) {
-        self.note(|seen| {
-            seen.silent_since.get_or_insert(now);
-        });
+        self.seen.silent(now);
     }
 }

@@ -96,30 +96,34 @@ impl Connection {
         self.gateway.metrics.connections.dec();
     }
 
-    /// Finds out what is spoken.
+    /// Finds out what is spoken. Most connections are plain HTTP/1.1: only they are served in place, and make no room for others.
     async fn begin(&self, stream: TcpStream) {
         let phases = Arc::new(Phases::fresh());
-        let patience = self.gateway.timeouts.header;
         match &self.tls {
-            None => match self.opening(patience, speaks_http2(&stream)).await {
-                Some(Ok(true)) => self.http2(stream, phases).await,
+            None => match self.opening(speaks_http2(&stream)).await {
+                Some(Ok(true)) => Box::pin(self.http2(stream, phases)).await,
                 Some(Ok(false)) => self.http1(stream, phases).await,
                 Some(Err(error)) => tracing::debug!(%error, "connection gone before it was served"),
                 None => {}
             },
-            Some(tls) => match self.opening(patience, tls.acceptor().accept(stream)).await {
-                Some(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
-                    Box::pin(self.http2(stream, phases)).await;
-                }
-                Some(Ok(stream)) => Box::pin(self.http1(stream, phases)).await,
-                Some(Err(error)) => tracing::debug!(%error, "no TLS"),
-                None => {}
-            },
+            Some(tls) => Box::pin(self.secured(tls, stream, phases)).await,
+        }
+    }
+
+    async fn secured(&self, tls: &Tls, stream: TcpStream, phases: Arc<Phases>) {
+        match self.opening(tls.acceptor().accept(stream)).await {
+            Some(Ok(stream)) if stream.get_ref().1.alpn_protocol() == Some(b"h2") => {
+                Box::pin(self.http2(stream, phases)).await;
+            }
+            Some(Ok(stream)) => Box::pin(self.http1(stream, phases)).await,
+            Some(Err(error)) => tracing::debug!(%error, "no TLS"),
+            None => {}
         }
     }
 
     /// Waits for something before the first request, for a while.
-    async fn opening<T>(&self, patience: Duration, what: impl Future<Output = T>) -> Option<T> {
+    async fn opening<T>(&self, what: impl Future<Output = T>) -> Option<T> {
+        let patience = self.gateway.timeouts.header;
         tokio::select! {
             biased;
             () = self.abort.cancelled() => None,
