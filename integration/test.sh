@@ -15,9 +15,9 @@ if ! python3 -c 'import ensurepip, venv' 2>/dev/null; then
     as_root apt-get update -qq
     as_root apt-get install -y -qq --no-install-recommends python3 python3-venv
 fi
-# What the etcd client is compiled with (protoc and the messages that come with it), a real etcd, what makes certificates for it, the network libraries
+# What the allocator and the etcd client are compiled with (protoc and the messages that come with it), a real etcd, what makes certificates for it, the network libraries
 # that transfers open at run time, and the headers their bindings are checked against.
-packages="protobuf-compiler libprotobuf-dev etcd-server openssl libfabric1 libfabric-dev libucx0 libucx-dev"
+packages="gcc make protobuf-compiler libprotobuf-dev etcd-server openssl libfabric1 libfabric-dev libucx0 libucx-dev"
 # shellcheck disable=SC2086 # a list of words
 if ! dpkg -s $packages >/dev/null 2>&1; then
     echo "== installing $packages"
