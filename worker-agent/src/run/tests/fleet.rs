@@ -224,6 +224,12 @@ impl Fleet {
         self.run(name, options)
     }
 
+    pub(super) fn prefill_with_limits(&self, name: &str, limits: handoff::Limits) -> Running {
+        let mut options = self.options(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device);
+        options.handoff = limits;
+        self.run(name, options)
+    }
+
     pub(super) fn alone_for_the_quick(&self, name: &str, stalled: Duration) -> Running {
         let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
         options.stalled = stalled;

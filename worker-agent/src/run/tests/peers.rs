@@ -1,0 +1,81 @@
+//! Peers that have no room for long.
+
+use std::time::Duration;
+
+use baton_config::protocol::HandoffOutcome;
+use baton_engine::sim::oracle;
+
+use super::fleet::{Fleet, Setup, prompt, until};
+use crate::handoff::Limits;
+
+/// A decode worker of which one request with a long prompt takes most blocks: 64 of 16 tokens each.
+fn cramped(decode_us: f64) -> Setup {
+    Setup { blocks: 64, decode_us, ..Setup::sim() }
+}
+
+fn outlives_a_queue_longer_than_its_lease(device: bool) {
+    let limits = Limits {
+        lease: Duration::from_millis(1500),
+        repost_after: Duration::from_millis(100),
+        repost_after_max: Duration::from_millis(200),
+        ..Limits::default()
+    };
+    let fleet = Fleet::start(Setup { device, ..cramped(85_000.0) });
+    let (p, d) = (fleet.prefill_with_limits("p-0", limits), fleet.decode("d-0"));
+    fleet.block_on(async {
+        // Nine seconds: six leases of the handoff, and time for an audit to find exports that nobody looked after.
+        let before = fleet.request(prompt(1, 900, fleet.vocab()), 110);
+        let before = fleet.start_generate_alone(&d, &before);
+        until("most of the decode worker is taken", || d.in_use() > 50).await;
+        let request = fleet.request(prompt(2, 300, fleet.vocab()), 4);
+        let (apart, reply) = fleet.hand_over(&p, &d, &request, 1).await;
+        assert_eq!(reply.unwrap().outcome, HandoffOutcome::Done);
+        assert_eq!((apart.report.fallback, apart.report.imported_tokens), (None, 300));
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 4));
+        assert_eq!(before.await.unwrap().tokens.len(), 110);
+        until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+        p.audit().await;
+        d.audit().await;
+    });
+}
+
+#[test]
+fn a_handoff_outlives_a_queue_that_is_longer_than_its_lease() {
+    outlives_a_queue_longer_than_its_lease(false);
+}
+
+#[test]
+fn a_handoff_whose_blocks_are_to_be_staged_outlives_a_queue_that_is_longer_than_its_lease() {
+    outlives_a_queue_longer_than_its_lease(true);
+}
+
+#[test]
+fn blocks_that_wait_for_room_are_freed_when_the_client_leaves_or_the_decode_worker_dies() {
+    let fleet = Fleet::start(cramped(200_000.0));
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let before = fleet.request(prompt(1, 900, fleet.vocab()), 100);
+        let _before = fleet.start_generate_alone(&d, &before);
+        until("most of the decode worker is taken", || d.in_use() > 50).await;
+        let request = fleet.request(prompt(2, 300, fleet.vocab()), 4);
+        // Both sooner than the lease of half a minute, which is longer than this test waits.
+        for dies in [false, true] {
+            let id = 1 + u128::from(dies);
+            let prefill = fleet.start_prefill(&p, &d, &request, id);
+            let generate = fleet.start_generate(&d, &p, &request, id);
+            until("the prompt has its blocks", || p.in_use() >= 10).await;
+            // Long enough to be put off.
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            assert!(p.in_use() >= 10 && d.imported_bytes() == 0, "it waits");
+            match dies {
+                false => drop((prefill, generate)),
+                true => {
+                    d.kill();
+                    assert_eq!(prefill.await.unwrap().outcome, HandoffOutcome::Expired);
+                }
+            }
+            until("all blocks back", || p.in_use() == 0).await;
+        }
+        p.audit().await;
+    });
+}
