@@ -629,6 +629,11 @@ impl Running {
         !self.worker.shared.phase.borrow().accepts()
     }
 
+    /// Sessions with peers that are open.
+    pub(super) fn sessions(&self) -> usize {
+        self.worker.io.agent.sessions().len()
+    }
+
     /// Handoffs whose blocks it keeps.
     pub(super) fn leases(&self) -> usize {
         self.worker.shared.handoffs.open().borrow().prefills

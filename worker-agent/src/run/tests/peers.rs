@@ -1,9 +1,10 @@
-//! Peers that have no room for long.
+//! Peers that have no room for long, and peers that leave.
 
 use std::time::Duration;
 
 use baton_config::protocol::HandoffOutcome;
 use baton_engine::sim::oracle;
+use baton_transfer::BackendKind;
 
 use super::fleet::{Fleet, Setup, prompt, until};
 use crate::handoff::Limits;
@@ -77,5 +78,29 @@ fn blocks_that_wait_for_room_are_freed_when_the_client_leaves_or_the_decode_work
             until("all blocks back", || p.in_use() == 0).await;
         }
         p.audit().await;
+    });
+}
+
+/// Memory of other workers that is mapped into this process: a worker maps its own to be written.
+fn mapped() -> usize {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    maps.lines().filter(|line| line.contains(" r--s ") && line.contains("/memfd:baton-")).count()
+}
+
+#[test]
+fn what_was_opened_to_a_peer_is_closed_when_it_has_left() {
+    let shm = &[BackendKind::Shm];
+    let fleet = Fleet::start(Setup { backends: shm, device: false, ..Setup::sim() });
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let before = mapped();
+        let request = fleet.request(prompt(1, 100, fleet.vocab()), 4);
+        let (apart, _) = fleet.hand_over(&p, &d, &request, 1).await;
+        assert_eq!(apart.report.fallback, None);
+        assert!(mapped() > before && d.sessions() == 1, "its blocks were read where they are");
+        assert_eq!(fleet.post_text(&p, "/v1/drain", "").await.status().as_u16(), 202);
+        p.ended().await;
+        // Its memory is still there: the process has not ended.
+        until("the decode worker lets go of it", || mapped() == before && d.sessions() == 0).await;
     });
 }
