@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use baton_conductor::server::PoolOptions;
 use baton_conductor::{Client, ClientOptions, ConductorOptions};
 use baton_config::protocol::{
-    FinishReason, GenerateEvent, GenerateRequest, HandoffRef, KvEventBatch, PeerRef, PrefillReply,
-    PrefillReport, PrefillRequest, Sampling, WorkerStatus,
+    FinishReason, FirstToken, GenerateEvent, GenerateRequest, HandoffRef, KvEventBatch, PeerRef,
+    PrefillReply, PrefillReport, PrefillRequest, Sampling, Ticket, TicketBlock, WorkerStatus,
 };
-use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvLayout, Role, WorkerId};
+use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvGeometry, KvLayout, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
-use baton_transfer::{ArenaMemory, BackendKind, Choose};
+use baton_transfer::{ArenaMemory, BackendKind, Choose, Descriptor, DigestSeed, HostMemory, block_digest};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -632,6 +632,32 @@ impl Running {
     /// Sessions with peers that are open.
     pub(super) fn sessions(&self) -> usize {
         self.worker.io.agent.sessions().len()
+    }
+
+    /// Offers `decode` a block of `geometry` for the whole of a short prompt, as if it had computed it.
+    pub(super) fn offer(&self, decode: &Self, id: u128, tokens: u32, geometry: KvGeometry) -> Ticket {
+        let (agent, handoff, epoch) = (&self.worker.io.agent, HandoffId(id), self.epoch());
+        let bytes = vec![7; geometry.block_bytes()];
+        let memory = HostMemory::allocate(bytes.len(), "offered").unwrap();
+        memory.write(0, &bytes);
+        let region = agent.register(memory).unwrap();
+        agent.grant(handoff, vec![Descriptor { region, offset: 0, len: bytes.len() as u32 }]);
+        let digest = block_digest(DigestSeed { handoff, epoch, index: 0 }, &bytes);
+        Ticket {
+            worker: self.worker.options.worker.clone(),
+            epoch,
+            to_epoch: decode.epoch(),
+            seq: 0,
+            geometry,
+            tokens,
+            blocks: vec![TicketBlock { index: 0, region: region.0, offset: 0, digest }],
+            first: Some(FirstToken { token: 7, logprob: None, logits_digest: None }),
+        }
+    }
+
+    /// The blocks of its arena.
+    pub(super) fn geometry(&self) -> KvGeometry {
+        self.worker.io.geometry
     }
 
     /// Handoffs whose blocks it keeps.

@@ -1,8 +1,9 @@
-//! Peers that have no room for long, and peers that leave.
+//! Peers that have no room for long, that leave, and that hold a part of what is needed.
 
 use std::time::Duration;
 
-use baton_config::protocol::HandoffOutcome;
+use baton_config::protocol::{HandoffOutcome, TicketAck};
+use baton_config::{HandoffId, KvGeometry, Shard};
 use baton_engine::sim::oracle;
 use baton_transfer::BackendKind;
 
@@ -102,5 +103,28 @@ fn what_was_opened_to_a_peer_is_closed_when_it_has_left() {
         p.ended().await;
         // Its memory is still there: the process has not ended.
         until("the decode worker lets go of it", || mapped() == before && d.sessions() == 0).await;
+    });
+}
+
+#[test]
+fn blocks_with_some_of_the_heads_are_refused_and_the_prompt_prefilled() {
+    let fleet = Fleet::start(Setup::sim());
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let whole = p.geometry();
+        let heads = whole.kv_heads;
+        let shard = Shard::Tensor { rank: 0, degree: 2, heads };
+        // It can be read, and has the digest and the first token it should have.
+        let ticket = p.offer(&d, 1, 32, KvGeometry { kv_heads: heads / 2, shard, ..whole });
+        let request = fleet.request(prompt(1, 32, fleet.vocab()), 3);
+        let path = format!("/v1/handoffs/{}/ticket", HandoffId(1));
+        let post = fleet.post(&d, &path, &ticket);
+        let (apart, ack) = tokio::join!(fleet.generate_from(&d, &p, &request, 1), post);
+        assert_eq!(apart.report.fallback.as_deref(), Some("geometry"));
+        assert_eq!((apart.report.imported_tokens, d.imported_bytes()), (0, 0));
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 3));
+        assert_eq!(ack.unwrap().json::<TicketAck>().await.unwrap(), TicketAck::Abandoned);
+        assert!(d.text("/metrics").await.contains("baton_transfer_errors_total{kind=\"geometry\"} 1"));
+        until("all blocks back", || d.in_use() == 0).await;
     });
 }
