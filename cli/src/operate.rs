@@ -34,27 +34,21 @@ pub(crate) fn drain(args: &DrainArgs, environment: &Environment) -> Result<(), F
 async fn wait(conductor: &Conductor, drained: &Drained, patience: Duration) -> Result<(), Failure> {
     let (started, worker) = (Instant::now(), &drained.worker);
     let (mut told, mut told_at) = (None, None);
+    let mut known = Known::default();
     loop {
-        let listing =
-            conductor.ask::<Listing>(conductor.request(Method::GET, "/v1/workers?metadata=no")).await;
-        let mut line = None;
-        match listing {
-            Ok(listing) => {
-                let same = |record: &&baton_conductor::api::ListedWorker| {
-                    record.record.worker == *worker && record.record.epoch == drained.epoch
-                };
-                let Some(listed) = listing.workers.iter().find(same) else {
-                    let after = started.elapsed().as_secs_f64();
-                    return output::print(&format!("{worker} has left after {after:.1} s\n"));
-                };
-                if let Ok(status) = ask_worker(conductor.http(), &listed.record.address).await {
-                    line = status.drain.map(|drain| (counts(&drain), drain_line(&drain)));
-                }
+        let (what, text) = match known.look(conductor, drained).await {
+            Ok(Sight::Gone) => {
+                let after = started.elapsed().as_secs_f64();
+                return output::print(&format!("{worker} has left after {after:.1} s\n"));
+            }
+            Ok(Sight::Drains(drain)) => (counts(&drain), drain_line(&drain)),
+            Ok(Sight::Idle) => (None, "asked; it has not begun".to_owned()),
+            Ok(Sight::Anew) => {
+                (None, "in a new life, which does not drain: restarted, or ask again".to_owned())
             }
             // It may be back before the worker has drained.
-            Err(failure) => line = Some((None, failure.to_string())),
-        }
-        let (what, text) = line.unwrap_or((None, "asked; it has not begun".to_owned()));
+            Err(failure) => (None, failure.to_string()),
+        };
         let news = told != Some(what) || told_at.is_none_or(|at: Instant| at.elapsed() >= TELL_INTERVAL);
         if news {
             output::tell(&format!("{worker}: {text}"));
@@ -64,6 +58,62 @@ async fn wait(conductor: &Conductor, drained: &Drained, patience: Duration) -> R
             return Err(Failure::failed(format!("{worker} has not left within {patience:?}: {text}")));
         }
         tokio::time::sleep(LOOK_INTERVAL).await;
+    }
+}
+
+/// What is seen of a worker that was asked to drain.
+enum Sight {
+    /// Its process has ended.
+    Gone,
+    /// It drains.
+    Drains(Box<DrainStatus>),
+    /// It is there, or may be.
+    Idle,
+    /// It is there in another life, and does not drain.
+    Anew,
+}
+
+/// What was first seen of it. The conductor alone cannot say that a worker is gone: one that has just begun, or lost a
+/// lease, does not know it for a while.
+#[derive(Default)]
+struct Known {
+    address: Option<String>,
+    pid: Option<u32>,
+}
+
+impl Known {
+    async fn look(&mut self, conductor: &Conductor, drained: &Drained) -> Result<Sight, Failure> {
+        let listing: Listing =
+            conductor.ask(conductor.request(Method::GET, "/v1/workers?metadata=no")).await?;
+        let listed = listing.workers.iter().find(|listed| listed.record.worker == drained.worker);
+        if let (None, Some(listed)) = (&self.address, listed) {
+            self.address = Some(listed.record.address.clone());
+        }
+        let same = listed.is_some_and(|listed| listed.record.epoch == drained.epoch);
+        let mut found = None;
+        // Where it was, and where its name is now.
+        let now =
+            listed.map(|listed| &listed.record.address).filter(|now| self.address.as_ref() != Some(now));
+        for address in [self.address.as_ref(), now].into_iter().flatten() {
+            if found.is_none() {
+                let status = ask_worker(conductor.http(), address).await.ok();
+                found = status.filter(|status| status.worker == drained.worker);
+            }
+        }
+        let Some(status) = found else {
+            return Ok(match listed {
+                None if !listing.warming => Sight::Gone,
+                Some(_) if !same => Sight::Anew,
+                _ => Sight::Idle,
+            });
+        };
+        let same_process = *self.pid.get_or_insert(status.pid) == status.pid;
+        Ok(match status.drain {
+            Some(drain) if same_process => Sight::Drains(Box::new(drain)),
+            _ if !same_process => Sight::Gone,
+            _ if same || status.epoch.is_none_or(|epoch| epoch == drained.epoch) => Sight::Idle,
+            _ => Sight::Anew,
+        })
     }
 }
 

@@ -26,6 +26,9 @@ mod lease;
 pub use lease::LostReason;
 use lease::{KeepAnswer, Lease, Step, Turn};
 
+/// Before a conductor with a fault of its own is told again that a worker leaves.
+const LEAVE_AGAIN: Duration = Duration::from_millis(200);
+
 /// What a worker tells about itself.
 #[derive(Debug, Clone, PartialEq, Eq)]
 pub struct Registration {
@@ -424,14 +427,26 @@ impl Keeper {
         let worker = self.register.worker.clone();
         if let Some(epoch) = held {
             let tries = async {
-                for endpoint in 0..self.transport.endpoints().len() {
-                    match self.transport.leave(endpoint, &worker, epoch).await {
-                        Ok(()) | Err(CallError::Refused { .. }) => return,
-                        Err(error) => {
-                            let error: &dyn std::error::Error = &error;
-                            tracing::debug!(%worker, error, "could not deregister here");
+                loop {
+                    // One that answers with a fault of its own may do better in a moment; one that is away is given up.
+                    let mut again = false;
+                    for endpoint in 0..self.transport.endpoints().len() {
+                        let error = match self.transport.leave(endpoint, &worker, epoch).await {
+                            Ok(()) => return,
+                            Err(error) => error,
+                        };
+                        match &error {
+                            CallError::Refused { status, .. } if *status >= 500 => again = true,
+                            CallError::Refused { .. } if !error.is_distrust() => return,
+                            _ => {}
                         }
+                        let error: &dyn std::error::Error = &error;
+                        tracing::debug!(%worker, error, "could not deregister here");
                     }
+                    if !again {
+                        return;
+                    }
+                    tokio::time::sleep(LEAVE_AGAIN).await;
                 }
             };
             if tokio::time::timeout(self.leave_timeout, tries).await.is_err() {

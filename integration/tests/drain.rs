@@ -162,6 +162,33 @@ async fn drain_waits_until_the_worker_is_gone_or_says_what_it_waits_for() {
 }
 
 #[tokio::test]
+async fn drain_waits_for_the_worker_although_the_conductor_has_just_begun() {
+    let fleet = Fleet::start(two_workers("")).await;
+    let mut streams = stream_on_both(&fleet).await;
+    let done = {
+        let conductor = fleet.conductor.clone();
+        tokio::task::spawn_blocking(move || {
+            let args = ["drain", "all-0", "--wait", "--conductor", &conductor];
+            Command::new(binary::baton()).args(args).output().unwrap()
+        })
+    };
+    eventually("it drains", PATIENCE, async || {
+        (worker(&fleet, "all-0").await?["state"] == "draining").then_some(())
+    })
+    .await;
+    signal(conductor_pid(&fleet).expect("a conductor"), Signal::KILL);
+    tokio::time::sleep(Duration::from_secs(3)).await;
+    assert!(!done.is_finished(), "it has a stream");
+    while let Some(answer) = streams.join_next().await {
+        assert_eq!(answer.unwrap().tokens.len(), TOKENS as usize);
+    }
+    let done = done.await.unwrap();
+    assert!(done.status.success(), "{}", text(&done.stderr));
+    assert!(text(&done.stdout).starts_with("all-0 has left after "), "{}", text(&done.stdout));
+    fleet.stop().await;
+}
+
+#[tokio::test]
 async fn a_drain_ends_with_its_grace_and_its_stream_goes_on_elsewhere() {
     let fleet = Fleet::start(two_workers(", limits: { drain_grace_ms: 300 }")).await;
     let client = fleet.client();

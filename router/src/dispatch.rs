@@ -71,6 +71,8 @@ pub(crate) struct Job {
     pub(crate) sampling: Sampling,
     /// Separates its cached prefixes from those of others; 0 for none.
     pub(crate) cache_salt: u64,
+    /// Whose requests workers died with: the same for all of a tenant's, whatever separates their prefixes.
+    pub(crate) owner: u64,
     pub(crate) logits_digest: bool,
     /// Nobody reads the tokens before the last one, and no text among them can end it.
     pub(crate) whole: bool,
@@ -418,7 +420,7 @@ impl Generation {
     /// What names the request among those that workers died with.
     fn print(&self) -> u64 {
         let job = &self.job;
-        self.dispatcher.suspects.print(&job.prompt, job.cache_salt, &job.sampling)
+        self.dispatcher.suspects.print(&job.prompt, job.owner, &job.sampling)
     }
 
     /// What has to be found out about the request before another worker is put at risk.

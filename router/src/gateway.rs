@@ -68,6 +68,8 @@ struct Prepared {
     ask: Ask,
     prompts: Vec<Tokenized>,
     cache_salt: u64,
+    /// See [`Job::owner`].
+    owner: u64,
     placing: Placing,
 }
 
@@ -75,6 +77,21 @@ struct Prepared {
 struct Held {
     entry: Entry,
     place: Place,
+}
+
+/// Charges the tokens of an answer in one piece, also when its client has left.
+struct Bill<'a> {
+    place: &'a mut Place,
+    entry: &'a Entry,
+    meter: Meter,
+}
+
+impl Drop for Bill<'_> {
+    fn drop(&mut self) {
+        let tokens = self.meter.completion_tokens();
+        self.place.used(tokens);
+        self.entry.used(tokens);
+    }
 }
 
 /// One prompt.
@@ -278,7 +295,8 @@ impl Gateway {
         self.check_wait(request.headers())?;
         let (bytes, place) = self.admit(request, principal).await?;
         let cache_salt = self.auth.salt(principal)?;
-        let prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes, cache_salt)).await?;
+        let mut prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes, cache_salt)).await?;
+        prepared.owner = self.auth.owner(principal);
         Ok((prepared, place))
     }
 
@@ -358,7 +376,7 @@ impl Gateway {
         for prompt in &prompts {
             self.check_context(api, prompt.tokens.len(), ask.max_tokens)?;
         }
-        Ok(Prepared { ask, prompts, cache_salt, placing: Placing::default() })
+        Ok(Prepared { ask, prompts, cache_salt, owner: 0, placing: Placing::default() })
     }
 
     fn tokenize(&self, prompt: Prompt, echo: bool, salt: u64) -> Result<Tokenized, Refusal> {
@@ -406,14 +424,15 @@ impl Gateway {
         place.used(prompt_tokens);
         entry.used(prompt_tokens);
         let (stream, n) = (prepared.ask.stream, prepared.ask.n);
-        let mut meter = Meter::new(prompt_tokens, n);
+        let meter = Meter::new(prompt_tokens, n);
         let specs = self.specs(prepared, &head.id, started);
         let choices = specs.len();
         let mut deltas = answer::deltas(&self.dispatcher, &self.model, specs);
         if !stream {
-            let collected = answer::collect(deltas, &head, &mut meter, choices).await;
-            place.used(meter.completion_tokens());
-            entry.used(meter.completion_tokens());
+            let collected = {
+                let mut bill = Bill { place: &mut place, entry: &entry, meter };
+                answer::collect(deltas, &head, &mut bill.meter, choices).await
+            };
             return match collected {
                 Ok(body) => {
                     entry.answered(200);
@@ -453,7 +472,7 @@ impl Gateway {
     }
 
     fn specs(&self, prepared: Prepared, id: &str, started: Instant) -> Vec<ChoiceSpec> {
-        let Prepared { ask, prompts, cache_salt, placing } = prepared;
+        let Prepared { ask, prompts, cache_salt, owner, placing } = prepared;
         let mut end_tokens = ask.sampling.stop_tokens.clone();
         if !ask.sampling.ignore_eos {
             end_tokens.extend_from_slice(&self.model.eos);
@@ -473,6 +492,7 @@ impl Gateway {
                     max_tokens: ask.max_tokens.map_or(room, |asked| asked.min(room)),
                     sampling,
                     cache_salt,
+                    owner,
                     logits_digest: ask.debug.logits_digest,
                     whole: !ask.stream && ask.stop.is_empty(),
                     end_tokens: Arc::clone(&end_tokens),

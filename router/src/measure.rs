@@ -129,6 +129,7 @@ fn decide(dispatcher: &Dispatcher, tokens: &[u32], what: Decisions) -> Result<Ve
         logits_digest: false,
         whole: false,
         cache_salt: 0,
+        owner: 0,
         end_tokens: Arc::new([]),
         deadline: tokio::time::Instant::now() + Duration::from_secs(3600),
         session: None,

@@ -271,6 +271,14 @@ impl Auth {
             }),
         }
     }
+
+    /// Whose requests are counted together, where tenants are told apart.
+    pub(crate) fn owner(&self, principal: &Principal) -> u64 {
+        match self.isolation {
+            Isolation::None => 0,
+            Isolation::Tenant | Isolation::Request => tenant_salt(&principal.tenant.name),
+        }
+    }
 }
 
 /// Follows from the name alone: it must be the same in all routers, and need not be secret, since no client can send one.

@@ -10,7 +10,7 @@ use tokio::time::Instant;
 
 use super::{Board, Scaled};
 use crate::dice::{Backoff, Dice};
-use crate::reconcile::{Reconciler, Turn};
+use crate::reconcile::{Fence, Reconciler, Turn};
 use crate::record::WorkerState;
 use crate::registry::RegistryError;
 use crate::server::PoolOptions;
@@ -47,8 +47,9 @@ pub(crate) struct ScalerAgent {
     dice: Dice,
     failures: u32,
     next: Option<Instant>,
-    /// The decision that was carried out last.
+    /// The decision that was carried out last, in this term; nothing when what was tried since may have been carried out.
     done: Option<(String, u32)>,
+    term: Option<Fence>,
 }
 
 impl ScalerAgent {
@@ -59,10 +60,24 @@ impl ScalerAgent {
             ScalerSpec::None | ScalerSpec::Process => None,
         };
         let (pool, role) = (pool.name.clone(), pool.role);
-        Self { pool, role, means, board, dice: Dice::from_entropy(), failures: 0, next: None, done: None }
+        Self {
+            pool,
+            role,
+            means,
+            board,
+            dice: Dice::from_entropy(),
+            failures: 0,
+            next: None,
+            done: None,
+            term: None,
+        }
     }
 
     async fn turn(&mut self, turn: Turn<'_>) {
+        if self.term.replace(turn.fence) != Some(turn.fence) {
+            // Another conductor may have led, and told otherwise, in between.
+            self.done = None;
+        }
         let scaled =
             turn.fleet.scale.get(&self.pool).map(|seen| &seen.scaled).filter(|scaled| !scaled.dry_run);
         let news = scaled.is_some_and(|scaled| self.done.as_ref().is_none_or(|(id, _)| *id != scaled.id));
@@ -82,6 +97,8 @@ impl ScalerAgent {
             (Some(Means::Webhook(webhook)), Some(scaled)) if news && done != Some(scaled.desired) => {
                 let (pool, role) = (&self.pool, self.role);
                 let Scaled { desired, reason, id, .. } = scaled;
+                // Until it answers, and when it doesn't, nobody knows what it took.
+                self.done = None;
                 webhook
                     .tell(&Notice { pool, role, desired: *desired, ready, reason, id })
                     .await

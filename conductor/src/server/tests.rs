@@ -242,6 +242,39 @@ async fn a_worker_that_dies_is_removed_after_its_lease() {
     server.stop().await;
 }
 
+/// A conductor whose store is away.
+async fn faulty() -> (String, TaskTracker) {
+    use tokio::io::{AsyncReadExt, AsyncWriteExt};
+    let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let url = format!("http://{}", listener.local_addr().unwrap());
+    let tasks = TaskTracker::new();
+    tasks.spawn(async move {
+        while let Ok((mut stream, _)) = listener.accept().await {
+            let body = json!({ "error": { "type": "unavailable_error", "code": "store_unavailable", "message": "the store is away" } })
+                .to_string();
+            let head =
+                "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nconnection: close\r\n";
+            let answer = format!("{head}content-length: {}\r\n\r\n{body}", body.len());
+            let _ = stream.read(&mut [0; 8192]).await;
+            let _ = stream.write_all(answer.as_bytes()).await;
+        }
+    });
+    (url, tasks)
+}
+
+#[tokio::test]
+async fn a_worker_that_leaves_tells_another_conductor_when_one_has_a_fault_of_its_own() {
+    let server = Server::fresh(Duration::from_secs(10)).await;
+    let (broken, _tasks) = faulty().await;
+    let client = Client::start(ClientOptions::new(vec![broken, server.url()])).unwrap();
+    let host = Host::new();
+    let worker = join(&client, "w", &host.address()).await.unwrap();
+    assert_eq!(server.listing().await.workers.len(), 1);
+    worker.leave().await;
+    assert_eq!(server.listing().await.workers.len(), 0);
+    server.stop().await;
+}
+
 #[tokio::test]
 async fn a_name_has_one_holder_until_its_host_is_gone() {
     let server = Server::fresh(Duration::from_secs(10)).await;

@@ -319,7 +319,7 @@ impl Attempt {
                 handoff: id,
                 suspects: Arc::clone(&dispatcher.suspects),
                 prompt: Arc::clone(&job.prompt),
-                cache_salt: job.cache_salt,
+                owner: job.owner,
                 sampling: request.sampling,
                 _occupied: prefill.occupy(uncached),
             };
@@ -507,7 +507,7 @@ struct PrefillJob {
     handoff: HandoffId,
     suspects: Arc<Suspects>,
     prompt: Arc<[u32]>,
-    cache_salt: u64,
+    owner: u64,
     sampling: Sampling,
     _occupied: Occupied,
 }
@@ -527,7 +527,7 @@ impl PrefillJob {
         self.metrics.prefill_failures.inc();
         let now = Instant::now();
         if matches!(error, CallError::Broken(_)) && now.duration_since(asked) >= HEARD_AFTER {
-            let print = self.suspects.print(&self.prompt, self.cache_salt, &self.sampling);
+            let print = self.suspects.print(&self.prompt, self.owner, &self.sampling);
             self.suspects.broke(print, &self.prefill, now);
         }
         let leaving = matches!(error, CallError::Refused { code: FailureCode::Unavailable, .. });

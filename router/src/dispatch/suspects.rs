@@ -65,8 +65,9 @@ impl Case {
 }
 
 impl Suspects {
-    /// What names a request: what an engine sees of it, but for the seed and what it has generated.
-    pub(crate) fn print(&self, prompt: &[u32], cache_salt: u64, sampling: &Sampling) -> u64 {
+    /// What names a request of `owner`: what an engine sees of it, but for the seed, what it has generated and what separates
+    /// its prefixes from others.
+    pub(crate) fn print(&self, prompt: &[u32], owner: u64, sampling: &Sampling) -> u64 {
         let Sampling { seed: _, logit_bias, stop_tokens, .. } = sampling;
         let numbers = [
             sampling.temperature,
@@ -79,7 +80,7 @@ impl Suspects {
         let bits = numbers.map(|number| u64::from(number.to_bits()));
         let bias: Vec<_> = logit_bias.iter().map(|(token, bias)| (*token, bias.to_bits())).collect();
         let rest = (sampling.top_k, sampling.logprobs, sampling.ignore_eos, stop_tokens);
-        self.key.hash_one((prompt, cache_salt, bits, bias, rest))
+        self.key.hash_one((prompt, owner, bits, bias, rest))
     }
 
     /// Whether no request is under suspicion: nothing needs to be asked, then.

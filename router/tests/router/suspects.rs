@@ -3,7 +3,11 @@
 use std::time::Duration;
 
 use baton_config::Role;
-use baton_config::fleet::Disaggregation;
+use baton_config::fleet::{AuthSpec, Disaggregation, Isolation};
+use baton_router::{RouterOptions, mint};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::Request;
 use serde_json::{Value, json};
 
 use crate::fake_worker::{Act, FakeWorker};
@@ -17,6 +21,10 @@ fn ask(text: &str) -> Value {
 
 /// Workers that take requests and say nothing, until they are told otherwise.
 async fn fleet(framed: bool) -> (Vec<FakeWorker>, Harness) {
+    fleet_with(framed, |_| ()).await
+}
+
+async fn fleet_with(framed: bool, change: impl FnOnce(&mut RouterOptions)) -> (Vec<FakeWorker>, Harness) {
     let mut workers = Vec::new();
     for at in 0..MANY {
         let worker = FakeWorker::start(&format!("decode-{at}"), Role::Decode).await;
@@ -27,7 +35,11 @@ async fn fleet(framed: bool) -> (Vec<FakeWorker>, Harness) {
         workers.push(worker);
     }
     let all: Vec<&FakeWorker> = workers.iter().collect();
-    let harness = Harness::start(&all, |options| options.disaggregation = Disaggregation::Never).await;
+    let harness = Harness::start(&all, |options| {
+        options.disaggregation = Disaggregation::Never;
+        change(options);
+    })
+    .await;
     (workers, harness)
 }
 
@@ -75,6 +87,30 @@ async fn a_request_that_workers_die_with_does_not_reach_a_third() {
         assert_eq!(harness.metric("baton_router_barred_total").await as u64, 4);
         harness.finish().await;
     }
+}
+
+#[tokio::test]
+async fn requests_that_share_no_prefixes_are_still_the_same_request() {
+    let key = mint("k").expect("a key");
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys.yaml");
+    std::fs::write(&keys, format!("version: 1\ntenants:\n- name: acme\n  keys:\n  {}\n", key.line))
+        .expect("written");
+    let (mut workers, harness) =
+        fleet_with(true, |options| options.auth = Some(AuthSpec::new(keys, Isolation::Request))).await;
+    let ask = async || {
+        let request = Request::post(format!("http://{}/v1/completions", harness.address))
+            .header("authorization", format!("Bearer {}", key.key))
+            .body(Full::new(Bytes::from(json!({ "model": "tiny", "prompt": "deadly" }).to_string())))
+            .expect("a request");
+        harness.client.request(request).await.expect("an answer").status().as_u16()
+    };
+    let (status, ()) = tokio::join!(ask(), async {
+        kill_one(&mut workers, &harness).await;
+        kill_one(&mut workers, &harness).await;
+    });
+    assert_eq!((status, ask().await, calls(&workers)), (500, 500, 0));
+    harness.finish().await;
 }
 
 #[tokio::test]

@@ -181,6 +181,25 @@ async fn quotas_are_told_before_the_body_is_looked_at() {
 }
 
 #[tokio::test]
+async fn a_client_that_leaves_pays_for_what_was_generated() {
+    let key = mint("k").expect("a key");
+    let setup = Setup::start(&tenant("acme", "", &key), Isolation::None, 8, 8).await;
+    setup.worker.always(Act::Slow(Duration::from_millis(5)));
+    // With a string to stop at, tokens are looked at as they come.
+    let body = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 1000, "stop": "no such text" });
+    let mut left = Box::pin(setup.ask(&key.key, &body));
+    let sent = || setup.worker.seen.sent.load(Ordering::SeqCst);
+    tokio::select! {
+        _ = &mut left => panic!("it takes five seconds"),
+        () = setup.harness.until("some tokens came", async || sent() > 5_000) => {}
+    }
+    drop(left);
+    let charged = async || setup.harness.metric("baton_router_tenant_tokens_total{tenant=\"acme\"}").await;
+    setup.harness.until("they are charged", async || charged().await > 10.0).await;
+    setup.harness.finish().await;
+}
+
+#[tokio::test]
 async fn who_floods_does_not_keep_others_out() {
     let (flood, quiet) = (mint("flood").expect("a key"), mint("quiet").expect("a key"));
     let tenants = tenant("flood", "", &flood) + &tenant("quiet", "", &quiet);

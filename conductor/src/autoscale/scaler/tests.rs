@@ -225,6 +225,7 @@ struct Bench {
     store: Arc<Embedded>,
     fleet: Fleet,
     pool: PoolName,
+    term: u64,
 }
 
 impl Bench {
@@ -236,7 +237,7 @@ impl Bench {
         let store = EmbeddedOptions { state_file: None, holder: "a test".to_owned() };
         let store = Arc::new(Embedded::start(store, &TaskTracker::new()).await.unwrap());
         let agent = ScalerAgent::new(&options, scale, board.clone());
-        Self { agent, board, store, fleet: Fleet::default(), pool }
+        Self { agent, board, store, fleet: Fleet::default(), pool, term: 1 }
     }
 
     fn decide(&mut self, scaled: Scaled) {
@@ -245,7 +246,7 @@ impl Bench {
 
     async fn turn(&mut self, now: Instant) {
         let store: &dyn Store = &*self.store;
-        self.agent.turn(Turn { now, fleet: &self.fleet, store, fence: Fence::new(1) }).await;
+        self.agent.turn(Turn { now, fleet: &self.fleet, store, fence: Fence::new(self.term) }).await;
     }
 }
 
@@ -295,6 +296,23 @@ async fn a_web_hook_is_told_until_it_accepts_each_time_with_the_same_id() {
     bench.decide(Scaled { dry_run: true, ..scaled(8, "four") });
     bench.turn(now + Duration::from_secs(90)).await;
     assert_eq!(fake.calls().len(), 1, "a dry run tells nobody");
+
+    // What failed may have been carried out: the number before is told again.
+    bench.decide(scaled(4, "five"));
+    bench.turn(now + Duration::from_secs(120)).await;
+    assert_eq!(fake.calls().len(), 1);
+    fake.fail(503);
+    bench.decide(scaled(6, "six"));
+    bench.turn(now + Duration::from_secs(121)).await;
+    bench.decide(scaled(4, "seven"));
+    bench.turn(now + Duration::from_secs(190)).await;
+    assert_eq!(fake.calls().len(), 2, "one that failed, one that did not");
+    // So it is when another conductor may have led in between.
+    bench.turn(now + Duration::from_secs(260)).await;
+    assert!(fake.calls().is_empty());
+    bench.term = 9;
+    bench.turn(now + Duration::from_secs(261)).await;
+    assert_eq!(fake.calls().len(), 1);
 }
 
 #[tokio::test]
