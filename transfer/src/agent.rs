@@ -366,6 +366,12 @@ impl Agent {
         self.dialer.forget(peer);
     }
 
+    /// Forgets the sessions with every peer of which `life` does not know, or knows another life than the session's, and
+    /// with them what they hold: connections, mapped memory, endpoints. Reads under way end by themselves.
+    pub fn retain(&self, life: impl Fn(&WorkerId) -> Option<Epoch>) {
+        self.dialer.retain(life);
+    }
+
     /// The sessions that are open now, for status pages.
     pub fn sessions(&self) -> Vec<Session> {
         self.dialer.sessions()

@@ -278,8 +278,7 @@ impl Owner {
     /// was in neither is unknown: the router's view may be ahead of this one.
     fn view_changed(&mut self, view: Arc<View>, out: &mut Vec<Action>) {
         let before = std::mem::replace(&mut self.seen, Arc::clone(&view));
-        let registered = |worker: &WorkerId, epoch| view.worker(worker).is_some_and(|r| r.epoch == epoch);
-        self.io.metadata.retain(registered);
+        self.io.forget_departed(&view);
         let live = |worker: &WorkerId, epoch: Epoch| match view.worker(worker) {
             Some(record) => record.epoch <= epoch,
             None => before.worker(worker).is_none_or(|record| record.epoch != epoch),
@@ -387,6 +386,15 @@ impl Io {
             Some(record) => record.address.clone(),
             None => peer.address.clone(),
         }
+    }
+
+    /// Drops what is known of peers, or of lives of peers, that are not in the view, and closes what leads to them: their
+    /// memory is not given back to the system while it is mapped here. Whoever is missing for a moment is dialled again.
+    pub(crate) fn forget_departed(&self, view: &View) {
+        let life = |peer: &WorkerId| view.worker(peer).map(|record| record.epoch);
+        self.metadata.retain(|peer, epoch| life(peer) == Some(epoch));
+        self.paths.retain(life);
+        self.agent.retain(life);
     }
 
     /// See [`crate::meter::local_below`].

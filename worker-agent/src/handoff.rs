@@ -8,6 +8,7 @@
 //!          ──── reads the blocks, verifies every digest
 //!          ──── answer of the ticket: taken ─────────────────►         (its staging may be reused)
 //!          ◄─── ...                                                    (last answer: all blocks are free)
+//!          ──── or: no room yet, post it again ──────────────►         (the blocks are kept)
 //!          ──── status poll after 0.5 s of silence ──────────►         (returns tickets that got lost)
 //!          ──── or: delete (given up: prefill here) ─────────►
 //! ```
@@ -84,7 +85,8 @@ pub struct Limits {
     /// Whether blocks are brought out only for a peer that has room for them: where staging is scarce, peers that wait
     /// for room themselves must not hold it.
     pub stage_on_want: bool,
-    /// The prefill side's backstop: blocks are freed after so long without hearing from the decode side.
+    /// The prefill side's backstop: blocks are freed after so long without hearing from the decode side. One that waits
+    /// for room answers every post, so that only silence counts.
     pub lease: Duration,
 }
 
@@ -146,7 +148,7 @@ pub enum Answer {
     Unknown,
     /// The handoff has ended.
     Ended,
-    /// No room to keep the message: send it again later.
+    /// No room for the message, or yet for the blocks of a ticket that is kept: send it again later.
     Busy,
     /// The message makes no sense.
     Malformed(&'static str),
@@ -161,7 +163,7 @@ pub enum PeerFault {
     Unknown,
     /// At the peer the handoff has ended.
     Ended,
-    /// The peer has no room for the message now.
+    /// The peer has no room now, for the message or for what it offers.
     Busy,
     /// Nothing listens at the peer's address.
     Refused,

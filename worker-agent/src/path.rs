@@ -4,8 +4,8 @@ use std::collections::BTreeMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use baton_config::WorkerId;
 use baton_config::protocol::PathStatus;
+use baton_config::{Epoch, WorkerId};
 use baton_transfer::{BackendKind, Session};
 
 use crate::meter::{Costs, Floor};
@@ -104,9 +104,13 @@ impl Paths {
         paths.iter().filter_map(status).collect()
     }
 
-    /// Forgets peers that left the fleet.
-    pub fn retain(&self, in_fleet: impl Fn(&WorkerId) -> bool) {
-        self.paths().retain(|peer, _| in_fleet(peer));
+    /// Forgets peers of which `life` does not know, and sessions with other lives than those it knows.
+    pub fn retain(&self, life: impl Fn(&WorkerId) -> Option<Epoch>) {
+        self.paths().retain(|peer, path| {
+            let live = life(peer);
+            path.session.take_if(|session| Some(session.epoch()) != live);
+            live.is_some()
+        });
     }
 
     fn change(&self, peer: &WorkerId, change: impl FnOnce(&mut Path)) {

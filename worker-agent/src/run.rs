@@ -308,8 +308,8 @@ impl Worker {
             tracing::error!(handoffs = forgotten.len(), "exported blocks without an owner were taken back");
             self.shared.metrics.audit_failures.inc();
         }
-        let view = self.io.fleet.view();
-        self.io.paths.retain(|peer| view.worker(peer).is_some());
+        // Again: a session may have been made while the view changed.
+        self.io.forget_departed(&self.io.fleet.view());
     }
 
     fn load(&self) -> Load {

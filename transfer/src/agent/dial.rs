@@ -71,7 +71,21 @@ impl Dialer {
     }
 
     pub(crate) fn forget(&self, peer: &WorkerId) {
-        self.own().places.remove(peer);
+        let forgotten = self.own().places.remove(peer);
+        // Not under the lock: it may unmap much.
+        drop(forgotten);
+    }
+
+    pub(crate) fn retain(&self, life: impl Fn(&WorkerId) -> Option<Epoch>) {
+        let is_over =
+            |peer: &WorkerId, place: &tokio::sync::Mutex<Place>| match (life(peer), place.try_lock()) {
+                (None, _) => true,
+                // A session is being made, with which life is not known yet.
+                (Some(_), Err(_)) => false,
+                (Some(live), Ok(place)) => place.paths.as_ref().is_some_and(|paths| paths.pair.epoch != live),
+            };
+        let forgotten: Vec<_> = self.own().places.extract_if(|peer, place| is_over(peer, place)).collect();
+        drop(forgotten);
     }
 
     pub(crate) fn sessions(&self) -> Vec<Session> {

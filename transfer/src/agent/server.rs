@@ -50,7 +50,38 @@ pub(crate) struct Server {
     write_grants: Grants,
     pub(crate) notifications: Notifications,
     /// The newest life seen of each peer: an older one is a process that should be dead.
-    peers: Mutex<HashMap<WorkerId, Epoch>>,
+    peers: Mutex<Peers>,
+}
+
+/// The newest lives of peers, of so many at most: those that began first make room, for who took part since is more
+/// likely to be met again, and epochs rise in the whole fleet.
+#[derive(Debug)]
+struct Peers {
+    newest: HashMap<WorkerId, Epoch>,
+    max: usize,
+}
+
+impl Peers {
+    fn new(max: usize) -> Self {
+        Self { newest: HashMap::new(), max }
+    }
+
+    /// Takes note of a life and says whether a newer one of its name was seen.
+    fn is_older(&mut self, peer: &WorkerId, epoch: Epoch) -> bool {
+        if let Some(newest) = self.newest.get_mut(peer) {
+            *newest = epoch.max(*newest);
+            return epoch < *newest;
+        }
+        self.newest.insert(peer.clone(), epoch);
+        if self.newest.len() > self.max {
+            // An eighth at a time: the search is then seldom.
+            let mut epochs: Vec<Epoch> = self.newest.values().copied().collect();
+            let (_, bound, _) = epochs.select_nth_unstable(self.max / 8);
+            let bound = *bound;
+            self.newest.retain(|_, epoch| *epoch > bound);
+        }
+        false
+    }
 }
 
 /// One life of this worker.
@@ -110,7 +141,7 @@ impl Server {
             grants: Grants::default(),
             write_grants: Grants::default(),
             notifications: Notifications::new(options.limits.notifications),
-            peers: Mutex::default(),
+            peers: Mutex::new(Peers::new(MAX_PEERS)),
         })
     }
 
@@ -160,12 +191,7 @@ impl Server {
 
     fn is_older_life(&self, hello: &Hello) -> bool {
         let mut peers = self.peers.lock().unwrap_or_else(PoisonError::into_inner);
-        if peers.len() >= MAX_PEERS && !peers.contains_key(&hello.from) {
-            return false;
-        }
-        let newest = peers.entry(hello.from.clone()).or_insert(hello.from_epoch);
-        *newest = (*newest).max(hello.from_epoch);
-        hello.from_epoch < *newest
+        peers.is_older(&hello.from, hello.from_epoch)
     }
 
     pub(crate) fn register(&self, memory: Region) -> Result<RegionId, RegisterError> {
@@ -273,4 +299,22 @@ fn permit(
 /// Region `id` of a table: first the probe region, then those of users, from 1.
 pub(crate) fn region(regions: &[Region], id: RegionId) -> Option<&Region> {
     regions.get(id.0 as usize)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_older_life_is_told_however_many_names_there_were() {
+        let name = |n: u64| format!("worker-{n}").parse::<WorkerId>().unwrap();
+        let mut peers = Peers::new(64);
+        for n in 1..1000 {
+            assert!(!peers.is_older(&name(n), Epoch(2 * n + 1)), "nothing was known of it");
+            assert!(peers.is_older(&name(n), Epoch(2 * n)), "the life before");
+            assert!(!peers.is_older(&name(n), Epoch(2 * n + 1)), "the same life");
+            assert!(peers.newest.len() <= 64);
+        }
+        assert!(peers.is_older(&name(960), Epoch(0)), "one of the last is still known");
+    }
 }

@@ -118,6 +118,47 @@ async fn blocks_cross_between_processes() {
     }
 }
 
+/// Open descriptors of this process, and mappings of shared memory in it.
+fn held() -> (usize, usize) {
+    let maps = std::fs::read_to_string("/proc/self/maps").unwrap();
+    let descriptors = std::fs::read_dir("/proc/self/fd").unwrap().count();
+    (descriptors, maps.lines().filter(|line| line.contains("/memfd:")).count())
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_held_of_a_peer_that_is_not_retained() {
+    let other = Other::start(0, EPOCH);
+    let into = memory(REGION_BYTES);
+    for backend in EACH {
+        let reader = reader(backend).await;
+        let before = held();
+        // It left; it began another life.
+        for life in [None, Some(Epoch(EPOCH.0 + 1))] {
+            let session = other.session(&reader).await;
+            read(&session, &into, deadline()).await.unwrap();
+            reader.retain(|_| Some(EPOCH));
+            assert_eq!(reader.sessions().len(), 1, "{backend}: nothing happened to it");
+            drop(session);
+            let open = held();
+            assert!(open.0 > before.0, "{backend}: {before:?}, {open:?}");
+            assert!(backend != BackendKind::Shm || open.1 > before.1, "{before:?}, {open:?}");
+            reader.retain(|_| life);
+            let until = deadline();
+            while held().0 > before.0 || held().1 > before.1 {
+                assert!(Instant::now() < until, "{backend}: {before:?}, still {:?}", held());
+                tokio::time::sleep(Duration::from_millis(2)).await;
+            }
+        }
+        // Whoever was missed by mistake is dialled again, and a read under way goes on.
+        let session = other.session(&reader).await;
+        reader.retain(|_| None);
+        read(&session, &into, deadline()).await.unwrap();
+        assert!(reader.sessions().is_empty());
+        drop(session);
+        reader.close().await;
+    }
+}
+
 /// Killed in the middle of reads, started again at the same address in another life.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_killed_owner_breaks_the_link_and_its_next_life_is_stale() {

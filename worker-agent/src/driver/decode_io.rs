@@ -124,6 +124,11 @@ struct Done {
 /// Reads blocks of a peer into the own arena.
 async fn read(io: &Io, peer: &PeerRef, handoff: HandoffId, order: PullOrder, dest_blocks: Vec<u32>) -> Done {
     let failed = |fault| Done { upto: order.tokens.start, bytes: 0, fault: Some(fault) };
+    // Blocks of one rank fill some heads: the others would stay those of another request, which no digest tells.
+    if !io.importer.plan(order.geometry).is_ok_and(|plan| plan.covers_dest()) {
+        let cause = TransferError::Geometry { from: order.geometry, to: io.geometry }.into();
+        return failed(fault_of(io, peer, &cause));
+    }
     let session = match order.again_after {
         Some(PullFault::Integrity) => second_session(io, peer).await,
         _ => session(io, peer).await,

@@ -26,6 +26,8 @@ impl Owner {
                 if let Some(older) = leg.posts.insert(ticket.seq, token.clone()) {
                     older.cancel();
                 }
+                // The handoff is alive, however long its peer has no room: its exports are not forgotten ones.
+                self.io.exporter.touch(id);
                 self.post(id, ticket, token);
             }
             PrefillAction::ReleaseStaged { blocks } => self.io.exporter.acked(id, blocks),

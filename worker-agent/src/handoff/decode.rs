@@ -222,6 +222,11 @@ impl Decode {
             return reply(waiter, answer, out);
         }
         if let Some(held) = self.held.get_mut(&ticket.seq) {
+            // Who posts again hears that this side is there, and keeps the blocks however long the engine has no room.
+            // Only who came last still listens: a post replaces the one before it.
+            if matches!(self.phase, Phase::Queued { .. }) {
+                return reply(waiter, Answer::Busy, out);
+            }
             if held.waiters.len() == TICKET_WAITERS_MAX {
                 reply(Some(held.waiters.remove(0)), Answer::Busy, out);
             }

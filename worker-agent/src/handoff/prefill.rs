@@ -79,6 +79,8 @@ struct Posted {
     repost_at: Instant,
     pause: Duration,
     faults: u32,
+    /// The peer has no room for its blocks yet; no call is under way.
+    put_off: bool,
 }
 
 /// The prefill side of one handoff as a state machine.
@@ -201,6 +203,10 @@ impl Prefill {
                 self.wanted = true;
                 // The peer always needs the last token, whatever it says.
                 self.from_token = self.from_token.max(from_token.min(self.prompt - 1));
+                // There is room now: what was put off is answered as soon as it was read.
+                for posted in self.posted.values_mut().filter(|p| p.put_off) {
+                    posted.repost_at = now;
+                }
                 self.advance(now, limits, out);
             }
             PrefillEvent::Exported(result) => self.exported(now, result, limits, out),
@@ -289,7 +295,8 @@ impl Prefill {
             first,
         };
         let pause = limits.repost_after;
-        let posted = Posted { ticket: ticket.clone(), repost_at: now + pause, pause, faults: 0 };
+        let posted =
+            Posted { ticket: ticket.clone(), repost_at: now + pause, pause, faults: 0, put_off: false };
         self.posted.insert(self.next_seq, posted);
         self.next_seq += 1;
         out.push(PrefillAction::Post { ticket });
@@ -325,7 +332,11 @@ impl Prefill {
                 self.end(HandoffOutcome::Cancelled, false, out);
             }
             Err(PeerFault::Unknown) => self.end(HandoffOutcome::Expired, false, out),
-            Err(PeerFault::Busy) => posted.repost_at = now + posted.pause,
+            Err(PeerFault::Busy) => {
+                posted.faults = 0;
+                posted.put_off = true;
+                posted.repost_at = now + posted.pause;
+            }
             Err(PeerFault::Refused | PeerFault::Unreachable) => {
                 posted.faults += 1;
                 let pause = limits.post_fault_pause * (1 << posted.faults.min(8));
@@ -344,6 +355,7 @@ impl Prefill {
         for posted in self.posted.values_mut().filter(|p| p.repost_at <= now) {
             posted.pause = (posted.pause * 2).min(limits.repost_after_max);
             posted.repost_at = now + posted.pause;
+            posted.put_off = false;
             out.push(PrefillAction::Post { ticket: posted.ticket.clone() });
         }
     }
@@ -362,3 +374,6 @@ impl Prefill {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

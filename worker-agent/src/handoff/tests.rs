@@ -64,13 +64,23 @@ fn a_prefill_worker_that_stalls_is_left() {
 }
 
 #[test]
-fn blocks_are_not_kept_for_a_decode_worker_without_room() {
-    let sum = many(3500..3510, Faults { slow_admission: 1000, ..Faults::default() });
-    assert_eq!((sum.imported, sum.expired), (0, 10 * 12), "{sum:?}");
+fn blocks_are_kept_for_a_decode_worker_that_has_no_room_for_longer_than_the_lease() {
+    let slow = Faults { slow_admission: 1000, ..Faults::default() };
+    let sum = many(3500..3510, slow);
     let short = sum.local.get(&GiveUp::Short).copied().unwrap_or(0);
-    // The prefill side tells when its lease is over; what got lost of that shows at the first question.
-    let told = sum.local.get(&GiveUp::Deleted).copied().unwrap_or(0);
-    assert_eq!(told + short, 10 * 12, "{sum:?}");
+    assert_eq!((sum.imported + short, sum.expired), (10 * 12, 0), "{sum:?}");
+    assert_eq!(sum.done, sum.imported, "{sum:?}");
+    let lossy = many(3510..3530, Faults { loss: 100, duplicate: 100, late: 100, ..slow });
+    assert!(lossy.imported > 200, "{lossy:?}");
+}
+
+#[test]
+fn blocks_are_not_kept_for_a_decode_worker_that_died_while_it_had_no_room() {
+    // Neither for a client that left: the model checks that nothing is held when nothing happens any more.
+    let faults = Faults { slow_admission: 1000, crashes: 1, client_leaves: 300, ..Faults::default() };
+    let sum = many(3530..3550, faults);
+    let gone = sum.local.get(&GiveUp::PeerGone).copied().unwrap_or(0);
+    assert!(sum.expired > 0 && sum.cancelled > 0 && gone > 0, "{sum:?}");
 }
 
 #[test]

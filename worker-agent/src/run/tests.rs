@@ -3,6 +3,7 @@
 mod fleet;
 mod frames;
 mod openai;
+mod peers;
 mod tamper;
 
 use std::time::Duration;

@@ -111,6 +111,20 @@ fn a_ticket_posted_again_while_it_is_read_is_answered_with_the_read() {
 }
 
 #[test]
+fn a_ticket_posted_again_while_there_is_no_room_is_put_off_and_kept() {
+    let now = Instant::now();
+    let mut scene = Scene { now, limits: Limits::default(), decode: Decode::new(peer(), PROMPT, now) };
+    assert_eq!(scene.post(0, 0), []);
+    for waiter in 1..10 {
+        assert_eq!(answers(&scene.post(0, waiter)), [(waiter, Answer::Busy)], "who listens hears it");
+    }
+    let out = scene.event(DecodeEvent::Admitted { cached: 0, local_below: 0 });
+    assert_eq!(order(&out).tokens, 0..BLOCK, "as it came first");
+    assert_eq!(scene.post(0, 10), []);
+    assert_eq!(answers(&scene.pulled(0, None, BLOCK)), [(0, TAKEN), (10, TAKEN)]);
+}
+
+#[test]
 fn a_ticket_that_came_before_its_turn_is_answered_in_its_turn() {
     let mut scene = Scene::admitted();
     assert_eq!(scene.post(1, 21), []);

@@ -442,7 +442,7 @@ impl Pair {
         let opening = Opening { id, own_epoch: own, peer, prompt };
         if self.decode.desk.open_decode(now, opening, &mut out).is_ok() {
             let after = if self.dice.permille(self.faults.slow_admission) {
-                self.dice.micros(35_000_000..50_000_000)
+                self.dice.micros(90_000_000..120_000_000)
             } else if self.dice.permille(300) {
                 self.dice.micros(1_000..3_000_000)
             } else {

@@ -9,13 +9,13 @@ use std::time::{Duration, Instant};
 use baton_conductor::server::PoolOptions;
 use baton_conductor::{Client, ClientOptions, ConductorOptions};
 use baton_config::protocol::{
-    FinishReason, GenerateEvent, GenerateRequest, HandoffRef, KvEventBatch, PeerRef, PrefillReply,
-    PrefillReport, PrefillRequest, Sampling, WorkerStatus,
+    FinishReason, FirstToken, GenerateEvent, GenerateRequest, HandoffRef, KvEventBatch, PeerRef,
+    PrefillReply, PrefillReport, PrefillRequest, Sampling, Ticket, TicketBlock, WorkerStatus,
 };
-use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvLayout, Role, WorkerId};
+use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvGeometry, KvLayout, Role, WorkerId};
 use baton_engine::sim::SimConfig;
 use baton_engine::{EngineLimits, ModelInfo};
-use baton_transfer::{ArenaMemory, BackendKind, Choose};
+use baton_transfer::{ArenaMemory, BackendKind, Choose, Descriptor, DigestSeed, HostMemory, block_digest};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -221,6 +221,12 @@ impl Fleet {
     pub(super) fn decode_with_grace(&self, name: &str, grace: Duration) -> Running {
         let mut options = self.options(name, Role::Decode, (16, self.setup.layouts.1), false);
         options.drain_grace = grace;
+        self.run(name, options)
+    }
+
+    pub(super) fn prefill_with_limits(&self, name: &str, limits: handoff::Limits) -> Running {
+        let mut options = self.options(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device);
+        options.handoff = limits;
         self.run(name, options)
     }
 
@@ -621,6 +627,37 @@ impl Running {
     /// Whether it takes no new requests any more.
     pub(super) fn refuses(&self) -> bool {
         !self.worker.shared.phase.borrow().accepts()
+    }
+
+    /// Sessions with peers that are open.
+    pub(super) fn sessions(&self) -> usize {
+        self.worker.io.agent.sessions().len()
+    }
+
+    /// Offers `decode` a block of `geometry` for the whole of a short prompt, as if it had computed it.
+    pub(super) fn offer(&self, decode: &Self, id: u128, tokens: u32, geometry: KvGeometry) -> Ticket {
+        let (agent, handoff, epoch) = (&self.worker.io.agent, HandoffId(id), self.epoch());
+        let bytes = vec![7; geometry.block_bytes()];
+        let memory = HostMemory::allocate(bytes.len(), "offered").unwrap();
+        memory.write(0, &bytes);
+        let region = agent.register(memory).unwrap();
+        agent.grant(handoff, vec![Descriptor { region, offset: 0, len: bytes.len() as u32 }]);
+        let digest = block_digest(DigestSeed { handoff, epoch, index: 0 }, &bytes);
+        Ticket {
+            worker: self.worker.options.worker.clone(),
+            epoch,
+            to_epoch: decode.epoch(),
+            seq: 0,
+            geometry,
+            tokens,
+            blocks: vec![TicketBlock { index: 0, region: region.0, offset: 0, digest }],
+            first: Some(FirstToken { token: 7, logprob: None, logits_digest: None }),
+        }
+    }
+
+    /// The blocks of its arena.
+    pub(super) fn geometry(&self) -> KvGeometry {
+        self.worker.io.geometry
     }
 
     /// Handoffs whose blocks it keeps.

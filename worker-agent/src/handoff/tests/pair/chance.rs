@@ -49,7 +49,7 @@ pub(in crate::handoff::tests) struct Faults {
     pub(in crate::handoff::tests) client_leaves: u64,
     pub(in crate::handoff::tests) router_cancels: u64,
     pub(in crate::handoff::tests) never_admitted: u64,
-    /// Decode workers that have no room for 35 to 50 s: longer than the lease.
+    /// Decode workers that have no room for three to four leases.
     pub(in crate::handoff::tests) slow_admission: u64,
     pub(in crate::handoff::tests) prefill_stuck: u64,
     pub(in crate::handoff::tests) one_side_only: u64,
