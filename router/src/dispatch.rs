@@ -43,8 +43,9 @@ const DEFAULT_BANDWIDTH: f64 = 1e9;
 /// Between two looks for a replacement worker, besides changes of the view.
 const RETRY_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
 
-/// How long the view of the fleet may lag behind its workers.
-const VIEW_LAG: std::time::Duration = std::time::Duration::from_millis(500);
+/// How long the view of the fleet may lag behind its workers: a conductor whose store is in trouble asks each of its members
+/// before it sees who has registered anew.
+const VIEW_LAG: std::time::Duration = std::time::Duration::from_secs(3);
 
 /// What all generations share.
 #[derive(Debug)]
