@@ -233,8 +233,21 @@ impl Etcd {
     ///
     /// # Panics
     /// When it does not run.
+    #[expect(clippy::disallowed_methods, reason = "a test has nothing else to do in these milliseconds")]
     pub fn freeze(&self, member: usize) {
-        self.signal(member, Signal::STOP);
+        let pid = self.signal(member, Signal::STOP);
+        // Its threads stop one after another, and one that runs may still answer.
+        let stands = |stat: String| stat.rsplit_once(") ").is_some_and(|(_, rest)| rest.starts_with('T'));
+        for _ in 0..1000 {
+            let threads = std::fs::read_dir(format!("/proc/{pid}/task")).expect("the member runs");
+            let mut stats =
+                threads.flatten().map(|thread| std::fs::read_to_string(thread.path().join("stat")));
+            if stats.all(|stat| stat.is_ok_and(stands)) {
+                return;
+            }
+            std::thread::sleep(Duration::from_millis(1));
+        }
+        panic!("the member does not stand still");
     }
 
     /// Lets a frozen member go on.
@@ -245,11 +258,12 @@ impl Etcd {
         self.signal(member, Signal::CONT);
     }
 
-    fn signal(&self, member: usize, signal: Signal) {
+    fn signal(&self, member: usize, signal: Signal) -> u32 {
         let process = self.members[member].lock();
-        let pid = process.as_ref().expect("the member runs").id();
-        let pid = i32::try_from(pid).ok().and_then(Pid::from_raw).expect("a process id");
+        let id = process.as_ref().expect("the member runs").id();
+        let pid = i32::try_from(id).ok().and_then(Pid::from_raw).expect("a process id");
         kill_process(pid, signal).expect("signalled");
+        id
     }
 
     /// Cuts a member off from its peers in both directions; clients reach it as before.
