@@ -85,21 +85,30 @@ fn a_token_of_logit_bias_in_two_spellings_is_refused() {
     assert!(matches!(refused, Err(Refusal::Invalid { param: Some(param), .. }) if param == "logit_bias"));
 }
 
-fn any_json() -> impl Strategy<Value = Value> {
+/// Any JSON: strings like `text`, keys like `key`, and fewer than `width` members of each list and object.
+pub(in crate::request) fn any_json(
+    text: &'static str,
+    key: &'static str,
+    width: usize,
+) -> impl Strategy<Value = Value> {
     let leaf = prop_oneof![
         Just(Value::Null),
         any::<bool>().prop_map(Value::from),
         any::<i64>().prop_map(Value::from),
         any::<f64>().prop_map(Value::from),
-        "[a-z\u{0}-\u{20}é😀]{0,8}".prop_map(Value::from),
+        text.prop_map(Value::from),
     ];
-    leaf.prop_recursive(4, 24, 4, |inner| {
+    leaf.prop_recursive(4, 24, 4, move |inner| {
         prop_oneof![
-            prop::collection::vec(inner.clone(), 0..4).prop_map(Value::from),
-            prop::collection::btree_map("role|content|type|text|name|[a-z0-9]{1,3}", inner, 0..4)
+            prop::collection::vec(inner.clone(), 0..width).prop_map(Value::from),
+            prop::collection::btree_map(key, inner, 0..width)
                 .prop_map(|map| Value::Object(map.into_iter().collect())),
         ]
     })
+}
+
+fn any_value() -> impl Strategy<Value = Value> {
+    any_json("[a-z\u{0}-\u{20}é😀]{0,8}", "role|content|type|text|name|[a-z0-9]{1,3}", 4)
 }
 
 const FIELDS: [&str; 32] = [
@@ -271,7 +280,7 @@ proptest! {
 
     #[test]
     fn any_value_of_any_field_is_taken_or_blamed_on_a_field(
-        changes in prop::collection::vec((prop::sample::select(&FIELDS[..]), any_json()), 1..4),
+        changes in prop::collection::vec((prop::sample::select(&FIELDS[..]), any_value()), 1..4),
         is_chat in any::<bool>(),
     ) {
         let mut body = if is_chat {
@@ -303,7 +312,7 @@ proptest! {
 
     #[test]
     fn any_value_of_any_field_of_any_route_is_taken_or_blamed_on_a_field(
-        changes in prop::collection::vec((prop::sample::select(&MORE_FIELDS[..]), any_json()), 1..4),
+        changes in prop::collection::vec((prop::sample::select(&MORE_FIELDS[..]), any_value()), 1..4),
         which in 0usize..8,
     ) {
         let (name, mut body, parse) = parsers()[which].clone();

@@ -84,20 +84,7 @@ fn what_is_not_plain_is_left_to_serde() {
 }
 
 fn any_json() -> impl Strategy<Value = Value> {
-    let leaf = prop_oneof![
-        Just(Value::Null),
-        any::<bool>().prop_map(Value::from),
-        any::<i64>().prop_map(Value::from),
-        any::<f64>().prop_map(Value::from),
-        "[a-z\u{0}-\u{20}é😀\"\\\\]{0,80}".prop_map(Value::from),
-    ];
-    leaf.prop_recursive(4, 24, 4, |inner| {
-        prop_oneof![
-            prop::collection::vec(inner.clone(), 0..8).prop_map(Value::from),
-            prop::collection::btree_map("[a-z\"é]{0,3}", inner, 0..8)
-                .prop_map(|map| Value::Object(map.into_iter().collect())),
-        ]
-    })
+    super::super::tests::any_json("[a-z\u{0}-\u{20}é😀\"\\\\]{0,80}", "[a-z\"é]{0,3}", 8)
 }
 
 proptest! {
