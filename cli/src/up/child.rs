@@ -37,7 +37,8 @@ impl Exit {
             (None, None) => "an unknown end".to_owned(),
         };
         match &self.last_line {
-            Some(line) if self.status.code().is_some() => message_of(line),
+            // What it said last is why it ended only where it failed by itself.
+            Some(line) if self.status.code().is_some_and(|code| code != 0) => message_of(line),
             _ => how,
         }
     }
