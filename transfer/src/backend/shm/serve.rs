@@ -146,6 +146,7 @@ impl Connection {
     }
 
     pub(super) async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
+        self.server.counters.denied(denial);
         let bytes = denial.header(self.server.epoch(), seq).encode(&[]);
         self.stream.write_all(&bytes).await.map_err(LinkError::io("sending a refusal"))
     }
