@@ -60,6 +60,52 @@ pub enum Refusal {
     Unreachable,
 }
 
+impl Refusal {
+    /// All of them, in the order of their codes on the wire: new ones come last.
+    pub const ALL: [Self; 17] = [
+        Self::NotGranted,
+        Self::OutsideGrant,
+        Self::OutsideRegion,
+        Self::TooLarge,
+        Self::Version,
+        Self::WrongWorker,
+        Self::WrongIncarnation,
+        Self::Unavailable,
+        Self::Unauthenticated,
+        Self::Mismatch,
+        Self::Overloaded,
+        Self::Corrupt,
+        Self::Malformed,
+        Self::EmptyBlock,
+        Self::OutsideMemory,
+        Self::Overlap,
+        Self::Unreachable,
+    ];
+
+    /// As a metric label.
+    pub fn as_str(self) -> &'static str {
+        match self {
+            Self::NotGranted => "not_granted",
+            Self::OutsideGrant => "outside_grant",
+            Self::OutsideRegion => "outside_region",
+            Self::TooLarge => "too_large",
+            Self::Version => "version",
+            Self::WrongWorker => "wrong_worker",
+            Self::WrongIncarnation => "wrong_incarnation",
+            Self::Unavailable => "unavailable",
+            Self::Unauthenticated => "unauthenticated",
+            Self::Mismatch => "mismatch",
+            Self::Overloaded => "overloaded",
+            Self::Corrupt => "corrupt",
+            Self::Malformed => "malformed",
+            Self::EmptyBlock => "empty_block",
+            Self::OutsideMemory => "outside_memory",
+            Self::Overlap => "overlap",
+            Self::Unreachable => "unreachable",
+        }
+    }
+}
+
 /// What broke on a link.
 #[derive(Debug, thiserror::Error)]
 pub enum LinkError {

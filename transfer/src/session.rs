@@ -18,7 +18,7 @@ use tokio_util::sync::CancellationToken;
 
 pub use self::prepared::{Posted, Prepared, Target};
 
-pub(crate) use self::check::overlaps;
+pub(crate) use self::check::{collide, overlaps};
 
 use self::failover::Stop;
 use self::timers::Timers;

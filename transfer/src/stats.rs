@@ -22,6 +22,7 @@ pub struct Stats {
     read: [u64; BackendKind::ALL.len()],
     written: [u64; BackendKind::ALL.len()],
     errors: [u64; ErrorKind::ALL.len()],
+    refused: [u64; Refusal::ALL.len()],
     served: u64,
     taken: u64,
     /// Blocks that failed their digest.
@@ -52,6 +53,11 @@ impl Stats {
         self.errors[kind as usize]
     }
 
+    /// Sessions and requests of peers that this agent refused for this reason.
+    pub fn refused(&self, reason: Refusal) -> u64 {
+        self.refused[reason as usize]
+    }
+
     /// Bytes of blocks that peers wrote here.
     pub fn taken_bytes(&self) -> Bytes {
         Bytes(self.taken)
@@ -69,6 +75,7 @@ pub(crate) struct Counters {
     read: [AtomicU64; BackendKind::ALL.len()],
     written: [AtomicU64; BackendKind::ALL.len()],
     errors: [AtomicU64; ErrorKind::ALL.len()],
+    refused: [AtomicU64; Refusal::ALL.len()],
     served: AtomicU64,
     taken: AtomicU64,
     checksum_mismatches: AtomicU64,
@@ -117,14 +124,19 @@ impl Counters {
         self.auth_refused.fetch_add(1, Ordering::Relaxed);
     }
 
-    /// A request was denied.
+    /// A session or a request was denied.
     pub(crate) fn denied(&self, denial: Denial) {
-        match denial {
-            Denial::Stale => self.stale_refused(),
-            Denial::Refused(Refusal::Malformed) => {
+        let refusal = match denial {
+            Denial::Stale => return self.stale_refused(),
+            Denial::Refused(refusal) => refusal,
+        };
+        self.refused[refusal as usize].fetch_add(1, Ordering::Relaxed);
+        match refusal {
+            Refusal::Malformed => {
                 self.malformed.fetch_add(1, Ordering::Relaxed);
             }
-            Denial::Refused(_) => {}
+            Refusal::Unauthenticated => self.auth_refused(),
+            _ => {}
         }
     }
 
@@ -144,6 +156,7 @@ impl Counters {
             read: std::array::from_fn(|i| get(&self.read[i])),
             written: std::array::from_fn(|i| get(&self.written[i])),
             errors: std::array::from_fn(|i| get(&self.errors[i])),
+            refused: std::array::from_fn(|i| get(&self.refused[i])),
             served: get(&self.served),
             taken: get(&self.taken),
             checksum_mismatches: get(&self.checksum_mismatches),
@@ -195,6 +208,24 @@ fn decay(mean: Option<f64>, newest: f64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn every_refusal_is_counted_under_its_own_name() {
+        let counters = Counters::default();
+        for (count, refusal) in Refusal::ALL.into_iter().enumerate() {
+            (0..=count).for_each(|_| counters.denied(Denial::Refused(refusal)));
+        }
+        counters.denied(Denial::Stale);
+        let stats = counters.snapshot();
+        let found: Vec<u64> = Refusal::ALL.into_iter().map(|refusal| stats.refused(refusal)).collect();
+        assert_eq!(found, (1..=Refusal::ALL.len() as u64).collect::<Vec<_>>());
+        let of = |refusal| stats.refused(refusal);
+        assert_eq!(stats.malformed, of(Refusal::Malformed));
+        assert_eq!(stats.auth_refused, of(Refusal::Unauthenticated));
+        assert_eq!(stats.stale_refused, 1);
+        let names: std::collections::HashSet<&str> = Refusal::ALL.into_iter().map(Refusal::as_str).collect();
+        assert_eq!(names.len(), Refusal::ALL.len());
+    }
 
     #[test]
     fn means_follow_the_newest_values_and_small_reads_say_nothing_about_bandwidth() {

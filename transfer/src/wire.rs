@@ -336,7 +336,7 @@ pub fn encode_frame(kind: Kind, epoch: Epoch, seq: u64, payload: &[u8]) -> Vec<u
 pub fn refusal_header(refusal: Option<Refusal>, current: Option<Epoch>, seq: u64) -> Header {
     let code = refusal.map_or(0, |refusal| {
         // Every refusal is in the table: its position is its code.
-        REFUSALS.iter().position(|listed| *listed == refusal).map_or(u16::MAX, |at| at as u16 + 1)
+        Refusal::ALL.iter().position(|listed| *listed == refusal).map_or(u16::MAX, |at| at as u16 + 1)
     });
     Header { kind: Kind::Refused, code, len: 0, epoch: current.unwrap_or_default(), seq }
 }
@@ -348,29 +348,9 @@ pub fn refusal_header(refusal: Option<Refusal>, current: Option<Epoch>, seq: u64
 pub fn decode_refusal(header: &Header) -> Result<Refusal, Option<Epoch>> {
     match header.code {
         0 => Err((header.epoch != Epoch(0)).then_some(header.epoch)),
-        code => Ok(REFUSALS.get(usize::from(code) - 1).copied().unwrap_or(Refusal::Unavailable)),
+        code => Ok(Refusal::ALL.get(usize::from(code) - 1).copied().unwrap_or(Refusal::Unavailable)),
     }
 }
-
-const REFUSALS: [Refusal; 17] = [
-    Refusal::NotGranted,
-    Refusal::OutsideGrant,
-    Refusal::OutsideRegion,
-    Refusal::TooLarge,
-    Refusal::Version,
-    Refusal::WrongWorker,
-    Refusal::WrongIncarnation,
-    Refusal::Unavailable,
-    Refusal::Unauthenticated,
-    Refusal::Mismatch,
-    Refusal::Overloaded,
-    Refusal::Corrupt,
-    Refusal::Malformed,
-    Refusal::EmptyBlock,
-    Refusal::OutsideMemory,
-    Refusal::Overlap,
-    Refusal::Unreachable,
-];
 
 /// The length that `Welcome` and `Mapped` carry over a Unix socket.
 ///

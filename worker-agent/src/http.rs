@@ -119,6 +119,7 @@ pub(crate) struct Shared {
     pub(crate) handoffs: Handoffs,
     pub(crate) kv_log: Arc<KvLog>,
     pub(crate) metrics: Metrics,
+    pub(crate) transfer: baton_transfer::Agent,
     pub(crate) paths: Paths,
     pub(crate) tasks: TaskTracker,
     pub(crate) phase: watch::Receiver<Phase>,

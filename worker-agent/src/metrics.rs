@@ -1,7 +1,9 @@
 //! What this worker exports to Prometheus. Every series exists from the start, with 0.
 
+use std::sync::{Arc, Mutex, PoisonError};
+
 use baton_config::protocol::BlockCounts;
-use baton_transfer::{BackendKind, ErrorKind};
+use baton_transfer::{BackendKind, ErrorKind, Refusal, Stats};
 use prometheus::{
     Encoder, Gauge, Histogram, HistogramOpts, IntCounter, IntCounterVec, IntGauge, IntGaugeVec, Opts,
     Registry, TextEncoder,
@@ -35,6 +37,7 @@ pub struct Metrics {
     pub transfer_seconds: Histogram,
     transfer_bytes: IntCounterVec,
     transfer_errors: IntCounterVec,
+    served: TransferCounters,
     /// Blocks that failed their digest.
     pub checksum_mismatch: IntCounter,
     /// Messages for or from another life.
@@ -46,6 +49,18 @@ pub struct Metrics {
     tokens: IntCounterVec,
     /// Audits that found a discrepancy.
     pub audit_failures: IntCounter,
+}
+
+/// What the transfer agent counts of its peers, as far as it was taken over.
+#[derive(Debug, Clone)]
+struct TransferCounters {
+    served_bytes: IntCounter,
+    refused: IntCounterVec,
+    malformed: IntCounter,
+    unauthenticated: IntCounter,
+    failovers: IntCounter,
+    /// What it had counted when that was done last.
+    taken: Arc<Mutex<Stats>>,
 }
 
 /// How a request ended, as a metric label.
@@ -140,6 +155,28 @@ impl Metrics {
             transfer_seconds: make.histogram("transfer_seconds", "duration of reads of KV blocks")?,
             transfer_bytes: make.counters("transfer_bytes_total", "bytes of KV read", &["backend"])?,
             transfer_errors: make.counters("transfer_errors_total", "reads that failed", &["kind"])?,
+            served: TransferCounters {
+                served_bytes: make.counter(
+                    "transfer_served_bytes_total",
+                    "bytes of KV sent to peers, but those they take over shm or cma",
+                )?,
+                refused: make.counters(
+                    "transfer_refused_total",
+                    "sessions and requests of peers that were refused",
+                    &["reason"],
+                )?,
+                malformed: make.counter(
+                    "transfer_malformed_total",
+                    "connections that broke the protocol, and requests that made no sense",
+                )?,
+                unauthenticated: make.counter(
+                    "transfer_unauthenticated_total",
+                    "connections, frames and requests without the shared token",
+                )?,
+                failovers: make
+                    .counter("transfer_failovers_total", "reads and writes that went on over another path")?,
+                taken: Arc::default(),
+            },
             checksum_mismatch: make
                 .counter("transfer_checksum_mismatch_total", "blocks whose bytes failed their digest")?,
             stale_epoch: make.counter("stale_epoch_refused_total", "messages of another life refused")?,
@@ -168,6 +205,9 @@ impl Metrics {
         }
         for kind in ErrorKind::ALL {
             metrics.transfer_errors.with_label_values(&[kind.as_str()]);
+        }
+        for reason in Refusal::ALL {
+            metrics.served.refused.with_label_values(&[reason.as_str()]);
         }
         for why in GiveUp::ALL {
             metrics.fallbacks.with_label_values(&[why.name()]);
@@ -211,6 +251,27 @@ impl Metrics {
     /// Counts a read that failed.
     pub fn transfer_error(&self, kind: ErrorKind) {
         self.transfer_errors.with_label_values(&[kind.as_str()]).inc();
+    }
+
+    /// Takes over what the transfer agent has counted by now.
+    pub fn take_transfer(&self, now: &Stats) {
+        let TransferCounters { served_bytes, refused, malformed, unauthenticated, failovers, taken } =
+            &self.served;
+        // Held until all of it is taken over: two that ask at once count nothing twice.
+        let mut before = taken.lock().unwrap_or_else(PoisonError::into_inner);
+        let add = |counter: &IntCounter, of: &dyn Fn(&Stats) -> u64| {
+            counter.inc_by(of(now).saturating_sub(of(&before)));
+        };
+        add(served_bytes, &|stats| stats.served_bytes().0);
+        add(malformed, &|stats| stats.malformed);
+        add(unauthenticated, &|stats| stats.auth_refused);
+        add(failovers, &|stats| stats.path_failovers);
+        add(&self.stale_epoch, &|stats| stats.stale_refused);
+        for reason in Refusal::ALL {
+            let counter = refused.with_label_values(&[reason.as_str()]);
+            add(&counter, &|stats| stats.refused(reason));
+        }
+        *before = *now;
     }
 
     /// Counts a handoff given up.
@@ -284,6 +345,34 @@ impl Maker<'_> {
 mod tests {
     use super::*;
 
+    /// A stranger at the transfer agent's door shows, once each.
+    #[tokio::test]
+    async fn what_the_transfer_agent_refuses_is_exported_once() {
+        use tokio::io::AsyncWriteExt;
+
+        let mut options = baton_transfer::AgentOptions::new("p-0".parse().unwrap());
+        options.backends = vec![BackendKind::Tcp];
+        let agent = baton_transfer::Agent::start(options).await.unwrap();
+        let metrics = Metrics::new().unwrap();
+        let shows = |line: &str| metrics.text().lines().any(|found| found == line);
+        for strangers in 1..=2 {
+            let mut stranger = tokio::net::TcpStream::connect(agent.local_address()).await.unwrap();
+            stranger.write_all(&[b'x'; 64]).await.unwrap();
+            let deadline = std::time::Instant::now() + std::time::Duration::from_secs(10);
+            while agent.stats().malformed < strangers {
+                assert!(std::time::Instant::now() < deadline, "nobody noticed it");
+                tokio::time::sleep(std::time::Duration::from_millis(1)).await;
+            }
+            for _ in 0..2 {
+                metrics.take_transfer(&agent.stats());
+            }
+            assert!(shows(&format!("baton_transfer_malformed_total {strangers}")), "{}", metrics.text());
+        }
+        metrics.stale_epoch.inc();
+        metrics.take_transfer(&agent.stats());
+        assert!(shows("baton_stale_epoch_refused_total 1"), "what is counted elsewhere stays");
+    }
+
     #[test]
     fn every_series_is_there_before_anything_happened() {
         let text = Metrics::new().unwrap().text();
@@ -293,6 +382,11 @@ mod tests {
             "baton_transfer_seconds_count 0",
             "baton_transfer_bytes_total{backend=\"shm\"} 0",
             "baton_transfer_errors_total{kind=\"integrity\"} 0",
+            "baton_transfer_refused_total{reason=\"outside_grant\"} 0",
+            "baton_transfer_malformed_total 0",
+            "baton_transfer_unauthenticated_total 0",
+            "baton_transfer_failovers_total 0",
+            "baton_transfer_served_bytes_total 0",
             "baton_transfer_checksum_mismatch_total 0",
             "baton_stale_epoch_refused_total 0",
             "baton_agent_local_prefill_total{reason=\"stalled\"} 0",

@@ -191,6 +191,7 @@ impl Worker {
             handoffs,
             kv_log,
             metrics,
+            transfer: io.agent.clone(),
             paths: io.paths.clone(),
             tasks: io.tasks.clone(),
             phase: phase_reader,

@@ -167,7 +167,7 @@ impl Grant {
         let end = block.offset.checked_add(u64::from(block.len))?;
         let before = self.ranges.range(..=(block.region, block.offset)).next_back();
         let ((region, from), len) = before?;
-        let range = *from..from + u64::from(*len);
+        let range = *from..from.saturating_add(u64::from(*len));
         (*region == block.region && end <= range.end).then_some(range)
     }
 
@@ -181,7 +181,8 @@ impl Grant {
             };
             if !found.as_ref().is_some_and(inside) {
                 let before = self.ranges.range(..=(block.region, block.offset)).next_back();
-                found = before.map(|((region, from), len)| (*region, *from..from + u64::from(*len)));
+                found = before
+                    .map(|((region, from), len)| (*region, *from..from.saturating_add(u64::from(*len))));
             }
             found.as_ref().is_some_and(inside)
         })
@@ -220,6 +221,11 @@ mod tests {
             assert_eq!(refused.unwrap_err(), Refusal::OutsideGrant, "{bad:?}");
         }
         assert_eq!(grants.permit(HandoffId(2), &[at(1, 100, 1)]).unwrap_err(), Refusal::NotGranted);
+        // A range that no memory has.
+        grants.add(ID, &[at(9, u64::MAX - 4, 50)]);
+        assert!(grants.permit(ID, &[at(9, u64::MAX - 4, 4)]).is_ok());
+        assert_eq!(grants.permit(ID, &[at(9, u64::MAX - 4, 50)]).unwrap_err(), Refusal::OutsideGrant);
+        assert!(grants.around(ID, &[at(9, u64::MAX - 4, 50)], 1).is_none());
     }
 
     #[test]

@@ -179,7 +179,6 @@ impl Server {
         }
         let life = self.life().ok_or(Denial::Refused(Refusal::Unavailable))?;
         if life.epoch != epoch || self.is_older_life(hello) {
-            self.counters.stale_refused();
             return Err(Denial::Stale);
         }
         // After the epoch: a restarted peer should be told it is stale, which it can act on.

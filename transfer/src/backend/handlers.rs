@@ -5,26 +5,65 @@
 
 use std::ffi::{CStr, c_int, c_void};
 use std::mem::MaybeUninit;
+use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Signals whose handlers are looked after: all but the real-time ones.
 const SIGNALS: std::ops::Range<c_int> = 1..32;
+
+/// What the loads under way found, for all of them: the libraries of several agents, and of one, are opened side by side,
+/// and who begins while another library has its handlers in place must not take those for the program's.
+static KEPT: Mutex<Kept> = Mutex::new(Kept { loads: 0, before: Vec::new() });
+
+struct Kept {
+    loads: usize,
+    /// The handlers when the first of them began, and those that the program has installed since.
+    before: Vec<(c_int, libc::sigaction)>,
+}
 
 /// Runs `load` and puts back every handler that a shared library installed meanwhile.
 ///
 /// A handler that this program itself installs at the same time, on another thread, stays.
 pub(crate) fn keep<T>(load: impl FnOnce() -> T) -> T {
-    let before: Vec<(c_int, Option<libc::sigaction>)> =
-        SIGNALS.map(|signal| (signal, current(signal))).collect();
-    let loaded = load();
-    for (signal, before) in before {
-        let (Some(before), Some(now)) = (before, current(signal)) else { continue };
-        if now.sa_sigaction != before.sa_sigaction && is_foreign(now.sa_sigaction) {
-            // SAFETY: `before` is what the system reported for this signal a moment ago.
-            let restored = unsafe { libc::sigaction(signal, &raw const before, std::ptr::null_mut()) };
-            debug_assert_eq!(restored, 0, "a handler that was there can be put back");
+    let _keeping = Keeping::begin();
+    load()
+}
+
+/// A load under way.
+struct Keeping;
+
+impl Keeping {
+    fn begin() -> Self {
+        let mut kept = lock();
+        if kept.loads == 0 {
+            kept.before = SIGNALS.filter_map(|signal| Some((signal, current(signal)?))).collect();
+        } else {
+            for (signal, before) in &mut kept.before {
+                let now = current(*signal).filter(|now| !is_foreign(now.sa_sigaction));
+                *before = now.unwrap_or(*before);
+            }
         }
+        kept.loads += 1;
+        Self
     }
-    loaded
+}
+
+impl Drop for Keeping {
+    fn drop(&mut self) {
+        let mut kept = lock();
+        for (signal, before) in &kept.before {
+            let Some(now) = current(*signal) else { continue };
+            if now.sa_sigaction != before.sa_sigaction && is_foreign(now.sa_sigaction) {
+                // SAFETY: `before` is what the system reported for this signal a moment ago.
+                let restored = unsafe { libc::sigaction(*signal, before, std::ptr::null_mut()) };
+                debug_assert_eq!(restored, 0, "a handler that was there can be put back");
+            }
+        }
+        kept.loads -= 1;
+    }
+}
+
+fn lock() -> MutexGuard<'static, Kept> {
+    KEPT.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 fn current(signal: c_int) -> Option<libc::sigaction> {
@@ -86,6 +125,55 @@ mod tests {
 
     fn handler_or_none(signal: c_int) -> Option<libc::sighandler_t> {
         current(signal).map(|action| action.sa_sigaction)
+    }
+
+    /// As a library does.
+    fn install(signal: c_int, handler: libc::sighandler_t) {
+        let mut action = current(signal).unwrap();
+        action.sa_sigaction = handler;
+        // SAFETY: never raised here, so that it does not matter what it would do.
+        assert_eq!(unsafe { libc::sigaction(signal, &raw const action, std::ptr::null_mut()) }, 0);
+    }
+
+    #[test]
+    fn a_library_that_is_opened_beside_another_does_not_pass_for_the_program() {
+        // No test and no library takes this one.
+        let signal = libc::SIGURG;
+        let before = handler(signal);
+        let foreign = libc::getpid as *const () as usize;
+        let (begun, begins) = std::sync::mpsc::channel();
+        let (other, ended) = std::sync::mpsc::channel();
+        let second = keep(|| {
+            install(signal, foreign);
+            let second = std::thread::spawn(move || {
+                keep(|| {
+                    begun.send(()).unwrap();
+                    // The first has put back what was there; this one is late with its own.
+                    ended.recv().unwrap();
+                    install(signal, foreign);
+                });
+            });
+            begins.recv().unwrap();
+            second
+        });
+        assert_eq!(handler(signal), before);
+        other.send(()).unwrap();
+        second.join().unwrap();
+        assert_eq!(handler(signal), before);
+    }
+
+    #[test]
+    fn what_a_load_that_panics_leaves_is_put_back() {
+        let before = handler(libc::SIGPWR);
+        let foreign = libc::getpid as *const () as usize;
+        let loading = std::panic::catch_unwind(|| {
+            keep(|| {
+                install(libc::SIGPWR, foreign);
+                panic!("broken library");
+            })
+        });
+        assert!(loading.is_err());
+        assert_eq!(handler(libc::SIGPWR), before);
     }
 
     #[test]

@@ -174,9 +174,7 @@ async fn refuse(
     stream: &mut TcpStream,
     denial: Denial,
 ) -> Result<Option<Admitted>, LinkError> {
-    if denial == Denial::Refused(Refusal::Unauthenticated) {
-        server.counters.auth_refused();
-    }
+    server.counters.denied(denial);
     // Who has not proved anything is not told the epoch.
     let current = server.epoch().filter(|_| denial == Denial::Stale);
     let bytes = denial.header(current, 0).encode(&[]);

@@ -201,17 +201,17 @@ fn probe_all(options: &LibfabricOptions) -> Vec<Probe> {
         probes.push(match try_provider(library, provider, &options, Tuning::USUAL) {
             Ok(driver) => {
                 let probe = Probe::works(name, driver.info.detail.clone());
-                best.get_or_insert(driver.info.clone());
+                best = best.or_else(|| driver.rails.first().map(|rail| device::obstacles(&rail.info)));
                 probe
             }
             Err(reason) => Probe::fails(name, reason, provider_remedy(provider)),
         });
     }
-    for (kind, result) in best.map(|info| info.device_memory).unwrap_or_default() {
+    for (kind, obstacle) in best.into_iter().flatten() {
         let name = format!("libfabric {kind} memory");
-        probes.push(match result {
-            Ok(()) => Probe::works(name, "the provider takes it"),
-            Err(reason) => Probe::fails(name, reason, ""),
+        probes.push(match obstacle {
+            None => Probe::works(name, "the provider takes it"),
+            Some((what, remedy)) => Probe::fails(name, what, remedy),
         });
     }
     probes

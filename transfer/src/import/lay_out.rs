@@ -99,7 +99,8 @@ impl<P: Peer> Reader<'_, P> {
                 // A run is part of a block, whose length fits.
                 let len = u32::try_from(bytes).unwrap_or(u32::MAX);
                 piece.nest.for_each(|from, to| {
-                    let offset = block.offset + (from * size) as u64;
+                    // Said by the peer: where it is past the end of all memory, the peer refuses it.
+                    let offset = block.offset.saturating_add((from * size) as u64);
                     let source = Descriptor { offset, len, ..whole.source };
                     reads.push(BlockRead { source, to: at + to * size, expected: None });
                 });

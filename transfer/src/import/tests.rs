@@ -11,7 +11,7 @@ use proptest::prelude::*;
 use super::*;
 use crate::device::{Device, EmulatedDevice, Submitted};
 use crate::digest::block_digest;
-use crate::error::LinkError;
+use crate::error::{LinkError, Refusal};
 use crate::memory::HostMemory;
 use crate::plan::reference;
 
@@ -106,6 +106,9 @@ impl Peer for FakePeer {
             let worker = self.worker.clone();
             if self.fails_after == Some(position) {
                 return Err(TransferError::Link { worker, moved: Bytes(0), source: LinkError::Closed });
+            }
+            if read.source.offset / self.block_bytes >= self.blocks.len() as u64 {
+                return Err(TransferError::Refused { worker, refusal: Refusal::OutsideRegion });
             }
             let index = (read.source.offset / self.block_bytes) as u32;
             let from = (read.source.offset % self.block_bytes) as usize;
@@ -409,6 +412,32 @@ async fn a_pull_waits_for_staging_until_its_deadline() {
     let pull = pull_of(&peer, source, 0..64, (0..64).collect());
     let error = importer.pull_from(&peer, pull, soon()).await.unwrap_err();
     assert!(matches!(error.cause, PullCause::Staging(SlabError::TooMany { .. })), "{error:?}");
+}
+
+/// Tickets come from peers: what they name is asked for, and is theirs to refuse.
+#[test]
+fn places_past_the_end_of_all_memory_are_refused_and_nothing_else_happens() {
+    // Long runs, which nobody verifies, in other places of either block.
+    let (source, dest) = (
+        KvGeometry { head_dim: 1 << 12, ..geometry(4, NHD, Dtype::F32) },
+        KvGeometry { head_dim: 1 << 12, ..geometry(8, NHD, Dtype::F32) },
+    );
+    for (verified, offset) in [(false, u64::MAX), (false, u64::MAX - 9), (true, u64::MAX)] {
+        let peer = FakePeer { verified, ..FakePeer::new(&source, 16, 3) };
+        let (memory, noise) = arena(&dest, 4, false);
+        let importer = Importer::new(memory.clone(), dest, &staged(0)).unwrap();
+        let direct = importer.plan(source).unwrap().choice(verified) == crate::plan::Choice::Direct;
+        assert_eq!(direct, !verified, "runs are read to their places");
+        let mut pull = pull_of(&peer, source, 0..16, table(4, 5));
+        pull.blocks.iter_mut().for_each(|block| block.offset = offset);
+        let error = block_on(importer.pull_from(&peer, pull, soon())).unwrap_err();
+        let refused = PullCause::Transfer(TransferError::Refused {
+            worker: peer.worker.clone(),
+            refusal: Refusal::OutsideRegion,
+        });
+        assert_eq!(error.cause.to_string(), refused.to_string());
+        assert_eq!((error.upto, contents(&memory)), (0, noise.concat()));
+    }
 }
 
 #[test]

@@ -27,6 +27,21 @@ pub(crate) fn overlaps(spans: impl Iterator<Item = (u64, u32)> + Clone) -> bool 
     false
 }
 
+/// Whether two of the places share a byte.
+pub(crate) fn collide(places: &[Descriptor]) -> bool {
+    let Some(first) = places.first() else { return false };
+    if places.iter().all(|place| place.region == first.region) {
+        return overlaps(places.iter().map(|place| (place.offset, place.len)));
+    }
+    let mut sorted = places.to_vec();
+    // By region, then by offset.
+    sorted.sort_unstable();
+    sorted.windows(2).any(|pair| {
+        pair[0].region == pair[1].region
+            && pair[0].offset.saturating_add(u64::from(pair[0].len)) > pair[1].offset
+    })
+}
+
 /// Checks a read.
 pub(super) fn read(blocks: &[BlockRead], into: &Destination<'_>) -> Result<(), Refusal> {
     sizes(blocks.iter().map(|block| block.source.len))?;
@@ -57,14 +72,8 @@ pub(super) fn write(blocks: &[BlockWrite], from: &HostMemory) -> Result<(), Refu
     if !blocks.iter().all(|block| from.fits(block.from, block.to.len as usize)) {
         return Err(Refusal::OutsideMemory);
     }
-    let mut targets: Vec<Descriptor> = blocks.iter().map(|block| block.to).collect();
-    // By region, then by offset.
-    targets.sort_unstable();
-    let clash = |pair: &[Descriptor]| {
-        pair[0].region == pair[1].region
-            && pair[0].offset.saturating_add(u64::from(pair[0].len)) > pair[1].offset
-    };
-    if targets.windows(2).any(clash) { Err(Refusal::Overlap) } else { Ok(()) }
+    let targets: Vec<Descriptor> = blocks.iter().map(|block| block.to).collect();
+    if collide(&targets) { Err(Refusal::Overlap) } else { Ok(()) }
 }
 
 fn sizes(mut lens: impl Iterator<Item = u32>) -> Result<(), Refusal> {
@@ -100,6 +109,23 @@ mod tests {
                 (*start..start + u64::from(*len)).any(|at| std::mem::replace(&mut taken[at as usize], true))
             });
             prop_assert_eq!(overlaps(spans.iter().copied()), clash);
+        }
+
+        #[test]
+        fn places_collide_within_their_region_only(
+            spans in proptest::collection::vec((0..3u32, 0..60u64, 1..6u32), 0..12),
+        ) {
+            let place = |(region, offset, len): &(u32, u64, u32)| Descriptor {
+                region: crate::agent::RegionId(*region),
+                offset: *offset,
+                len: *len,
+            };
+            let places: Vec<Descriptor> = spans.iter().map(place).collect();
+            let clash = (0..3).any(|region| {
+                let of_it = spans.iter().filter(|(of, ..)| *of == region);
+                overlaps(of_it.map(|(_, offset, len)| (*offset, *len)))
+            });
+            prop_assert_eq!(collide(&places), clash);
         }
     }
 }

@@ -48,12 +48,15 @@ impl Session {
     ) -> Result<ReadReport, TransferError> {
         let progress = Progress::new(blocks.len());
         let job = WriteJob { handoff, blocks, from, verify: self.0.verify, progress: &progress };
-        // Notifications wait for the writes before them.
-        let _before_notifications = self.0.writing.read().await;
+        let write = async {
+            // Notifications wait for the writes before them, and this one for those that wait.
+            let _before_notifications = self.0.writing.read().await;
+            self.write_over_paths(&job, deadline).await
+        };
         let outcome = tokio::select! {
             biased;
             () = self.0.closed.cancelled() => Err(Stop::Fault(LinkError::Closed.into())),
-            outcome = self.write_over_paths(&job, deadline) => outcome,
+            outcome = write => outcome,
             () = sleep_until(deadline) => Err(Stop::Deadline),
         };
         let report = self.report(&progress, outcome.map(|()| Vec::new()));

@@ -61,7 +61,7 @@ fn every_kind_has_its_own_number_and_a_bound() {
 
 #[test]
 fn every_refusal_has_its_code() {
-    for refusal in REFUSALS {
+    for refusal in Refusal::ALL {
         let bytes = refusal_header(Some(refusal), Some(Epoch(3)), 8).encode(&[]);
         let header = Header::decode(&bytes).unwrap();
         header.verify(&bytes, &[]).unwrap();

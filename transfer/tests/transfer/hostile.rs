@@ -1,9 +1,10 @@
 //! Peers that speak the protocol and mean harm: requests and answers with good checks and bad contents.
 
+use std::os::linux::net::SocketAddrExt;
 use std::time::Duration;
 
 use baton_config::{Epoch, HandoffId};
-use baton_transfer::wire::control::{Attach, Notify, Write};
+use baton_transfer::wire::control::{Attach, Lend, Notify, Take, Write};
 use baton_transfer::wire::{
     HEADER_BYTES, Header, Hello, Kind, MAX_READ_BYTES, Metadata, WireError, decode_refusal, encode_frame,
     encode_read,
@@ -11,8 +12,8 @@ use baton_transfer::wire::{
 use baton_transfer::{
     BackendKind, Descriptor, Destination, LinkError, Refusal, RegionId, TransferError, block_digest,
 };
-use tokio::io::{AsyncReadExt, AsyncWriteExt};
-use tokio::net::{TcpListener, TcpStream};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::net::{TcpListener, TcpStream, UnixStream};
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 
@@ -23,17 +24,36 @@ use crate::support::{
 const LONG: Duration = Duration::from_secs(10);
 
 /// A connection past its handshake that says what it likes.
-struct Stranger(TcpStream);
+struct Stranger<S>(S);
 
-impl Stranger {
+fn hello(owner: &Owner) -> Hello {
+    let incarnation = Metadata::decode(&owner.metadata).unwrap().incarnation;
+    Hello { from: name("stranger"), from_epoch: Epoch(1), to: name(OWNER), incarnation, nonce: None }
+}
+
+impl Stranger<TcpStream> {
     async fn meet(owner: &Owner) -> Self {
-        let incarnation = Metadata::decode(&owner.metadata).unwrap().incarnation;
-        let hello =
-            Hello { from: name("stranger"), from_epoch: Epoch(1), to: name(OWNER), incarnation, nonce: None };
-        let mut stranger = Self(TcpStream::connect(owner.agent.local_address()).await.unwrap());
-        stranger.say(Kind::Hello, 0, &hello.encode()).await;
-        assert_eq!(stranger.hear().await.unwrap().kind, Kind::Welcome);
-        stranger
+        Self(TcpStream::connect(owner.agent.local_address()).await.unwrap()).greet(owner).await
+    }
+}
+
+impl Stranger<UnixStream> {
+    /// As one who reads over shared memory.
+    async fn beside(owner: &Owner) -> Self {
+        let socket = format!("baton-transfer-{:032x}", hello(owner).incarnation);
+        let address = std::os::unix::net::SocketAddr::from_abstract_name(socket).unwrap();
+        let stream = std::os::unix::net::UnixStream::connect_addr(&address).unwrap();
+        stream.set_nonblocking(true).unwrap();
+        // What is passed beside the frames is not taken.
+        Self(UnixStream::from_std(stream).unwrap()).greet(owner).await
+    }
+}
+
+impl<S: AsyncRead + AsyncWrite + Unpin> Stranger<S> {
+    async fn greet(mut self, owner: &Owner) -> Self {
+        self.say(Kind::Hello, 0, &hello(owner).encode()).await;
+        assert_eq!(self.hear().await.unwrap().kind, Kind::Welcome);
+        self
     }
 
     async fn say(&mut self, kind: Kind, seq: u64, payload: &[u8]) {
@@ -56,6 +76,12 @@ impl Stranger {
         let header = self.hear().await?;
         assert_eq!((header.kind, header.seq), (Kind::Refused, 9));
         Some(decode_refusal(&header).unwrap())
+    }
+
+    /// Asks for what it is refused, without taking an answer, until nothing more of it is taken.
+    async fn flood(&mut self, kind: Kind, payload: &[u8]) {
+        let many = encode_frame(kind, EPOCH, 1, payload).repeat(256);
+        while timeout(Duration::from_millis(300), self.0.write_all(&many)).await.is_ok() {}
     }
 }
 
@@ -94,6 +120,9 @@ async fn requests_that_make_no_sense_are_refused_by_name_and_counted() {
     ] {
         assert_eq!(stranger.refused(Kind::Read, &read(&[good, bad])).await, Some(why), "{bad:?}");
     }
+    let counted = |reason| owner.agent.stats().refused(reason);
+    assert_eq!((counted(Refusal::OutsideRegion), counted(Refusal::OutsideGrant)), (3, 1));
+    assert_eq!(counted(Refusal::Malformed), 6);
     // And still it is served what it may have.
     stranger.say(Kind::Read, 3, &read(&[good])).await;
     assert_eq!(stranger.hear().await.unwrap().len, 4096);
@@ -190,6 +219,73 @@ async fn writes_that_lie_leave_nothing_outside_their_grant() {
     assert_eq!(stranger.hear().await.unwrap().kind, Kind::Written);
     assert!(bytes_at(&target, 0, 8192).iter().chain(&bytes_at(&target, 12_288, 4096)).all(|byte| *byte == 0));
     assert_eq!((owner.agent.stats().taken_bytes().0, owner.agent.stats().checksum_mismatches), (4096, 1));
+}
+
+/// Of two blocks in one place both would have their digests when they were copied, and one would not be there.
+#[tokio::test]
+async fn lent_memory_is_not_copied_to_one_place_twice() {
+    let owner = Owner::start(4096).await;
+    let target = memory(1 << 16);
+    let region = owner.agent.register(target.clone()).unwrap();
+    owner.agent.grant_write(HANDOFF, &[at(region, 4096, 4096)]);
+    let lent: Vec<u8> = (0..128).map(|byte| byte ^ 0x55).collect();
+    let (witness, mut stranger) = (0x1234_5678_u128.to_le_bytes(), Stranger::beside(&owner).await);
+    let lend = Lend {
+        number: 0,
+        has_file: false,
+        address: lent.as_ptr().addr() as u64,
+        len: 128,
+        witness_at: witness.as_ptr().addr() as u64,
+        witness: u128::from_le_bytes(witness),
+    };
+    stranger.say(Kind::Lend, 1, &lend.encode()).await;
+    assert_eq!(stranger.hear().await.unwrap().kind, Kind::Lent);
+    let take = |first: u64, second: u64, verify: bool| {
+        let digest = |index: u32, from: usize| {
+            block_digest(baton_transfer::DigestSeed { index, ..seed() }, &lent[from..from + 64])
+        };
+        let digests = if verify { vec![digest(0, 0), digest(1, 64)] } else { vec![] };
+        let blocks = vec![at(region, first, 64), at(region, second, 64)];
+        let write = Write { handoff: HANDOFF, first: 0, blocks, digests, windows: vec![] };
+        Take { number: 0, from: vec![0, 64], write }.encode()
+    };
+    for verify in [false, true] {
+        for (first, second) in [(4096, 4096), (4096, 4159), (4159, 4096)] {
+            let refused = stranger.refused(Kind::Write, &take(first, second, verify)).await;
+            assert_eq!(refused, Some(Refusal::Overlap), "{first} {second}");
+        }
+    }
+    assert!(bytes_at(&target, 0, 1 << 16).iter().all(|byte| *byte == 0), "nothing was written");
+    assert_eq!(stranger.refused(Kind::Write, &take(0, 64, false)).await, Some(Refusal::OutsideGrant));
+    let counted = |reason| owner.agent.stats().refused(reason);
+    assert_eq!((counted(Refusal::Overlap), counted(Refusal::OutsideGrant)), (6, 1));
+    stranger.say(Kind::Write, 2, &take(4096, 4160, true)).await;
+    assert_eq!(stranger.hear().await.unwrap().kind, Kind::Written);
+    assert_eq!(bytes_at(&target, 4096, 128), lent);
+}
+
+/// A peer that stops in the middle, whatever the owner waits for, does not keep it.
+#[tokio::test]
+async fn an_owner_that_closes_waits_for_nobody_who_stopped() {
+    let owner = Owner::start(4096).await;
+    let region = owner.agent.register(memory(1 << 16)).unwrap();
+    owner.agent.grant_write(HANDOFF, &[at(region, 0, 4096)]);
+    let write = |blocks| Write { handoff: HANDOFF, first: 0, blocks, digests: vec![], windows: vec![] };
+    // Announces bytes that never come; sends half of those that are refused; takes no answer.
+    let mut announces = Stranger::meet(&owner).await;
+    announces.say(Kind::Write, 1, &write(vec![at(region, 0, 4096)]).encode()).await;
+    let mut discarded = Stranger::meet(&owner).await;
+    discarded.say(Kind::Write, 1, &write(vec![at(region, 8192, 4096)]).encode()).await;
+    let data = Header { kind: Kind::Data, code: 0, len: 4096, epoch: EPOCH, seq: 1 };
+    discarded.0.write_all(&data.encode(&[])).await.unwrap();
+    discarded.0.write_all(&[1; 100]).await.unwrap();
+    let mut deaf = Stranger::meet(&owner).await;
+    deaf.flood(Kind::Read, &[]).await;
+    let mut deaf_beside = Stranger::beside(&owner).await;
+    deaf_beside.flood(Kind::Map, &u32::MAX.to_le_bytes()).await;
+    let refused = owner.agent.stats().refused(Refusal::OutsideRegion);
+    assert!(refused > 0 && owner.agent.stats().malformed > 0, "{:?}", owner.agent.stats());
+    timeout(Duration::from_secs(5), owner.agent.clone().close()).await.expect("it waits for one of them");
 }
 
 fn seed() -> baton_transfer::DigestSeed {

@@ -331,6 +331,32 @@ async fn notifications_come_after_the_writes_before_them_and_have_limits() {
     pair.session.notify(HANDOFF, b"room again", deadline()).await.unwrap();
 }
 
+/// A write that stands still, a notification that waits for it, and a write that has less time than both.
+#[tokio::test]
+async fn the_deadline_of_a_write_holds_behind_a_notification_that_waits() {
+    let proxy = Proxy::start().await;
+    let mut owner = AgentOptions::new(name(OWNER));
+    owner.advertise = Some(proxy.address);
+    let pair = pair_with(owner, over_tcp("prefill-3"), Some(&proxy), 16 << 20).await;
+    let blocks = pair.granted(100, 64 << 10);
+    proxy.set(Mode::HoldUpstream(1 << 20));
+    let standing = pair.session.write(HANDOFF, &blocks, &pair.source, deadline());
+    let waiting = pair.session.notify(HANDOFF, b"later", deadline());
+    let late = async {
+        let soon = Instant::now() + Duration::from_millis(200);
+        timeout(Duration::from_secs(5), pair.session.write(HANDOFF, &blocks, &pair.source, soon)).await
+    };
+    tokio::select! {
+        biased;
+        outcome = standing => panic!("it was held back: {outcome:?}"),
+        outcome = waiting => panic!("it goes before the write: {outcome:?}"),
+        outcome = late => {
+            let outcome = outcome.expect("its deadline has passed long ago");
+            assert!(matches!(outcome, Err(TransferError::Deadline { .. })), "{outcome:?}");
+        }
+    }
+}
+
 #[tokio::test]
 async fn a_prepared_read_is_posted_many_times_polled_and_awaited() {
     let owner = Owner::start(4 << 20).await;

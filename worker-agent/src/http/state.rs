@@ -109,6 +109,7 @@ pub(super) async fn metrics(State(shared): State<Arc<Shared>>) -> Response {
     metrics.set_blocks(&view.counts);
     metrics.running.set(i64::from(view.load.running));
     metrics.waiting.set(i64::from(view.load.waiting));
+    metrics.take_transfer(&shared.transfer.stats());
     metrics.prefill_speed.set(view.prefill_tokens_per_s.unwrap_or(0.0));
     ([(http::header::CONTENT_TYPE, PROMETHEUS)], metrics.text()).into_response()
 }

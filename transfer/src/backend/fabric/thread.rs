@@ -191,9 +191,13 @@ impl Fabric {
             TaskTracker::new().spawn(Arc::clone(turns).watch(ended.clone()));
         }
         tracing::debug!(%kind, detail = opened.info.detail, "fabric opened");
-        let bounce = Bounce::new(&opened.info).map_err(|error| DriverError {
-            what: format!("no memory for the buffers of {kind}: {error}"),
-            remedy: String::new(),
+        let bounce = Bounce::new(&opened.info).map_err(|error| {
+            // Nobody else will: there is no handle yet.
+            queue.close();
+            DriverError {
+                what: format!("no memory for the buffers of {kind}: {error}"),
+                remedy: String::new(),
+            }
         })?;
         let thread = Mutex::new(Some(thread));
         Ok(Self(Arc::new(Inner {

@@ -69,11 +69,15 @@ pub(super) fn obstacle(info: &Info, place: Place) -> Option<(String, &'static st
     None
 }
 
+/// All kinds, and what stands in the way of each.
+pub(super) fn obstacles(info: &Info) -> [(&'static str, Option<(String, &'static str)>); 2] {
+    [Place::Cuda(0), Place::Neuron(0)].map(|place| (place.kind(), obstacle(info, place)))
+}
+
 /// All kinds, for people.
 pub(super) fn kinds(info: &Info) -> Vec<(&'static str, Result<(), String>)> {
-    let kind = |place: Place| {
-        let result = obstacle(info, place).map_or(Ok(()), |(what, remedy)| Err(format!("{what}; {remedy}")));
-        (place.kind(), result)
+    let said = |found: Option<(String, &str)>| {
+        found.map_or(Ok(()), |(what, remedy)| Err(format!("{what}; {remedy}")))
     };
-    vec![kind(Place::Cuda(0)), kind(Place::Neuron(0))]
+    obstacles(info).into_iter().map(|(kind, found)| (kind, said(found))).collect()
 }

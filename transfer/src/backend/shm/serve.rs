@@ -65,21 +65,25 @@ impl Connection {
         else {
             return Ok(());
         };
+        tokio::select! {
+            biased;
+            // Whatever it waits for: a peer may leave an answer lying.
+            () = life.ended.cancelled() => Ok(()),
+            served = self.serve(&life) => served,
+        }
+    }
+
+    async fn serve(&mut self, life: &Life) -> Result<(), LinkError> {
         loop {
-            let frame = tokio::select! {
-                biased;
-                () = life.ended.cancelled() => return Ok(()),
-                frame = self.frames.next(&mut self.stream) => frame?,
-            };
-            let Some((header, payload)) = frame else { return Ok(()) };
+            let Some((header, payload)) = self.frames.next(&mut self.stream).await? else { return Ok(()) };
             match header.kind {
                 Kind::Map | Kind::Locate => {}
                 Kind::Lend => {
-                    self.lend(&life, header.seq, &payload).await?;
+                    self.lend(life, header.seq, &payload).await?;
                     continue;
                 }
                 Kind::Write => {
-                    self.take(&life, &header, &payload).await?;
+                    self.take(life, &header, &payload).await?;
                     continue;
                 }
                 _ => return Err(LinkError::Protocol(WireError::Kind)),
@@ -87,9 +91,9 @@ impl Connection {
             let region = wire::decode_map(&payload).map_err(LinkError::Protocol)?;
             match self.memory(header.kind, region) {
                 Some(memory) if header.kind == Kind::Map => {
-                    self.pass(Kind::Mapped, &life, header.seq, &memory).await?;
+                    self.pass(Kind::Mapped, life, header.seq, &memory).await?;
                 }
-                Some(memory) => self.locate(&life, header.seq, &memory).await?,
+                Some(memory) => self.locate(life, header.seq, &memory).await?,
                 None => self.refuse(Denial::Refused(Refusal::OutsideRegion), header.seq).await?,
             }
         }
@@ -146,6 +150,7 @@ impl Connection {
     }
 
     pub(super) async fn refuse(&mut self, denial: Denial, seq: u64) -> Result<(), LinkError> {
+        self.server.counters.denied(denial);
         let bytes = denial.header(self.server.epoch(), seq).encode(&[]);
         self.stream.write_all(&bytes).await.map_err(LinkError::io("sending a refusal"))
     }

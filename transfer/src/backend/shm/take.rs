@@ -20,6 +20,7 @@ use crate::backend::CONNECT_TIMEOUT;
 use crate::digest::DigestSeed;
 use crate::error::{LinkError, Refusal};
 use crate::memory::{HostMemory, MAX_RANGES, PeerMemory, Process, RemoteRange, Span, copy_from_process};
+use crate::session::collide;
 use crate::wire::control::{Lend, MAX_LENT, Take};
 use crate::wire::{self, Header, Kind, WireError};
 
@@ -121,6 +122,9 @@ impl Connection {
         let Take { number, from, write } = take;
         let regions = self.server.regions();
         let permit = self.server.permit_write(&regions, write.handoff, &write.blocks)?;
+        if collide(&write.blocks) {
+            return Err(Denial::Refused(Refusal::Overlap));
+        }
         let lent = self.lent.0[usize::from(*number)].as_ref().ok_or(Denial::Refused(Refusal::Malformed))?;
         let mut blocks = Vec::with_capacity(write.blocks.len());
         for (at, (block, from)) in write.blocks.iter().zip(from).enumerate() {

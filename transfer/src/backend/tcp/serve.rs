@@ -85,15 +85,21 @@ impl Connection {
         let Some(admitted) = admitted.await.map_err(|_| LinkError::Closed)?? else { return Ok(()) };
         let Admitted { hello, life, writer } = admitted;
         let mut connection = Self { server, stream, is_local, frames, writer };
-        let Some(first) = connection.serve_blocks(&life).await? else { return Ok(()) };
+        let first = tokio::select! {
+            biased;
+            // Whatever it waits for: a peer may leave a request half sent, or an answer lying.
+            () = life.ended.cancelled() => return Ok(()),
+            first = connection.serve_blocks(&life) => first?,
+        };
+        let Some(first) = first else { return Ok(()) };
         let Self { server, stream: socket, frames, writer, .. } = connection;
         control::serve(server, Accepted { socket, frames, writer, hello, life }, first).await
     }
 
     /// Answers reads and writes until the connection ends, or its first request is another: then it is a control connection.
+    ///
+    /// Dropped when the life ends, wherever it stands: what it serves from, and receives into, is let go of with it.
     async fn serve_blocks(&mut self, life: &Life) -> Result<Option<(Header, Bytes)>, LinkError> {
-        let ended = life.ended.cancelled();
-        tokio::pin!(ended);
         let (mut is_first, mut spin) = (true, Spin::default());
         loop {
             let mut soon = None;
@@ -106,11 +112,7 @@ impl Connection {
             }
             let frame = match soon {
                 Some(frame) => Some(frame),
-                None => tokio::select! {
-                    biased;
-                    () = &mut ended => return Ok(None),
-                    frame = self.frames.next(&mut self.stream) => frame?,
-                },
+                None => self.frames.next(&mut self.stream).await?,
             };
             let Some((header, payload)) = frame else { return Ok(None) };
             match header.kind {
@@ -146,7 +148,7 @@ impl Connection {
         let head = self.writer.head(&data, &[]);
         let device = |block: &Descriptor| matches!(region(&regions, block.region), Some(Region::Device(_)));
         if read.blocks.iter().any(device) {
-            return self.answer_staged(life, &head, &regions, &read.blocks, permit).await;
+            return self.answer_staged(&head, &regions, &read.blocks, permit).await;
         }
         let span = |block: &Descriptor| {
             let memory = region(&regions, block.region)?.host()?;
@@ -169,7 +171,6 @@ impl Connection {
             sent = timeout(STALL_TIMEOUT, cursor.send_rest(&self.stream)) => sent.map_err(|_| LinkError::Closed)?,
             // The memory is about to be reused: rather no answer than a wrong one.
             () = permit.revoked.cancelled() => Err(LinkError::Closed),
-            () = life.ended.cancelled() => Err(LinkError::Closed),
         };
         sent?;
         self.server.count_served(read.handoff, u64::from(len));
@@ -179,7 +180,6 @@ impl Connection {
     /// As [`Connection::answer`], where a block is in device memory.
     async fn answer_staged(
         &self,
-        life: &Life,
         head: &[u8],
         regions: &Arc<[Region]>,
         blocks: &[Descriptor],
@@ -191,7 +191,6 @@ impl Connection {
             biased;
             sent = timeout(STALL_TIMEOUT, send) => sent.map_err(|_| LinkError::Closed)?,
             () = revoked.cancelled() => Err(LinkError::Closed),
-            () = life.ended.cancelled() => Err(LinkError::Closed),
         };
         sent?;
         self.server.counters.served(blocks.iter().map(|block| u64::from(block.len)).sum());

@@ -33,7 +33,7 @@ use crate::backend::fabric::registry::Registration;
 use crate::backend::fabric::thread::Fabric;
 use crate::digest::DigestSeed;
 use crate::error::Refusal;
-use crate::session::Descriptor;
+use crate::session::{Descriptor, collide};
 use crate::wire::control::{MAX_WINDOWS, OpenWindow, Window, WindowIs, Write, encode_fence};
 use crate::wire::{Kind, Read};
 
@@ -112,6 +112,9 @@ pub(super) async fn open(server: &Arc<Server>, peer: &Arc<Peer>, asked: Window) 
     }
     let regions = server.regions();
     let permit = Arc::new(server.permit_write(&regions, handoff, &blocks)?);
+    if collide(&blocks) {
+        return Err(Denial::Refused(Refusal::Overlap));
+    }
     let ranges = server.write_ranges(handoff, &blocks, MAX_WINDOWS);
     let (ranges, count) = ranges.ok_or(Denial::Refused(Refusal::NotGranted))?;
     let mut spans = Vec::with_capacity(ranges.len());
@@ -198,6 +201,9 @@ pub(super) async fn written(server: &Server, peer: &Peer, write: Write) -> Resul
     let inside = |block: &Descriptor| closed.iter().any(|window| lies_in(block, &window.range));
     if !ranges.iter().all(inside) {
         return Err(Denial::Refused(Refusal::NotGranted));
+    }
+    if collide(ranges) {
+        return Err(Denial::Refused(Refusal::Overlap));
     }
     let regions = server.regions();
     let (mut corrupt, mut unyielded, mut total) = (0, 0, 0);

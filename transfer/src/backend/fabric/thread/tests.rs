@@ -418,6 +418,33 @@ async fn what_a_runtime_does_not_get_to_is_done_by_the_thread() {
     assert!(!holds(&into, (3, 40_000)));
 }
 
+/// Who only looks at what is under way has the driver for a moment: who comes in that moment, and leaves again, is served.
+#[tokio::test]
+async fn who_comes_in_vain_while_somebody_looks_is_not_left_behind() {
+    let pair = turning(Faults::default()).await;
+    let turns = Arc::clone(pair.reader.0.turns.as_ref().unwrap());
+    let queue = Arc::clone(pair.reader.queue());
+    // The thread sleeps: nothing has happened for a while.
+    tokio::time::sleep(Duration::from_millis(250)).await;
+    for _ in 0..20 {
+        let into = memory();
+        let local = pair.reader.registered(&into.span(), Access::Local).await.unwrap();
+        tokio::time::sleep(Duration::from_millis(150)).await;
+        let verb = Verb::Read { remote: pair.remote, offset: 7 };
+        let transfer = Transfer { verb, local: LocalRange { id: local.id, offset: 7, len: 5000 } };
+        let batch = Batch::new(pair.peer.clone(), vec![transfer], Box::new(local));
+        let left = Arc::clone(&batch);
+        turns.look(|_| {
+            assert!(queue.leave(Command::Submit(left), None).is_ok());
+            assert_eq!(turns.take(true), turns::Turned::Taken, "somebody has the driver");
+        });
+        assert!(queue.state().commands.is_empty(), "it is taken, before anybody else comes");
+        let mut running = Running::new(pair.reader.clone(), batch).fenced();
+        tokio::time::timeout(Duration::from_secs(20), running.end()).await.unwrap().unwrap();
+        assert!(holds(&into, (7, 5000)));
+    }
+}
+
 #[test]
 fn a_fabric_outlives_the_runtime_it_was_started_on() {
     let runtime = || tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();

@@ -115,7 +115,19 @@ impl Turns {
     fn is_asked_again(&self) -> bool {
         // Between the release of the lock and the look, as between the word and the try of who came in vain.
         fence(Ordering::SeqCst);
-        self.again.swap(false, Ordering::Relaxed)
+        self.again.load(Ordering::Relaxed) && self.again.swap(false, Ordering::Relaxed)
+    }
+
+    /// Looks at what is under way, if nobody has the driver. Who comes in vain meanwhile is not left to wait: what that
+    /// one wants is done here.
+    pub(super) fn look<T>(&self, at: impl FnOnce(&Progress<dyn Driver + Send>) -> T) -> Option<T> {
+        let progress = self.progress.try_lock().ok()?;
+        let found = progress.as_ref().map(at);
+        drop(progress);
+        if self.is_asked_again() {
+            self.take_all();
+        }
+        found
     }
 
     /// Takes turns, until nothing happens any more; then, if `arm` says so, has the descriptor tell when something does.
@@ -187,18 +199,16 @@ impl Turns {
 
     /// Whether the descriptor does not tell of all that is there or under way. Who has the lock now asks the same before going.
     fn is_unarmed(&self) -> bool {
-        let progress = self.progress.try_lock().ok();
-        progress.is_some_and(|progress| progress.as_ref().is_some_and(Progress::is_unarmed))
+        self.look(Progress::is_unarmed).unwrap_or(false)
     }
 
     /// Has something been going on a moment ago, so that more is likely to come.
     fn is_soon(&self) -> Option<u64> {
-        let progress = self.progress.try_lock().ok()?;
-        progress.as_ref().and_then(|progress| progress.is_soon().then(|| progress.events()))
+        self.look(|progress| progress.is_soon().then(|| progress.events())).flatten()
     }
 
     fn events(&self) -> Option<u64> {
-        self.progress.try_lock().ok()?.as_ref().map(Progress::events)
+        self.look(Progress::events)
     }
 
     /// Waits for the descriptor and takes turns when it tells of something, until `over`.

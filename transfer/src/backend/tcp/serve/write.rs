@@ -53,7 +53,6 @@ impl Connection {
             corrupt = self.receive(life, &write, &memory, total) => corrupt?,
             // The memory is about to be reused: from here on nothing of this write reaches it.
             () = revoked.cancelled() => return Err(LinkError::Closed),
-            () = life.ended.cancelled() => return Err(LinkError::Closed),
         };
         drop(permit);
         if corrupt > 0 {
