@@ -490,7 +490,7 @@ impl Driver for LibfabricDriver {
     }
 
     fn pieces_max(&self) -> PiecesMax {
-        PiecesMax { read: self.pieces_max, write: self.pieces_max }
+        PiecesMax { read: self.pieces_max, write: self.pieces_max, write_bytes: self.info.op_max }
     }
 
     fn read_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
