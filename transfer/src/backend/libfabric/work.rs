@@ -553,12 +553,15 @@ impl Driver for LibfabricDriver {
             return true;
         }
         // What came before this is found by polling again; what comes after it ends the sleep.
-        if self.epoll.as_ref().is_some_and(take_edges) {
-            return false;
-        }
-        if self.own_domains && self.restless < RESTLESS_MAX && self.has_input() {
+        let came = self.epoll.as_ref().is_some_and(take_edges);
+        let looks = self.own_domains && self.restless < RESTLESS_MAX;
+        if looks && self.has_input() {
             self.restless += 1;
             self.unread = u32::MAX;
+            return false;
+        }
+        // Mostly edges tell of what the polls before have read; the input itself says whether there is more.
+        if came && !looks {
             return false;
         }
         self.restless = 0;
