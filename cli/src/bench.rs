@@ -78,6 +78,9 @@ fn describe(rows: &[Row]) -> String {
         "RAW CPU",
         "P50 / RAW",
         "CPU / RAW",
+        "LIBRARY",
+        "LIBRARY P50",
+        "LIBRARY CPU",
     ];
     let mut table = vec![Vec::from(head.map(str::to_owned))];
     table.extend(rows.iter().map(|row| {
@@ -95,6 +98,9 @@ fn describe(rows: &[Row]) -> String {
             format!("{:.3} s/GB", row.raw_cpu_s_per_gb),
             format!("{:.2}", row.ratio),
             format!("{:.2}", row.cpu_s_per_gb / row.raw_cpu_s_per_gb),
+            row.bare_probe.clone().unwrap_or_default(),
+            row.bare_p50_us.map(micros).unwrap_or_default(),
+            row.bare_cpu_s_per_gb.map(|cpu| format!("{cpu:.3} s/GB")).unwrap_or_default(),
         ]
     }));
     columns(&table)

@@ -150,6 +150,11 @@ impl Progress {
         self.moved.store(moved + bytes as u64, Ordering::Relaxed);
     }
 
+    /// Counts all the bytes of a read at once, as `add` does: the first came with the last, without a look at the clock.
+    pub(crate) fn add_all(&self, bytes: usize) {
+        self.moved.store(bytes as u64, Ordering::Relaxed);
+    }
+
     pub(crate) fn moved(&self) -> u64 {
         self.moved.load(Ordering::Relaxed)
     }
@@ -158,8 +163,10 @@ impl Progress {
         self.started.elapsed()
     }
 
-    pub(crate) fn first_byte(&self) -> Duration {
-        Duration::from_nanos(self.first_byte_ns.load(Ordering::Relaxed))
+    /// When the first byte came; none: with the last, or none did.
+    pub(crate) fn first_byte(&self) -> Option<Duration> {
+        let ns = self.first_byte_ns.load(Ordering::Relaxed);
+        (ns > 0).then(|| Duration::from_nanos(ns))
     }
 }
 

@@ -4,8 +4,10 @@
 //! The peer is this program once more, in [`serve_peer`]. Every row is measured in rounds: some raw probes, some
 //! reads without digests, some with, so that whatever else the machine does meets all of them alike. The raw limit
 //! of `shm` is `memcpy` of equally scattered blocks; that of `cma` `process_vm_readv` of them, by as few calls as the
-//! system takes them in; that of everything else `writev` and `readv` of them over TCP, by two blocking threads.
+//! system takes them in; that of everything else `writev` and `readv` of them over TCP, by two blocking threads. Beside
+//! reads over libfabric and UCX there is the library by itself as well.
 
+mod bare;
 mod measure;
 mod peer;
 mod raw;
@@ -168,6 +170,14 @@ pub struct Row {
     pub raw_cpu_s_per_gb: f64,
     /// Median over raw median: 1 is the limit.
     pub ratio: f64,
+    /// What the network library does by itself, of reads over one.
+    pub bare_probe: Option<String>,
+    /// Median time of it.
+    pub bare_p50_us: Option<f64>,
+    /// 99th percentile of its time.
+    pub bare_p99_us: Option<f64>,
+    /// CPU time of both processes for each 10^9 bytes of it: both look again and again.
+    pub bare_cpu_s_per_gb: Option<f64>,
 }
 
 /// Why nothing was measured.
@@ -242,7 +252,7 @@ pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
     let memory = measure::Memory::new(spread)?;
     let mut report = Report::default();
     for backend in options.backends.iter().copied() {
-        let bench = match measure::Bench::start(&peer, backend, &memory, &options).await {
+        let bench = match measure::Bench::start(&mut peer, backend, &memory, &options).await {
             Ok(bench) => bench,
             Err(BenchError::Connect(error)) => {
                 report.skipped.push(Skipped { backend, reason: reason(backend, &error) });
@@ -250,6 +260,8 @@ pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
             }
             Err(error) => return Err(error),
         };
+        let why = bench.no_bare_probe().map(|why| format!("no probe of the library by itself: {why}"));
+        report.skipped.extend(why.map(|reason| Skipped { backend, reason }));
         for op in options.ops.iter().copied() {
             let measured = bench.measure_all(&mut peer, &options.shapes, op, options.time_per_shape).await;
             match measured {

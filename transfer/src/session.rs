@@ -291,7 +291,10 @@ impl Inner {
 
     fn account(&self, outcome: &Result<ReadReport, TransferError>, progress: &Progress) {
         match outcome {
-            Ok(report) => self.meter.record(report.bytes.0, report.elapsed, progress.first_byte()),
+            Ok(report) => {
+                let first = progress.first_byte().unwrap_or(report.elapsed);
+                self.meter.record(report.bytes.0, report.elapsed, first);
+            }
             Err(error) => {
                 self.counters.error(error.kind());
                 if let TransferError::Integrity { corrupt, .. } = error {

@@ -168,41 +168,54 @@ impl Counters {
     }
 }
 
-/// Bandwidth and latency of a path, as decaying means.
+/// Bandwidth and latency of a path, as decaying means, in what is quick to reckon with: a small read takes a microsecond
+/// altogether. Of two reads that end at once one may be missing in a mean.
 #[derive(Debug, Default)]
-pub(crate) struct PathMeter(std::sync::Mutex<Means>);
-
-/// As [`SessionStats`], in what is quick to reckon with: a small read takes a microsecond altogether.
-#[derive(Debug, Default, Clone, Copy)]
-struct Means {
-    bytes: u64,
-    bytes_per_second: Option<f64>,
-    latency_ns: Option<f64>,
+pub(crate) struct PathMeter {
+    bytes: AtomicU64,
+    bytes_per_second: Mean,
+    latency_ns: Mean,
 }
 
 impl PathMeter {
     pub(crate) fn record(&self, bytes: u64, elapsed: Duration, first_byte: Duration) {
-        let mut means = self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         let ns = elapsed.as_nanos() as f64;
         if bytes >= BANDWIDTH_MIN_BYTES && ns > 0.0 {
-            means.bytes_per_second = Some(decay(means.bytes_per_second, bytes as f64 / ns * 1e9));
+            self.bytes_per_second.add(bytes as f64 / ns * 1e9);
         }
-        means.latency_ns = Some(decay(means.latency_ns, first_byte.as_nanos() as f64));
-        means.bytes += bytes;
+        self.latency_ns.add(first_byte.as_nanos() as f64);
+        self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 
     pub(crate) fn snapshot(&self) -> SessionStats {
-        let means = *self.0.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
         SessionStats {
-            bytes: Bytes(means.bytes),
-            bytes_per_second: means.bytes_per_second,
-            latency: means.latency_ns.map(|ns| Duration::from_nanos(ns as u64)),
+            bytes: Bytes(self.bytes.load(Ordering::Relaxed)),
+            bytes_per_second: self.bytes_per_second.get(),
+            latency: self.latency_ns.get().map(|ns| Duration::from_nanos(ns as u64)),
         }
     }
 }
 
-fn decay(mean: Option<f64>, newest: f64) -> f64 {
-    mean.map_or(newest, |mean| mean + NEWEST * (newest - mean))
+/// A decaying mean, as the bits of a number.
+#[derive(Debug)]
+struct Mean(AtomicU64);
+
+impl Default for Mean {
+    fn default() -> Self {
+        Self(AtomicU64::new(f64::NAN.to_bits()))
+    }
+}
+
+impl Mean {
+    fn add(&self, newest: f64) {
+        let mean = self.get().map_or(newest, |mean| mean + NEWEST * (newest - mean));
+        self.0.store(mean.to_bits(), Ordering::Relaxed);
+    }
+
+    /// None before the first value.
+    fn get(&self) -> Option<f64> {
+        Some(f64::from_bits(self.0.load(Ordering::Relaxed))).filter(|mean| !mean.is_nan())
+    }
 }
 
 #[cfg(test)]

@@ -35,8 +35,9 @@ pub(crate) enum Bench {
 #[derive(Debug, clap::Args)]
 #[command(
     after_help = "Two processes of this machine. Each row has the raw limit beside it, measured in turns in the same run: memcpy
-for shm, process_vm_readv of many blocks a call for cma, scatter/gather TCP for everything else. CPU is that of both
-processes. A backend that cannot be opened is named with the reason.
+for shm, process_vm_readv of many blocks a call for cma, scatter/gather TCP for everything else. Reads over libfabric and
+UCX also have the library by itself beside them: a read for each block, and a look again and again on both sides. CPU is
+that of both processes. A backend that cannot be opened is named with the reason.
 
 Examples:
   baton bench transfer

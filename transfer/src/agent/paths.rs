@@ -13,7 +13,7 @@ mod survey;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError, RwLock};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_config::Epoch;
@@ -45,8 +45,7 @@ pub(crate) struct Paths {
     /// In the order listed.
     candidates: Box<[Candidate]>,
     ruled_out: Vec<(BackendKind, String)>,
-    /// Positions of candidates, best first.
-    order: RwLock<Arc<[usize]>>,
+    order: Order,
     /// When a broken path may be tried again, in nanoseconds since `started`; `u64::MAX`: none is broken.
     retry_at: AtomicU64,
     started: Instant,
@@ -90,6 +89,30 @@ enum Verdict {
     Refused(Refusal),
 }
 
+/// Positions of candidates, best first, four bits each: looked at with every read, so without a lock.
+struct Order(AtomicU64);
+
+impl Order {
+    /// Most candidates.
+    const MOST: usize = 16;
+
+    fn new(positions: impl IntoIterator<Item = usize>) -> Self {
+        let order = Self(AtomicU64::new(0));
+        order.set(positions);
+        order
+    }
+
+    fn set(&self, positions: impl IntoIterator<Item = usize>) {
+        let bits = positions.into_iter().enumerate().map(|(at, position)| (position as u64) << (4 * at));
+        self.0.store(bits.sum(), Ordering::Relaxed);
+    }
+
+    fn positions(&self, count: usize) -> impl Iterator<Item = usize> + use<> {
+        let bits = self.0.load(Ordering::Relaxed);
+        (0..count).map(move |at| (bits >> (4 * at)) as usize % Self::MOST)
+    }
+}
+
 /// A path to read over.
 pub(crate) struct Path {
     index: usize,
@@ -114,7 +137,7 @@ impl Tried {
 impl Paths {
     pub(crate) fn new(pair: Pair, route: Route, opener: Arc<Opener>, peer: &Metadata) -> Self {
         let (mut candidates, mut ruled_out) = (Vec::new(), Vec::new());
-        for backend in opener.options.backends.iter().copied() {
+        for backend in opener.options.backends.iter().copied().take(Order::MOST) {
             match opener.rule_out(backend, peer) {
                 Some(reason) => ruled_out.push((backend, reason)),
                 None => candidates.push(Candidate {
@@ -128,7 +151,7 @@ impl Paths {
             pair,
             route,
             opener,
-            order: RwLock::new((0..candidates.len()).collect()),
+            order: Order::new(0..candidates.len()),
             candidates: candidates.into(),
             ruled_out,
             retry_at: AtomicU64::new(u64::MAX),
@@ -141,9 +164,8 @@ impl Paths {
 
     /// Positions of the candidates that a session may use, best first.
     fn usable(&self, avoid: Option<BackendKind>) -> impl Iterator<Item = usize> {
-        let order = self.order.read().unwrap_or_else(PoisonError::into_inner).clone();
         let allowed = move |index: &usize| avoid != Some(self.candidates[*index].backend);
-        (0..order.len()).map(move |at| order[at]).filter(allowed)
+        self.order.positions(self.candidates.len()).filter(allowed)
     }
 
     /// The best path that is open, without waiting.

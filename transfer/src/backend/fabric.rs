@@ -73,6 +73,7 @@ impl FabricLimits {
             op_bytes: op_bytes.min(info.op_max).max(1),
             read_pieces: pieces_max.read.clamp(1, PIECES_MAX),
             write_pieces: pieces_max.write.clamp(1, PIECES_MAX),
+            write_bytes: pieces_max.write_bytes,
         }
     }
 }

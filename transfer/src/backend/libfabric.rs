@@ -12,6 +12,7 @@
 //! - The library is given nothing of a peer that was not checked for length and form.
 //! - The process's environment is not read here, though the library itself looks at `FI_*`.
 
+pub(crate) mod bare;
 mod blob;
 mod device;
 mod object;

@@ -19,6 +19,7 @@ mod cma;
 pub(crate) mod control;
 pub(crate) mod link;
 mod pass;
+mod regions;
 pub(crate) mod serve;
 mod take;
 

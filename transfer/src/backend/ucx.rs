@@ -36,6 +36,7 @@
 //! the memory of each operation anew over InfiniBand.
 
 mod address;
+pub(crate) mod bare;
 mod config;
 mod core;
 mod devices;

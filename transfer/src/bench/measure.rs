@@ -6,6 +6,7 @@ use std::time::Duration;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
+use super::bare;
 use super::peer::{Peer, own_cpu};
 use super::raw::Raw;
 use super::{
@@ -53,6 +54,8 @@ struct Inner {
     region: RegionId,
     scratch: RegionId,
     raw: Mutex<Raw>,
+    /// The library by itself, of backends that are made of one, or why it is not measured.
+    bare: Option<Result<Mutex<bare::Reader>, String>>,
 }
 
 /// One kind of row: every turn of it does the same.
@@ -76,7 +79,7 @@ struct Times {
 
 impl Bench {
     pub(super) async fn start(
-        peer: &Peer,
+        peer: &mut Peer,
         backend: BackendKind,
         memory: &Memory,
         options: &BenchOptions,
@@ -84,6 +87,10 @@ impl Bench {
         let off = connect(peer, backend, Integrity::Off, options).await?;
         let digest = connect(peer, backend, Integrity::Digest, options).await?;
         let raw = Raw::new(backend, &peer.ready, &memory.twin).map_err(BenchError::io("the raw probe"))?;
+        let bare = match options.ops.contains(&Op::Read) {
+            true => open_bare(peer, backend, memory).await?,
+            false => None,
+        };
         Ok(Self(Arc::new(Inner {
             backend,
             agents: vec![off.0, digest.0],
@@ -93,7 +100,13 @@ impl Bench {
             region: RegionId(peer.ready.region),
             scratch: RegionId(peer.ready.scratch),
             raw: Mutex::new(raw),
+            bare,
         })))
+    }
+
+    /// Why the library is not measured by itself, where it was to be.
+    pub(super) fn no_bare_probe(&self) -> Option<&str> {
+        self.0.bare.as_ref()?.as_ref().err().map(String::as_str)
     }
 
     /// The rows of all shapes.
@@ -126,20 +139,27 @@ impl Bench {
         let plain = work(Integrity::Off, &self.0.off)?;
         let verified = work(Integrity::Digest, &self.0.digest)?;
         self.raw_turn(peer, shape, op, &mut Times::default()).await?;
+        self.bare_turn(peer, shape, op, &mut Times::default()).await?;
         self.turn(peer, &plain, &mut Times::default()).await?;
         self.turn(peer, &verified, &mut Times::default()).await?;
-        let (mut raw, mut off, mut digest) = (Times::default(), Times::default(), Times::default());
+        let (mut limits, mut off, mut digest) = (Limits::default(), Times::default(), Times::default());
         let start = Instant::now();
-        while start.elapsed() < time || raw.each.is_empty() {
-            self.raw_turn(peer, shape, op, &mut raw).await?;
+        while start.elapsed() < time || limits.raw.each.is_empty() {
+            self.raw_turn(peer, shape, op, &mut limits.raw).await?;
+            self.bare_turn(peer, shape, op, &mut limits.bare).await?;
             self.turn(peer, &plain, &mut off).await?;
             self.turn(peer, &verified, &mut digest).await?;
         }
-        Ok([self.row(shape, &plain, &mut off, &mut raw), self.row(shape, &verified, &mut digest, &mut raw)])
+        Ok([
+            self.row(shape, &plain, &mut off, &mut limits),
+            self.row(shape, &verified, &mut digest, &mut limits),
+        ])
     }
 
-    fn row(&self, shape: Shape, work: &Work, times: &mut Times, raw: &mut Times) -> Row {
+    fn row(&self, shape: Shape, work: &Work, times: &mut Times, limits: &mut Limits) -> Row {
+        let Limits { raw, bare } = limits;
         let (p50_us, raw_p50_us) = (times.percentile_us(0.5), raw.percentile_us(0.5));
+        let probe = self.bare().filter(|_| !bare.each.is_empty());
         Row {
             backend: self.0.backend.as_str().to_owned(),
             op: work.op.as_str().to_owned(),
@@ -155,6 +175,10 @@ impl Bench {
             raw_p50_us,
             raw_cpu_s_per_gb: raw.cpu_s_per_gb(),
             ratio: p50_us / raw_p50_us,
+            bare_probe: probe.map(|bare| name(bare).to_owned()),
+            bare_p50_us: probe.map(|_| bare.percentile_us(0.5)),
+            bare_p99_us: probe.map(|_| bare.percentile_us(0.99)),
+            bare_cpu_s_per_gb: probe.map(|_| bare.cpu_s_per_gb()),
         }
     }
 
@@ -225,6 +249,45 @@ impl Bench {
         Ok(())
     }
 
+    /// The library by itself, where it is measured.
+    fn bare(&self) -> Option<&Mutex<bare::Reader>> {
+        self.0.bare.as_ref()?.as_ref().ok()
+    }
+
+    /// One turn of the library by itself, which only reads; nothing where there is none.
+    async fn bare_turn(
+        &self,
+        peer: &mut Peer,
+        shape: Shape,
+        op: Op,
+        times: &mut Times,
+    ) -> Result<(), BenchError> {
+        if self.bare().is_none() || op != Op::Read {
+            return Ok(());
+        }
+        peer.look(Some(self.0.backend)).await?;
+        let before = own_cpu() + peer.cpu().await?;
+        let bench = Self(Arc::clone(&self.0));
+        let turn = tokio::task::spawn_blocking(move || {
+            let blocks = bare::blocks(shape);
+            let reader = bench.bare().ok_or(std::io::ErrorKind::NotFound)?;
+            let mut reader = reader.lock().unwrap_or_else(PoisonError::into_inner);
+            let start = Instant::now();
+            reader.read(&blocks)?;
+            let mut each = Vec::new();
+            while start.elapsed() < TURN || each.is_empty() {
+                let start = Instant::now();
+                reader.read(&blocks)?;
+                each.push(start.elapsed());
+            }
+            Ok(each)
+        });
+        let each = turn.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
+        let each = each.map_err(BenchError::io("the probe of a library"))?;
+        times.add(each, shape.bytes() as u64, (own_cpu() + peer.cpu().await?).saturating_sub(before));
+        peer.look(None).await
+    }
+
     /// One turn of transfers, on a task as in a worker.
     async fn turn(&self, peer: &mut Peer, work: &Work, times: &mut Times) -> Result<(), BenchError> {
         let before = own_cpu() + peer.cpu().await?;
@@ -245,6 +308,37 @@ impl Bench {
         times.add(each, work.bytes, (own_cpu() + peer.cpu().await?).saturating_sub(before));
         Ok(())
     }
+}
+
+/// What stands beside the rows of a shape.
+#[derive(Default)]
+struct Limits {
+    raw: Times,
+    bare: Times,
+}
+
+fn name(bare: &Mutex<bare::Reader>) -> &'static str {
+    bare.lock().unwrap_or_else(PoisonError::into_inner).name()
+}
+
+/// The library of a backend by itself, tried out, or why it does not work.
+async fn open_bare(
+    peer: &mut Peer,
+    backend: BackendKind,
+    memory: &Memory,
+) -> Result<Option<Result<Mutex<bare::Reader>, String>>, BenchError> {
+    peer.look(Some(backend)).await?;
+    let (shown, Memory { into, twin }) = (peer.ready.bare.clone(), memory.clone());
+    let opened = tokio::task::spawn_blocking(move || {
+        let opened = bare::Reader::open(backend, &shown, &into)?;
+        Some(opened.and_then(|mut reader| {
+            reader.try_out(&into, &twin).map_err(|error| error.to_string())?;
+            Ok(Mutex::new(reader))
+        }))
+    });
+    let opened = opened.await.unwrap_or_else(|error| Some(Err(error.to_string())));
+    peer.look(None).await?;
+    Ok(opened)
 }
 
 async fn connect(

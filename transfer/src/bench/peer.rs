@@ -1,7 +1,8 @@
 //! The other process of a bench: serves one region, and the raw probe of it.
 //!
 //! They talk in lines over the peer's standard streams: a [`Wanted`] in, a [`Ready`] out; then `cpu` in, nanoseconds
-//! of CPU time out. The end of the input ends the peer, however this side ended.
+//! of CPU time out, or `bare` and the name of a library that is to look for what comes (none: all rest), `bare` out. The
+//! end of the input ends the peer, however this side ended.
 
 use std::ffi::OsString;
 use std::io::{BufRead, Write};
@@ -14,10 +15,13 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
-use super::{BenchError, HANDOFF, PEER_EPOCH, PEER_NAME, agent_options, fill, raw};
+use super::{BenchError, HANDOFF, PEER_EPOCH, PEER_NAME, agent_options, bare, fill, raw};
 use crate::agent::{Agent, BackendKind, RegionId};
 use crate::memory::HostMemory;
 use crate::session::Descriptor;
+
+/// Begins a line that says which library is to look.
+const BARE: &str = "bare ";
 
 /// What a peer is asked for.
 #[derive(Debug, Serialize, Deserialize)]
@@ -40,6 +44,8 @@ pub(super) struct Ready {
     /// The process, and where the region to read is in it.
     pub(super) pid: i32,
     pub(super) address: usize,
+    /// Where the libraries by themselves are.
+    pub(super) bare: Vec<bare::Shown>,
 }
 
 /// A running peer process; it ends when dropped.
@@ -74,6 +80,13 @@ impl Peer {
     pub(super) async fn cpu(&mut self) -> Result<Duration, BenchError> {
         let line = ask(&mut self.input, &mut self.output, "cpu").await?;
         line.parse().map(Duration::from_nanos).map_err(|_| BenchError::Peer(line))
+    }
+
+    /// Has the peer look for what comes over one library by itself, or rest.
+    pub(super) async fn look(&mut self, library: Option<BackendKind>) -> Result<(), BenchError> {
+        let name = library.map_or("", BackendKind::as_str);
+        let line = ask(&mut self.input, &mut self.output, &format!("{BARE}{name}")).await?;
+        if line == BARE.trim() { Ok(()) } else { Err(BenchError::Peer(line)) }
     }
 }
 
@@ -112,7 +125,9 @@ pub async fn serve_peer() -> Result<(), BenchError> {
     scratch.prefault()?;
     let name = PEER_NAME.parse().map_err(|_| BenchError::Peer(PEER_NAME.to_owned()))?;
     let kinds = BackendKind::ALL.into_iter().filter(|kind| backends.iter().any(|b| b == kind.as_str()));
-    let agent = Agent::start(agent_options(name, kinds.collect(), plugin.as_ref())).await?;
+    let kinds: Vec<_> = kinds.collect();
+    let (owners, shown) = bare::Owners::start(&kinds, &memory);
+    let agent = Agent::start(agent_options(name, kinds, plugin.as_ref())).await?;
     agent.set_epoch(PEER_EPOCH);
     let region = agent.register(memory.clone())?;
     let scratch_region = agent.register(scratch.clone())?;
@@ -124,14 +139,20 @@ pub async fn serve_peer() -> Result<(), BenchError> {
         scratch: scratch_region.0,
         pid: rustix::process::getpid().as_raw_nonzero().get(),
         address: memory.place().address,
+        bare: shown,
         raw: raw::serve(memory, scratch).map_err(BenchError::io("starting the raw probe"))?,
     };
     blocking(move || {
         say(&serde_json::to_string(&ready).map_err(|error| BenchError::Peer(error.to_string()))?)?;
         for line in std::io::stdin().lock().lines() {
-            match line.map_err(BenchError::io("reading a line"))?.as_str() {
-                "cpu" => say(&own_cpu().as_nanos().to_string())?,
-                other => return Err(BenchError::Peer(other.to_owned())),
+            let line = line.map_err(BenchError::io("reading a line"))?;
+            match (line.as_str(), line.strip_prefix(BARE)) {
+                ("cpu", _) => say(&own_cpu().as_nanos().to_string())?,
+                (_, Some(library)) => {
+                    owners.wake(Some(library).filter(|name| !name.is_empty()));
+                    say(BARE.trim())?;
+                }
+                _ => return Err(BenchError::Peer(line)),
             }
         }
         Ok(())

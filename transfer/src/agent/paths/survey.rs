@@ -136,7 +136,7 @@ impl Paths {
         let measured = self.candidates.iter().map(|candidate| candidate.state().measured);
         let order = rank(&measured.collect::<Vec<_>>());
         tracing::debug!(peer = %self.pair.to, info = ?self.info(None), "transfer paths measured");
-        *self.order.write().unwrap_or_else(std::sync::PoisonError::into_inner) = order.into();
+        self.order.set(order);
         self.changed.notify_waiters();
     }
 }

@@ -123,8 +123,8 @@ impl Batch {
         )
     }
 
-    /// Notes what came of it since the last time; wakes the task when that is worth it.
-    pub(super) fn note(&self, done: &mut Vec<u32>, failed: Option<&Arc<str>>, end: End) {
+    /// Notes what came of it since the last time; wakes the task when that is worth it, and says whether it waited.
+    pub(super) fn note(&self, done: &mut Vec<u32>, failed: Option<&Arc<str>>, end: End) -> bool {
         let mut state = self.state();
         for transfer in done.drain(..) {
             state.done_bytes += self.transfers[transfer as usize].local.len;
@@ -145,12 +145,14 @@ impl Batch {
         let waiting = if news { state.waiting.take() } else { None };
         let posting = if state.settled { state.posting.take() } else { None };
         drop(state);
+        let waited = waiting.is_some();
         if let Some(waiting) = waiting {
             waiting.wake();
         }
         if let Some(posting) = posting {
             posting.wake();
         }
+        waited
     }
 
     /// Notes that the driver awaits its messages.

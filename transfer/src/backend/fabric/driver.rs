@@ -99,6 +99,8 @@ pub(crate) struct Piece {
 pub(crate) struct PiecesMax {
     pub(crate) read: usize,
     pub(crate) write: usize,
+    /// Bytes of a write of several pieces.
+    pub(crate) write_bytes: usize,
 }
 
 /// Why a library cannot be used, or a call of it failed.
@@ -196,7 +198,7 @@ pub(crate) trait Driver {
 
     /// Most pieces of one operation: each saves what an operation of its own would cost.
     fn pieces_max(&self) -> PiecesMax {
-        PiecesMax { read: 1, write: 1 }
+        PiecesMax { read: 1, write: 1, write_bytes: 0 }
     }
 
     /// As `read`, of 1 to `pieces_max` pieces with one local registration, reported as one operation of all their bytes.

@@ -29,6 +29,8 @@ pub(super) struct Bounds {
     pub(super) read_pieces: usize,
     /// See `read_pieces`.
     pub(super) write_pieces: usize,
+    /// Bytes of a write of several transfers.
+    pub(super) write_bytes: usize,
 }
 
 /// One operation to post: a part of a transfer, or several whole ones.
@@ -84,8 +86,11 @@ impl<W: Work> Window<W> {
         let fits = self.ops == 0 || (self.ops < self.bounds.ops && self.bytes + len <= self.bounds.bytes);
         let mut part = Part { transfer: *transfer, count: 1, offset: *offset, len };
         if work.splits() && *offset == 0 && len == left {
-            let room = self.bounds.op_bytes.min(self.bounds.bytes.saturating_sub(self.bytes));
+            let mut room = self.bounds.op_bytes.min(self.bounds.bytes.saturating_sub(self.bytes));
             let most = if work.writes() { self.bounds.write_pieces } else { self.bounds.read_pieces };
+            if work.writes() {
+                room = room.min(self.bounds.write_bytes);
+            }
             while part.count < most {
                 let next = transfer + part.count;
                 if next == work.transfers() || !work.joins(next) || part.len + work.bytes(next) > room {

@@ -261,9 +261,9 @@ pub(super) struct Queue {
 }
 
 impl Queue {
-    /// With a descriptor to wait on where the provider has them.
-    fn open(domain: &Domain, size: usize) -> Result<Self, Errno> {
-        match Self::open_with(domain, size, FI_WAIT_FD) {
+    /// With a descriptor to wait on where the provider has them and `wait` asks for one.
+    fn open(domain: &Domain, size: usize, wait: i32) -> Result<Self, Errno> {
+        match Self::open_with(domain, size, wait) {
             Ok(queue) => Ok(queue),
             Err(_) => Self::open_with(domain, size, FI_WAIT_NONE),
         }
@@ -415,8 +415,13 @@ impl Drop for Endpoint {
 
 impl Endpoint {
     pub(super) fn open(domain: &Domain, info: &Info) -> Result<Self, Errno> {
+        Self::open_with(domain, info, FI_WAIT_FD)
+    }
+
+    /// `wait` is what its queue is waited for with: [`FI_WAIT_NONE`] for who only looks.
+    fn open_with(domain: &Domain, info: &Info, wait: i32) -> Result<Self, Errno> {
         let (sends, receives) = info.queue_sizes();
-        let queue = Queue::open(domain, (sends + receives).clamp(64, 8192))?;
+        let queue = Queue::open(domain, (sends + receives).clamp(64, 8192), wait)?;
         // SAFETY: numbers and pointers only, for which zero is a value.
         let mut attr: fi_av_attr = unsafe { std::mem::zeroed() };
         attr.r#type = info.domain_attr().av_type;
@@ -541,9 +546,14 @@ pub(super) struct Rail {
 
 impl Rail {
     pub(super) fn open(info: Info) -> Result<Self, Errno> {
+        Self::open_with(info, FI_WAIT_FD)
+    }
+
+    /// As `open`; `wait` as of [`Endpoint`].
+    pub(super) fn open_with(info: Info, wait: i32) -> Result<Self, Errno> {
         let fabric = Fabric::open(&info)?;
         let domain = Domain::open(&fabric, &info)?;
-        let passive = Endpoint::open(&domain, &info)?;
+        let passive = Endpoint::open_with(&domain, &info, wait)?;
         let name = passive.name()?;
         Ok(Self { passive, domain, fabric, info, name })
     }

@@ -192,7 +192,7 @@ fn register_pieces(
         .collect()
 }
 
-fn register_piece(
+pub(super) fn register_piece(
     rail: &Rail,
     span: &MemorySpan,
     access: Access,

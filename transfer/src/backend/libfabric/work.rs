@@ -490,7 +490,7 @@ impl Driver for LibfabricDriver {
     }
 
     fn pieces_max(&self) -> PiecesMax {
-        PiecesMax { read: self.pieces_max, write: self.pieces_max }
+        PiecesMax { read: self.pieces_max, write: self.pieces_max, write_bytes: self.info.op_max }
     }
 
     fn read_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
@@ -553,12 +553,15 @@ impl Driver for LibfabricDriver {
             return true;
         }
         // What came before this is found by polling again; what comes after it ends the sleep.
-        if self.epoll.as_ref().is_some_and(take_edges) {
-            return false;
-        }
-        if self.own_domains && self.restless < RESTLESS_MAX && self.has_input() {
+        let came = self.epoll.as_ref().is_some_and(take_edges);
+        let looks = self.own_domains && self.restless < RESTLESS_MAX;
+        if looks && self.has_input() {
             self.restless += 1;
             self.unread = u32::MAX;
+            return false;
+        }
+        // Mostly edges tell of what the polls before have read; the input itself says whether there is more.
+        if came && !looks {
             return false;
         }
         self.restless = 0;

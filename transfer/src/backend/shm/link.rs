@@ -2,11 +2,10 @@
 
 mod write;
 
-use std::collections::HashMap;
 use std::io::ErrorKind;
 use std::os::fd::{AsFd, OwnedFd};
+use std::sync::OnceLock;
 use std::sync::atomic::{AtomicU64, Ordering};
-use std::sync::{OnceLock, PoisonError, RwLock};
 use std::time::Duration;
 
 use baton_config::Epoch;
@@ -21,10 +20,11 @@ use self::write::Lendings;
 use super::cma::{self, Batch};
 use super::control::{INCARNATION_AT, PeerControl, Shown};
 use super::pass::{self, Passed};
+use super::regions::{PeerRegion, Regions};
 use crate::agent::RegionId;
 use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob, Started};
 use crate::error::{LinkError, Refusal};
-use crate::memory::{MemoryError, PeerMemory, Process, RemoteRange, copy_from_process};
+use crate::memory::{MemoryError, PeerMemory, Process, copy_from_process};
 use crate::session::Destination;
 use crate::wire::{self, Kind, WireError};
 
@@ -50,7 +50,7 @@ pub(crate) struct ShmLink {
     pair: Pair,
     access: Access,
     control: PeerControl,
-    regions: RwLock<HashMap<RegionId, PeerRegion>>,
+    regions: Regions,
     /// The peer's process, once something must be copied by address.
     process: OnceLock<Process>,
     /// A second handle of the socket: its closing is the peer's end.
@@ -59,21 +59,6 @@ pub(crate) struct ShmLink {
     /// When the socket was last looked at and open, in nanoseconds since `opened`.
     alive_ns: AtomicU64,
     requests: Mutex<Requests>,
-}
-
-#[derive(Clone)]
-enum PeerRegion {
-    Mapped(PeerMemory),
-    Located(RemoteRange),
-}
-
-impl PeerRegion {
-    fn fits(&self, offset: usize, len: usize) -> bool {
-        match self {
-            Self::Mapped(memory) => memory.fits(offset, len),
-            Self::Located(place) => offset.checked_add(len).is_some_and(|end| end <= place.len),
-        }
-    }
 }
 
 /// A read at work.
@@ -157,7 +142,7 @@ impl ShmLink {
             let life = stream.as_fd().try_clone_to_owned().map_err(LinkError::io("keeping its socket"))?;
             let lendings = Lendings::new().map(Box::new).map_err(LinkError::io("asking for random bytes"))?;
             let requests = Mutex::new(Requests { stream, next_seq: 1, lendings });
-            let (regions, process) = (RwLock::default(), OnceLock::new());
+            let (regions, process) = (Regions::default(), OnceLock::new());
             let link = Self {
                 pair: pair.clone(),
                 access,
@@ -206,7 +191,7 @@ impl ShmLink {
     async fn go_on(&self, mut reading: Reading<'_>, mut pause: Pause) -> Result<Vec<usize>, Fault> {
         loop {
             match pause {
-                Pause::Ask(region) => drop(self.region(region).await?),
+                Pause::Ask(region) => self.find_region(region).await?,
                 Pause::Turn => {
                     tokio::task::yield_now().await;
                     reading.turn = Instant::now();
@@ -223,16 +208,16 @@ impl ShmLink {
     /// Copies blocks; why it stops before the last one.
     fn advance(&self, reading: &mut Reading<'_>) -> Result<Option<Pause>, Fault> {
         let job = reading.job;
-        let mut region: Option<(RegionId, PeerRegion)> = None;
+        let mut region: Option<(RegionId, &PeerRegion)> = None;
         while let Some(block) = job.blocks.get(reading.next) {
             let index = reading.next;
-            let memory = match &region {
-                Some((id, memory)) if *id == block.source.region => memory,
+            let memory = match region {
+                Some((id, memory)) if id == block.source.region => memory,
                 _ => {
-                    let Some(memory) = self.known_region(block.source.region) else {
+                    let Some(memory) = self.regions.get(block.source.region) else {
                         return Ok(Some(Pause::Ask(block.source.region)));
                     };
-                    &region.insert((block.source.region, memory)).1
+                    region.insert((block.source.region, memory)).1
                 }
             };
             let len = block.source.len as usize;
@@ -277,10 +262,14 @@ impl ShmLink {
             (true, Destination::Sink(sink)) => sink.block(index, &reading.staging[..len]),
             (true, Destination::Memory(_) | Destination::Device(_)) => {}
         }
+        let progress = reading.job.progress;
         if good {
-            reading.job.progress.finish(index);
+            progress.finish(index);
         }
-        reading.job.progress.add(len);
+        match reading.job.blocks.len() {
+            1 => progress.add_all(len),
+            _ => progress.add(len),
+        }
         Ok(())
     }
 
@@ -332,15 +321,11 @@ impl ShmLink {
         if self.control.is_shown(shown) { Ok(()) } else { Err(Fault::Refused(Refusal::NotGranted)) }
     }
 
-    fn known_region(&self, id: RegionId) -> Option<PeerRegion> {
-        self.regions.read().unwrap_or_else(PoisonError::into_inner).get(&id).cloned()
-    }
-
-    /// A region of the peer, mapped or found at its first use.
-    async fn region(&self, id: RegionId) -> Result<PeerRegion, Fault> {
+    /// Maps or finds a region of the peer, at its first use.
+    async fn find_region(&self, id: RegionId) -> Result<(), Fault> {
         let mut requests = self.requests.lock().await;
-        if let Some(region) = self.known_region(id) {
-            return Ok(region);
+        if self.regions.get(id).is_some() {
+            return Ok(());
         }
         let asked = self.ask_region(&mut requests, id).await;
         let region = asked.inspect_err(|fault| {
@@ -349,8 +334,8 @@ impl ShmLink {
                 let _ = rustix::net::shutdown(&self.life, rustix::net::Shutdown::Both);
             }
         })?;
-        self.regions.write().unwrap_or_else(PoisonError::into_inner).insert(id, region.clone());
-        Ok(region)
+        self.regions.insert(id, region);
+        Ok(())
     }
 
     async fn ask_region(&self, requests: &mut Requests, id: RegionId) -> Result<PeerRegion, Fault> {

@@ -12,7 +12,7 @@ use super::{DriverError, UcxOptions, devices};
 
 /// Transports that can tell when a peer fails. Those over shared memory (`posix`, `sysv`) cannot, and `self` neither.
 /// Names a build of UCX does not know are left out by it.
-const TRANSPORTS: &str = "rc,dc,srd,tcp,cma,cuda";
+pub(super) const TRANSPORTS: &str = "rc,dc,srd,tcp,cma,cuda";
 /// How UCX's names of transports with one-sided operations of their own begin.
 const ONE_SIDED: [&str; 4] = ["rc_", "dc_", "srd", "gga"];
 /// From where on a rendezvous beats eager messages between processes of a host: 64 blocks of 64 KiB took 340 us with
@@ -21,6 +21,8 @@ const LOCAL_RENDEZVOUS: &str = "128k";
 /// Longest message that `tcp` sends in one piece, straight from memory: others are cut into ones that the receiver puts
 /// together again. UCX believes that peers have the same.
 pub(super) const TCP_PIECE: &str = "512k";
+/// What the driver uses of UCX, besides its own reads and writes where there is RDMA.
+const DRIVER: u64 = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP;
 const CUDA_REMEDY: &str =
     "install UCX built with CUDA (Debian's libucx0 is not), with its ucx/libuct_cuda.so";
 
@@ -54,17 +56,23 @@ impl Context {
             remedy: "bind the worker to an address of this host".to_owned(),
         })?;
         let transports = options.transports.as_deref().unwrap_or(TRANSPORTS);
-        let found = Self::with(api, transports, &devices, one_sided.unwrap_or(false))?;
+        let features = |one_sided| if one_sided { DRIVER | UCP_FEATURE_RMA } else { DRIVER };
+        let found = Self::with(api, transports, &devices, features(one_sided.unwrap_or(false)))?;
         let wanted = one_sided.unwrap_or_else(|| found.resources.iter().any(|name| is_one_sided(name)));
         if wanted == found.one_sided {
             return Ok(found);
         }
         drop(found);
-        Self::with(api, transports, &devices, wanted)
+        Self::with(api, transports, &devices, features(wanted))
     }
 
-    fn with(api: &Api, transports: &str, devices: &str, one_sided: bool) -> Result<Self, DriverError> {
-        let version = api.version();
+    /// Makes a context for UCX's own reads and writes alone, to be looked at again and again, on the loopback interface.
+    pub(super) fn bare(api: &Api, transports: &str) -> Result<Self, DriverError> {
+        Self::with(api, transports, "lo", UCP_FEATURE_RMA)
+    }
+
+    fn with(api: &Api, transports: &str, devices: &str, features: u64) -> Result<Self, DriverError> {
+        let (version, one_sided) = (api.version(), features & UCP_FEATURE_RMA != 0);
         let failed = |step: &str, status| failure(api, version, step, status);
         let mut config = std::ptr::null_mut();
         // SAFETY: null for no prefix and no file; fills in one pointer.
@@ -122,7 +130,7 @@ impl Context {
         }
         let mut params = ucp_params_t::zeroed();
         params.field_mask = UCP_PARAM_FIELD_FEATURES;
-        params.features = UCP_FEATURE_AM | UCP_FEATURE_WAKEUP | if one_sided { UCP_FEATURE_RMA } else { 0 };
+        params.features = features;
         let mut handle = std::ptr::null_mut();
         // SAFETY: parameters and configuration as UCX defines them; fills in one pointer.
         let status = unsafe {

@@ -22,7 +22,7 @@ use super::slots::{Job, Place, Work};
 use super::{
     ADDRESS_MAX_BYTES, Access, CALL_MAX, Done, Driver, DriverError, DriverInfo, LocalId, LocalRange,
     MemorySpan, PIECES_MAX, PeerId, Piece, PiecesMax, PostError, REQUEST_MAX_BYTES, RemoteId, UcxOptions,
-    describe, frame,
+    describe, frame, messages,
 };
 use crate::backend::sockets;
 use crate::random::random_u64;
@@ -181,6 +181,9 @@ impl UcxDriver {
                 match (work, &asked[..]) {
                     (Work::Read, _) => self.core.post_read(ep, job, &asked, places)?,
                     (_, [target]) => self.core.post_write(ep, job, target)?,
+                    (_, asked) if job.len <= messages::TOGETHER_BYTES => {
+                        self.core.post_writes(ep, job, asked, places)?;
+                    }
                     _ => return Err(PostError::Range),
                 }
             }
@@ -535,12 +538,16 @@ impl Driver for UcxDriver {
     }
 
     fn pieces_max(&self) -> PiecesMax {
-        let read = if self.core.context.one_sided { 1 } else { PIECES_MAX };
-        PiecesMax { read, write: 1 }
+        let most = if self.core.context.one_sided { 1 } else { PIECES_MAX };
+        PiecesMax { read: most, write: most, write_bytes: messages::TOGETHER_BYTES }
     }
 
     fn read_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
         self.post(Work::Read, peer, pieces, op)
+    }
+
+    fn write_pieces(&mut self, peer: PeerId, pieces: &[Piece], op: u64) -> Result<(), PostError> {
+        self.post(Work::Write, peer, pieces, op)
     }
 
     fn send(&mut self, peer: PeerId, tag: u64, from: LocalRange, op: u64) -> Result<(), PostError> {

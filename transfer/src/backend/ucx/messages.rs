@@ -4,6 +4,7 @@
 //! MESSAGE tag, bytes                                    ► lands where the tag is awaited, else dropped
 //! READ    slot, nonce; pieces: region, flags, secret, range        ► for some: ANSWER slot, which, nonce, status, bytes
 //! WRITE   slot, nonce, region, flags, secret, range, bytes (eager) ► ANSWER slot, 0, nonce, status
+//! WRITES  slot, count, nonce; pieces as in READ, their bytes (eager) ► ANSWER slot, which, nonce, status
 //! ```
 //! The owner answers inside the callback, where the endpoint UCX gives for answers certainly lives. Nonces are random,
 //! so only who got the request can answer it. Bytes by rendezvous are taken up outside of the callback.
@@ -23,17 +24,24 @@ use super::slots::{HEADER_WORDS, Job, PIECE_WORDS, Place, Slot, Work};
 use super::{Access, PIECES_MAX, PostError, REQUEST_MAX_BYTES};
 
 /// Which form the messages have.
-pub(super) const VERSION: &str = "v2";
+pub(super) const VERSION: &str = "v3";
 
 const MESSAGE: u32 = 0;
 const READ: u32 = 1;
 const WRITE: u32 = 2;
 const ANSWER: u32 = 3;
 const REQUEST: u32 = 4;
+const WRITES: u32 = 5;
 
 /// The handlers of all kinds of messages.
-pub(super) const HANDLERS: [(u32, ucp_am_recv_callback_t); 5] =
-    [(MESSAGE, on_message), (READ, on_read), (WRITE, on_write), (ANSWER, on_answer), (REQUEST, on_request)];
+pub(super) const HANDLERS: [(u32, ucp_am_recv_callback_t); 6] = [
+    (MESSAGE, on_message),
+    (READ, on_read),
+    (WRITE, on_write),
+    (ANSWER, on_answer),
+    (REQUEST, on_request),
+    (WRITES, on_writes),
+];
 
 /// Most requests that wait to be taken. They are, with every poll: only who sends without waiting for answers loses some.
 const REQUESTS_MAX: usize = 4096;
@@ -44,7 +52,10 @@ pub(super) const BYTES_MAX: usize = 16 << 20;
 /// Shorter pieces are answered together, in messages of no more than so many bytes: each message costs system calls and
 /// a packet that is not full on either side. Longer ones are taken by rendezvous where that is quicker.
 const TOGETHER_BELOW_BYTES: usize = 128 << 10;
-const TOGETHER_BYTES: usize = 256 << 10;
+pub(super) const TOGETHER_BYTES: usize = 256 << 10;
+
+/// Bytes that name a piece.
+const PIECE_BYTES: usize = PIECE_WORDS * size_of::<u64>();
 
 /// Statuses of ours, below all of UCX's.
 pub(super) const REFUSED: ucs_status_t = -101;
@@ -125,10 +136,8 @@ impl Core {
             *words = piece_words(target, flags, place.len).map(u64::to_le);
         }
         slot.wanted.set(wanted);
-        let asked = Place {
-            address: slot.wanted.as_ptr().expose_provenance(),
-            len: pieces.len() * PIECE_WORDS * size_of::<u64>(),
-        };
+        let asked =
+            Place { address: slot.wanted.as_ptr().expose_provenance(), len: pieces.len() * PIECE_BYTES };
         self.send(ep, READ, slot, asked, UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER)
     }
 
@@ -141,6 +150,33 @@ impl Core {
         self.send(ep, WRITE, slot, bytes, UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER)
     }
 
+    /// Posts a write of several pieces, in host memory: what names each and then their bytes, which the owner acknowledges
+    /// together.
+    pub(super) fn post_writes(
+        &self,
+        ep: ucp_ep_h,
+        job: Job,
+        pieces: &[Target],
+        places: [Place; PIECES_MAX],
+    ) -> Result<(), PostError> {
+        if !self.is_host(job.region) {
+            return Err(PostError::Range);
+        }
+        let slot = self.start(job).ok_or(PostError::Again)?;
+        slot.header.set(about([u64::from(slot.index), job.nonce], 0, pieces.len()).map(u64::to_le));
+        let mut wanted = [[0; PIECE_WORDS]; PIECES_MAX];
+        let mut parts = slot.parts.get();
+        for (at, (target, place)) in pieces.iter().zip(&places).enumerate() {
+            wanted[at] = piece_words(target, 0, place.len).map(u64::to_le);
+            let buffer = std::ptr::with_exposed_provenance_mut(place.address);
+            parts[1 + at] = ucp_dt_iov_t { buffer, length: place.len };
+        }
+        slot.wanted.set(wanted);
+        parts[0] = ucp_dt_iov_t { buffer: slot.wanted.as_ptr().cast(), length: pieces.len() * PIECE_BYTES };
+        slot.parts.set(parts);
+        self.send_parts(ep, WRITES, slot, 1 + pieces.len(), UCP_AM_SEND_FLAG_REPLY)
+    }
+
     /// Sends the header of a slot and `bytes`: of its job's registration or, with a read, of itself.
     fn send(&self, ep: ucp_ep_h, id: u32, slot: &Slot, bytes: Place, flags: u32) -> Result<(), PostError> {
         let region = slot.job.get().and_then(|job| job.region).filter(|_| bytes.len > 0 && id != READ);
@@ -151,11 +187,18 @@ impl Core {
     }
 
     /// Sends the header of a slot and its `count` parts, which are host memory of its job's registration.
-    fn send_parts(&self, ep: ucp_ep_h, id: u32, slot: &Slot, count: usize) -> Result<(), PostError> {
+    fn send_parts(
+        &self,
+        ep: ucp_ep_h,
+        id: u32,
+        slot: &Slot,
+        count: usize,
+        flags: u32,
+    ) -> Result<(), PostError> {
         let mut params = self.params(slot, None);
         params.op_attr_mask |=
             UCP_OP_ATTR_FIELD_FLAGS | UCP_OP_ATTR_FIELD_DATATYPE | UCP_OP_ATTR_FIELD_MEMORY_TYPE;
-        params.flags = UCP_AM_SEND_FLAG_EAGER;
+        params.flags = UCP_AM_SEND_FLAG_EAGER | flags;
         params.datatype = UCP_DATATYPE_IOV;
         params.memory_type = UCS_MEMORY_TYPE_HOST;
         let parts = Place { address: slot.parts.as_ptr().expose_provenance(), len: count };
@@ -172,7 +215,7 @@ impl Core {
     ) -> Result<(), PostError> {
         let words = match id {
             MESSAGE | REQUEST => 1,
-            READ => 2,
+            READ | WRITES => 2,
             ANSWER => 3,
             _ => HEADER_WORDS,
         };
@@ -362,7 +405,7 @@ impl Core {
             *part = ucp_dt_iov_t { buffer, length: piece.len };
         }
         slot.parts.set(parts);
-        tell_lost(self.send_parts(ep, ANSWER, slot, pieces.len()));
+        tell_lost(self.send_parts(ep, ANSWER, slot, pieces.len(), 0));
     }
 
     /// A slot for an answer. A requester that cannot be told runs into its deadline.
@@ -385,6 +428,16 @@ fn tell_lost(sent: Result<(), PostError>) {
 fn about([slot, nonce]: [u64; 2], first: usize, count: usize) -> Header {
     let pieces = (first as u64) << 32 | (count as u64 - 1) << 40;
     request_header([slot | pieces, nonce], [0; PIECE_WORDS])
+}
+
+/// What the first of pieces are, in words.
+fn pieces_in(named: &[[u8; PIECE_BYTES]]) -> [[u64; PIECE_WORDS]; PIECES_MAX] {
+    let mut pieces = [[0; PIECE_WORDS]; PIECES_MAX];
+    for (piece, named) in pieces.iter_mut().zip(named) {
+        let (words, _) = named.as_chunks::<{ size_of::<u64>() }>();
+        *piece = std::array::from_fn(|word| u64::from_le_bytes(words[word]));
+    }
+    pieces
 }
 
 fn asks_rendezvous(piece: &[u64; PIECE_WORDS]) -> bool {
@@ -476,15 +529,11 @@ unsafe extern "C" fn on_read(
     }
     // SAFETY: `len` bytes of an eager message, until the callback returns.
     let asked = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), len) };
-    let (pieces, rest) = asked.as_chunks::<{ PIECE_WORDS * size_of::<u64>() }>();
+    let (pieces, rest) = asked.as_chunks::<PIECE_BYTES>();
     if pieces.len() > PIECES_MAX || !rest.is_empty() {
         return UCS_OK;
     }
-    let mut wanted = [[0; PIECE_WORDS]; PIECES_MAX];
-    for (wanted, piece) in wanted.iter_mut().zip(pieces) {
-        let (words, _) = piece.as_chunks::<{ size_of::<u64>() }>();
-        *wanted = std::array::from_fn(|word| u64::from_le_bytes(words[word]));
-    }
+    let wanted = pieces_in(pieces);
     core.serve(ep, [asker[0], asker[1]], &wanted[..pieces.len()]);
     UCS_OK
 }
@@ -517,6 +566,54 @@ unsafe extern "C" fn on_write(
         Some(_) => UCS_OK,
     };
     core.answer(ep, &header, status, Job::new(Work::Serve, 0, None), 0);
+    UCS_OK
+}
+
+unsafe extern "C" fn on_writes(
+    core: *mut c_void,
+    header: *const c_void,
+    header_len: usize,
+    data: *mut c_void,
+    len: usize,
+    param: *const ucp_am_recv_param_t,
+) -> ucs_status_t {
+    // SAFETY: the core was given as the argument of the handler (core rule 3).
+    let core = unsafe { &*core.cast::<Core>() };
+    // SAFETY: arguments of this callback.
+    let Some(header) = (unsafe { words(header, header_len, 2) }) else { return UCS_OK };
+    // SAFETY: as above.
+    let (rendezvous, Some(ep)) = (unsafe { how(param) }) else { return UCS_OK };
+    let count = usize::from((header[0] >> 40) as u8) + 1;
+    let named = count * PIECE_BYTES;
+    if header[0] >> 48 != 0 || count > PIECES_MAX || rendezvous || data.is_null() || len < named {
+        return UCS_OK;
+    }
+    // SAFETY: that many of `len` bytes of an eager message, until the callback returns.
+    let names = unsafe { std::slice::from_raw_parts(data.cast::<u8>(), named) };
+    let pieces = pieces_in(names.as_chunks::<PIECE_BYTES>().0);
+    let mut places = [Place::default(); PIECES_MAX];
+    let mut whole = named;
+    // All of them, before the first byte is stored.
+    let allowed = pieces[..count].iter().zip(&mut places).all(|(piece, place)| {
+        let Some((region, address, len)) = core.allowed(piece, Access::RemoteWrite) else { return false };
+        *place = Place { address, len };
+        whole = whole.saturating_add(len);
+        core.is_host(Some(region))
+    });
+    let status = if allowed && whole == len { UCS_OK } else { REFUSED };
+    if status == UCS_OK {
+        let mut at = named;
+        for place in &places[..count] {
+            let to = std::ptr::with_exposed_provenance_mut::<u8>(place.address);
+            // SAFETY: the lengths of the places and of what names them are that of the message, all together.
+            let bytes = unsafe { data.cast::<u8>().add(at) };
+            // SAFETY: bytes of a message, and of host memory of a registration that is not gone, just checked.
+            unsafe { std::ptr::copy_nonoverlapping(bytes, to, place.len) };
+            at += place.len;
+        }
+    }
+    let asker = [header[0] & u64::from(u32::MAX), header[1]];
+    core.answer(ep, &about(asker, 0, count), status, Job::new(Work::Serve, 0, None), 0);
     UCS_OK
 }
 
@@ -555,13 +652,11 @@ unsafe extern "C" fn on_answer(
         return fail(status.min(-1));
     }
     if job.work == Work::Write {
-        return match len {
-            0 => {
-                core.part_done(index, UCS_OK, Some(job.len));
-                UCS_OK
-            }
-            _ => fail(MISFIT),
-        };
+        if len > 0 {
+            return fail(MISFIT);
+        }
+        (0..count).for_each(|_| core.part_done(index, UCS_OK, Some(job.len)));
+        return UCS_OK;
     }
     let places = slot.places.get();
     let places = &places[first..first + count];

@@ -94,8 +94,8 @@ pub(super) struct Slot {
     /// What a read asks for, which UCX reads like the header, and where each piece goes.
     pub(super) wanted: Cell<[[u64; PIECE_WORDS]; PIECES_MAX]>,
     pub(super) places: Cell<[Place; PIECES_MAX]>,
-    /// What an answer to several pieces is made of, which UCX reads until it was sent.
-    pub(super) parts: Cell<[ucp_dt_iov_t; PIECES_MAX]>,
+    /// What an answer to several pieces, or a write of them, is made of, which UCX reads until it was sent.
+    pub(super) parts: Cell<[ucp_dt_iov_t; 1 + PIECES_MAX]>,
     pub(super) job: Cell<Option<Job>>,
 }
 
@@ -129,7 +129,9 @@ impl Slots {
                     header: Cell::new([0; HEADER_WORDS]),
                     wanted: Cell::new([[0; PIECE_WORDS]; PIECES_MAX]),
                     places: Cell::default(),
-                    parts: Cell::new([ucp_dt_iov_t { buffer: std::ptr::null_mut(), length: 0 }; PIECES_MAX]),
+                    parts: Cell::new(
+                        [ucp_dt_iov_t { buffer: std::ptr::null_mut(), length: 0 }; 1 + PIECES_MAX],
+                    ),
                     job: Cell::new(None),
                 }));
                 index

@@ -66,6 +66,8 @@ pub(super) struct Progress<D: Driver + ?Sized> {
     unarmed: bool,
     /// Something happened in the last turn: more may be there that the descriptor has told of already.
     stirred: bool,
+    /// In the last turn somebody was woken who waited for a batch.
+    told: bool,
 }
 
 impl<D: Driver + ?Sized> Progress<D> {
@@ -96,6 +98,7 @@ impl<D: Driver + ?Sized> Progress<D> {
             events: 0,
             unarmed: false,
             stirred: false,
+            told: false,
         }
     }
 
@@ -210,11 +213,12 @@ impl<D: Driver + ?Sized> Progress<D> {
 
     /// Tells the batches what came of them in this turn.
     fn tell(&mut self) {
+        self.told = false;
         while let Some(key) = self.touched.pop() {
             let Some(job) = self.jobs.get_mut(key) else { continue };
             job.touched = false;
             let end = job.end();
-            job.batch.note(&mut job.done, job.failed.as_ref(), end);
+            self.told |= job.batch.note(&mut job.done, job.failed.as_ref(), end);
             if end != End::Open && job.posted == 0 {
                 let Some(Job { failed, then: Some(then), .. }) = self.jobs.remove(key) else { continue };
                 match failed {

@@ -4,7 +4,8 @@
 //!    (`again`), and who has it looks again before going.
 //! 2. A task of the runtime, the watch, waits for the driver's descriptor. Meanwhile the thread sleeps without it, but
 //!    wakes up by itself as long as something is under way: a runtime that is busy with other things, or gone, delays
-//!    a completion and does not lose it.
+//!    a completion and does not lose it. A task that has what it waited for goes first: only after it the watch
+//!    prepares the descriptor anew, which takes several system calls.
 //! 3. Calls that may block are the thread's: it is woken for them.
 //! 4. Only the thread drops the driver.
 
@@ -15,6 +16,7 @@ use std::sync::atomic::{AtomicBool, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
+use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
 use super::progress::Progress;
@@ -50,6 +52,8 @@ pub(super) enum Turned {
     Idle,
     /// More may happen.
     Busy,
+    /// The same, and a task has what it waited for.
+    Told,
 }
 
 /// See the module.
@@ -60,6 +64,8 @@ pub(super) struct Turns {
     again: AtomicBool,
     /// Whether the watch is there.
     watched: AtomicBool,
+    /// Tells the watch that the descriptor is to be prepared.
+    left: Notify,
     fd: OwnedFd,
     /// Whether looking again and again has paid: of tasks that wait, and of the watch.
     spins: [Mutex<Spin>; 2],
@@ -77,7 +83,7 @@ impl Turns {
     pub(super) fn new(queue: Arc<Queue>, progress: Progress<dyn Driver + Send>, fd: OwnedFd) -> Self {
         let progress = Mutex::new(Some(progress));
         let (again, watched) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { queue, progress, again, watched, fd, spins: Default::default() }
+        Self { queue, progress, again, watched, left: Notify::new(), fd, spins: Default::default() }
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Progress<dyn Driver + Send>>> {
@@ -132,6 +138,11 @@ impl Turns {
 
     /// Takes turns, until nothing happens any more; then, if `arm` says so, has the descriptor tell when something does.
     pub(super) fn take(&self, arm: bool) -> Turned {
+        self.take_until(arm, false)
+    }
+
+    /// As `take`; it ends early with a turn in which a task was told of something, if `told` says so.
+    fn take_until(&self, arm: bool, told: bool) -> Turned {
         for _ in 0..TURNS_MAX {
             self.again.store(true, Ordering::Relaxed);
             fence(Ordering::SeqCst);
@@ -145,16 +156,20 @@ impl Turns {
             TURNING.set(true);
             // A driver that panics takes down its fabric, and not who happens to call it.
             let turn = catch_unwind(AssertUnwindSafe(|| {
-                let busy = at_it.turn(false) || arm && !at_it.arm();
-                (busy, at_it.needs_thread())
+                let busy = at_it.turn(false);
+                let ends = told && at_it.has_told();
+                (busy || arm && !ends && !at_it.arm(), ends, at_it.needs_thread())
             }));
             TURNING.set(false);
             drop(progress);
-            let Ok((busy, need)) = turn else {
+            let Ok((busy, ends, need)) = turn else {
                 self.queue.close();
                 return Turned::Over;
             };
             self.queue.rouse(need);
+            if ends {
+                return Turned::Told;
+            }
             if !busy && !self.is_asked_again() {
                 return Turned::Idle;
             }
@@ -165,9 +180,13 @@ impl Turns {
     /// Takes turns for a moment, if that is likely to pay, until `came`.
     pub(super) fn spin(&self, who: Spinner, came: impl Fn() -> bool) -> bool {
         let found = self.look_again(who, came);
-        if self.is_unarmed() {
+        match who {
+            // It goes on with what it found, and looks again after that.
+            Spinner::Watch if found => {}
+            Spinner::Task if found && self.watched.load(Ordering::Relaxed) => self.left.notify_one(),
             // Posted by somebody who came in vain, or more was there than was taken.
-            self.take_all();
+            Spinner::Task | Spinner::Watch if self.is_unarmed() => self.take_all(),
+            Spinner::Task | Spinner::Watch => {}
         }
         found
     }
@@ -202,6 +221,16 @@ impl Turns {
         self.look(Progress::is_unarmed).unwrap_or(false)
     }
 
+    /// Whether the descriptor tells of all that is there or under way, and nobody came in vain.
+    fn is_settled(&self) -> bool {
+        let armed = match self.progress.try_lock() {
+            Ok(progress) => progress.as_ref().is_some_and(|progress| !progress.is_unarmed()),
+            Err(_) => false,
+        };
+        // After the release of the lock: who came while it was held here is heard.
+        !self.is_asked_again() && armed
+    }
+
     /// Has something been going on a moment ago, so that more is likely to come.
     fn is_soon(&self) -> Option<u64> {
         self.look(|progress| progress.is_soon().then(|| progress.events())).flatten()
@@ -223,24 +252,22 @@ impl Turns {
         };
         let _watching = Watching::begin(&self);
         let watch = async {
-            while let Ok(mut ready) = fd.readable().await {
-                // First: what comes from here on is told anew.
-                ready.clear_ready();
-                drop(ready);
-                loop {
-                    match self.take(true) {
-                        Turned::Over => return,
-                        Turned::Taken => break,
-                        Turned::Busy => tokio::task::yield_now().await,
-                        Turned::Idle => match self.is_soon() {
-                            Some(events) => {
-                                if !self.spin(Spinner::Watch, || self.events() != Some(events)) {
-                                    break;
-                                }
-                            }
-                            None => break,
-                        },
+            loop {
+                tokio::select! {
+                    biased;
+                    ready = fd.readable() => match ready {
+                        // First: what comes from here on is told anew.
+                        Ok(mut ready) => ready.clear_ready(),
+                        Err(_) => return,
+                    },
+                    () = self.left.notified() => {
+                        if self.is_settled() {
+                            continue;
+                        }
                     }
+                }
+                if self.attend().await {
+                    return;
                 }
             }
         };
@@ -248,6 +275,32 @@ impl Turns {
             biased;
             () = over.cancelled() => {}
             () = watch => {}
+        }
+    }
+}
+
+impl Turns {
+    /// Takes turns until nothing happens and the descriptor is prepared; whether the driver is closed.
+    async fn attend(&self) -> bool {
+        loop {
+            match self.take_until(true, true) {
+                Turned::Over => return true,
+                Turned::Taken => return false,
+                Turned::Busy => tokio::task::yield_now().await,
+                Turned::Told => {
+                    // Who was told runs first; mostly it asks for more, and the descriptor is prepared with that.
+                    tokio::task::yield_now().await;
+                    if self.is_settled() {
+                        return false;
+                    }
+                }
+                Turned::Idle => {
+                    let came = |events| self.spin(Spinner::Watch, || self.events() != Some(events));
+                    if !self.is_soon().is_some_and(came) {
+                        return false;
+                    }
+                }
+            }
         }
     }
 }

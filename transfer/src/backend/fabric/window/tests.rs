@@ -56,6 +56,7 @@ impl Model {
         let most = if list.writes { bounds.write_pieces } else { bounds.read_pieces };
         assert!(part.count >= 1 && part.count <= most, "{} pieces", part.count);
         assert!(part.count == 1 || part.len == list.lens[all.clone()].iter().sum::<usize>());
+        assert!(part.count == 1 || !list.writes || part.len <= bounds.write_bytes);
         for transfer in all {
             assert!(transfer == part.transfer || list.joins(transfer));
             let posted = &mut self.posted.get_mut(&id).unwrap()[transfer];
@@ -98,6 +99,7 @@ fn play(seed: u64) {
         op_bytes: 1 + rng.below(200) as usize,
         read_pieces: 1 + rng.below(4) as usize,
         write_pieces: 1 + rng.below(4) as usize,
+        write_bytes: rng.below(200) as usize,
     };
     let mut window = Window::new(bounds);
     let mut model = Model::default();
@@ -148,8 +150,14 @@ fn every_byte_is_posted_once_within_the_bounds_and_nobody_starves() {
 
 #[test]
 fn lists_take_turns() {
-    let mut window =
-        Window::new(Bounds { ops: 100, bytes: 1 << 20, op_bytes: 10, read_pieces: 1, write_pieces: 1 });
+    let mut window = Window::new(Bounds {
+        ops: 100,
+        bytes: 1 << 20,
+        op_bytes: 10,
+        read_pieces: 1,
+        write_pieces: 1,
+        write_bytes: 10,
+    });
     window.submit(List { id: 1, lens: vec![25], splits: true, writes: false });
     window.submit(List { id: 2, lens: vec![5, 5], splits: true, writes: false });
     let mut order = Vec::new();

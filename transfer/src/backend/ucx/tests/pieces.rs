@@ -1,4 +1,4 @@
-//! Reads of several blocks at once.
+//! Reads and writes of several blocks at once.
 
 use super::*;
 
@@ -15,10 +15,14 @@ fn pieces(link: &Linked, second: RemoteId, lens: &[usize]) -> Vec<Piece> {
 }
 
 fn linked() -> Option<(Linked, LocalId, RemoteId, HostMemory)> {
+    linked_for(Access::RemoteRead)
+}
+
+fn linked_for(access: Access) -> Option<(Linked, LocalId, RemoteId, HostMemory)> {
     let (near, far) = (End::open(false)?, End::open(false)?);
-    let mut link = Linked::new(near, far, 1 << 20, Access::RemoteRead);
+    let mut link = Linked::new(near, far, 1 << 20, access);
     let other = memory(1 << 20, 9);
-    let (owned, key) = link.far.driver.register(&other.span(), Access::RemoteRead).unwrap();
+    let (owned, key) = link.far.driver.register(&other.span(), access).unwrap();
     let second = link.near.driver.import(link.peer, &key).unwrap();
     Some((link, owned, second, other))
 }
@@ -77,4 +81,62 @@ fn pieces_that_do_not_belong_together_are_refused() {
     assert_eq!(post(&elsewhere), Err(PostError::Range));
     post(&good).unwrap();
     assert_eq!(link.wait(1), Ok(800));
+}
+
+#[test]
+fn each_piece_is_written_to_its_place_whatever_it_travels_with() {
+    let Some((mut link, _, second, other)) = linked_for(Access::RemoteWrite) else { return };
+    let most = link.near.driver.pieces_max();
+    assert!(most.write >= 8, "or this tests nothing");
+    for (op, lens) in
+        (10..).zip([&[4096; 8][..], &[1; 8], &[100, 65_536, 1, 30_000, 65_536], &[most.write_bytes / 2; 2]])
+    {
+        link.there.write(0, &pattern(1 << 20, op as u8));
+        let (from, mut there, mut elsewhere) = (bytes(&link.here), bytes(&link.there), bytes(&other));
+        let pieces = pieces(&link, second, lens);
+        link.near.driver.write_pieces(link.peer, &pieces, op).unwrap();
+        assert_eq!(link.wait(op), Ok(lens.iter().sum()));
+        for Piece { remote, offset, local } in pieces {
+            let to = if remote == second { &mut elsewhere } else { &mut there };
+            to[offset as usize..][..local.len].copy_from_slice(&from[local.offset..][..local.len]);
+        }
+        assert!(bytes(&link.there) == there && bytes(&other) == elsewhere, "{lens:?}");
+    }
+}
+
+#[test]
+fn of_a_write_with_a_piece_that_is_refused_nothing_is_stored() {
+    let Some((mut link, owned, second, other)) = linked_for(Access::RemoteWrite) else { return };
+    link.far.driver.deregister(owned);
+    let (there, elsewhere) = (bytes(&link.there), bytes(&other));
+    let pieces = pieces(&link, second, &[4096, 4096, 4096, 300]);
+    link.near.driver.write_pieces(link.peer, &pieces, 1).unwrap();
+    let why = link.wait(1).unwrap_err();
+    assert!(why.contains("refused"), "{why}");
+    assert!(link.near.driver.core.slots.busy().is_empty(), "it was reported when all of it was over");
+    assert!(bytes(&link.there) == there && bytes(&other) == elsewhere);
+    link.write(0, 0, 4096, 2).unwrap();
+    assert_eq!(link.wait(2), Ok(4096));
+}
+
+#[test]
+fn a_registration_to_be_read_is_not_written_by_several_pieces_either() {
+    let Some((mut link, _, second, other)) = linked() else { return };
+    let (there, elsewhere) = (bytes(&link.there), bytes(&other));
+    let pieces = pieces(&link, second, &[4096; 8]);
+    link.near.driver.write_pieces(link.peer, &pieces, 1).unwrap();
+    let why = link.wait(1).unwrap_err();
+    assert!(why.contains("refused"), "{why}");
+    assert!(bytes(&link.there) == there && bytes(&other) == elsewhere);
+}
+
+#[test]
+fn pieces_of_a_write_are_bounded() {
+    let Some((mut link, _, second, _other)) = linked_for(Access::RemoteWrite) else { return };
+    let most = link.near.driver.pieces_max().write_bytes;
+    let too_much = pieces(&link, second, &[most / 2, most / 2 + 1]);
+    assert_eq!(link.near.driver.write_pieces(link.peer, &too_much, 1), Err(PostError::Range));
+    let too_many = pieces(&link, second, &[1; 9]);
+    assert_eq!(link.near.driver.write_pieces(link.peer, &too_many, 1), Err(PostError::Range));
+    assert!(link.near.driver.core.slots.busy().is_empty());
 }

@@ -52,6 +52,11 @@ impl<D: Driver + ?Sized> Progress<D> {
         self.stirred || self.unarmed && self.ops.len() > 0
     }
 
+    /// Whether somebody was woken in the last turn who waited for a batch.
+    pub(in super::super) fn has_told(&self) -> bool {
+        self.told
+    }
+
     /// Turns in which something happened.
     pub(in super::super) fn events(&self) -> u64 {
         self.events
