@@ -1,5 +1,6 @@
 //! The listener: accepts, serves, drains.
 
+mod ahead;
 mod connection;
 mod settled;
 mod tls;
