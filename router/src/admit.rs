@@ -30,6 +30,8 @@ pub(crate) enum Reason {
     Deadline,
     /// No worker would begin it in time.
     WorkersQueued,
+    /// Bodies of others take all the memory that there is for them.
+    Bodies,
     /// It has waited as long as it may.
     QueueTimeout,
     /// Its key has had its requests of this minute.
@@ -42,10 +44,11 @@ pub(crate) enum Reason {
 
 impl Reason {
     /// Every reason.
-    pub(crate) const ALL: [Self; 7] = [
+    pub(crate) const ALL: [Self; 8] = [
         Self::QueueFull,
         Self::Deadline,
         Self::WorkersQueued,
+        Self::Bodies,
         Self::QueueTimeout,
         Self::Requests,
         Self::Tokens,
@@ -58,6 +61,7 @@ impl Reason {
             Self::QueueFull => "queue_full",
             Self::Deadline => "deadline",
             Self::WorkersQueued => "workers_queued",
+            Self::Bodies => "bodies",
             Self::QueueTimeout => "queue_timeout",
             Self::Requests => "request_rate",
             Self::Tokens => "token_rate",

@@ -9,6 +9,7 @@ use http_body_util::BodyExt as _;
 use hyper::body::{Body as _, Incoming};
 
 use crate::reply::Refusal;
+use crate::room::{Body, Held, Room};
 
 /// Largest head of a request, as counted by [`check_size`].
 pub(crate) const HEAD_MAX_BYTES: usize = 64 << 10;
@@ -80,15 +81,17 @@ fn is_json(value: &HeaderValue) -> bool {
     kind.eq_ignore_ascii_case("application/json")
 }
 
-/// Reads a whole body, each piece within `patience` of the one before.
+/// Reads a whole body, each piece within `patience` of the one before, as far as there is room for it.
 pub(crate) async fn read(
     mut body: Incoming,
     limit: baton_config::Bytes,
     patience: Duration,
-) -> Result<Bytes, Refusal> {
+    room: &Room,
+) -> Result<Body, Refusal> {
     let expected = body.size_hint().exact().unwrap_or(0).min(RESERVED_MAX_BYTES);
     let mut first: Option<Bytes> = None;
     let mut all = BytesMut::new();
+    let mut held = Held::default();
     // A body that drips is as bad as one that stalls: all of it gets the patience of six pieces.
     let deadline = tokio::time::Instant::now() + patience * 6;
     loop {
@@ -104,9 +107,11 @@ pub(crate) async fn read(
         };
         let Ok(data) = frame.into_data() else { continue };
         let so_far = first.as_ref().map_or(0, Bytes::len) + all.len();
-        if (so_far + data.len()) as u64 > limit.0 {
+        let length = (so_far + data.len()) as u64;
+        if length > limit.0 {
             return Err(Refusal::TooLarge { limit: limit.0 });
         }
+        room.grow(&mut held, length).map_err(Refusal::Overloaded)?;
         match (&first, all.is_empty()) {
             (None, true) => first = Some(data),
             (Some(head), true) => {
@@ -118,5 +123,5 @@ pub(crate) async fn read(
             _ => all.extend_from_slice(&data),
         }
     }
-    Ok(first.unwrap_or_else(|| all.freeze()))
+    Ok(Body { bytes: first.unwrap_or_else(|| all.freeze()), held })
 }

@@ -35,6 +35,7 @@ use crate::dispatch::{Dispatcher, Explanation, Sought};
 use crate::fleet::Worker;
 use crate::reply::{self, Refusal};
 use crate::request::{Passed, Passing};
+use crate::room::Held;
 use attempt::{Answer, Lost, Opened};
 pub(crate) use relay::Relay;
 use servers::Servers;
@@ -79,6 +80,8 @@ pub(crate) struct Forwarder {
 pub(crate) struct Asked {
     pub(crate) passing: Passing,
     pub(crate) request: Passed,
+    /// The memory of its body.
+    pub(crate) _held: Held,
     /// Under which the logs of router and server know it.
     pub(crate) id: String,
     pub(crate) cache_salt: u64,

@@ -1,5 +1,6 @@
 //! From a request's head to its answer.
 
+mod apart;
 mod pass_on;
 mod text;
 
@@ -14,7 +15,6 @@ use futures_util::StreamExt as _;
 use http::{HeaderMap, Request, Response, StatusCode};
 use hyper::body::Incoming;
 use serde_json::json;
-use tokio::sync::Semaphore;
 use tokio::time::Instant;
 
 use crate::account::Entry;
@@ -30,8 +30,10 @@ use crate::model::{Model, PromptError, TemplateError};
 use crate::options::{Limits, Timeouts};
 use crate::reply::{self, Refusal};
 use crate::request::{self, Ask, Bounds, Input, Prompt};
+use crate::room::{Body, Room};
 use crate::routes::{Dialect, Route, Work};
 use crate::tenant::{Auth, Principal};
+pub(crate) use apart::Apart;
 
 /// Bodies larger than this are parsed and tokenized on a thread of their own, so that nobody else waits.
 const INLINE_MAX_BYTES: usize = 8 << 10;
@@ -57,8 +59,10 @@ pub(crate) struct Gateway {
     pub(crate) session_header: String,
     /// Whether clients may ask how their workers were chosen.
     pub(crate) explain: bool,
-    /// Large bodies being parsed and tokenized at once.
-    pub(crate) tokenizing: Arc<Semaphore>,
+    /// Memory for bodies.
+    pub(crate) room: Room,
+    /// Where large bodies are parsed and tokenized.
+    pub(crate) apart: Apart,
     /// Off as soon as the router was asked to stop.
     pub(crate) accepting: AtomicBool,
 }
@@ -140,22 +144,24 @@ impl Gateway {
             let (forwarder, principal) = (Arc::clone(forwarder), Arc::clone(principal));
             return self.pass_on(forwarder, passing, request, entry, principal).await;
         }
-        let response = match (route.work(), principal) {
+        let response = match (route.work(), &principal) {
             (Work::Generate(api), Some(principal)) => {
+                let principal = Arc::clone(principal);
                 return self.generate(api, request, entry, principal).await;
             }
-            (Work::Text(job), Some(principal)) => self.text(job, request, &principal).await,
+            (Work::Text(job), Some(principal)) => self.text(job, request, principal).await,
             _ => self.simple(route, path),
         };
-        match response {
+        let response = match response {
             Ok(response) => {
                 entry.answered(response.status().as_u16());
                 response
             }
-            Err(refused) => {
-                entry.refused(&refused);
-                refused.response(dialect)
-            }
+            Err(refusal) => refused(entry, &refusal, dialect),
+        };
+        match &principal {
+            Some(principal) => self.annotated(response, None, principal),
+            None => response,
         }
     }
 
@@ -293,9 +299,10 @@ impl Gateway {
         principal: &Principal,
     ) -> Result<(Prepared, Place), Refusal> {
         self.check_wait(request.headers())?;
-        let (bytes, place) = self.admit(request, principal).await?;
+        let (body, place) = self.admit(request, principal).await?;
         let cache_salt = self.auth.salt(principal)?;
-        let mut prepared = self.work(bytes, move |this, bytes| this.prepare(api, bytes, cache_salt)).await?;
+        let prepare = move |this: &Self, body: Body| this.prepare(api, &body.bytes, cache_salt);
+        let mut prepared = self.work(principal, body, prepare).await?;
         prepared.owner = self.auth.owner(principal);
         Ok((prepared, place))
     }
@@ -319,32 +326,29 @@ impl Gateway {
         self: &Arc<Self>,
         request: Request<Incoming>,
         principal: &Principal,
-    ) -> Result<(Bytes, Place), Refusal> {
+    ) -> Result<(Body, Place), Refusal> {
         let headers = request.headers();
         body::check_head(headers, self.limits.body)?;
         let max_wait = body::max_wait(headers)?;
         let announced = body::announced(headers).unwrap_or(0);
         self.gate.check(principal, announced, max_wait).map_err(Refusal::Overloaded)?;
-        let bytes = body::read(request.into_body(), self.limits.body, self.timeouts.body).await?;
-        let entered = self.gate.enter(principal, bytes.len() as u64, max_wait).await;
-        Ok((bytes, entered.map_err(Refusal::Overloaded)?))
+        let body = body::read(request.into_body(), self.limits.body, self.timeouts.body, &self.room).await?;
+        let entered = self.gate.enter(principal, body.bytes.len() as u64, max_wait).await;
+        Ok((body, entered.map_err(Refusal::Overloaded)?))
     }
 
     /// Does what takes a while for large bodies.
     async fn work<T: Send + 'static>(
         self: &Arc<Self>,
-        bytes: Bytes,
-        job: impl FnOnce(&Self, &Bytes) -> Result<T, Refusal> + Send + 'static,
+        principal: &Principal,
+        body: Body,
+        job: impl FnOnce(&Self, Body) -> Result<T, Refusal> + Send + 'static,
     ) -> Result<T, Refusal> {
-        if bytes.len() <= INLINE_MAX_BYTES {
-            return job(self, &bytes);
+        if body.bytes.len() <= INLINE_MAX_BYTES {
+            return job(self, body);
         }
-        let _turn = self.tokenizing.acquire().await.map_err(|_| Refusal::Internal)?;
         let this = Arc::clone(self);
-        tokio::task::spawn_blocking(move || job(&this, &bytes)).await.map_err(|error| {
-            tracing::error!(%error, "preparing a request panicked");
-            Refusal::Internal
-        })?
+        self.apart.run(&principal.tenant.name, move || job(&this, body)).await
     }
 
     fn bounds(&self) -> Bounds {

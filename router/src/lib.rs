@@ -36,6 +36,7 @@ mod model;
 mod options;
 mod reply;
 mod request;
+mod room;
 mod routes;
 mod schedule;
 mod search;

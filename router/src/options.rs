@@ -90,6 +90,7 @@ impl RouterOptions {
             disaggregation: router.disaggregation,
             limits: Limits {
                 body: limits.body,
+                bodies: limits.bodies,
                 in_flight: limits.in_flight,
                 queue: limits.queue,
                 connections: limits.connections,
@@ -148,6 +149,8 @@ pub struct ModelOptions {
 pub struct Limits {
     /// Largest request body.
     pub body: Bytes,
+    /// Bytes of the bodies of all requests at once.
+    pub bodies: Bytes,
     /// Requests served at once; further ones queue.
     pub in_flight: u32,
     /// Requests waiting for a place; further ones are refused.
@@ -164,6 +167,7 @@ impl Default for Limits {
     fn default() -> Self {
         Self {
             body: defaults::ROUTER_BODY,
+            bodies: defaults::ROUTER_BODIES,
             in_flight: defaults::ROUTER_IN_FLIGHT,
             queue: defaults::ROUTER_QUEUE,
             connections: defaults::ROUTER_CONNECTIONS,

@@ -170,9 +170,11 @@ impl Refusal {
                 ("invalid_request_error", Some(*code))
             }
             Self::Overloaded(refused) => match refused.reason {
-                Reason::QueueFull | Reason::Deadline | Reason::WorkersQueued | Reason::QueueTimeout => {
-                    ("rate_limit_error", Some("overloaded"))
-                }
+                Reason::QueueFull
+                | Reason::Deadline
+                | Reason::WorkersQueued
+                | Reason::Bodies
+                | Reason::QueueTimeout => ("rate_limit_error", Some("overloaded")),
                 Reason::Requests | Reason::Concurrency => ("requests", Some("rate_limit_exceeded")),
                 Reason::Tokens => ("tokens", Some("rate_limit_exceeded")),
             },
@@ -289,6 +291,7 @@ fn overloaded(refused: &Refused) -> String {
         Reason::QueueFull => "The service is at its limit of requests.",
         Reason::Deadline => "The service is busy: this request would wait longer than it may.",
         Reason::WorkersQueued => "The service is busy: no worker would begin this request in time.",
+        Reason::Bodies => "The service is busy: it has as many large requests to read as it can hold.",
         Reason::QueueTimeout => "The service is busy: this request waited for as long as it may.",
         Reason::Requests => "Rate limit reached: requests per minute.",
         Reason::Tokens => "Rate limit reached: tokens per minute.",

@@ -1,5 +1,6 @@
 //! The listener: accepts, serves, drains.
 
+mod ahead;
 mod connection;
 mod settled;
 mod tls;
@@ -22,11 +23,12 @@ use crate::admit::Gate;
 use crate::dispatch::{Caller, Dispatcher};
 use crate::fleet::{Fleet, Keeper, RosterFeed, roster};
 use crate::forward::{Forwarder, ServersError};
-use crate::gateway::Gateway;
+use crate::gateway::{Apart, Gateway};
 use crate::index::PrefixIndex;
 use crate::metrics::Metrics;
 use crate::model::{Model, ModelError};
 use crate::options::RouterOptions;
+use crate::room::Room;
 use crate::schedule::Rules;
 use crate::tenant::{Auth, AuthError};
 use tls::Tls;
@@ -201,7 +203,8 @@ fn gateway(
         explain: options.explain,
         timeouts: options.timeouts.clone(),
         slo_wait: options.slo_wait,
-        tokenizing: Arc::new(Semaphore::new(available_parallelism().map_or(2, usize::from))),
+        room: Room::new(limits.bodies, limits.body),
+        apart: Apart::new(available_parallelism().map_or(2, usize::from)),
         accepting: AtomicBool::new(true),
     }
 }

@@ -18,7 +18,7 @@ use baton_config::fault::Faults;
 use baton_config::fleet::{AuthSpec, Isolation, JwksSource, JwtSpec};
 use baton_config::keys::{KeysFile, Quota};
 use http::HeaderMap;
-use http::header::AUTHORIZATION;
+use http::header::{AUTHORIZATION, HeaderName};
 use sha2::{Digest as _, Sha256};
 
 use crate::clock::unix_seconds;
@@ -32,6 +32,8 @@ use remote::Remote;
 
 /// Tenants with a label of their own in metrics; further ones share `other`.
 const LABELS_MAX: usize = 100;
+/// The header of Anthropic's clients.
+static X_API_KEY: HeaderName = HeaderName::from_static("x-api-key");
 /// Longest key or token that is looked at.
 const CREDENTIAL_MAX_BYTES: usize = 16 << 10;
 
@@ -331,31 +333,32 @@ impl Guard {
 
 /// The key or token of a request; OpenAI's header, or Anthropic's.
 fn credential(headers: &HeaderMap) -> Result<&str, Denied> {
-    let mut given = headers.get_all(AUTHORIZATION).iter();
-    let (first, second) = (given.next(), given.next());
-    // Two are one too many: something in front may have looked at the other one.
-    if second.is_some() {
-        return Err(Denied::Malformed);
-    }
-    let credential = match first {
-        Some(value) => {
-            let text = value.to_str().map_err(|_| Denied::Malformed)?;
-            let (scheme, credential) = text.split_once(' ').ok_or(Denied::Malformed)?;
+    let credential = match only(headers, &AUTHORIZATION)? {
+        Some(text) => {
+            // Of an empty key only the scheme is left: what ends a header is cut off.
+            let (scheme, credential) = text.split_once(' ').unwrap_or((text, ""));
             if !scheme.eq_ignore_ascii_case("bearer") {
                 return Err(Denied::Malformed);
             }
-            credential.trim()
+            credential
         }
-        None => match headers.get("x-api-key") {
-            Some(value) => value.to_str().map_err(|_| Denied::Malformed)?.trim(),
-            None => return Err(Denied::Missing),
-        },
+        None => only(headers, &X_API_KEY)?.ok_or(Denied::Missing)?,
     };
+    let credential = credential.trim();
     match credential.len() {
         0 => Err(Denied::Missing),
         1..=CREDENTIAL_MAX_BYTES => Ok(credential),
         _ => Err(Denied::Malformed),
     }
+}
+
+/// The text of a header that may be there once: of two, something in front may have looked at the other one.
+fn only<'a>(headers: &'a HeaderMap, name: &HeaderName) -> Result<Option<&'a str>, Denied> {
+    let mut given = headers.get_all(name).iter();
+    let (Some(value), None) = (given.next(), given.next()) else {
+        return if headers.contains_key(name) { Err(Denied::Malformed) } else { Ok(None) };
+    };
+    value.to_str().map(Some).map_err(|_| Denied::Malformed)
 }
 
 #[cfg(test)]

@@ -57,6 +57,8 @@ pub const JWKS_TIMEOUT: Duration = Duration::from_secs(10);
 pub const JWT_LEEWAY: Duration = Duration::from_secs(60);
 /// `router.limits.body`.
 pub const ROUTER_BODY: Bytes = Bytes(4 << 20);
+/// `router.limits.bodies`: 256 of the largest.
+pub const ROUTER_BODIES: Bytes = Bytes(1 << 30);
 /// `router.limits.queue`.
 pub const ROUTER_QUEUE: u32 = 1024;
 /// `router.limits.in_flight`.

@@ -97,6 +97,8 @@ choice! {
 pub struct RouterLimits {
     /// Bytes of a request body.
     pub body: Bytes,
+    /// Bytes of the bodies of all requests at once.
+    pub bodies: Bytes,
     /// Requests waiting for a worker.
     pub queue: u32,
     /// Requests being served; further ones wait in the queue.
@@ -178,6 +180,7 @@ impl RouterLimits {
     fn read(mut section: Section<'_, '_>) -> Self {
         Self {
             body: section.bytes("body", Bytes(1 << 10)..=Bytes(1 << 30), defaults::ROUTER_BODY),
+            bodies: section.bytes("bodies", Bytes(1 << 20)..=Bytes(1 << 40), defaults::ROUTER_BODIES),
             queue: section.count("queue", 0..=1_000_000, defaults::ROUTER_QUEUE),
             in_flight: section.count("in_flight", 1..=1_000_000, defaults::ROUTER_IN_FLIGHT),
             connections: section.count("connections", 1..=1_000_000, defaults::ROUTER_CONNECTIONS),

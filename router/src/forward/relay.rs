@@ -173,13 +173,14 @@ impl Relay {
     /// The server has ended its answer: well, if it said so.
     fn end(&mut self) -> Option<Result<Bytes, BrokenOff>> {
         let says = self.cutter.is_some() && self.asked.passing.says_done();
-        if says && !self.tally.says_end() {
+        let failed = self.cutter.is_some() && self.tally.says_error();
+        if says && !failed && !self.tally.says_end() {
             return self.lose(&Lost::Broken("the stream ended without an end".to_owned()));
         }
         let rest = self.cutter.as_mut().map(Cutter::rest).filter(|rest| !rest.is_empty());
         let rest = rest.map(|rest| Ok(self.rename(rest)));
         self.source = Source::Ended;
-        self.settle(|entry| entry.answered(200));
+        self.settle(|entry| if failed { entry.broke() } else { entry.answered(200) });
         rest
     }
 

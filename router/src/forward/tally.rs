@@ -4,6 +4,8 @@ use serde::Deserialize;
 
 use crate::request::Passed;
 
+/// Tokens that no request has: more of them are a fault of the server, and would keep a key out for good.
+const TOKENS_MAX: u64 = 1 << 32;
 /// Bytes at the end of an answer among which its usage is looked for.
 const TAIL_BYTES: usize = 4 << 10;
 
@@ -49,7 +51,9 @@ impl Tally {
     pub(super) fn tokens(&self) -> (u64, u64) {
         let estimate = (self.prompt, self.lines / 2);
         let Some(usage) = self.usage() else { return estimate };
-        (usage.prompt_tokens.unwrap_or(estimate.0), usage.completion_tokens.unwrap_or(0))
+        let told = |tokens: u64, estimate| if tokens <= TOKENS_MAX { tokens } else { estimate };
+        let prompt = usage.prompt_tokens.unwrap_or(estimate.0);
+        (told(prompt, estimate.0), told(usage.completion_tokens.unwrap_or(0), estimate.1))
     }
 
     /// Whether the answer said that it ends, or why.
@@ -62,6 +66,15 @@ impl Tally {
         self.tail.split(|byte| *byte == b'\n').any(says_done)
             || find_last(&self.tail, b"\"finish_reason\":\"").is_some()
             || find_last(&self.tail, b"\"finish_reason\": \"").is_some()
+    }
+
+    /// Whether the server said itself that the stream failed.
+    pub(super) fn says_error(&self) -> bool {
+        let says_error = |line: &[u8]| {
+            let data = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii_start);
+            data.is_some_and(|data| data.starts_with(b"{\"error\":"))
+        };
+        self.tail.split(|byte| *byte == b'\n').any(says_error)
     }
 
     fn usage(&self) -> Option<Usage> {
@@ -118,6 +131,18 @@ mod tests {
         assert_eq!(tally(true, &events).tokens(), (9, 3));
         assert_eq!(tally(false, &["{\"usage\":{\"prompt_tokens\":\"x\"}}\n"]).tokens(), (9, 0));
         assert_eq!(tally(true, &[]).tokens(), (9, 0));
+        // Nor where it cannot be.
+        let absurd =
+            "{\"usage\":{\"prompt_tokens\":18446744073709551615,\"completion_tokens\":18446744073709551615}}";
+        assert_eq!(tally(false, &[absurd]).tokens(), (9, 0));
+        let beyond = "{\"usage\":{\"prompt_tokens\":99999999999999999999,\"completion_tokens\":-1}}";
+        assert_eq!(tally(false, &[beyond]).tokens(), (9, 0));
+    }
+
+    #[test]
+    fn an_error_is_one_that_the_server_said() {
+        assert!(tally(true, &["data: x\n\ndata: {\"error\":{\"message\":\"m\"}}\n\n"]).says_error());
+        assert!(!tally(true, &["data: {\"content\":\"data: {\\\"error\\\":1}\"}\n\n"]).says_error());
     }
 
     #[test]

@@ -15,6 +15,7 @@ use crate::entropy;
 use crate::forward::{Asked, Forwarder};
 use crate::reply::Refusal;
 use crate::request::{Passing, parse_passed};
+use crate::room::Body;
 use crate::tenant::Principal;
 
 impl Gateway {
@@ -49,12 +50,13 @@ impl Gateway {
         let started = Instant::now();
         let placing = self.placing(request.headers(), principal.tenant.admin);
         self.check_wait(request.headers())?;
-        let (bytes, place) = self.admit(request, principal).await?;
+        let (body, place) = self.admit(request, principal).await?;
         let fields = Arc::clone(forwarder);
-        let parse = move |this: &Self, bytes: &bytes::Bytes| {
-            parse_passed(passing, bytes, &this.bounds(), &fields.extra_fields)
+        let parse = move |this: &Self, Body { bytes, held }: Body| {
+            let passed = parse_passed(passing, &bytes, &this.bounds(), &fields.extra_fields)?;
+            Ok((passed, held))
         };
-        let request = self.work(bytes, parse).await?;
+        let (request, held) = self.work(principal, body, parse).await?;
         if let Some(model) = request.model() {
             self.check_model(model)?;
         }
@@ -62,6 +64,7 @@ impl Gateway {
         let asked = Asked {
             passing,
             request,
+            _held: held,
             id: new_id()?,
             cache_salt: self.auth.salt(principal)?,
             session: placing.session,

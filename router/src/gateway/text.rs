@@ -14,6 +14,7 @@ use crate::answer::AnswerBody;
 use crate::model::PromptError;
 use crate::reply::{self, Refusal};
 use crate::request::{self, Message, Source, Tokenize};
+use crate::room::Body;
 use crate::routes::TextJob;
 use crate::tenant::Principal;
 
@@ -53,9 +54,10 @@ impl Gateway {
         request: Request<Incoming>,
         principal: &Principal,
     ) -> Result<Response<AnswerBody>, Refusal> {
-        let (bytes, _place) = self.admit(request, principal).await?;
+        let (body, _place) = self.admit(request, principal).await?;
         let salt = self.auth.salt(principal)?;
-        let body = self.work(bytes, move |this, bytes| this.text_body(job, bytes, salt)).await?;
+        let work = move |this: &Self, body: Body| this.text_body(job, &body.bytes, salt);
+        let body = self.work(principal, body, work).await?;
         Ok(reply::json(StatusCode::OK, body))
     }
 

@@ -117,18 +117,21 @@ impl<'a> Fields<'a> {
         if raw.kind() != "a number" {
             return Err(self.mistyped(field, "an integer", raw));
         }
-        let Ok(value) = raw.get().parse::<i128>() else {
-            let message = format!("'{name}' must be an integer, not {}.", quoted(raw.get()));
+        let text = raw.get();
+        let digits = text.strip_prefix('-').unwrap_or(text);
+        if !digits.bytes().all(|byte| byte.is_ascii_digit()) {
+            let message = format!("'{name}' must be an integer, not {}.", quoted(text));
             return Err(Refusal::coded(name, "invalid_type", message));
-        };
-        if value < i128::from(min) {
-            let message = format!("'{name}' must be at least {min}, not {value}.");
-            return Err(Refusal::coded(name, "integer_below_min_value", message));
         }
-        match i64::try_from(value) {
-            Ok(fits) if fits <= max => Ok(Some(fits)),
+        match text.parse::<i64>() {
+            Ok(value) if (min..=max).contains(&value) => Ok(Some(value)),
+            // What is too long to be counted with is too small or too large, too.
+            result if result.as_ref().map_or(text.starts_with('-'), |value| *value < min) => {
+                let message = format!("'{name}' must be at least {min}, not {}.", quoted(text));
+                Err(Refusal::coded(name, "integer_below_min_value", message))
+            }
             _ => {
-                let message = format!("'{name}' must be at most {max}, not {value}.");
+                let message = format!("'{name}' must be at most {max}, not {}.", quoted(text));
                 Err(Refusal::coded(name, "integer_above_max_value", message))
             }
         }
@@ -141,14 +144,15 @@ impl<'a> Fields<'a> {
             return Err(self.mistyped(field, "a number", raw));
         }
         let name = self.name(field);
-        match serde_json::from_str::<f64>(raw.get()) {
+        let text = raw.get();
+        match serde_json::from_str::<f64>(text) {
             Ok(value) if (min..=max).contains(&value) => Ok(Some(value as f32)),
-            Ok(value) if value < min => {
-                let message = format!("'{name}' must be at least {min}, not {value}.");
+            result if result.as_ref().map_or(text.starts_with('-'), |value| *value < min) => {
+                let message = format!("'{name}' must be at least {min}, not {}.", quoted(text));
                 Err(Refusal::coded(name, "decimal_below_min_value", message))
             }
             _ => {
-                let message = format!("'{name}' must be at most {max}, not {}.", quoted(raw.get()));
+                let message = format!("'{name}' must be at most {max}, not {}.", quoted(text));
                 Err(Refusal::coded(name, "decimal_above_max_value", message))
             }
         }

@@ -46,6 +46,8 @@ const STREAM_WINDOW: u32 = 256 << 10;
 const STREAM_UNSENT_BYTES: usize = 64 << 10;
 /// Between two pings of a quiet HTTP/2 connection, and until it is given up.
 const PING_EVERY: Duration = Duration::from_secs(20);
+/// Head of an HTTP/2 request that is read at all: well beyond what is taken, because h2 refuses the rest without a body.
+const HTTP2_HEAD_BYTES: usize = 2 * HEAD_MAX_BYTES;
 /// For the answer to a client that was too slow.
 const FAREWELL: Duration = Duration::from_secs(1);
 
@@ -190,7 +192,7 @@ impl Connection {
             .max_concurrent_streams(STREAMS_MAX)
             .max_pending_accept_reset_streams(RESETS_MAX)
             .max_local_error_reset_streams(OWN_RESETS_MAX)
-            .max_header_list_size(u32::try_from(HEAD_MAX_BYTES).unwrap_or(u32::MAX))
+            .max_header_list_size(u32::try_from(HTTP2_HEAD_BYTES).unwrap_or(u32::MAX))
             .initial_stream_window_size(STREAM_WINDOW)
             .initial_connection_window_size(CONNECTION_WINDOW)
             .max_send_buf_size(STREAM_UNSENT_BYTES)

@@ -10,6 +10,7 @@ use hyper::body::Body;
 use hyper::rt::ReadBufCursor;
 use tokio::time::Instant;
 
+use super::ahead::Ahead;
 use crate::account::Entry;
 use crate::metrics::Metrics;
 use crate::options::Timeouts;
@@ -135,6 +136,7 @@ impl<B: Body + Unpin> Body for Answered<B> {
 /// The socket of an HTTP/1 connection.
 pub(super) struct Watched<S> {
     io: S,
+    ahead: Ahead,
     phases: Arc<Phases>,
     metrics: Arc<Metrics>,
     /// What is left to write in the place of a refusal.
@@ -143,7 +145,7 @@ pub(super) struct Watched<S> {
 
 impl<S> Watched<S> {
     pub(super) fn new(io: S, phases: Arc<Phases>, metrics: Arc<Metrics>) -> Self {
-        Self { io, phases, metrics, instead: Bytes::new() }
+        Self { io, ahead: Ahead::default(), phases, metrics, instead: Bytes::new() }
     }
 
     /// The socket itself.
@@ -183,15 +185,16 @@ impl<S: hyper::rt::Read + Unpin> hyper::rt::Read for Watched<S> {
         cx: &mut Context<'_>,
         buf: ReadBufCursor<'_>,
     ) -> Poll<std::io::Result<()>> {
-        let polled = Pin::new(&mut self.io).poll_read(cx, buf);
+        let this = &mut *self;
+        let polled = this.ahead.poll_read(&mut this.io, cx, buf);
         if matches!(polled, Poll::Ready(Ok(()))) {
-            self.phases.heard();
+            this.phases.heard();
         }
         polled
     }
 }
 
-impl<S: hyper::rt::Write + Unpin> hyper::rt::Write for Watched<S> {
+impl<S: hyper::rt::Read + hyper::rt::Write + Unpin> hyper::rt::Write for Watched<S> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
@@ -203,8 +206,16 @@ impl<S: hyper::rt::Write + Unpin> hyper::rt::Write for Watched<S> {
         Pin::new(&mut self.io).poll_write(cx, buf)
     }
 
+    /// hyper ends each of its turns with this: the place to see what it does not look at.
     fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {
-        Pin::new(&mut self.io).poll_flush(cx)
+        let this = &mut *self;
+        if !this.ahead.is_asked()
+            && matches!(this.phases.get(), Phase::Busy(..))
+            && let Poll::Ready(Err(left)) = this.ahead.poll_look(&mut this.io, cx)
+        {
+            return Poll::Ready(Err(left));
+        }
+        Pin::new(&mut this.io).poll_flush(cx)
     }
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<std::io::Result<()>> {

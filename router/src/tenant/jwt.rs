@@ -97,6 +97,10 @@ impl Provider {
         if !self.spec.algorithms.iter().any(|allowed| algorithm(*allowed) == header.alg) {
             return Err(Denied::Token);
         }
+        // What a token makes a condition of its validity has to be understood (RFC 7515, section 4.1.11); nothing is here.
+        if header.crit.is_some() {
+            return Err(Denied::Token);
+        }
         let named = |key: &Key| header.kid.is_none() || key.id.is_none() || key.id == header.kid;
         if !self.keys.iter().any(named) {
             return Err(Denied::Signer);

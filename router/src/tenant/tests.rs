@@ -84,16 +84,20 @@ fn what_is_no_bearer_key_is_refused() {
     let (auth, key, metrics) = guarded(Isolation::Tenant);
     let mut twice = bearer(&key);
     twice.append("authorization", HeaderValue::from_str(&format!("Bearer {key}")).unwrap());
+    let mut twice_x = headers("x-api-key", &key);
+    twice_x.append("x-api-key", HeaderValue::from_static("another"));
     let mut binary = HeaderMap::new();
     binary.insert("authorization", HeaderValue::from_bytes(b"Bearer \xff\xfe").unwrap());
     let long = "x".repeat(CREDENTIAL_MAX_BYTES + 1);
     for (headers, code) in [
         (HeaderMap::new(), "missing_api_key"),
         (headers("authorization", "Bearer "), "missing_api_key"),
+        (headers("authorization", "Bearer"), "missing_api_key"),
         (headers("x-api-key", ""), "missing_api_key"),
         (headers("authorization", &key), "invalid_api_key"),
         (headers("authorization", &format!("Basic {key}")), "invalid_api_key"),
         (twice, "invalid_api_key"),
+        (twice_x, "invalid_api_key"),
         (binary, "invalid_api_key"),
         (bearer(&long), "invalid_api_key"),
     ] {
@@ -101,7 +105,7 @@ fn what_is_no_bearer_key_is_refused() {
         assert!(matches!(refused, Refusal::Unauthorized { code: told, .. } if told == code), "{refused:?}");
     }
     let text = metrics.render();
-    assert!(text.contains("baton_router_auth_denied_total{reason=\"missing\"} 3"), "{text}");
+    assert!(text.contains("baton_router_auth_denied_total{reason=\"missing\"} 4"), "{text}");
     let shown = format!("{auth:?}");
     assert!(!shown.contains(&key[16..]), "no secret in {shown}");
 }
@@ -210,6 +214,8 @@ fn signatures_cannot_be_left_out_or_mistaken() {
         sign(json!({ "alg": "None" })),
         sign(json!({ "alg": "HS256", "kid": "shared" })),
         sign(json!({ "alg": "HS256" })),
+        // A condition that is not understood.
+        sign(json!({ "alg": "ES256", "kid": "ec", "crit": ["b64"], "b64": false })),
         // The key of another kind, the key of somebody else, no such key.
         sign(json!({ "alg": "ES256", "kid": "rsa" })),
         sign(json!({ "alg": "RS256", "kid": "ec" })),

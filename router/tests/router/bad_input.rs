@@ -200,6 +200,12 @@ async fn completion_fields_one_by_one() {
             r#"{"model":"tiny","prompt":"a","\u006dodel":"tiny"}"#,
             r#"{"model":"tiny","prompt":"a","stream":true,"stream_options":{"include_usage":true,"include_usage":false}}"#,
             r#"{"model":"tiny","prompt":"a","messages":[]}"#,
+            r#"{"model":"tiny","prompt":"a","seed":9223372036854775808}"#,
+            r#"{"model":"tiny","prompt":"a","max_tokens":99999999999999999999999999999999999999999999}"#,
+            r#"{"model":"tiny","prompt":"a","max_tokens":-99999999999999999999999999999999999999999999}"#,
+            r#"{"model":"tiny","prompt":"a","max_tokens":1e2}"#,
+            r#"{"model":"tiny","prompt":"a","temperature":1e400}"#,
+            r#"{"model":"tiny","prompt":"a","temperature":-1e400}"#,
         ],
         expect_file!["golden/completion_fields.txt"],
     )

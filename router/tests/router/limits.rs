@@ -210,3 +210,28 @@ async fn a_prompt_that_no_worker_would_begin_in_time_is_refused_unread() {
     assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
     harness.finish().await;
 }
+
+#[tokio::test]
+async fn bodies_that_do_not_end_take_no_more_memory_than_there_is_for_them() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&worker], |options| {
+        options.limits.body = Bytes(1 << 20);
+        options.limits.bodies = Bytes(1 << 20);
+    })
+    .await;
+    let head = "POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: 1000000\r\n\r\n";
+    let greedy = raw(&harness, format!("{head}{}", "x".repeat(900_000)).as_bytes()).await;
+    let large = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 1, "user": "u".repeat(300_000) });
+    let ask = async || harness.ask("POST", "/v1/completions", large.to_string()).await;
+    harness.until("there is no room for another one", async || ask().await.status == 429).await;
+    let refused = ask().await;
+    assert_eq!((refused.status, &refused.json()["error"]["code"]), (429, &json!("overloaded")));
+    assert_eq!(refused.headers["retry-after"], "1");
+    assert!(harness.metric("baton_router_rejected_total{reason=\"bodies\"}").await > 1.5);
+    let body = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 1 });
+    assert_eq!(harness.complete(&body).await.status, 200, "small ones have memory of their own");
+    drop(greedy);
+    harness.until("there is room again", async || ask().await.status == 200).await;
+    assert!(worker.generated().len() < 4);
+    harness.finish().await;
+}

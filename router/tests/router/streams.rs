@@ -78,10 +78,14 @@ async fn an_error_after_the_comments_is_an_event() {
 async fn who_leaves_is_noticed_at_once_in_every_phase() {
     let worker = FakeWorker::start("decode-0", Role::Decode).await;
     let harness = Harness::start(&[&worker], |_| {}).await;
-    for (phase, act, stream) in [
-        ("before the first token", Act::SilentAfter(0), true),
-        ("within the stream", Act::SilentAfter(2), true),
-        ("before a whole answer", Act::SilentAfter(2), false),
+    let another = "GET /livez HTTP/1.1\r\nhost: a\r\n\r\n";
+    for (phase, act, stream, more) in [
+        ("before the first token", Act::SilentAfter(0), true, ""),
+        ("within the stream", Act::SilentAfter(2), true, ""),
+        ("before a whole answer", Act::SilentAfter(2), false, ""),
+        // What is sent beyond the request hides nothing.
+        ("with a line too many", Act::SilentAfter(2), false, "\r\n"),
+        ("with another request sent", Act::SilentAfter(2), true, another),
     ] {
         worker.always(act);
         let body =
@@ -91,7 +95,7 @@ async fn who_leaves_is_noticed_at_once_in_every_phase() {
             let mut connection = tokio::net::TcpStream::connect(harness.address).await.expect("a connection");
             let head =
                 format!("POST /v1/completions HTTP/1.1\r\nhost: a\r\ncontent-length: {}\r\n\r\n", body.len());
-            let request = format!("{head}{body}");
+            let request = format!("{head}{body}{more}");
             tokio::io::AsyncWriteExt::write_all(&mut connection, request.as_bytes()).await.expect("written");
             let busy = async || worker.seen.open.load(Ordering::SeqCst) == 1;
             harness.until("the worker is busy", busy).await;

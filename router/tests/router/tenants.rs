@@ -138,6 +138,14 @@ async fn quotas_are_told_before_the_body_is_looked_at() {
         assert_eq!(answer.headers["x-ratelimit-limit-requests"], "2");
         assert_eq!(answer.headers["x-ratelimit-remaining-requests"], left);
     }
+    // What the router answers by itself tells it, too.
+    for (method, path, status) in [("GET", "/v1/models", 200), ("POST", "/tokenize", 429)] {
+        let answer = setup.send(method, path, Some(&slow.key), String::new()).await;
+        assert_eq!(
+            (answer.status, &answer.headers["x-ratelimit-remaining-requests"]),
+            (status, &"0".parse().expect("a value"))
+        );
+    }
     let before = Instant::now();
     let refused = setup.ask(&slow.key, &json!("this is not even a request")).await;
     assert!(before.elapsed() < Duration::from_secs(2), "at once");

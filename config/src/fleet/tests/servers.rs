@@ -51,6 +51,7 @@ fn explains_a_fleet_that_passes_requests_on() {
           router.policy.spill_requests       0                         default
           router.policy.session_header       x-session-id              default
           router.limits.body                 4 MiB                     default
+          router.limits.bodies               1 GiB                     default
           router.limits.queue                1024                      default
           router.limits.in_flight            4096                      default
           router.limits.connections          8192                      default
