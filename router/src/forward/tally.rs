@@ -55,13 +55,28 @@ impl Tally {
     /// Whether the answer said that it ends, or why.
     pub(super) fn says_end(&self) -> bool {
         // At the beginning of a line: within a text there are no line ends.
-        let says_done = |line: &[u8]| {
-            let data = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii);
-            data == Some(b"[DONE]")
-        };
-        self.tail.split(|byte| *byte == b'\n').any(says_done)
+        self.data_lines().any(|data| data == b"[DONE]")
             || find_last(&self.tail, b"\"finish_reason\":\"").is_some()
             || find_last(&self.tail, b"\"finish_reason\": \"").is_some()
+    }
+
+    /// Of the beginning of a stream: whether more came than one event, which may say no more than that there will be others.
+    pub(super) fn says_more(&self) -> bool {
+        self.data_lines().nth(1).is_some()
+    }
+
+    /// Of the beginning of a stream: whether an event says that the server failed.
+    pub(super) fn says_error(&self) -> bool {
+        self.data_lines().any(|data| {
+            let data = data.strip_prefix(b"{").map(<[u8]>::trim_ascii_start);
+            data.is_some_and(|data| data.starts_with(b"\"error\""))
+        })
+    }
+
+    fn data_lines(&self) -> impl Iterator<Item = &[u8]> {
+        self.tail
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| line.strip_prefix(b"data:").map(<[u8]>::trim_ascii))
     }
 
     fn usage(&self) -> Option<Usage> {
@@ -118,6 +133,18 @@ mod tests {
         assert_eq!(tally(true, &events).tokens(), (9, 3));
         assert_eq!(tally(false, &["{\"usage\":{\"prompt_tokens\":\"x\"}}\n"]).tokens(), (9, 0));
         assert_eq!(tally(true, &[]).tokens(), (9, 0));
+    }
+
+    #[test]
+    fn a_beginning_says_nothing_more_or_an_error() {
+        let told = |pieces: &[&str]| {
+            let tally = tally(true, pieces);
+            (tally.says_more(), tally.says_error())
+        };
+        assert_eq!(told(&[": ping\n\n: ping\n\n", "data: {\"choices\":[]}\n\n"]), (false, false));
+        assert_eq!(told(&["data: {\"choices\":[]}\n\n", "data: {\"error\": \"said\"}"]), (true, true));
+        assert_eq!(told(&["data: { \"error\": {}}\n\ndata: [DONE]\n\n"]), (true, true));
+        assert_eq!(told(&["event: a\ndata:{\"text\":\"{\\\"error\\\"\"}\n\ndata:{}"]), (true, false));
     }
 
     #[test]

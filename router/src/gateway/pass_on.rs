@@ -64,6 +64,7 @@ impl Gateway {
             request,
             id: new_id()?,
             cache_salt: self.auth.salt(principal)?,
+            owner: self.auth.owner(principal),
             session: placing.session,
             explain: placing.explain,
             started,
