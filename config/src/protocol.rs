@@ -479,6 +479,10 @@ pub struct WorkerStatus {
     /// Milliseconds since this life began, once it has.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub age_ms: Option<u64>,
+    /// Of a worker beside a server of another project: milliseconds since nobody was found to listen there, when that last
+    /// began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub server_gone_ms: Option<u64>,
     /// What it waits for, while it drains.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub drain: Option<DrainStatus>,

@@ -2,6 +2,8 @@
 //! OpenAI-compatible server like any other.
 #![cfg(test)]
 
+use std::path::Path;
+use std::process::Stdio;
 use std::time::{Duration, Instant};
 
 use baton_integration::access::{certificates, new_key, write_secret};
@@ -11,6 +13,8 @@ use baton_integration::process::{children, eventually, signal};
 use baton_integration::prompts;
 use rustix::process::Signal;
 use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt as _, BufReader};
+use tokio::process::{Child, Command};
 
 /// For a change of a server to reach the worker beside it and the router in front.
 const NOTICED_WITHIN: Duration = Duration::from_secs(20);
@@ -24,6 +28,10 @@ async fn server() -> Fleet {
 /// A fleet that passes requests on to `servers`, which know the model as `tiny`.
 async fn in_front_of(servers: &[&Fleet]) -> Fleet {
     let urls: Vec<&str> = servers.iter().map(|server| server.router.as_str()).collect();
+    in_front_of_urls(&urls).await
+}
+
+async fn in_front_of_urls(urls: &[&str]) -> Fleet {
     let document = format!(
         "version: 1\nmodel: {{ id: front, served_as: [tiny] }}\nrouter: {{ listen: 127.0.0.1:0, policy: {{ kind: round_robin }} }}\n\
          pools:\n  - name: servers\n    role: both\n    engine: {{ kind: openai, urls: [{}], model: tiny, pass_fields: [baton] }}\n",
@@ -233,4 +241,76 @@ async fn a_frozen_server_is_found_out_and_waited_for() {
     assert_eq!(answer.tokens.len(), 4);
     front.stop().await;
     server.stop().await;
+}
+
+/// A server process that dies of prompts that say `deadly`.
+struct Mortal {
+    process: Child,
+    port: u16,
+}
+
+impl Mortal {
+    async fn start(port: u16) -> Self {
+        let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/deadly_server.py");
+        let mut process = Command::new("python3")
+            .arg(script)
+            .arg(port.to_string())
+            .stdout(Stdio::piped())
+            .kill_on_drop(true)
+            .spawn()
+            .expect("python3 runs");
+        let mut lines = BufReader::new(process.stdout.take().expect("a pipe")).lines();
+        let line = lines.next_line().await.expect("it speaks").expect("it listens");
+        Self { process, port: line.parse().expect("a port") }
+    }
+
+    fn url(&self) -> String {
+        format!("http://127.0.0.1:{}", self.port)
+    }
+}
+
+async fn ask(front: &Fleet, text: &str) -> (u16, Value) {
+    let body = json!({ "model": "tiny", "messages": [{ "role": "user", "content": text }], "max_tokens": 4 });
+    front.client().post("/v1/chat/completions", &body).await.unwrap()
+}
+
+#[tokio::test]
+async fn a_request_that_kills_servers_is_kept_from_the_third() {
+    let mut servers = [Mortal::start(0).await, Mortal::start(0).await, Mortal::start(0).await];
+    let urls: Vec<String> = servers.iter().map(Mortal::url).collect();
+    let urls: Vec<&str> = urls.iter().map(String::as_str).collect();
+    let front = in_front_of_urls(&urls).await;
+    assert_eq!(ask(&front, "harmless").await.0, 200);
+    let (status, answer) = ask(&front, "deadly").await;
+    assert_eq!((status, &answer["error"]["code"]), (502, &json!("worker_lost")), "two died");
+    for _ in 0..3 {
+        let (status, answer) = ask(&front, "deadly").await;
+        assert_eq!((status, &answer["error"]["code"]), (500, &json!("request_failed_repeatedly")));
+    }
+    let ended = servers.iter_mut().map(|server| server.process.try_wait().unwrap().is_some());
+    assert_eq!(ended.filter(|ended| *ended).count(), 2);
+    assert_eq!(ask(&front, "harmless").await.0, 200);
+    front.stop().await;
+}
+
+#[tokio::test]
+async fn a_request_that_kills_a_server_in_two_lives_does_not_get_a_third() {
+    let mut server = Mortal::start(0).await;
+    let front = in_front_of_urls(&[&server.url()]).await;
+    for life in 1..=2 {
+        eventually("it serves", NOTICED_WITHIN, async || {
+            (ask(&front, "harmless").await.0 == 200).then_some(())
+        })
+        .await;
+        let (status, answer) = ask(&front, "deadly").await;
+        assert_eq!((status, &answer["error"]["code"]), (502, &json!("worker_lost")), "life {life}");
+        server.process.wait().await.unwrap();
+        server = Mortal::start(server.port).await;
+    }
+    eventually("it serves", NOTICED_WITHIN, async || (ask(&front, "harmless").await.0 == 200).then_some(()))
+        .await;
+    let (status, answer) = ask(&front, "deadly").await;
+    assert_eq!((status, &answer["error"]["code"]), (500, &json!("request_failed_repeatedly")));
+    assert!(server.process.try_wait().unwrap().is_none(), "it lives");
+    front.stop().await;
 }

@@ -29,8 +29,7 @@ use attempt::{Attempt, Event, Lost};
 pub(crate) use call::{CallError, Caller};
 pub(crate) use frames::Lane;
 pub(crate) use place::{Placement, Sought};
-pub(crate) use suspects::Suspects;
-use suspects::Verdict;
+pub(crate) use suspects::{Death, Suspects, Verdict};
 
 /// Workers that are tried before the first token,
 const ATTEMPTS_MAX: usize = 4;
@@ -59,7 +58,7 @@ pub(crate) struct Dispatcher {
     pub(crate) tracker: TaskTracker,
     pub(crate) vocab: u32,
     /// Requests that workers died with.
-    suspects: Arc<Suspects>,
+    pub(crate) suspects: Arc<Suspects>,
     tickets: AtomicU64,
 }
 
@@ -321,7 +320,8 @@ impl Generation {
         let worker = Arc::clone(&attempt.pair.decode);
         let now = Instant::now();
         if matches!(lost, Lost::Broken(_)) && self.unproven && attempt.was_heard(now) {
-            self.dispatcher.suspects.broke(self.print(), &worker, now);
+            let death = Death::of(&worker, attempt.placed_at(), now);
+            self.dispatcher.suspects.broke(self.print(), death);
         }
         drop(attempt);
         let sent = self.sent.len();
@@ -437,7 +437,7 @@ impl Generation {
         let print = self.print();
         let doubtful = match self.dispatcher.suspects.verdict(print, Instant::now()) {
             Verdict::Free => return Ok(None),
-            Verdict::Doubtful(workers) => workers,
+            Verdict::Doubtful(deaths) => deaths,
             Verdict::Barred => {
                 if let Some((reason, _)) = self.moving {
                     self.dispatcher.metrics.migrated(reason, false);
@@ -452,9 +452,9 @@ impl Generation {
         };
         let (suspects, caller) = (Arc::clone(&self.dispatcher.suspects), self.dispatcher.caller.clone());
         Ok(Some(Box::pin(async move {
-            for worker in doubtful {
-                let died = suspects::has_died(&caller, &worker).await;
-                suspects.settle(print, &worker, died);
+            for death in doubtful {
+                let died = suspects::has_died(&caller, &death).await;
+                suspects.settle(print, &death, died);
             }
         })))
     }

@@ -12,6 +12,7 @@
 
 mod attempt;
 mod cutter;
+mod deaths;
 mod relay;
 mod rename;
 mod servers;
@@ -85,6 +86,8 @@ pub(crate) struct Asked {
     /// Under which the logs of router and server know it.
     pub(crate) id: String,
     pub(crate) cache_salt: u64,
+    /// Whose requests servers died with.
+    pub(crate) owner: u64,
     pub(crate) session: Option<u64>,
     pub(crate) explain: Option<Explanation>,
     pub(crate) started: Instant,
@@ -168,6 +171,7 @@ impl Forwarder {
     async fn open(self: Arc<Self>, asked: Arc<Asked>) -> Result<Opened, Refusal> {
         let mut tries = Tries::default();
         loop {
+            self.check(&asked).await?;
             let mut avoid = self.unfit(&mut tries.full);
             avoid.extend(tries.failed.iter().cloned());
             let sought = Sought {
@@ -186,11 +190,22 @@ impl Forwarder {
             };
             self.dispatcher.metrics.dispatched("local");
             let worker = Arc::clone(&placement.decode);
+            let sent_at = Instant::now();
             let lost = match attempt::open(&self, &asked, placement).await {
-                Ok(opened) => return Ok(opened),
+                Ok(opened) => {
+                    if let Answer::Whole { .. } | Answer::Long { .. } = opened.answer {
+                        self.survived(&asked);
+                    }
+                    return Ok(opened);
+                }
                 Err(lost) => lost,
             };
             self.lost(&asked, &worker, &lost);
+            match &lost {
+                Lost::Refused(_) => self.survived(&asked),
+                lost if lost.may_be_death() => self.suspect(&asked, &worker, sent_at),
+                _ => {}
+            }
             if let Lost::Denied(_) = lost
                 && self.servers.read_key_again(&worker.member.pool).await
             {

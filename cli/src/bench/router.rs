@@ -74,6 +74,7 @@ async fn hold(args: &BenchRouterArgs) -> Result<(), Failure> {
 async fn start(args: &BenchRouterArgs, workload: Workload) -> Result<Fleet, Failure> {
     Fleet::start(Wanted {
         engines: workload.engines(),
+        stretch: args.stretch,
         workers: args.workers,
         policy: &args.policy,
         model: &args.model,
@@ -96,7 +97,7 @@ async fn measure_all(args: &BenchRouterArgs) -> Result<(), Failure> {
         };
         let bench = Bench::new(args, fleet.as_ref())?;
         for workload in group {
-            let concurrency = match (args.concurrency.as_slice(), workload.pace(1)) {
+            let concurrency = match (args.concurrency.as_slice(), workload.pace(1, 1)) {
                 ([], _) | (_, Pace::Arrivals { .. }) => workload.concurrency(),
                 (named, Pace::Closed | Pace::Open) => named,
             };
@@ -134,6 +135,7 @@ struct Bench {
     engine_count: usize,
     model: String,
     time: Duration,
+    stretch: u32,
     /// Of what was started here.
     place: Option<Place>,
     /// The model whose tokenizer is the floor, where the router has one.
@@ -152,6 +154,8 @@ struct Subject {
 struct Measured {
     sample: Sample,
     cpu: Duration,
+    /// Of all processors of this machine, whoever used them.
+    machine: process::Busy,
     resident_bytes: u64,
     /// Before and after streams that were only open.
     around_bytes: Option<(u64, u64)>,
@@ -183,17 +187,20 @@ impl Bench {
         let time = Duration::from_secs_f64(args.seconds);
         let place = fleet.map(|fleet| fleet.place.clone());
         let tokenizer = place.as_ref().filter(|place| place.passing.is_none()).map(|_| args.model.clone());
-        Ok(Self { gateway, direct, engines, engine_count, model, time, place, tokenizer })
+        let stretch = args.stretch;
+        Ok(Self { gateway, direct, engines, engine_count, model, time, stretch, place, tokenizer })
     }
 
     async fn row(&self, workload: Workload, clients: u32) -> Result<Row, Failure> {
-        let pace = workload.pace(self.engine_count.max(1));
+        let workers = self.engine_count.max(1);
+        let pace = workload.pace(workers, self.stretch);
         let turns = if pace == Pace::Closed && self.direct.is_some() { TURNS } else { 1 };
         let load = Load {
             workload,
             targets: Vec::new(),
             concurrency: clients as usize,
             pace,
+            chats: workload.chats(workers),
             time: if pace == Pace::Open { self.time.max(OPEN_FOR) } else { self.time / turns },
         };
         // Streams that are only open say nothing about engines.
@@ -235,11 +242,14 @@ impl Bench {
         let before = self.engines.read().await?;
         let (cold, cold_bytes) = (process::cpu_time(&subject.pids), process::resident_bytes(&subject.pids));
         let (mut cpu, mut bytes) = (Duration::ZERO, 0);
+        let mut machine = process::Busy::default();
         let begin = || {
+            machine = process::Busy::now();
             cpu = process::cpu_time(&subject.pids);
             bytes = process::resident_bytes(&subject.pids);
         };
         let sample = load.run(&requests, begin).await;
+        measured.machine += process::Busy::now() - machine;
         if load.pace == Pace::Open {
             measured.cpu += cpu.saturating_sub(cold);
             measured.resident_bytes = bytes;

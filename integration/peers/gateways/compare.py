@@ -28,18 +28,26 @@ SECONDS = float(os.environ.get("SECONDS_EACH", 0.7 if QUICK else 1.5))
 READY_WITHIN_S = 90
 
 # Kind of engines, workers, policies of peers, and what is sent: workload, concurrency, rounds, seconds.
-RATED = [("chats", 0, 1, SECONDS)] if QUICK else [(name, 0, 1, SECONDS) for name in ("prefixes", "zipf", "chats")]
+# Which workloads; those that have a rate, with how many workers, and how many times as slow.
+NAMED = os.environ.get("WORKLOADS", "").split()
+WORKERS = int(os.environ.get("WORKERS", 4))
+STRETCH = int(os.environ.get("STRETCH", 1))
+RATED = [("chats", 0, 1, SECONDS)] if QUICK and not NAMED else [
+    (name, 0, 1, SECONDS) for name in ("prefixes", "zipf", "chats")]
 CLOSED = [("short", 1), ("short", 256), ("shared", 256), ("stream", 256)]
-if not QUICK:
+if not QUICK or NAMED:
     # What costs memory is measured by itself: streams that yield nothing.
-    CLOSED = [*[("short", c) for c in (1, 32, 256, 1024)], ("shared", 1), ("shared", 256),
-              ("stream", 1), ("stream", 256), ("large", 8)]
+    CLOSED = [(name, c) for name in ("short", "shared", "stream") for c in (1, 32, 256, 1024)] + [("large", 8)]
 GROUPS = [
     ("engines that take no time", 2, ["round_robin"], [(*cell, ROUNDS, SECONDS) for cell in CLOSED]),
-    ("a token every 20 ms", 2, ["round_robin"], [] if QUICK else [("paced", 256, 1, 6)]),
-    ("a token never", 2, ["round_robin"], [] if QUICK else [("quiet", 2000, 1, 5)]),
-    ("engines with prefill times and small prefix caches", 4, ["round_robin", "cache_aware"], RATED),
+    ("a token every 20 ms", 2, ["round_robin"], [] if QUICK and not NAMED else [("paced", 256, 1, 6)]),
+    ("a token never", 2, ["round_robin"], [] if QUICK and not NAMED else [("quiet", 2000, 1, 5)]),
+    ("engines with prefill times and small prefix caches", WORKERS, ["round_robin", "cache_aware"], RATED),
 ]
+
+
+def chosen(cells):
+    return [cell for cell in cells if not NAMED or cell[0] in NAMED]
 
 
 def children(pid):
@@ -69,6 +77,7 @@ class Gateway:
     def __init__(self, name, command, url, log, environment=None, pids=None):
         self.name, self.command, self.url, self.log = name, command, url, log
         self.process = None
+        self.shown = " ".join(command or [])
         self.pids = pids
         if command:
             self.process = subprocess.Popen(command, env=os.environ | (environment or {}), stdin=subprocess.DEVNULL,
@@ -106,7 +115,7 @@ class Held:
 
     def __init__(self, baton, workload, workers):
         self.command = [baton, "bench", "router", "--hold", "--workload", workload, "--workers", str(workers),
-                        "--passing"]
+                        "--stretch", str(STRETCH), "--passing"]
         self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, text=True)
         self.place = json.loads(self.process.stdout.readline())
 
@@ -126,7 +135,7 @@ def baton_router(baton, place, policy, port, folder):
 
 def measure(baton, gateway, engines, workload, clients, seconds):
     command = [baton, "bench", "router", "--json", "--no-direct", "--url", gateway.url, "--workload", workload,
-               "--seconds", str(seconds)]
+               "--seconds", str(seconds), "--stretch", str(STRETCH)]
     if clients:
         command += ["--concurrency", str(clients)]
     if gateway.pids:
@@ -137,10 +146,35 @@ def measure(baton, gateway, engines, workload, clients, seconds):
     rows = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode != 0:
         print(f"{gateway.name}, {workload} at {clients}: {run.stderr.strip()[-300:]}", file=sys.stderr)
-    return rows[0] | {"gateway": gateway.name} if rows else None
+    return rows[0] | {"gateway": gateway.name, "command": gateway.shown} if rows else None
 
 
-def group(baton, out, names, workers, policies, cells, rows, commands):
+class Rows:
+    """Every row that was measured, in a file; what is measured again takes the place of what was there."""
+
+    def __init__(self, out):
+        self.path = pathlib.Path(out, "rows.jsonl")
+        if not NAMED:
+            self.path.unlink(missing_ok=True)
+        self.run = time.time()
+
+    def add(self, row, workers):
+        row |= {"workers": workers, "stretch": STRETCH, "run": self.run}
+        with open(self.path, "a") as file:
+            file.write(json.dumps(row) + "\n")
+
+    def tables(self):
+        """Workload, concurrency, workers -> gateway -> its rows of the last run that had it."""
+        tables = collections.OrderedDict()
+        for line in self.path.read_text().splitlines() if self.path.exists() else []:
+            row = json.loads(line)
+            table = tables.setdefault((row["workload"], row["concurrency"], row["workers"]), collections.OrderedDict())
+            found = table.get(row["gateway"], [])
+            table[row["gateway"]] = [*(old for old in found if old["run"] == row["run"]), row]
+        return tables
+
+
+def group(baton, out, names, workers, policies, cells, rows):
     gateways = []
     fleet = Held(baton, cells[0][0], workers)
     place, engines = fleet.place, fleet.place["engines"]
@@ -165,7 +199,7 @@ def group(baton, out, names, workers, policies, cells, rows, commands):
             for gateway in started:
                 gateways.append(gateway)
                 shown = gateway.command or (["(no gateway)"] if gateway.name == "direct" else fleet.command)
-                commands.setdefault(gateway.name, " ".join(shown))
+                gateway.shown = " ".join(shown)
             # Engines that yield no token answer nobody: there a gateway that lives is ready.
             still = cells[0][0] == "quiet"
             good = [gateway for gateway in started if gateway.name == "direct" or gateway.ready(still)]
@@ -177,9 +211,7 @@ def group(baton, out, names, workers, policies, cells, rows, commands):
                     for gateway in good[turn % len(good):] + good[:turn % len(good)]:
                         row = measure(baton, gateway, engines, workload, clients, seconds)
                         if row:
-                            rows.append(row)
-                            with open(pathlib.Path(out, "rows.jsonl"), "a") as file:
-                                file.write(json.dumps(row) + "\n")
+                            rows.add(row, workers)
         finally:
             for gateway in gateways:
                 gateway.stop()
@@ -193,6 +225,7 @@ COLUMNS = [
     ("p99 us", lambda r: r["first_p99_us"], "{:.0f}"),
     ("CPU s/1000", lambda r: r["cpu_s_per_1000"], "{:.3f}"),
     ("CPU us/token", lambda r: r["cpu_us_per_token"], "{:.2f}"),
+    ("machine busy", lambda r: r["machine_busy"], "{:.2f}"),
     ("RSS MiB", lambda r: r["resident_mib"], "{:.0f}"),
     ("before", lambda r: r.get("around_mib", [r["resident_mib"]])[0], "{:.0f}"),
     ("after", lambda r: r.get("around_mib", [r["resident_mib"]])[-1], "{:.0f}"),
@@ -202,22 +235,22 @@ COLUMNS = [
 ]
 
 
-def document(rows, commands, versions):
-    cells = collections.OrderedDict()
-    for row in rows:
-        cells.setdefault((row["workload"], row["concurrency"]), collections.OrderedDict()).setdefault(
-            row["gateway"], []).append(row)
+def document(tables, versions):
+    commands = collections.OrderedDict()
     lines = ["# Gateways side by side", "",
              f"{datetime.date.today()}, {platform.machine()}, {os.cpu_count()} processors, Linux {platform.release()}; "
-             f"{', '.join(versions)}; median of up to {ROUNDS} rounds of {SECONDS} s, load average now "
-             f"{os.getloadavg()[0]:.1f}. What the workloads are: docs/benchmarks.md. `added` is over the row `direct`.", ""]
-    for (workload, clients), gateways in cells.items():
-        lines += [f"## {workload}, {clients} at once" if workload not in ("prefixes", "zipf", "chats") else f"## {workload}",
+             f"{', '.join(versions)}; median of up to {ROUNDS} rounds of {SECONDS} s. "
+             f"What the workloads are: docs/benchmarks.md. `added` is over the row `direct`.", ""]
+    for (workload, clients, workers), gateways in tables.items():
+        stretch = next(iter(gateways.values()))[0]["stretch"]
+        how = f"{workers} workers" + (f", all {stretch} times as slow" if stretch > 1 else "")
+        lines += [f"## {workload}, " + (how if workload in ("prefixes", "zipf", "chats") else f"{clients} at once"),
                   "", "| gateway | " + " | ".join(name for name, _, _ in COLUMNS) + " | added p50 us | added p99 us |",
                   "|---" * (len(COLUMNS) + 3) + "|"]
         median = lambda found, value: statistics.median(value(row) for row in found)
         direct = gateways.get("direct")
         for name, found in gateways.items():
+            commands.setdefault(name, found[0]["command"])
             values = [form.format(median(found, value)) for _, value, form in COLUMNS]
             added = ["-", "-"]
             if direct and name != "direct":
@@ -230,20 +263,19 @@ def document(rows, commands, versions):
 
 def main(baton, out, names):
     baton = str(pathlib.Path(baton).resolve())
-    pathlib.Path(out, "rows.jsonl").unlink(missing_ok=True)
     version = subprocess.run([baton, "--version"], stdout=subprocess.PIPE, text=True).stdout.strip()
     versions = [version, *[peers.version(name) for name in names]]
-    rows, commands = [], {}
+    rows = Rows(out)
     for title, workers, policies, cells in GROUPS:
-        if cells:
+        if cells := chosen(cells):
             print(f"{title}: {len(cells)} workloads", file=sys.stderr)
-            group(baton, out, [name for name in names if name != "dynamo"], workers, policies, cells, rows, commands)
+            group(baton, out, [name for name in names if name != "dynamo"], workers, policies, cells, rows)
     if "dynamo" in names:
         import dynamo_peer
         # Once: it is far from the others. Its context is shorter than the large prompts.
-        cells = [cell for cell in CLOSED if cell[0] != "large"]
-        dynamo_peer.measure_all(baton, out, cells, 1, SECONDS, rows, commands)
-    text = document(rows, commands, versions)
+        cells = [cell for cell in chosen(CLOSED) if cell[0] != "large"]
+        dynamo_peer.measure_all(baton, out, cells, 1, SECONDS, rows)
+    text = document(rows.tables(), versions)
     pathlib.Path(out, "gateways.md").write_text(text)
     print(text)
 

@@ -1,5 +1,4 @@
 """Dynamo's frontend in front of its own mocker: it does not speak to workers of others."""
-import json
 import os
 import pathlib
 import tempfile
@@ -10,6 +9,7 @@ import peers
 PLANES = ["--discovery-backend", "file", "--request-plane", "tcp", "--event-plane", "zmq"]
 
 
+WORKERS = 2
 MODES = [("kv", "default"), ("kv", "fastokens"), ("round-robin", "default")]
 
 
@@ -23,20 +23,20 @@ def commands(mode, tokenizer, port, model, workers):
     return frontend, mocker
 
 
-def measure_all(baton, out, cells, rounds, seconds, rows, shown):
+def measure_all(baton, out, cells, rounds, seconds, rows):
     """Sends what the others got through each mode of its router; its engines count nothing that could be read here."""
     hold = compare.Held(baton, "short", 1)
     try:
         for mode, tokenizer in MODES:
             with tempfile.TemporaryDirectory() as folder:
                 port = peers.free_port()
-                frontend, mocker = commands(mode, tokenizer, port, hold.place["model"], 2)
+                frontend, mocker = commands(mode, tokenizer, port, hold.place["model"], WORKERS)
                 environment = {"DYN_FILE_KV": folder, "HF_HUB_OFFLINE": "1", "DYN_LOG": "warn"}
                 log = open(pathlib.Path(out, f"dynamo-{mode}-{tokenizer}.log"), "w")
                 name = f"dynamo {mode}" + ("" if tokenizer == "default" else f" {tokenizer}")
                 gateway = compare.Gateway(name, frontend, f"http://127.0.0.1:{port}", log, environment)
                 workers = compare.Gateway("mocker", mocker, gateway.url, log, environment)
-                shown[gateway.name] = " ".join(frontend) + "` with `" + " ".join(mocker)
+                gateway.shown = " ".join(frontend) + "` with `" + " ".join(mocker)
                 try:
                     if not gateway.ready():
                         continue
@@ -44,9 +44,7 @@ def measure_all(baton, out, cells, rounds, seconds, rows, shown):
                         for _ in range(rounds):
                             row = compare.measure(baton, gateway, [], workload, clients, seconds)
                             if row:
-                                rows.append(row)
-                                with open(pathlib.Path(out, "rows.jsonl"), "a") as file:
-                                    file.write(json.dumps(row) + "\n")
+                                rows.add(row, WORKERS)
                 finally:
                     gateway.stop()
                     workers.stop()

@@ -1,8 +1,10 @@
 #!/usr/bin/env bash
 # Baton's router and other gateways side by side: the same simulated engines behind each, the same requests through each, in turns.
 # Usage: integration/peers/gateways/run.sh [NAME...] with any of: vllm-router sglang-router smg dynamo (default: all).
-# QUICK=1 takes under three minutes instead of fifteen; ROUNDS (3) and SECONDS_EACH (1.5) may be set; OUT (target/peers) is where
+# QUICK=1 takes under three minutes instead of twenty; ROUNDS (3) and SECONDS_EACH (1.5) may be set; OUT (target/peers) is where
 # gateways.md and every row (rows.jsonl) go; BATON names a binary instead of building one.
+# In pieces: WORKLOADS="short paced" measures these only and leaves the others in gateways.md as they are. WORKERS (4) is how many
+# engines prefixes, zipf and chats have behind them, STRETCH (1) how many times as slow these are, and as seldom asked.
 #
 # Installs the public wheels into virtual environments below target/peers. Of ai-dynamo (690 MB installed) only what its frontend and
 # its mocker need: a dependency of the whole package is downloaded from an index of its vendor.

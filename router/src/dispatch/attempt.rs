@@ -25,7 +25,7 @@ use super::call::{self, CallError, Caller};
 use super::frames::{Found, Item, Stream, Way};
 use super::lines::{LineError, Lines};
 use super::place::Placement;
-use super::{Dispatcher, Job, Suspects};
+use super::{Death, Dispatcher, Job, Suspects};
 use crate::alarm::Alarm;
 use crate::fleet::{Occupied, Worker};
 use crate::metrics::{Metrics, MoveReason};
@@ -393,6 +393,11 @@ impl Attempt {
         }
     }
 
+    /// When it was sent.
+    pub(super) fn placed_at(&self) -> Instant {
+        self.placed_at
+    }
+
     /// Whether it was sent so long ago that its worker had it, and not only a connection that had broken before.
     pub(super) fn was_heard(&self, now: Instant) -> bool {
         now.duration_since(self.placed_at) >= HEARD_AFTER
@@ -528,7 +533,7 @@ impl PrefillJob {
         let now = Instant::now();
         if matches!(error, CallError::Broken(_)) && now.duration_since(asked) >= HEARD_AFTER {
             let print = self.suspects.print(&self.prompt, self.owner, &self.sampling);
-            self.suspects.broke(print, &self.prefill, now);
+            self.suspects.broke(print, Death::of(&self.prefill, asked, now));
         }
         let leaving = matches!(error, CallError::Refused { code: FailureCode::Unavailable, .. });
         if leaving || matches!(error, CallError::Connect(_)) {

@@ -1,7 +1,8 @@
 //! Requests that workers die with: after two deaths a request is refused for a while, instead of killing a third worker.
 //!
 //! A death counts when the connection to a worker breaks with the request on it and no token of it yet, and the worker, asked
-//! once more, turns out to be gone or in another life. A token clears the request: the engine has survived its prompt.
+//! once more, turns out to be gone or in another life. A token clears the request: the engine has survived its prompt. Whether a
+//! server of another project died is found out otherwise ([`crate::forward`]); what follows from it is the same.
 
 use std::collections::HashMap;
 use std::hash::{BuildHasher as _, RandomState};
@@ -29,8 +30,8 @@ const PATIENCE: Duration = Duration::from_millis(500);
 pub(crate) enum Verdict {
     /// It may go on.
     Free,
-    /// Once it is known which of these workers died.
-    Doubtful(Vec<Arc<Worker>>),
+    /// Once it is known which of these are deaths.
+    Doubtful(Vec<Death>),
     /// Enough died.
     Barred,
 }
@@ -51,11 +52,38 @@ struct Case {
     last: Instant,
 }
 
-#[derive(Debug)]
-struct Death {
-    worker: Arc<Worker>,
+/// What may have been the death of a worker, or of the server beside it.
+#[derive(Debug, Clone)]
+pub(crate) struct Death {
+    pub(crate) worker: Arc<Worker>,
+    /// When the request was sent there,
+    pub(crate) sent_at: Instant,
+    /// and when it failed.
+    pub(crate) at: Instant,
     /// It is known to be dead, not only out of reach for a moment.
     certain: bool,
+}
+
+impl Death {
+    /// One that is not certain.
+    pub(crate) fn of(worker: &Arc<Worker>, sent_at: Instant, at: Instant) -> Self {
+        Self { worker: Arc::clone(worker), sent_at, at, certain: false }
+    }
+
+    /// Whether it is of the same life as `later`. A worker has another epoch in another life; the server beside one just goes
+    /// on, and what was sent to it after it broke was sent to another life of it, if it did die.
+    fn same_life(&self, later: &Self) -> bool {
+        self.same_worker(later) && (self.worker.member.server.is_none() || later.sent_at < self.at)
+    }
+
+    fn same_worker(&self, other: &Self) -> bool {
+        let (ours, theirs) = (&self.worker.member, &other.worker.member);
+        ours.worker == theirs.worker && ours.epoch == theirs.epoch
+    }
+
+    fn is(&self, other: &Self) -> bool {
+        self.same_worker(other) && self.at == other.at
+    }
 }
 
 impl Case {
@@ -83,13 +111,19 @@ impl Suspects {
         self.key.hash_one((prompt, owner, bits, bias, rest))
     }
 
+    /// What names a request of `owner` that is passed on to servers as it came.
+    pub(crate) fn print_of_body(&self, path: &str, body: &[u8], owner: u64) -> u64 {
+        self.key.hash_one((path, body, owner))
+    }
+
     /// Whether no request is under suspicion: nothing needs to be asked, then.
     pub(crate) fn is_empty(&self) -> bool {
         self.count.load(Ordering::Relaxed) == 0
     }
 
-    /// A connection to `worker` broke with the request on it.
-    pub(crate) fn broke(&self, print: u64, worker: &Arc<Worker>, now: Instant) {
+    /// A worker may have died with the request.
+    pub(crate) fn broke(&self, print: u64, death: Death) {
+        let now = death.at;
         let mut cases = self.cases();
         cases.retain(|_, case| now < case.last + BARRED_FOR);
         if cases.len() >= CASES_MAX
@@ -99,8 +133,8 @@ impl Suspects {
             cases.remove(&oldest);
         }
         let case = cases.entry(print).or_insert_with(|| Case { deaths: Vec::new(), last: now });
-        if !case.is_closed() && !case.deaths.iter().any(|death| same_life(&death.worker, worker)) {
-            case.deaths.push(Death { worker: Arc::clone(worker), certain: false });
+        if !case.is_closed() && !case.deaths.iter().any(|known| known.same_life(&death)) {
+            case.deaths.push(death);
             case.last = now;
         }
         self.count.store(cases.len(), Ordering::Relaxed);
@@ -127,19 +161,18 @@ impl Suspects {
         if case.deaths.len() < DEATHS {
             return Verdict::Free;
         }
-        let doubtful = case.deaths.iter().filter(|death| !death.certain);
-        Verdict::Doubtful(doubtful.map(|death| Arc::clone(&death.worker)).collect())
+        Verdict::Doubtful(case.deaths.iter().filter(|death| !death.certain).cloned().collect())
     }
 
-    /// It turned out whether a worker died.
-    pub(crate) fn settle(&self, print: u64, worker: &Worker, died: bool) {
+    /// It turned out whether it was a death.
+    pub(crate) fn settle(&self, print: u64, death: &Death, died: bool) {
         let mut cases = self.cases();
         let Some(case) = cases.get_mut(&print).filter(|case| !case.is_closed()) else { return };
         if died {
-            let same = case.deaths.iter_mut().filter(|death| same_life(&death.worker, worker));
-            same.for_each(|death| death.certain = true);
+            let same = case.deaths.iter_mut().filter(|known| known.is(death));
+            same.for_each(|known| known.certain = true);
         } else {
-            case.deaths.retain(|death| !same_life(&death.worker, worker));
+            case.deaths.retain(|known| !known.is(death));
         }
     }
 
@@ -148,12 +181,9 @@ impl Suspects {
     }
 }
 
-fn same_life(a: &Worker, b: &Worker) -> bool {
-    a.member.worker == b.member.worker && a.member.epoch == b.member.epoch
-}
-
 /// Asks whether the life of a worker has ended.
-pub(crate) async fn has_died(caller: &Caller, worker: &Worker) -> bool {
+pub(crate) async fn has_died(caller: &Caller, death: &Death) -> bool {
+    let worker = &death.worker;
     match tokio::time::timeout(PATIENCE, caller.state(worker.authority())).await {
         Ok(Ok(status)) => status.worker != worker.member.worker || status.epoch != Some(worker.member.epoch),
         Ok(Err(error)) => matches!(error, CallError::Connect(_) | CallError::Broken(_)),

@@ -49,6 +49,7 @@ fn status(running: u32, waiting: u32, tokens: u64) -> WorkerStatus {
         last_error: None,
         last_error_ago_ms: None,
         age_ms: None,
+        server_gone_ms: None,
         drain: None,
     }
 }

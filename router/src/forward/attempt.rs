@@ -90,6 +90,8 @@ pub(super) enum Answer {
 pub(super) struct Opened {
     pub(super) worker: Arc<Worker>,
     pub(super) occupied: Occupied,
+    /// When it was sent.
+    pub(super) sent_at: Instant,
     pub(super) answer: Answer,
     /// A stream may be silent for so long.
     pub(super) silent_timeout: Duration,
@@ -128,7 +130,7 @@ pub(super) async fn open(forwarder: &Forwarder, asked: &Asked, placement: Placem
     }
     let renames = Rename::between(spec.model.as_deref(), asked.request.model());
     let silent_timeout = spec.silent_timeout;
-    Ok(Opened { answer, occupied, silent_timeout, renames, worker: Arc::clone(&worker) })
+    Ok(Opened { answer, occupied, sent_at: placed, silent_timeout, renames, worker: Arc::clone(&worker) })
 }
 
 /// How long a server is waited for.

@@ -49,6 +49,9 @@ enum Source {
 /// The body of a server's answer.
 struct Open {
     worker: Arc<Worker>,
+    sent_at: Instant,
+    /// The server has not yet said more of the answer than its beginning, which some say before they have a token.
+    unproven: bool,
     _occupied: Occupied,
     body: Incoming,
     renames: Option<Rename>,
@@ -99,7 +102,7 @@ impl Relay {
     }
 
     fn source_of(&self, opened: Opened) -> Option<Source> {
-        let Opened { worker, occupied, answer, silent_timeout, renames } = opened;
+        let Opened { worker, occupied, sent_at, answer, silent_timeout, renames } = opened;
         let (first, body) = match answer {
             Answer::Events { first, body } => (first, body),
             Answer::Long { begun, body, .. } if self.cutter.is_none() => (begun, body),
@@ -107,7 +110,17 @@ impl Relay {
         };
         let patience = Patience::within_the_answer(&self.asked, self.forwarder.timeouts(), silent_timeout);
         let tick = Box::pin(tokio::time::sleep(TICK));
-        let open = Open { worker, _occupied: occupied, body, renames, patience, waiting_since: None, tick };
+        let open = Open {
+            worker,
+            sent_at,
+            unproven: self.cutter.is_some(),
+            _occupied: occupied,
+            body,
+            renames,
+            patience,
+            waiting_since: None,
+            tick,
+        };
         Some(Source::Open { first: Some(first), open: Box::new(open) })
     }
 
@@ -140,6 +153,7 @@ impl Relay {
                 },
             };
             self.tally.push(&data);
+            self.prove();
             let out = match &mut self.cutter {
                 Some(cutter) => cutter.push(data),
                 None => Some(data),
@@ -148,6 +162,21 @@ impl Relay {
                 self.quiet.speak();
                 return Poll::Ready(Some(Ok(self.rename(out))));
             }
+        }
+    }
+
+    /// Takes note of what the stream says about the server: that it lives, or that its engine may have died.
+    fn prove(&mut self) {
+        let Source::Open { open, .. } = &mut self.source else { return };
+        if !open.unproven {
+            return;
+        }
+        if self.tally.says_error() {
+            open.unproven = false;
+            self.forwarder.suspect(&self.asked, &open.worker, open.sent_at);
+        } else if self.tally.says_more() {
+            open.unproven = false;
+            self.forwarder.survived(&self.asked);
         }
     }
 
@@ -187,6 +216,9 @@ impl Relay {
     fn lose(&mut self, lost: &Lost) -> Option<Result<Bytes, BrokenOff>> {
         if let Source::Open { open, .. } = &self.source {
             self.forwarder.lost(&self.asked, &open.worker, lost);
+            if open.unproven && lost.may_be_death() {
+                self.forwarder.suspect(&self.asked, &open.worker, open.sent_at);
+            }
             self.forwarder.dispatcher.metrics.migrated(lost.reason(), false);
         }
         let refusal = if matches!(lost, Lost::Deadline) { Refusal::TimedOut } else { Refusal::WorkerLost };

@@ -59,22 +59,30 @@ impl Tally {
     /// Whether the answer said that it ends, or why.
     pub(super) fn says_end(&self) -> bool {
         // At the beginning of a line: within a text there are no line ends.
-        let says_done = |line: &[u8]| {
-            let data = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii);
-            data == Some(b"[DONE]")
-        };
-        self.tail.split(|byte| *byte == b'\n').any(says_done)
+        self.data_lines().any(|data| data == b"[DONE]")
             || find_last(&self.tail, b"\"finish_reason\":\"").is_some()
             || find_last(&self.tail, b"\"finish_reason\": \"").is_some()
     }
 
+    /// Of the beginning of a stream: whether more came than one event, which may say no more than that there will be others.
+    pub(super) fn says_more(&self) -> bool {
+        self.data_lines().nth(1).is_some()
+    }
+
     /// Whether the server said itself that the stream failed.
     pub(super) fn says_error(&self) -> bool {
-        let says_error = |line: &[u8]| {
-            let data = line.strip_prefix(b"data:").map(<[u8]>::trim_ascii_start);
-            data.is_some_and(|data| data.starts_with(b"{\"error\":"))
-        };
-        self.tail.split(|byte| *byte == b'\n').any(says_error)
+        self.data_lines().any(|data| {
+            let value = [&b"{"[..], b"\"error\"", b":"]
+                .iter()
+                .try_fold(data, |rest, part| rest.strip_prefix(*part).map(<[u8]>::trim_ascii_start));
+            value.is_some_and(|value| !value.starts_with(b"null"))
+        })
+    }
+
+    fn data_lines(&self) -> impl Iterator<Item = &[u8]> {
+        self.tail
+            .split(|byte| *byte == b'\n')
+            .filter_map(|line| line.strip_prefix(b"data:").map(<[u8]>::trim_ascii))
     }
 
     fn usage(&self) -> Option<Usage> {
@@ -143,6 +151,19 @@ mod tests {
     fn an_error_is_one_that_the_server_said() {
         assert!(tally(true, &["data: x\n\ndata: {\"error\":{\"message\":\"m\"}}\n\n"]).says_error());
         assert!(!tally(true, &["data: {\"content\":\"data: {\\\"error\\\":1}\"}\n\n"]).says_error());
+        assert!(!tally(true, &["data: {\"error\": null, \"choices\":[]}\n\n"]).says_error());
+    }
+
+    #[test]
+    fn a_beginning_says_nothing_more_or_an_error() {
+        let told = |pieces: &[&str]| {
+            let tally = tally(true, pieces);
+            (tally.says_more(), tally.says_error())
+        };
+        assert_eq!(told(&[": ping\n\n: ping\n\n", "data: {\"choices\":[]}\n\n"]), (false, false));
+        assert_eq!(told(&["data: {\"choices\":[]}\n\n", "data: {\"error\": \"said\"}"]), (true, true));
+        assert_eq!(told(&["data: { \"error\": {}}\n\ndata: [DONE]\n\n"]), (true, true));
+        assert_eq!(told(&["event: a\ndata:{\"text\":\"{\\\"error\\\"\"}\n\ndata:{}"]), (true, false));
     }
 
     #[test]

@@ -67,6 +67,7 @@ impl Gateway {
             _held: held,
             id: new_id()?,
             cache_salt: self.auth.salt(principal)?,
+            owner: self.auth.owner(principal),
             session: placing.session,
             explain: placing.explain,
             started,

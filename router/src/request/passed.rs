@@ -88,6 +88,11 @@ impl Passed {
         self.model.as_ref().map(|(name, _)| name.as_str())
     }
 
+    /// The body as it came, without what never passes.
+    pub(crate) fn body(&self) -> &[u8] {
+        &self.body
+    }
+
     /// The body for a server that calls the model `name`.
     pub(crate) fn body_for(&self, name: Option<&str>) -> Bytes {
         match (&self.model, name) {

@@ -23,7 +23,7 @@ fn forward(options: &mut RouterOptions, servers: &[&FakeServer], change: impl Fn
     options.forward = Some(ForwardOptions { pools });
 }
 
-async fn start(servers: &[&FakeServer], change: impl FnOnce(&mut ForwardPool)) -> Harness {
+pub(crate) async fn start(servers: &[&FakeServer], change: impl FnOnce(&mut ForwardPool)) -> Harness {
     let workers: Vec<_> = servers.iter().map(|server| &server.worker).collect();
     Harness::start(&workers, |options| forward(options, servers, change)).await
 }

@@ -10,7 +10,9 @@ use http_body_util::Full;
 use hyper::Request;
 use serde_json::{Value, json};
 
+use crate::fake_server::{Does, FakeServer};
 use crate::fake_worker::{Act, FakeWorker};
+use crate::forward;
 use crate::harness::Harness;
 
 const MANY: usize = 5;
@@ -145,4 +147,104 @@ async fn connections_that_break_are_no_deaths() {
         assert_eq!(harness.metric("baton_router_barred_total").await as u64, 0);
         harness.finish().await;
     }
+}
+
+/// Servers that take requests and say nothing, until they are told otherwise.
+async fn servers() -> (Vec<FakeServer>, Harness) {
+    let mut servers = Vec::new();
+    for at in 0..MANY {
+        let server = FakeServer::start(&format!("server-{at}")).await;
+        server.always(Does::Hangs);
+        servers.push(server);
+    }
+    let all: Vec<&FakeServer> = servers.iter().collect();
+    let harness = forward::start(&all, |_| {}).await;
+    (servers, harness)
+}
+
+fn got(servers: &[FakeServer]) -> usize {
+    servers.iter().map(|server| server.got().len()).sum()
+}
+
+/// Kills the next server that gets a request.
+async fn kill_server(servers: &mut Vec<FakeServer>, harness: &Harness) {
+    let before: Vec<usize> = servers.iter().map(|server| server.got().len()).collect();
+    let taken = || servers.iter().zip(&before).position(|(server, before)| server.got().len() > *before);
+    harness.until("a server took it", async || taken().is_some()).await;
+    let at = taken().expect("it did");
+    drop(servers.remove(at));
+}
+
+#[tokio::test]
+async fn a_request_that_servers_of_others_die_with_does_not_reach_a_third() {
+    for stream in [true, false] {
+        let (mut servers, harness) = servers().await;
+        let (mut body, mut other) = (ask("a deadly one"), ask("a harmless one"));
+        (body["stream"], other["stream"]) = (json!(stream), json!(stream));
+        let (answer, ()) = tokio::join!(harness.chat(&body), async {
+            kill_server(&mut servers, &harness).await;
+            kill_server(&mut servers, &harness).await;
+        });
+        assert_eq!(
+            (answer.status, &answer.json()["error"]["code"]),
+            (502, &json!("worker_lost")),
+            "{stream}"
+        );
+        for server in &servers {
+            server.always(Does::Streams(3, Duration::ZERO));
+        }
+        for _ in 0..3 {
+            let again = harness.chat(&body).await;
+            assert_eq!(again.status, 500, "{}", again.text);
+            assert_eq!(again.json()["error"]["code"], "request_failed_repeatedly");
+        }
+        assert_eq!(got(&servers), 0, "{stream}");
+        let answer = harness.chat(&other).await;
+        assert_eq!(answer.status, 200, "{}", answer.text);
+        assert_eq!(harness.metric("baton_router_barred_total").await as u64, 3);
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_fails_a_request_before_it_is_gone_died_with_it() {
+    const DEAD: &str = "{\"error\":{\"message\":\"the engine is dead\"}}";
+    for gone in [true, false] {
+        let (servers, harness) = servers().await;
+        for server in &servers {
+            server.always(Does::Refuses(500, DEAD));
+        }
+        let body = ask("a deadly one");
+        let answer = harness.chat(&body).await;
+        assert_eq!((answer.status, got(&servers)), (502, 2), "{}", answer.text);
+        for server in servers.iter().filter(|server| gone && !server.got().is_empty()) {
+            server.worker.misses_its_server();
+        }
+        let again = harness.chat(&body).await;
+        let expected = if gone { (500, 2) } else { (502, 4) };
+        assert_eq!((again.status, got(&servers)), expected, "{}", again.text);
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn servers_that_break_connections_have_not_died() {
+    let (servers, harness) = servers().await;
+    let body = ask("an unlucky one");
+    for does in [Does::Vanishes, Does::BreaksAfter(0), Does::BreaksAfter(1)] {
+        for server in &servers {
+            server.always(does.clone());
+        }
+        for _ in 0..MANY {
+            let answer = harness.chat(&body).await;
+            assert!([200, 502].contains(&answer.status), "{}", answer.text);
+        }
+    }
+    for server in &servers {
+        server.always(Does::Streams(3, Duration::ZERO));
+    }
+    let answer = harness.chat(&body).await;
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    assert_eq!(harness.metric("baton_router_barred_total").await as u64, 0);
+    harness.finish().await;
 }

@@ -5,7 +5,7 @@ use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use baton_config::protocol::{
     BlockCounts, FinishReason, GenerateEvent, GenerateRequest, HandoffOutcome, PrefillReply, PrefillReport,
@@ -109,6 +109,8 @@ pub(super) struct Script {
     speaks_frames: AtomicBool,
     /// Prompt tokens yet to be computed, and how many of them a second.
     queue: Mutex<(u64, Option<f64>)>,
+    /// When it found that nobody listens where the server is that it stands beside.
+    server_gone: Mutex<Option<Instant>>,
     /// Ends with the worker, and all connections with it.
     pub(super) life: CancellationToken,
     name: WorkerId,
@@ -163,6 +165,7 @@ impl FakeWorker {
             kv_events: Mutex::new(None),
             speaks_frames: AtomicBool::new(true),
             queue: Mutex::default(),
+            server_gone: Mutex::default(),
             life: CancellationToken::new(),
             name: worker.clone(),
             role,
@@ -223,6 +226,12 @@ impl FakeWorker {
     /// From now on the worker is one that speaks no frames: each call is a request of its own.
     pub(crate) fn without_frames(&self) -> &Self {
         self.script.speaks_frames.store(false, Ordering::SeqCst);
+        self
+    }
+
+    /// It has found that nobody listens where its server is.
+    pub(crate) fn misses_its_server(&self) -> &Self {
+        *self.script.server_gone.lock().expect("unpoisoned") = Some(Instant::now());
         self
     }
 
@@ -287,6 +296,11 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>)
     }
 }
 
+fn server_gone_ms(script: &Script) -> Option<u64> {
+    let at = *script.server_gone.lock().expect("unpoisoned");
+    at.map(|at| u64::try_from(at.elapsed().as_millis()).expect("not that long"))
+}
+
 fn state(script: &Script, seen: &Seen) -> WorkerStatus {
     let (prefill_tokens_pending, prefill_tokens_per_s) = *script.queue.lock().expect("unpoisoned");
     WorkerStatus {
@@ -309,6 +323,7 @@ fn state(script: &Script, seen: &Seen) -> WorkerStatus {
         last_error: None,
         last_error_ago_ms: None,
         age_ms: None,
+        server_gone_ms: server_gone_ms(script),
         drain: None,
     }
 }

@@ -61,6 +61,7 @@ pub(super) async fn state(State(shared): State<Arc<Shared>>) -> Json<WorkerStatu
         last_error,
         last_error_ago_ms: last_error_at.map(|at| millis(at.elapsed())),
         age_ms: life.map(|life| millis(life.since.elapsed())),
+        server_gone_ms: None,
         drain: drain_status(&shared),
     })
 }

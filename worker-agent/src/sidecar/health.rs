@@ -60,6 +60,10 @@ pub(super) struct Health {
     still: Option<(u64, Instant)>,
     canary_at: Option<Instant>,
     stuck: Option<String>,
+    /// Nobody listened at the last look that told,
+    gone: bool,
+    /// and since when, or when it last was so.
+    gone_at: Option<Instant>,
 }
 
 impl Health {
@@ -67,11 +71,17 @@ impl Health {
         &self.verdict
     }
 
+    /// When nobody was found to listen, at the first look of the last time that was so: what the server had before is lost.
+    pub(super) fn gone_at(&self) -> Option<Instant> {
+        self.gone_at
+    }
+
     /// Takes in a look; whether a canary should be sent now.
     pub(super) fn looked(&mut self, now: Instant, look: Result<Option<Gauges>, Failure>) -> bool {
         match look {
             Ok(gauges) => {
                 self.failures = 0;
+                self.gone = false;
                 let doubt = self.doubt(now, gauges);
                 self.verdict = match &self.stuck {
                     Some(why) => Verdict::Unwell(why.clone()),
@@ -82,7 +92,12 @@ impl Health {
             Err(failure) => {
                 self.failures += 1;
                 match failure {
-                    Failure::Refused(why) => self.fail(why),
+                    Failure::Refused(why) => {
+                        if !std::mem::replace(&mut self.gone, true) {
+                            self.gone_at = Some(now);
+                        }
+                        self.fail(why);
+                    }
                     Failure::Bad(why) if self.failures >= FAILURES_MAX => self.fail(why),
                     Failure::Bad(_) => {}
                 }
@@ -174,6 +189,25 @@ mod tests {
         assert_eq!(*health.verdict(), Verdict::Well);
         health.looked(now, Err(Failure::Refused("nobody listens".to_owned())));
         assert_eq!(*health.verdict(), Verdict::Unwell("nobody listens".to_owned()));
+    }
+
+    #[test]
+    fn a_server_is_gone_from_the_first_look_that_found_nobody() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let refused = || Err(Failure::Refused("nobody listens".to_owned()));
+        let mut health = Health::default();
+        health.looked(at(0), Ok(None));
+        health.looked(at(1), bad());
+        assert_eq!(health.gone_at(), None, "silence is no absence");
+        health.looked(at(2), refused());
+        health.looked(at(3), bad());
+        health.looked(at(4), refused());
+        assert_eq!(health.gone_at(), Some(at(2)));
+        health.looked(at(5), Ok(None));
+        assert_eq!(health.gone_at(), Some(at(2)), "that it came back does not change what was");
+        health.looked(at(9), refused());
+        assert_eq!(health.gone_at(), Some(at(9)));
     }
 
     #[test]

@@ -66,6 +66,7 @@ async fn state(State(shared): State<Arc<Shared>>) -> Json<WorkerStatus> {
         last_error,
         last_error_ago_ms: last_error_at.map(|at| millis(at.elapsed())),
         age_ms: life.map(|life| millis(life.since.elapsed())),
+        server_gone_ms: seen.gone_at.map(|at| millis(at.elapsed())),
         drain: drain_status(&shared),
     })
 }

@@ -23,6 +23,8 @@ pub(super) struct Seen {
     pub(super) gauges: Option<Gauges>,
     /// When it last answered.
     pub(super) at: Option<Instant>,
+    /// When nobody was found to listen, whether somebody does again or not.
+    pub(super) gone_at: Option<Instant>,
     pub(super) last_error: Option<Mishap>,
 }
 
@@ -73,6 +75,7 @@ impl Watcher {
             if let Some(what) = what {
                 seen.last_error = Some(Mishap { what, at: Instant::now() });
             }
+            seen.gone_at = health.gone_at();
             seen.verdict = verdict.clone();
         });
         self.metrics.set(verdict == Verdict::Well, gauges.flatten());

@@ -31,6 +31,10 @@ pub(crate) struct BenchRouterArgs {
     /// Workers of the fleet that is started.
     #[arg(long, default_value_t = 4, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=256))]
     pub(crate) workers: u32,
+    /// Engines that take time take N times as much, and requests come N times as slowly: for more workers than this machine's
+    /// processors can drive.
+    #[arg(long, default_value_t = 1, value_name = "N", value_parser = clap::value_parser!(u32).range(1..=64))]
+    pub(crate) stretch: u32,
     /// Policy of its router.
     #[arg(long, default_value = "kv_aware")]
     pub(crate) policy: String,

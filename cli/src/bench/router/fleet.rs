@@ -68,6 +68,8 @@ impl Place {
 #[derive(Debug, Clone, Copy)]
 pub(super) struct Wanted<'a> {
     pub(super) engines: Engines,
+    /// Times as slow as engines that take time could be.
+    pub(super) stretch: u32,
     pub(super) workers: u32,
     pub(super) policy: &'a str,
     pub(super) model: &'a Path,
@@ -195,22 +197,16 @@ fn copy_model(from: &Path, to: &Path) -> Result<(), Failure> {
 }
 
 fn document(wanted: &Wanted<'_>, model: &Path) -> String {
-    let (times, blocks, chunk) = match wanted.engines {
-        Engines::Fast => {
-            ("prefill_us_base: 0, prefill_us_per_token: 0, decode_us_base: 0", 1 << 18, CONTEXT_TOKENS / 2)
-        }
-        Engines::Paced => {
-            ("prefill_us_base: 0, prefill_us_per_token: 0, decode_us_base: 20000", 1 << 16, 1 << 16)
-        }
-        Engines::Still => (
-            "prefill_us_base: 3600000000, prefill_us_per_token: 0, decode_us_base: 3600000000",
-            1 << 16,
-            1 << 16,
-        ),
-        Engines::Timed => {
-            ("prefill_us_base: 2000, prefill_us_per_token: 40, decode_us_base: 2000", 1600, 512)
-        }
+    // Microseconds of a step, of a token of prompt, of a step of answers; blocks of KV, tokens of prompt a step takes.
+    let (prefill_base, prefill_token, decode_base, blocks, chunk) = match wanted.engines {
+        Engines::Fast => (0, 0, 0, 1 << 18, CONTEXT_TOKENS / 2),
+        Engines::Paced => (0, 0, 20_000, 1 << 16, 1 << 16),
+        Engines::Still => (3_600_000_000, 0, 3_600_000_000, 1 << 16, 1 << 16),
+        Engines::Timed => (2000 * wanted.stretch, 40 * wanted.stretch, 2000 * wanted.stretch, 1600, 512),
     };
+    let times = format!(
+        "prefill_us_base: {prefill_base}, prefill_us_per_token: {prefill_token}, decode_us_base: {decode_base}"
+    );
     let Wanted { workers, policy, .. } = *wanted;
     // One pool that does both, as behind any gateway; limits that nothing here reaches.
     format!(
@@ -265,7 +261,14 @@ mod tests {
         let model = directory.path().join("model");
         copy_model(&tiny, &model).unwrap();
         for engines in [Engines::Fast, Engines::Paced, Engines::Still, Engines::Timed] {
-            let wanted = Wanted { engines, workers: 3, policy: "round_robin", model: &tiny, passing: false };
+            let wanted = Wanted {
+                engines,
+                stretch: 64,
+                workers: 3,
+                policy: "round_robin",
+                model: &tiny,
+                passing: false,
+            };
             let path = directory.path().join("fleet.yaml");
             fs::write(&path, document(&wanted, &model)).unwrap();
             let fleet = baton_config::fleet::Fleet::load(&path).unwrap();

@@ -24,6 +24,8 @@ pub(super) struct Load {
     pub(super) targets: Vec<SocketAddr>,
     pub(super) concurrency: usize,
     pub(super) pace: Pace,
+    /// Chats that requests are turns of, if they are.
+    pub(super) chats: Option<usize>,
     pub(super) time: Duration,
 }
 
@@ -153,7 +155,7 @@ impl Load {
         count: u32,
         begin: impl FnOnce() + Send,
     ) -> Sample {
-        let desk = Arc::new(Desk::new(self.workload, requests));
+        let desk = Arc::new(Desk::new(self.chats, requests));
         begin();
         let start = Instant::now();
         let mut clients = JoinSet::new();
@@ -209,13 +211,12 @@ struct Chats {
     there: Semaphore,
 }
 
-/// Chats of [`Workload::Chats`].
-const CHATS: usize = 32;
-
 impl Desk {
-    fn new(workload: Workload, requests: &Requests) -> Self {
-        let chats = (workload == Workload::Chats)
-            .then(|| Chats { waiting: Mutex::new(vec![String::new(); CHATS]), there: Semaphore::new(CHATS) });
+    fn new(chats: Option<usize>, requests: &Requests) -> Self {
+        let chats = chats.map(|count| Chats {
+            waiting: Mutex::new(vec![String::new(); count]),
+            there: Semaphore::new(count),
+        });
         Self { requests: Mutex::new(requests.clone()), chats }
     }
 

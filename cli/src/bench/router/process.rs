@@ -1,7 +1,53 @@
 //! What processes cost, from `/proc`.
 
 use std::fs;
+use std::ops::{AddAssign, Sub};
 use std::time::Duration;
+
+/// What all processors of this machine were used for, by whomever, in ticks of the kernel.
+#[derive(Debug, Clone, Copy, Default)]
+pub(super) struct Busy {
+    used: u64,
+    all: u64,
+}
+
+impl Busy {
+    /// Since the machine started.
+    pub(super) fn now() -> Self {
+        Self::parse(&fs::read_to_string("/proc/stat").unwrap_or_default())
+    }
+
+    /// The first line: `cpu`, then user, nice, system, idle, waiting for input and output, interrupts of two kinds, stolen;
+    /// what guests had is in the first two.
+    fn parse(stat: &str) -> Self {
+        let line = stat.lines().next().unwrap_or_default();
+        let ticks: Vec<u64> =
+            line.split_ascii_whitespace().skip(1).take(8).map_while(|number| number.parse().ok()).collect();
+        let all = ticks.iter().sum();
+        let unused: u64 = ticks.iter().skip(3).take(2).sum();
+        Self { used: all - unused, all }
+    }
+
+    /// Share of what there was.
+    pub(super) fn share(self) -> f64 {
+        if self.all == 0 { 0.0 } else { self.used as f64 / self.all as f64 }
+    }
+}
+
+impl Sub for Busy {
+    type Output = Self;
+
+    fn sub(self, before: Self) -> Self {
+        Self { used: self.used.saturating_sub(before.used), all: self.all.saturating_sub(before.all) }
+    }
+}
+
+impl AddAssign for Busy {
+    fn add_assign(&mut self, more: Self) {
+        self.used += more.used;
+        self.all += more.all;
+    }
+}
 
 /// Time on a processor of all threads that live, user and system.
 pub(super) fn cpu_time(pids: &[u32]) -> Duration {
@@ -55,6 +101,15 @@ pub(super) fn children(pid: u32) -> Vec<(u32, Vec<String>)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_neither_idle_nor_waiting_is_used() {
+        let before = Busy::parse("cpu  10 1 9 100 20 1 1 1 5 5\ncpu0 1 1 1 1\n");
+        let after = Busy::parse("cpu  40 1 19 130 50 1 1 1 5 5\ncpu0 1 1 1 1\n");
+        assert_eq!((after - before).share(), 0.4);
+        assert_eq!(Busy::parse("").share(), 0.0);
+        assert!((0.0..=1.0).contains(&Busy::now().share()) && Busy::now().all > 0);
+    }
 
     #[test]
     fn this_process_costs_something() {

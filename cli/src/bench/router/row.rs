@@ -37,6 +37,8 @@ pub(super) struct Row {
     cpu_s_per_1000: f64,
     cpu_us_per_token: f64,
     resident_mib: f64,
+    /// Share of the machine's processors that was used, by whomever.
+    machine_busy: f64,
     /// Before and after streams that were only open.
     #[serde(skip_serializing_if = "Option::is_none")]
     around_mib: Option<[f64; 2]>,
@@ -122,6 +124,7 @@ impl Row {
             cpu_s_per_1000: per(requests, 1e3),
             cpu_us_per_token: per(tokens, 1e6),
             resident_mib: mib(measured.resident_bytes),
+            machine_busy: measured.machine.share(),
             around_mib: measured.around_bytes.map(|(before, after)| [mib(before), mib(after)]),
             fresh: None,
             tokenizer: None,
@@ -209,6 +212,7 @@ pub(super) fn describe(rows: &[Row]) -> String {
         "CPU S/1000",
         "CPU US/TOKEN",
         "RSS",
+        "BUSY",
         "HITS",
         "WORST",
         "FAILED",
@@ -231,6 +235,7 @@ pub(super) fn describe(rows: &[Row]) -> String {
             format!("{:.3}", row.cpu_s_per_1000),
             format!("{:.2}", row.cpu_us_per_token),
             Bytes((row.resident_mib * f64::from(1 << 20)) as u64).to_string(),
+            format!("{:.0} %", 100.0 * row.machine_busy),
             format!("{:.0} %", 100.0 * row.hit_rate),
             format!("{:.0} %", 100.0 * row.worst_share),
             row.failed.to_string(),

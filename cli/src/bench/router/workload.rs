@@ -23,7 +23,7 @@ pub(crate) enum Workload {
     Prefixes,
     /// 64 prefixes of 1,024 tokens, the first of which are asked for most (Zipf 1.2), at a rate.
     Zipf,
-    /// 32 chats with one system prompt that grow turn by turn, at a rate.
+    /// Chats with one system prompt that grow turn by turn, eight for each worker, at a rate.
     Chats,
 }
 
@@ -60,6 +60,8 @@ const PREFIX_TOKENS: usize = 1024;
 const PREFIX_OWN_TOKENS: usize = 128;
 /// Exponent of the popularity of prefixes.
 const ZIPF: f64 = 1.2;
+/// Chats for each worker: with four, all of them fill half of the KV memory in the end.
+const CHATS_PER_WORKER: usize = 8;
 /// Turns of chats.
 const SYSTEM_TOKENS: usize = 200;
 const TURN_TOKENS: usize = 64;
@@ -92,15 +94,26 @@ impl Workload {
         }
     }
 
-    /// When requests come, to so many workers.
-    pub(super) fn pace(self, workers: usize) -> Pace {
+    /// When requests come, to so many workers that are so many times as slow as they could be.
+    pub(super) fn pace(self, workers: usize, stretch: u32) -> Pace {
         // 600 at 75 a second for four workers: with cold caches as much as they can prefill.
         let part = workers as f64 / 4.0;
         match self.engines() {
-            Engines::Timed => Pace::Arrivals { per_s: 75.0 * part, count: (600.0 * part).max(1.0) as u32 },
+            Engines::Timed => Pace::Arrivals {
+                per_s: 75.0 * part / f64::from(stretch),
+                count: (600.0 * part).max(1.0) as u32,
+            },
             Engines::Fast | Engines::Paced => Pace::Closed,
             Engines::Still => Pace::Open,
         }
+    }
+
+    /// Chats that are held at once with so many workers; none where requests have nothing to do with one another.
+    ///
+    /// They grow with the workers as the rate does: a chat has as many turns, and a worker's memory as much of them, with any
+    /// number of workers.
+    pub(super) fn chats(self, workers: usize) -> Option<usize> {
+        (self == Self::Chats).then_some(CHATS_PER_WORKER * workers)
     }
 
     /// Requests at once, unless told otherwise.
@@ -306,6 +319,18 @@ mod tests {
         let other = body(&out)["messages"].as_array().unwrap().clone();
         assert_eq!(first[0], other[0]);
         assert_ne!(first[1], other[1]);
+    }
+
+    #[test]
+    fn a_worker_gets_as_much_with_any_number_of_them() {
+        let each = |workers: usize| {
+            let Pace::Arrivals { per_s, count } = Workload::Chats.pace(workers, 2) else { panic!("no rate") };
+            let chats = Workload::Chats.chats(workers).unwrap();
+            (per_s / workers as f64, f64::from(count) / chats as f64, chats / workers)
+        };
+        assert_eq!(each(4), (9.375, 18.75, 8));
+        assert_eq!(each(64), each(4));
+        assert_eq!(Workload::Zipf.chats(4), None);
     }
 
     #[test]
