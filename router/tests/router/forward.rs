@@ -9,7 +9,7 @@ use baton_config::fleet::{OpenaiSpec, PolicyKind};
 use baton_router::{ForwardOptions, ForwardPool, Roster, RouterOptions};
 use serde_json::{Value, json};
 
-use crate::fake_server::{Does, END, FakeServer, chunk, json};
+use crate::fake_server::{Does, END, FAILED, FakeServer, chunk, json};
 use crate::harness::{Harness, PATIENCE};
 
 /// The pool that fake workers of this role say they are of.
@@ -273,8 +273,11 @@ async fn a_stream_that_breaks_ends_with_an_error_after_whole_events() {
         let error: Value = serde_json::from_str(error).unwrap_or_else(|_| panic!("{does:?}: {rest}"));
         assert_eq!(error["error"]["code"], "worker_lost", "{does:?}");
     }
+    // What the server says itself is not said once more.
+    server.always(Does::FailsAfter(2));
+    assert_eq!(harness.chat(&chat(true)).await.text, events(2) + FAILED);
     let failed = "baton_router_requests_ended_total{outcome=\"failed\"}";
-    assert!((harness.metric(failed).await - 3.0).abs() < 0.5);
+    assert!((harness.metric(failed).await - 4.0).abs() < 0.5);
     harness.finish().await;
 }
 

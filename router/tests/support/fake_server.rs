@@ -28,6 +28,8 @@ pub(crate) enum Does {
     Says(&'static str),
     /// Streams so many chunks and ends well, waiting so long before each.
     Streams(usize, Duration),
+    /// Streams so many chunks, says itself that it failed, and ends.
+    FailsAfter(usize),
     /// Streams so many chunks and half of one more, then breaks the connection.
     BreaksAfter(usize),
     /// Streams so many chunks, then ends without an end.
@@ -127,6 +129,9 @@ pub(crate) fn chunk(i: usize) -> String {
 pub(crate) const END: &str =
     "data: {\"choices\":[],\"usage\":{\"prompt_tokens\":11,\"completion_tokens\":7}}\n\ndata: [DONE]\n\n";
 
+/// How one ends whose server failed and says so.
+pub(crate) const FAILED: &str = "data: {\"error\":{\"message\":\"out of memory\",\"code\":500}}\n\n";
+
 struct Open(Arc<Script>);
 
 impl Drop for Open {
@@ -172,6 +177,7 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>) -> Result<Answer
         Does::Vanishes => return Err(std::io::Error::other("as told")),
         Does::Streams(count, pause) => (count, pause, Last::Well),
         Does::BreaksAfter(count) => (count, Duration::ZERO, Last::Breaks),
+        Does::FailsAfter(count) => (count, Duration::ZERO, Last::Fails),
         Does::ClosesAfter(count) => (count, Duration::ZERO, Last::Closes),
         Does::SilentAfter(count) => (count, Duration::ZERO, Last::Silence),
         Does::Endless => (usize::MAX, Duration::ZERO, Last::Closes),
@@ -183,6 +189,7 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>) -> Result<Answer
     let end = futures_util::stream::once(async move {
         match last {
             Last::Well => Ok(END.to_owned()),
+            Last::Fails => Ok(FAILED.to_owned()),
             Last::Closes => Ok(": bye\n\n".to_owned()),
             Last::Silence => std::future::pending().await,
             Last::Breaks => {
@@ -208,6 +215,7 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>) -> Result<Answer
 #[derive(Clone, Copy)]
 enum Last {
     Well,
+    Fails,
     Closes,
     Silence,
     Breaks,
