@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use bytes::{Bytes, BytesMut};
 use futures_util::future::{Either, select};
-use http::header::{CONTENT_TYPE, HeaderValue};
+use http::header::{CONTENT_ENCODING, CONTENT_TYPE, HeaderValue};
 use http::{Response, StatusCode};
 use http_body_util::{BodyExt as _, Limited};
 use hyper::body::Incoming;
@@ -186,6 +186,9 @@ async fn begin(call: ResponseFuture) -> Result<Answer, Lost> {
     let status = response.status();
     if !status.is_success() {
         return Err(refused(response).await);
+    }
+    if response.headers().get(CONTENT_ENCODING).is_some_and(|encoding| encoding != "identity") {
+        return Err(Lost::Broken("it compresses its answers although it was asked not to".to_owned()));
     }
     let json = HeaderValue::from_static("application/json");
     let kind = response.headers().get(CONTENT_TYPE).cloned().unwrap_or(json);

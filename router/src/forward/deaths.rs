@@ -102,7 +102,7 @@ impl Lost {
 /// Host and port of a server.
 fn address(url: &str) -> Option<(String, u16)> {
     let url: Uri = url.parse().ok()?;
-    let port = if url.scheme_str() == Some("https") { 443 } else { 80 };
+    let port = if url.scheme_str()? == "https" { 443 } else { 80 };
     let host = url.host()?.trim_start_matches('[').trim_end_matches(']');
     Some((host.to_owned(), url.port_u16().unwrap_or(port)))
 }

@@ -10,7 +10,7 @@ use baton_config::PoolName;
 use baton_config::fleet::OpenaiSpec;
 use baton_config::secret::{SecretFault, Token, read_api_key};
 use bytes::Bytes;
-use http::header::{ACCEPT, AUTHORIZATION, CONTENT_TYPE, HeaderValue};
+use http::header::{ACCEPT, ACCEPT_ENCODING, AUTHORIZATION, CONTENT_TYPE, HeaderValue};
 use http::{Method, Request};
 use http_body_util::Full;
 use hyper_rustls::HttpsConnector;
@@ -185,6 +185,8 @@ impl Server<'_> {
         headers.insert(CONTENT_TYPE, HeaderValue::from_static("application/json"));
         let accept = if asked.request.stream { "text/event-stream" } else { "application/json" };
         headers.insert(ACCEPT, HeaderValue::from_static(accept));
+        // Its tokens are counted and its model renamed.
+        headers.insert(ACCEPT_ENCODING, HeaderValue::from_static("identity"));
         if let Ok(id) = HeaderValue::from_str(&asked.id) {
             headers.insert("x-request-id", id);
         }

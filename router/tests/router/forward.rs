@@ -53,7 +53,7 @@ async fn a_request_and_its_answer_pass_unchanged() {
         answer.headers["x-request-id"].to_str().ok(),
         "both logs know it by one id"
     );
-    assert_eq!(got.authorization, None);
+    assert_eq!((got.authorization.as_deref(), got.coding.as_deref()), (None, Some("identity")));
     const WHOLE: &str =
         "{ \"choices\": [],  \"model\":\"served\", \"usage\":{\"prompt_tokens\":2,\"completion_tokens\":3} }";
     server.always(Does::Says(WHOLE));
@@ -213,6 +213,7 @@ async fn before_the_first_byte_another_server_is_tried() {
         Does::Refuses(503, "{}"),
         Does::Refuses(429, "{}"),
         Does::Vanishes,
+        Does::Compresses,
         Does::BreaksAfter(0),
     ] {
         let (first, second) = (FakeServer::start("server-0").await, FakeServer::start("server-1").await);

@@ -26,6 +26,8 @@ use super::fake_worker::FakeWorker;
 pub(crate) enum Does {
     /// Answers with these bytes of JSON.
     Says(&'static str),
+    /// Answers in a coding that nobody asked for.
+    Compresses,
     /// Streams so many chunks and ends well, waiting so long before each.
     Streams(usize, Duration),
     /// Streams so many chunks, says itself that it failed, and ends.
@@ -52,6 +54,7 @@ pub(crate) struct Got {
     pub(crate) path: String,
     pub(crate) authorization: Option<String>,
     pub(crate) id: Option<String>,
+    pub(crate) coding: Option<String>,
     pub(crate) body: String,
 }
 
@@ -163,15 +166,20 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>) -> Result<Answer
     let open = Open(Arc::clone(&script));
     let header =
         |name: &str| request.headers().get(name).and_then(|value| Some(value.to_str().ok()?.to_owned()));
-    let (path, authorization, id) =
-        (request.uri().path().to_owned(), header("authorization"), header("x-request-id"));
+    let (path, authorization) = (request.uri().path().to_owned(), header("authorization"));
+    let (id, coding) = (header("x-request-id"), header("accept-encoding"));
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     let body = String::from_utf8(body.to_vec()).expect("UTF-8");
-    script.got.lock().expect("unpoisoned").push(Got { path, authorization, id, body });
+    script.got.lock().expect("unpoisoned").push(Got { path, authorization, id, coding, body });
     let next = script.next.lock().expect("unpoisoned").pop_front();
     let does = next.unwrap_or_else(|| script.always.lock().expect("unpoisoned").clone());
     let (count, pause, last) = match does {
         Does::Says(text) => return Ok(whole(200, text)),
+        Does::Compresses => {
+            let mut response = whole(200, "\u{1f}");
+            response.headers_mut().insert("content-encoding", http::HeaderValue::from_static("gzip"));
+            return Ok(response);
+        }
         Does::Refuses(status, text) => return Ok(whole(status, text)),
         Does::Hangs => return std::future::pending().await,
         Does::Vanishes => return Err(std::io::Error::other("as told")),
