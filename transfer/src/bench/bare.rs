@@ -21,17 +21,20 @@ const LOOKS: usize = 64;
 /// Bytes that are compared before anything is measured.
 const TRIED_BYTES: usize = 4 << 10;
 
+/// Where an owner is, and the key of its memory.
+type Place = (Vec<u8>, Vec<u8>);
+
 /// What a reader needs of an owner, or why there is none.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 pub(super) struct Shown {
     backend: String,
-    owner: Result<(Vec<u8>, Vec<u8>), String>,
+    owner: Result<Place, String>,
 }
 
 /// The side that reads.
 pub(super) enum Reader {
-    Libfabric(libfabric::bare::Reader),
-    Ucx(ucx::bare::Reader),
+    Libfabric(Box<libfabric::bare::Reader>),
+    Ucx(Box<ucx::bare::Reader>),
 }
 
 impl Reader {
@@ -42,13 +45,12 @@ impl Reader {
         into: &HostMemory,
     ) -> Option<Result<Self, String>> {
         let shown = shown.iter().find(|shown| shown.backend == backend.as_str())?;
-        let open = |(address, key): &(Vec<u8>, Vec<u8>)| {
+        let open = |(address, key): &Place| {
             let span = into.span();
             match backend {
-                BackendKind::Libfabric => {
-                    libfabric::bare::Reader::open(&span, address, key).map(Self::Libfabric)
-                }
-                _ => ucx::bare::Reader::open(&span, address, key).map(Self::Ucx),
+                BackendKind::Libfabric => libfabric::bare::Reader::open(&span, address, key)
+                    .map(|reader| Self::Libfabric(Box::new(reader))),
+                _ => ucx::bare::Reader::open(&span, address, key).map(|reader| Self::Ucx(Box::new(reader))),
             }
         };
         let owner = shown.owner.as_ref().map_err(Clone::clone);
@@ -123,7 +125,7 @@ impl Owners {
     pub(super) fn start(backends: &[BackendKind], memory: &HostMemory) -> (Self, Vec<Shown>) {
         let (mut owners, mut all) = (Self(Vec::new()), Vec::new());
         for backend in LIBRARIES.into_iter().filter(|kind| backends.contains(kind)) {
-            let (gate, (tell, told)) = (Arc::new(Gate::default()), mpsc::channel());
+            let (gate, (tell, told)) = (Arc::new(Gate::default()), mpsc::sync_channel(1));
             let (own, memory) = (Arc::clone(&gate), memory.clone());
             // The library's objects stay on the thread that made them.
             std::thread::spawn(move || match backend {
@@ -153,9 +155,9 @@ impl Owners {
 
 fn serve<T>(
     opened: Result<T, DriverError>,
-    tell: &mpsc::Sender<Result<(Vec<u8>, Vec<u8>), String>>,
+    tell: &mpsc::SyncSender<Result<Place, String>>,
     gate: &Gate,
-    shown: impl Fn(&T) -> (Vec<u8>, Vec<u8>),
+    shown: impl Fn(&T) -> Place,
     turn: impl Fn(&mut T),
 ) {
     let mut owner = match opened {

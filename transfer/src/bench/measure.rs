@@ -54,9 +54,11 @@ struct Inner {
     region: RegionId,
     scratch: RegionId,
     raw: Mutex<Raw>,
-    /// The library by itself, of backends that are made of one, or why it is not measured.
-    bare: Option<Result<Mutex<bare::Reader>, String>>,
+    bare: Bare,
 }
+
+/// The library by itself, of backends that are made of one, or why it is not measured.
+type Bare = Option<Result<Mutex<bare::Reader>, String>>;
 
 /// One kind of row: every turn of it does the same.
 #[derive(Clone)]
@@ -322,11 +324,7 @@ fn name(bare: &Mutex<bare::Reader>) -> &'static str {
 }
 
 /// The library of a backend by itself, tried out, or why it does not work.
-async fn open_bare(
-    peer: &mut Peer,
-    backend: BackendKind,
-    memory: &Memory,
-) -> Result<Option<Result<Mutex<bare::Reader>, String>>, BenchError> {
+async fn open_bare(peer: &mut Peer, backend: BackendKind, memory: &Memory) -> Result<Bare, BenchError> {
     peer.look(Some(backend)).await?;
     let (shown, Memory { into, twin }) = (peer.ready.bare.clone(), memory.clone());
     let opened = tokio::task::spawn_blocking(move || {

@@ -26,7 +26,7 @@ impl PeerRegion {
 
 /// See the module.
 #[derive(Default)]
-pub(super) struct Regions([Link; LISTS]);
+pub(super) struct Regions(Box<[Link; LISTS]>);
 
 type Link = OnceLock<Box<Known>>;
 
@@ -62,7 +62,7 @@ impl Regions {
 impl Drop for Regions {
     fn drop(&mut self) {
         // One after the other: a peer may have any number of them.
-        for list in &mut self.0 {
+        for list in self.0.iter_mut() {
             let mut next = list.take();
             while let Some(mut known) = next {
                 next = known.next.take();
