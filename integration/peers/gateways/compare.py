@@ -281,5 +281,7 @@ def main(baton, out, names):
 
 
 if __name__ == "__main__":
+    # What was started ends with this, however it ends.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.modules["compare"] = sys.modules["__main__"]
     main(sys.argv[1], sys.argv[2], sys.argv[3:])
