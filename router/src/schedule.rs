@@ -32,8 +32,8 @@ pub(crate) struct Candidate {
     pub(crate) kv_used: f64,
     /// Tokens of the work whose KV it has.
     pub(crate) cached_tokens: u32,
-    /// Tokens of anything whose KV it has, if that is known.
-    pub(crate) held_tokens: Option<u64>,
+    /// Tokens of anything whose KV it has.
+    pub(crate) held_tokens: u64,
 }
 
 /// The fleet at one moment.

@@ -81,6 +81,11 @@ impl Looked {
         (blocks * f64::from(self.namespace.block_tokens)) as u32
     }
 
+    /// Blocks that the worker has, wherever.
+    fn any_depth(&self, worker: &Worker) -> u32 {
+        self.depth(worker.known().depth(&self.found).any)
+    }
+
     /// Blocks of the prompt up to the last one of so many of the chain.
     fn depth(&self, noted: u32) -> u32 {
         if self.sparse { blocks_of(noted) } else { noted }
@@ -251,7 +256,8 @@ impl Dispatcher {
         for worker in [Some(&placement.decode), placement.prefill.as_ref()].into_iter().flatten() {
             let namespace = worker.known().namespace();
             if let Some(looked) = looked.iter().find(|looked| looked.namespace == namespace) {
-                worker.known().sent(&self.fleet.index, now, namespace, (&looked.chain, looked.blocks));
+                let new = looked.blocks - looked.blocks.min(looked.any_depth(worker));
+                worker.known().sent(&self.fleet.index, now, namespace, (&looked.chain, looked.blocks, new));
             }
         }
     }

@@ -95,10 +95,11 @@ impl Known {
         self.held.store(0, Ordering::Relaxed);
     }
 
-    /// Tokens whose KV is on its device; `None` of a worker without events.
-    pub(crate) fn held_tokens(&self) -> Option<u64> {
-        let block_tokens = u64::from(self.namespace().block_tokens);
-        self.reports.load(Ordering::Relaxed).then(|| self.held.load(Ordering::Relaxed) * block_tokens)
+    /// Tokens whose KV is on its device: by its events, else what of that which was sent to it is still believed to be there.
+    pub(crate) fn held_tokens(&self) -> u64 {
+        let reports = self.reports.load(Ordering::Relaxed);
+        let blocks = if reports { self.held.load(Ordering::Relaxed) } else { self.recent.held_blocks() };
+        blocks * u64::from(self.namespace().block_tokens)
     }
 
     /// How much of the chain that was looked up the worker has.
@@ -109,16 +110,16 @@ impl Known {
 
     /// A prompt goes to this worker: without events, that is all there is to know.
     ///
-    /// The chain may hold fewer hashes than the prompt has blocks, always the same ones.
+    /// The chain may hold fewer hashes than the prompt has blocks, always the same ones; `new` of these it is not known to have.
     pub(crate) fn sent(
         &self,
         index: &PrefixIndex,
         now: Instant,
         namespace: Namespace,
-        (chain, blocks): (&[BlockHash], u32),
+        (chain, blocks, new): (&[BlockHash], u32, u32),
     ) {
         if !self.reports.load(Ordering::Relaxed) && !self.gone.load(Ordering::Relaxed) {
-            self.recent.note(index, now, namespace, (chain, u64::from(blocks)));
+            self.recent.note(index, now, namespace, (chain, u64::from(blocks), u64::from(new)));
         }
     }
 

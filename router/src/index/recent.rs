@@ -1,5 +1,6 @@
 //! What this router sent where: the index of workers that report no events, and of prompts still on their way.
 
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -18,6 +19,8 @@ pub struct Recent {
     blocks_max: u64,
     young: HolderCell,
     old: HolderCell,
+    /// Blocks that the worker should hold, of both generations.
+    held: AtomicU64,
     state: Mutex<State>,
 }
 
@@ -26,6 +29,9 @@ struct State {
     /// When the young generation began.
     since: Option<Instant>,
     noted: u64,
+    /// Blocks that were sent in each generation and that the worker was not known to hold before.
+    new: u64,
+    new_before: u64,
 }
 
 impl Recent {
@@ -36,11 +42,12 @@ impl Recent {
             blocks_max,
             young: HolderCell::default(),
             old: HolderCell::default(),
+            held: AtomicU64::new(0),
             state: Mutex::default(),
         }
     }
 
-    /// A prompt was sent: the worker will hold its blocks.
+    /// A prompt was sent: the worker will hold its blocks, of which so many are `new` to it.
     ///
     /// The chain may hold fewer hashes than these, always the same ones of a prompt.
     pub fn note(
@@ -48,7 +55,7 @@ impl Recent {
         index: &PrefixIndex,
         now: Instant,
         namespace: Namespace,
-        (chain, blocks): (&[BlockHash], u64),
+        (chain, blocks, new): (&[BlockHash], u64, u64),
     ) {
         if chain.is_empty() {
             return;
@@ -63,6 +70,8 @@ impl Recent {
             state.since.get_or_insert(now);
         }
         state.noted += blocks;
+        state.new += new;
+        self.held.store(state.new + state.new_before, Ordering::Relaxed);
         if let Some(young) = self.young.get() {
             index.store(namespace, young, Tier::Device, chain);
         }
@@ -79,6 +88,11 @@ impl Recent {
         for _ in 0..2 {
             self.next_generation(&mut state, index);
         }
+    }
+
+    /// Blocks that the worker should hold, as far as they are believed.
+    pub fn held_blocks(&self) -> u64 {
+        self.held.load(Ordering::Relaxed)
     }
 
     /// What the worker should hold of the chain that was looked up.
@@ -108,7 +122,8 @@ impl Recent {
         if let Some(old) = self.old.swap(young) {
             index.leave(old);
         }
-        *state = State { since: None, noted: 0 };
+        *state = State { since: None, noted: 0, new: 0, new_before: state.new };
+        self.held.store(state.new_before, Ordering::Relaxed);
     }
 
     fn state(&self) -> MutexGuard<'_, State> {

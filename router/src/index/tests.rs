@@ -473,17 +473,19 @@ fn what_was_sent_is_believed_for_a_while() {
         index.find(SMALL, chain, &mut found);
         recent.depth(&found).device
     };
-    recent.note(&index, at(0), SMALL, (&first, first.len() as u64));
+    recent.note(&index, at(0), SMALL, (&first, first.len() as u64, first.len() as u64));
     assert_eq!(depth(&first), 40);
-    recent.note(&index, at(70), SMALL, (&second, second.len() as u64));
+    recent.note(&index, at(70), SMALL, (&second, second.len() as u64, second.len() as u64));
     assert_eq!((depth(&first), depth(&second)), (40, 40), "the older generation still counts");
-    recent.note(&index, at(100), SMALL, (&first[..10], 10));
+    assert_eq!(recent.held_blocks(), 80);
+    recent.note(&index, at(100), SMALL, (&first[..10], 10, 0));
     recent.fade(&index, at(131));
     assert_eq!((depth(&first), depth(&second)), (10, 40), "only what was sent again is believed");
+    assert_eq!(recent.held_blocks(), 40);
     recent.fade(&index, at(400));
-    assert_eq!((depth(&first), depth(&second)), (0, 0));
+    assert_eq!((depth(&first), depth(&second), recent.held_blocks()), (0, 0, 0));
     for seed in 0..100 {
-        recent.note(&index, at(401), SMALL, (&chain(seed, 40), 40));
+        recent.note(&index, at(401), SMALL, (&chain(seed, 40), 40, 40));
     }
     assert!(
         (1000..=2080).contains(&{

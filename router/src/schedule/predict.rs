@@ -120,15 +120,14 @@ pub(crate) fn decode_cost_s(decode: &Candidate, slo_itl_s: f64) -> f64 {
 /// gives up sooner what will be asked for: [`CROWDED`] of the time to compute what it holds more than `least`, and no more
 /// than computing all of the work. So a prompt of which others have the greater part, like the first turn of a chat, goes
 /// where there is room, and one that only this worker has stays.
-pub(crate) fn crowding_s(candidate: &Candidate, least: Option<u64>, work: Work) -> f64 {
-    let Some((held, least)) = candidate.held_tokens.zip(least) else { return 0.0 };
+pub(crate) fn crowding_s(candidate: &Candidate, least: u64, work: Work) -> f64 {
     let speed = candidate.prefill_tokens_per_s.unwrap_or(DEFAULT_PREFILL_TOKENS_PER_S);
-    (held.saturating_sub(least) as f64 * CROWDED).min(f64::from(work.tokens)) / speed
+    (candidate.held_tokens.saturating_sub(least) as f64 * CROWDED).min(f64::from(work.tokens)) / speed
 }
 
-/// What the worker that holds least holds; `None` where that is not known of all of them.
-pub(crate) fn least_held(candidates: &[Candidate]) -> Option<u64> {
-    candidates.iter().map(|candidate| candidate.held_tokens).min().flatten()
+/// What the worker that holds least holds.
+pub(crate) fn least_held(candidates: &[Candidate]) -> u64 {
+    candidates.iter().map(|candidate| candidate.held_tokens).min().unwrap_or(0)
 }
 
 fn itl_s(candidate: &Candidate) -> f64 {

@@ -215,7 +215,7 @@ impl Simulation {
             itl_ms: Some(ITL_S * 1e3),
             kv_used: 0.0,
             cached_tokens: found.depth(self.holders[key]).device * BLOCK,
-            held_tokens: Some(worker.held * u64::from(BLOCK)),
+            held_tokens: worker.held * u64::from(BLOCK),
         };
         let decode = self.workers.iter().enumerate().map(candidate).collect();
         let snapshot = Snapshot::new(decode, Vec::new());

@@ -13,7 +13,7 @@ fn candidate(key: usize, requests: u32, prefill_tokens: u64) -> Candidate {
         itl_ms: Some(10.0),
         kv_used: 0.0,
         cached_tokens: 0,
-        held_tokens: None,
+        held_tokens: 0,
     }
 }
 
@@ -330,7 +330,7 @@ fn any_candidates(from: usize) -> impl Strategy<Value = Vec<Candidate>> {
                     itl_ms,
                     kv_used,
                     cached_tokens,
-                    held_tokens: None,
+                    held_tokens: 0,
                 }
             };
         all.into_iter().enumerate().map(build).collect()
@@ -365,7 +365,7 @@ fn a_chat_begins_where_there_is_room_and_stays_where_it_is() {
     let chosen = |cached: [u32; 2], tokens: u32| {
         let worker = |key: usize, held_tokens| Candidate {
             cached_tokens: cached[key],
-            held_tokens: Some(held_tokens),
+            held_tokens,
             ..candidate(key, 0, 0)
         };
         let snapshot = Snapshot::new(vec![worker(0, 20_000), worker(1, 0)], Vec::new());
