@@ -141,8 +141,8 @@ mod tests {
         let signal = libc::SIGURG;
         let before = handler(signal);
         let foreign = libc::getpid as *const () as usize;
-        let (begun, begins) = std::sync::mpsc::channel();
-        let (other, ended) = std::sync::mpsc::channel();
+        let (begun, begins) = std::sync::mpsc::sync_channel::<()>(1);
+        let (other, ended) = std::sync::mpsc::sync_channel::<()>(1);
         let second = keep(|| {
             install(signal, foreign);
             let second = std::thread::spawn(move || {
