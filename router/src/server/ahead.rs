@@ -22,6 +22,8 @@ pub(super) struct Ahead {
     bytes: BytesMut,
     /// hyper has asked for bytes and waits for them: it sees the end by itself.
     asked: bool,
+    /// hyper has had a turn since it read last: it is not within a body, of which it reads more, and better, by itself.
+    passed: bool,
     ended: bool,
 }
 
@@ -33,6 +35,7 @@ impl Ahead {
         cx: &mut Context<'_>,
         mut buf: ReadBufCursor<'_>,
     ) -> Poll<io::Result<()>> {
+        self.passed = false;
         if !self.bytes.is_empty() {
             self.asked = false;
             let taken = self.bytes.len().min(buf.remaining());
@@ -54,7 +57,7 @@ impl Ahead {
         self.asked
     }
 
-    /// Reads on where hyper does not.
+    /// Reads on where hyper does not; in its second turn without a read.
     ///
     /// # Errors
     /// When the client has left and hyper does not ask for what it has sent.
@@ -63,6 +66,10 @@ impl Ahead {
         io: &mut S,
         cx: &mut Context<'_>,
     ) -> Poll<io::Result<()>> {
+        if !self.asked && !std::mem::replace(&mut self.passed, true) {
+            cx.waker().wake_by_ref();
+            return Poll::Pending;
+        }
         while !self.asked && self.bytes.len() < AHEAD_MAX_BYTES {
             if self.ended {
                 return Poll::Ready(Err(io::ErrorKind::ConnectionAborted.into()));
@@ -115,8 +122,15 @@ mod tests {
         polled.is_ready().then(|| read.filled().to_vec())
     }
 
+    /// A turn in which hyper does not read, after one that is let pass.
     fn look(ahead: &mut Ahead, socket: &mut Socket) -> Poll<io::Result<()>> {
-        ahead.poll_look(socket, &mut Context::from_waker(Waker::noop()))
+        let mut cx = Context::from_waker(Waker::noop());
+        if !ahead.passed {
+            let unread = socket.0.len();
+            assert!(ahead.poll_look(socket, &mut cx).is_pending());
+            assert_eq!(socket.0.len(), unread);
+        }
+        ahead.poll_look(socket, &mut cx)
     }
 
     #[test]
