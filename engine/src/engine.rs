@@ -4,6 +4,7 @@
 //!   submit --> waiting --admit--> running: prefill, decode --> finished, failed
 //!                 ^  |               |  ^  |
 //!                 |  |               |  |  +-- export, first token --> held --release--> (gone)
+//!                 |  |               |  |  +-- export that fails ---> failed --release--> (gone)
 //!                 |  +--> importing -|--+ start_decode, prefill_locally
 //!                 +---- preempted ---+
 //!                 +- resume - paused +
@@ -58,7 +59,7 @@ pub struct EngineLoad {
     pub running: u32,
     /// Sequences waiting for room.
     pub waiting: u32,
-    /// Exports that are done and wait for their release.
+    /// Exports that are done, or have failed, and wait for their release.
     pub held: u32,
     /// Prompt tokens waiting or being computed.
     pub prefill_tokens_pending: u64,
@@ -226,12 +227,12 @@ impl Engine {
             match sequence.phase {
                 Phase::Waiting => load.waiting += 1,
                 Phase::Importing | Phase::Running | Phase::Paused => load.running += 1,
-                Phase::Held => load.held += 1,
+                Phase::Held | Phase::Failed => load.held += 1,
             }
             let computes = match sequence.phase {
                 Phase::Waiting => sequence.purpose != Purpose::Import,
                 Phase::Running => sequence.due() > 1,
-                Phase::Importing | Phase::Held | Phase::Paused => false,
+                Phase::Importing | Phase::Held | Phase::Failed | Phase::Paused => false,
             };
             if computes {
                 load.prefill_tokens_pending += u64::from(sequence.due());

@@ -235,7 +235,8 @@ impl Owner {
         let (id, own_epoch, peer) = (opening.id, opening.own_epoch, opening.peer.clone());
         let (outcome, receiver) = oneshot::channel();
         let result = self.desk.open_prefill(now(), opening, self.io.geometry, out);
-        if result.is_ok() {
+        let is_open = result.is_ok();
+        if is_open {
             let leg = PrefillLeg {
                 seq,
                 peer,
@@ -247,7 +248,7 @@ impl Owner {
             };
             self.prefills.insert(id, leg);
         }
-        if answer.send(result.map(|()| receiver)).is_err() {
+        if answer.send(result.map(|()| receiver)).is_err() && is_open {
             self.desk.prefill(now(), id, PrefillEvent::Cancel, out);
         }
     }
@@ -341,7 +342,7 @@ impl Owner {
         self.io.metrics.imports.set(i64::try_from(decodes).unwrap_or(i64::MAX));
         self.io.metrics.parked.set(i64::try_from(self.desk.parked()).unwrap_or(i64::MAX));
         self.open.send_if_modified(|open| {
-            let new = Open { prefills, decodes };
+            let new = Open { prefills, decodes, requests: self.prefills.len() + self.decodes.len() };
             std::mem::replace(open, new) != new
         });
     }

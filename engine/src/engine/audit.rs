@@ -61,6 +61,7 @@ impl Engine {
             self.audit_phase(*id, sequence)?;
             for (index, block) in sequence.blocks.iter().enumerate() {
                 let settled = index < sequence.settled as usize || sequence.phase == Phase::Held;
+                let settled = (sequence.phase != Phase::Failed || settled).then_some(settled);
                 self.audit_block(*id, index, *block, settled)?;
                 listed[block.0 as usize] += 1;
             }
@@ -88,10 +89,21 @@ impl Engine {
         if listed && fits { Ok(()) } else { Err(AuditError::Phase { id }) }
     }
 
-    fn audit_block(&self, id: SeqId, index: usize, block: BlockId, settled: bool) -> Result<(), AuditError> {
+    /// `settled` is unknown of the blocks that a failed export had not completed.
+    fn audit_block(
+        &self,
+        id: SeqId,
+        index: usize,
+        block: BlockId,
+        settled: Option<bool>,
+    ) -> Result<(), AuditError> {
         match self.pool.hold(block) {
-            Hold::Shared { .. } if settled => Ok(()),
-            Hold::Owner { owner, quarantined: false, valid } if owner == id && valid == settled => Ok(()),
+            Hold::Shared { .. } if settled == Some(true) => Ok(()),
+            Hold::Owner { owner, quarantined: false, valid }
+                if owner == id && settled.is_none_or(|settled| valid == settled) =>
+            {
+                Ok(())
+            }
             hold => Err(holder(id, index, block, hold)),
         }
     }

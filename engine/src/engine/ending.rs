@@ -24,7 +24,8 @@ impl Engine {
         }
     }
 
-    /// Export: the peer is done with the blocks, or no longer wants them.
+    /// Export: the peer is done with the blocks, or no longer wants them, or the export has failed and nobody looks at them
+    /// any more.
     pub fn release(&mut self, id: SeqId) {
         if self.sequences.get(&id).is_some_and(|sequence| sequence.purpose == Purpose::Export) {
             self.cancel(id, Writers::Gone);
@@ -38,10 +39,17 @@ impl Engine {
     }
 
     pub(super) fn fail(&mut self, id: SeqId, error: SequenceError, events: &mut Vec<EngineEvent>) {
-        let Some(sequence) = self.remove(id) else { return };
+        let Some(mut sequence) = self.remove(id) else { return };
         if matches!(error, SequenceError::Execute(_) | SequenceError::Sample(_)) {
             // Its KV is suspect: nobody else shall start from it.
             sequence.blocks.iter().for_each(|block| self.pool.withdraw(*block));
+        }
+        if sequence.purpose == Purpose::Export {
+            // Digests of its blocks may be in the making: they must not be of what somebody else writes there.
+            sequence.phase = Phase::Failed;
+            self.sequences.insert(id, sequence);
+            events.push(EngineEvent::Failed { id, error });
+            return;
         }
         let writers = match error {
             SequenceError::NotImported { .. } => Writers::MayWrite,

@@ -58,7 +58,8 @@ pub enum EngineEvent {
         /// Why.
         reason: FinishReason,
     },
-    /// The sequence cannot go on; the blocks are given back.
+    /// The sequence cannot go on; the blocks are given back, but for an export, whose owner still has to
+    /// [`release`](crate::Engine::release) them.
     Failed {
         /// The sequence.
         id: SeqId,

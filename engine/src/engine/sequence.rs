@@ -22,6 +22,8 @@ pub(super) enum Phase {
     Paused,
     /// An export with its first token emitted: nobody writes its blocks any more.
     Held,
+    /// An export that cannot go on: its blocks stay as they are until its owner looks at them no more.
+    Failed,
 }
 
 /// What is kept of the running digest of logits bits.

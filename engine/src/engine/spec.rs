@@ -10,7 +10,7 @@ pub enum Purpose {
     /// Compute the prompt, generate until the end.
     Generate,
     /// Compute the prompt, emit the first token, keep the blocks until [`Engine::release`](crate::Engine::release).
-    /// `max_tokens` does not matter, and no `Finished` follows.
+    /// `max_tokens` does not matter, and no `Finished` follows. One that fails keeps its blocks just so.
     Export,
     /// Reserve the blocks and wait: for [`imported`](crate::Engine::imported) and
     /// [`start_decode`](crate::Engine::start_decode), or for [`prefill_locally`](crate::Engine::prefill_locally).

@@ -81,6 +81,8 @@ pub struct Open {
     pub prefills: usize,
     /// On the decode side.
     pub decodes: usize,
+    /// Requests of either side that were not let go, with those whose handoff has ended.
+    pub requests: usize,
 }
 
 impl Handoffs {

@@ -439,3 +439,6 @@ impl Desk {
         }
     }
 }
+
+#[cfg(test)]
+mod tests;

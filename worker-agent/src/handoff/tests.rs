@@ -6,9 +6,24 @@ use std::time::Duration;
 
 use pair::{Faults, Pair, Tally};
 
+use baton_config::{Dtype, KvGeometry, KvLayout};
+
 use super::GiveUp;
 
 const SPREAD: Duration = Duration::from_secs(3);
+
+/// Blocks of 32 tokens, as the prefill side of every test of handoffs has them.
+pub(super) fn geometry() -> KvGeometry {
+    KvGeometry {
+        layers: 2,
+        kv_heads: 2,
+        head_dim: 8,
+        block_tokens: 32,
+        layout: KvLayout::Nhd,
+        dtype: Dtype::Bf16,
+        ..KvGeometry::PLAIN
+    }
+}
 
 fn many(seeds: std::ops::Range<u64>, faults: Faults) -> Tally {
     let mut sum = Tally::default();

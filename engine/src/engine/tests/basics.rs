@@ -450,6 +450,43 @@ impl Executor for Flaky {
 }
 
 #[test]
+fn an_export_that_fails_keeps_its_blocks_until_nobody_looks_at_them() {
+    // Its digests may be made from them at this very moment: the next one must not write there.
+    for (tokens, prefix_cache) in
+        [(vec![BREAKS; 5], true), ([prompt(8), vec![NAN]].concat(), true), (vec![NAN; 9], false)]
+    {
+        let limits = EngineLimits { prefix_cache, prefill_chunk_tokens: 8, ..WIDE.limits };
+        let shape = Shape { blocks: 6, limits, ..WIDE };
+        let mut engine = shape.over(Box::new(Flaky(Sim::new(config(), model()))));
+        let export = SequenceSpec { purpose: Purpose::Export, ..spec(tokens, 1) };
+        engine.submit(SeqId(1), export, Instant::now()).unwrap();
+        let events = run_events(&mut engine);
+        assert!(matches!(events.last(), Some(EngineEvent::Failed { id: SeqId(1), .. })), "{events:?}");
+        let (_, theirs) = admitted(&events, SeqId(1)).unwrap();
+        engine.audit().unwrap();
+        assert_eq!(engine.load().held, 1);
+        engine.submit(SeqId(2), spec(prompt(9), 3), Instant::now()).unwrap();
+        let events = run_events(&mut engine);
+        let (cached, ours) = admitted(&events, SeqId(2)).unwrap();
+        assert!(cached == 0 && ours.iter().all(|block| !theirs.contains(block)), "{ours:?} {theirs:?}");
+        engine.cancel(SeqId(1), Writers::Gone);
+        engine.audit().unwrap();
+        let counts = engine.counts();
+        assert_eq!((counts.free + counts.shared, engine.load()), (6, EngineLoad::default()));
+    }
+}
+
+#[test]
+fn a_digest_of_logits_is_of_all_of_them() {
+    let asked = SequenceSpec { logits_digest: true, ..spec(prompt(9), 3) };
+    let whole = solo(&asked);
+    let tokens = [asked.tokens.clone(), whole.tokens[..2].to_vec()].concat();
+    let last = solo(&SequenceSpec { tokens, generated: 2, max_tokens: 1, ..asked });
+    assert_eq!(last.tokens, whole.tokens[2..]);
+    assert!(whole.digests[2].is_some() && whole.digests[2] != last.digests[0], "{whole:?} {last:?}");
+}
+
+#[test]
 fn a_broken_sequence_does_not_take_the_others_with_it() {
     let mut engine = WIDE.over(Box::new(Flaky(Sim::new(config(), model()))));
     engine.submit(SeqId(1), spec(prompt(9), 5), Instant::now()).unwrap();

@@ -4,16 +4,17 @@
 //! panic as soon as a desk breaks an invariant of the handoff.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, HashMap};
 use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use baton_config::protocol::{
     FirstToken, HandoffOutcome, HandoffStatus, PeerRef, Ticket, TicketAck, TicketBlock, Want,
 };
-use baton_config::{Dtype, Epoch, HandoffId, KvGeometry, KvLayout, WorkerId};
+use baton_config::{Epoch, HandoffId, WorkerId};
 
 use crate::handoff::decode::{DecodeEnd, PullOrder, Writers};
+use crate::handoff::tests::geometry;
 use crate::handoff::{
     Action, Answer, DecodeAction, DecodeEvent, Desk, GiveUp, Limits, Opening, PeerFault, PrefillAction,
     PrefillEvent, PullFault, Side, Waiter,
@@ -77,7 +78,11 @@ struct Request {
     p_open: Option<Epoch>,
     p_free: bool,
     p_since: Option<Instant>,
+    /// Tokens computed.
+    computed: u32,
     exported_upto: u32,
+    /// Blocks whose staging is not free.
+    staged: BTreeSet<u32>,
     // Decode side.
     d_open: Option<Epoch>,
     seat: Seat,
@@ -131,18 +136,6 @@ pub(super) struct Pair {
 }
 
 const P_BLOCK: u32 = 32;
-
-fn geometry() -> KvGeometry {
-    KvGeometry {
-        layers: 2,
-        kv_heads: 2,
-        head_dim: 8,
-        block_tokens: P_BLOCK,
-        layout: KvLayout::Nhd,
-        dtype: Dtype::Bf16,
-        ..KvGeometry::PLAIN
-    }
-}
 
 fn name(side: Side) -> WorkerId {
     match side {
@@ -248,7 +241,9 @@ impl Pair {
             p_open: None,
             p_free: true,
             p_since: None,
+            computed: 0,
             exported_upto: 0,
+            staged: BTreeSet::new(),
             d_open: None,
             seat: Seat::Free,
             pulls: BTreeMap::new(),
@@ -321,6 +316,7 @@ impl Pair {
             Event::Deliver { to, call, message } => self.deliver(to, call, id, message),
             Event::Reply { call, reply } => self.reply(call, reply),
             Event::Computed { upto } => {
+                self.requests.get_mut(&id).unwrap().computed = upto;
                 self.prefill.desk.prefill(now, id, PrefillEvent::Computed { upto }, &mut out);
                 self.carry_out(Side::Prefill, out);
             }
@@ -331,6 +327,9 @@ impl Pair {
             Event::Exported { blocks } => {
                 let request = self.requests.get_mut(&id).unwrap();
                 request.exported_upto = request.exported_upto.max(blocks.end);
+                if !request.p_free {
+                    request.staged.extend(blocks.clone());
+                }
                 let digest = |index| TicketBlock { index, region: 0, offset: 0, digest: u64::from(index) };
                 let result = Ok(blocks.map(digest).collect());
                 self.prefill.desk.prefill(now, id, PrefillEvent::Exported(result), &mut out);

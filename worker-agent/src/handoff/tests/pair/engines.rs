@@ -57,13 +57,22 @@ impl Pair {
             PrefillAction::Export { blocks } => {
                 assert!(!request.p_free, "seed {seed}: export of freed blocks");
                 assert!(!blocks.is_empty() && blocks.len() <= 4);
+                let final_upto = request.computed.next_multiple_of(P_BLOCK);
+                let whole = request.computed == request.prompt || request.computed == final_upto;
+                let final_blocks = final_upto / P_BLOCK - u32::from(!whole);
+                assert!(blocks.end <= final_blocks, "seed {seed}: {blocks:?} before they are computed");
                 let after = self.dice.micros(100..5_000);
                 self.at(after, id, Some(Side::Prefill), Event::Exported { blocks });
             }
             PrefillAction::Post { ticket } => self.call(Side::Prefill, id, Message::Ticket(ticket)),
-            PrefillAction::ReleaseStaged { .. } | PrefillAction::Withdraw => {}
+            PrefillAction::ReleaseStaged { blocks } => {
+                let was_staged = blocks.iter().all(|block| request.staged.remove(block));
+                assert!(was_staged, "seed {seed}: staging of {blocks:?} released twice");
+            }
+            PrefillAction::Withdraw => request.staged.clear(),
             PrefillAction::ReleaseEngine | PrefillAction::CancelEngine => {
                 assert!(!request.p_free, "seed {seed}: freed twice");
+                assert!(request.staged.is_empty(), "seed {seed}: staging or grants outlive the handoff");
                 request.p_free = true;
                 // From here on the blocks are somebody else's.
                 let held = self.now - request.p_since.unwrap();

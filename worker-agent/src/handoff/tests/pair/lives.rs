@@ -10,7 +10,10 @@ impl Pair {
         self.worker(side).alive = false;
         for request in self.requests.values_mut() {
             match side {
-                Side::Prefill => request.p_free = true,
+                Side::Prefill => {
+                    request.p_free = true;
+                    request.staged.clear();
+                }
                 Side::Decode => {
                     request.seat = Seat::Free;
                     request.pulls.clear();
