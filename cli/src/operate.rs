@@ -3,8 +3,9 @@
 use std::time::Duration;
 
 use baton_conductor::api::{Drained, Listing, PoolStatus, Replicas};
+use baton_config::Epoch;
 use baton_config::environment::Environment;
-use baton_config::protocol::DrainStatus;
+use baton_config::protocol::{DrainStatus, WorkerStatus};
 use reqwest::Method;
 use tokio::time::Instant;
 
@@ -42,6 +43,10 @@ async fn wait(conductor: &Conductor, drained: &Drained, patience: Duration) -> R
                 return output::print(&format!("{worker} has left after {after:.1} s\n"));
             }
             Ok(Sight::Drains(drain)) => (counts(&drain), drain_line(&drain)),
+            // Its server ends some moments before it leaves the fleet.
+            Ok(Sight::Idle) if told.is_some_and(|told: Option<_>| told.is_some()) => {
+                (told.flatten(), "has drained and is about to leave".to_owned())
+            }
             Ok(Sight::Idle) => (None, "asked; it has not begun".to_owned()),
             Ok(Sight::Anew) => {
                 (None, "in a new life, which does not drain: restarted, or ask again".to_owned())
@@ -62,6 +67,7 @@ async fn wait(conductor: &Conductor, drained: &Drained, patience: Duration) -> R
 }
 
 /// What is seen of a worker that was asked to drain.
+#[derive(Debug, PartialEq)]
 enum Sight {
     /// Its process has ended.
     Gone,
@@ -78,7 +84,7 @@ enum Sight {
 #[derive(Default)]
 struct Known {
     address: Option<String>,
-    pid: Option<u32>,
+    process: Option<(u32, Option<u64>)>,
 }
 
 impl Known {
@@ -107,13 +113,20 @@ impl Known {
                 _ => Sight::Idle,
             });
         };
-        let same_process = *self.pid.get_or_insert(status.pid) == status.pid;
-        Ok(match status.drain {
+        Ok(self.judge(status, same, drained.epoch))
+    }
+
+    /// What a worker of the name that answered is to the one that was asked to drain in life `epoch`; whether the
+    /// conductor still lists it in that life.
+    fn judge(&mut self, status: WorkerStatus, listed: bool, epoch: Epoch) -> Sight {
+        let process = (status.pid, status.process);
+        let same_process = *self.process.get_or_insert(process) == process;
+        match status.drain {
             Some(drain) if same_process => Sight::Drains(Box::new(drain)),
             _ if !same_process => Sight::Gone,
-            _ if same || status.epoch.is_none_or(|epoch| epoch == drained.epoch) => Sight::Idle,
+            _ if listed || status.epoch.is_none_or(|now| now == epoch) => Sight::Idle,
             _ => Sight::Anew,
-        })
+        }
     }
 }
 
@@ -136,4 +149,48 @@ pub(crate) fn scale(args: &ScaleArgs, environment: &Environment) -> Result<(), F
         "{} shall have {} workers; {} are ready now\n",
         pool.name, pool.desired, pool.ready
     ))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    /// What a worker that is process 1 of its container says, of all that it could.
+    fn status(process: Option<u64>, epoch: u64, drain: bool) -> WorkerStatus {
+        let drain = drain.then(|| {
+            json!({
+                "since_ms": 10, "grace_left_ms": 20, "requests": 1, "requests_running": 1, "requests_waiting": 0,
+                "handoffs": 0, "leases": 0, "blocks_held": 3
+            })
+        });
+        serde_json::from_value(json!({
+            "worker": "decode-0", "epoch": epoch, "pool": "decode", "role": "decode", "state": "ready", "pid": 1,
+            "process": process, "requests_running": 1, "requests_waiting": 0, "prefill_tokens_pending": 0,
+            "kv_blocks": {"free": 1, "reserved": 0, "filling": 0, "valid": 0, "shared": 0, "quarantined": 0},
+            "prefill_tokens_per_s": null, "itl_ms": null, "paths": [], "last_error": null, "drain": drain
+        }))
+        .unwrap()
+    }
+
+    #[test]
+    fn a_worker_restarted_under_the_same_pid_has_left() {
+        let mut known = Known::default();
+        let epoch = Epoch(7);
+        assert!(matches!(known.judge(status(Some(1), 7, true), true, epoch), Sight::Drains(_)));
+        assert_eq!(known.judge(status(Some(2), 8, false), false, epoch), Sight::Gone);
+        assert_eq!(
+            known.judge(status(Some(1), 8, false), false, epoch),
+            Sight::Anew,
+            "a lease lost is no end"
+        );
+    }
+
+    #[test]
+    fn of_workers_that_do_not_tell_their_processes_apart_the_pid_decides() {
+        let mut known = Known::default();
+        assert!(matches!(known.judge(status(None, 7, true), true, Epoch(7)), Sight::Drains(_)));
+        assert_eq!(known.judge(status(None, 8, false), false, Epoch(7)), Sight::Anew);
+    }
 }

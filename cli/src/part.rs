@@ -47,7 +47,13 @@ fn io_threads() -> usize {
 fn conductors(flag: Option<&str>, environment: &Environment, fleet: &Fleet) -> Result<Vec<String>, Failure> {
     match flag.or(environment.conductor.as_deref()) {
         Some(urls) => conductor_endpoints(urls),
-        None => Ok(fleet.conductor.endpoints.clone()),
+        None => match fleet.conductor.endpoints.iter().find(|url| url.ends_with(":0")) {
+            None => Ok(fleet.conductor.endpoints.clone()),
+            Some(url) => Err(Failure::Usage(format!(
+                "the fleet file does not tell where the conductor is ({url} is any free port): give its URL with \
+                 --conductor, or name a port in conductor.listen"
+            ))),
+        },
     }
 }
 

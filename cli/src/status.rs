@@ -109,8 +109,10 @@ pub(crate) fn run(args: &StatusArgs, environment: &Environment) -> Result<(), Fa
     let every = Duration::from_secs(seconds.into());
     block_on(async {
         loop {
-            if let Err(failure) = look(&conductor, args.json, true).await {
-                output::report(&failure.to_string());
+            match look(&conductor, args.json, true).await {
+                Ok(text) if !output::print_on(&text)? => return Ok(()),
+                Ok(_) => {}
+                Err(failure) => output::report(&failure.to_string()),
             }
             tokio::time::sleep(every).await;
         }
@@ -118,25 +120,26 @@ pub(crate) fn run(args: &StatusArgs, environment: &Environment) -> Result<(), Fa
 }
 
 fn show(conductor: &Conductor, json: bool) -> Result<(), Failure> {
-    block_on(look(conductor, json, false))
+    output::print(&block_on(look(conductor, json, false))?)
 }
 
-async fn look(conductor: &Conductor, json: bool, again: bool) -> Result<(), Failure> {
+/// What there is to show, also `again` where it was shown before.
+async fn look(conductor: &Conductor, json: bool, again: bool) -> Result<String, Failure> {
     let mut status = fetch::fetch(conductor).await?;
     status.problems = problems(&status);
     if json {
         let json = serde_json::to_string(&status)
             .map_err(|error| Failure::because("the status cannot be written as JSON", &error))?;
-        return output::print(&format!("{json}\n"));
+        return Ok(format!("{json}\n"));
     }
     let terminal = std::io::stdout().is_terminal();
     let text = text::describe(&status, terminal);
-    match (again, terminal) {
+    Ok(match (again, terminal) {
         // Clears what the look before left.
-        (true, true) => output::print(&format!("\x1b[H\x1b[2J{text}")),
-        (true, false) => output::print(&format!("{text}\n")),
-        (false, _) => output::print(&text),
-    }
+        (true, true) => format!("\x1b[H\x1b[2J{text}"),
+        (true, false) => format!("{text}\n"),
+        (false, _) => text,
+    })
 }
 
 #[cfg(test)]

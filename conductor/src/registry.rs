@@ -238,7 +238,8 @@ impl Registry {
             let kv = self.store.get(&key).await?;
             let kv = kv.ok_or_else(|| RegistryError::NoWorker { worker: worker.clone() })?;
             let StoredWorker { record, incarnation } = decode(&kv)?;
-            let compares = vec![Compare::Created { key: key.clone(), revision: kv.create_revision }];
+            // Of the very life that was read: a name that is taken over keeps the revision at which it was created.
+            let compares = vec![Compare::Modified { key: key.clone(), revision: kv.mod_revision }];
             let op = put(drain_key(worker), &StoredDrain { incarnation }, None)?;
             let reply = self.store.txn(Txn { compares, ops: vec![op] }).await?;
             if reply.succeeded {
@@ -308,12 +309,17 @@ impl Registry {
             state: request.state,
             pid: request.pid,
         };
-        let compares =
-            vec![Compare::Modified { key: key.clone(), revision: held.map_or(0, |kv| kv.mod_revision) }];
+        let drain_key = drain_key(&request.worker);
+        let wish = self.store.get(&drain_key).await?;
+        // Whoever asks the holder to drain in this very moment does not mean its successor.
+        let unchanged = |key: &str, kv: Option<&KeyValue>| Compare::Modified {
+            key: key.to_owned(),
+            revision: kv.map_or(0, |kv| kv.mod_revision),
+        };
+        let compares = vec![unchanged(&key, held), unchanged(&drain_key, wish.as_ref())];
         let stored = StoredWorker { record, incarnation: request.incarnation.clone() };
         let mut ops = vec![put(key, &stored, Some(lease))?];
-        let drain_key = drain_key(&request.worker);
-        let drain = match self.store.get(&drain_key).await? {
+        let drain = match wish {
             None => false,
             Some(kv) => {
                 let wish: Option<StoredDrain> = serde_json::from_slice(&kv.value).ok();
@@ -454,3 +460,6 @@ fn decode(kv: &KeyValue) -> Result<StoredWorker, RegistryError> {
 fn millis(duration: Duration) -> u64 {
     u64::try_from(duration.as_millis()).unwrap_or(u64::MAX)
 }
+
+#[cfg(test)]
+mod tests;

@@ -448,6 +448,9 @@ pub struct WorkerStatus {
     pub state: String,
     /// Operating-system process id.
     pub pid: u32,
+    /// Drawn when the process began: in containers every process has the same `pid`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub process: Option<u64>,
     /// Requests the engine is working on.
     pub requests_running: u32,
     /// Requests waiting for room.

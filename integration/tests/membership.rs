@@ -109,6 +109,39 @@ async fn a_second_worker_of_a_name_is_told_who_has_it() {
     fleet.stop().await;
 }
 
+#[tokio::test]
+async fn a_worker_that_finds_no_conductor_ends_well_when_it_is_told_to() {
+    let server = "  - { name: all, role: both, engine: { kind: openai, url: \"http://127.0.0.1:1\" } }\n";
+    for pool in [ONE, server] {
+        let folder = tempfile::tempdir().unwrap();
+        let conductor = format!("listen: 127.0.0.1:{}", free_port());
+        let config = write(folder.path(), "fleet.yaml", &document(&conductor, pool)).display().to_string();
+        let listen = format!("127.0.0.1:{}", free_port());
+        let mut worker =
+            Process::start(&["worker", "--config", &config, "--pool", "all", "--listen", &listen]);
+        let http = baton_conductor::http::client();
+        eventually("the worker is there", PATIENCE, async || {
+            http.get(format!("http://{listen}/livez")).send().await.ok()
+        })
+        .await;
+        signal(worker.0.id(), Signal::TERM);
+        let (well, said) = worker.ended().await;
+        assert!(well && !said.contains("error: "), "{said}");
+    }
+}
+
+#[test]
+fn a_part_that_is_not_told_where_the_conductor_is_says_so_at_once() {
+    let folder = tempfile::tempdir().unwrap();
+    let config =
+        write(folder.path(), "fleet.yaml", &document("listen: 127.0.0.1:0", ONE)).display().to_string();
+    for part in [&["router", "--config", &config][..], &["worker", "--config", &config, "--pool", "all"]] {
+        let refused = run(part);
+        assert_eq!(refused.status.code(), Some(2), "{}", stderr(&refused));
+        assert!(stderr(&refused).contains("give its URL with --conductor"), "{}", stderr(&refused));
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn two_workers_with_one_name_at_two_conductors_of_one_etcd() {
     let etcd = Etcd::start(1).await;

@@ -1,6 +1,7 @@
 //! `baton up`: one ready line, nothing left behind, and one clear sentence for what stands in the way.
 #![cfg(test)]
 
+use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -143,6 +144,27 @@ async fn a_drained_worker_leaves_and_the_rest_serves() {
     .await;
     let answer = fleet.client().complete(&Prompt::from("Hello"), 4, &json!({})).await.unwrap();
     assert_eq!(answer.tokens.len(), 4);
+    fleet.stop().await;
+}
+
+#[tokio::test]
+async fn a_watched_status_ends_with_its_reader() {
+    let fleet =
+        Fleet::start(FleetOptions::tiny("  - { name: all, role: both, engine: { kind: sim } }\n")).await;
+    for json in [false, true] {
+        let mut command = Command::new(binary::baton());
+        command.args(["status", "--watch=1", "--conductor", &fleet.conductor]);
+        if json {
+            command.arg("--json");
+        }
+        let mut watch = command.stdin(Stdio::null()).stdout(Stdio::piped()).spawn().unwrap();
+        let mut first = String::new();
+        BufReader::new(watch.stdout.take().unwrap()).read_line(&mut first).unwrap();
+        assert!(!first.is_empty());
+        // Whoever read is gone by now.
+        let ended = eventually("it ends", Duration::from_secs(10), async || watch.try_wait().unwrap()).await;
+        assert!(ended.success(), "{ended}");
+    }
     fleet.stop().await;
 }
 

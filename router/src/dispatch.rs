@@ -33,7 +33,8 @@ pub(crate) use suspects::{Death, Suspects, Verdict};
 
 /// Workers that are tried before the first token,
 const ATTEMPTS_MAX: usize = 4;
-/// besides those that could not be reached: a host that dies takes all of its workers with it.
+/// besides those that are other than the view says, and those that could not be reached: a host that dies takes all of
+/// its workers with it.
 const UNREACHED_MAX: usize = 16;
 /// Times a stream may move after its first token.
 const MIGRATIONS_MAX: u32 = 3;
@@ -288,7 +289,7 @@ impl Generation {
 
     fn prefilled(&mut self, report: PrefillReport) {
         if let Some(attempt) = &self.attempt
-            && attempt.handoff_ended(report.fallback.is_none())
+            && attempt.handoff_ended(&report)
         {
             self.dispatcher.metrics.pair_trips.inc();
         }
@@ -349,7 +350,7 @@ impl Generation {
         self.overloaded |= matches!(lost, Lost::Overloaded);
         self.failed.push((worker.member.worker.clone(), worker.member.epoch));
         if sent == 0 {
-            let asked = self.failed.len() - self.unreached;
+            let asked = self.failed.len() - self.unreached - self.unavailable;
             let more = asked < ATTEMPTS_MAX && self.unreached < UNREACHED_MAX;
             return if more { Ok(()) } else { Err(self.exhausted()) };
         }
@@ -381,7 +382,8 @@ impl Generation {
     fn exhausted(&self) -> DispatchError {
         if self.overloaded {
             DispatchError::Overloaded
-        } else if self.failed.is_empty() {
+        } else if self.unreached + self.unavailable == self.failed.len() {
+            // Nobody took it, or nobody is there.
             DispatchError::NoWorker
         } else if self.too_long == self.failed.len() {
             DispatchError::TooLong { tokens: self.job.prompt.len() }
@@ -390,9 +392,9 @@ impl Generation {
         }
     }
 
-    /// Whether all workers that were asked are other than the view says.
+    /// Whether workers that were asked are other than the view says, and none had an answer of its own.
     fn is_outdated(&self) -> bool {
-        self.sent.is_empty() && self.unavailable > 0 && self.unavailable == self.failed.len()
+        self.sent.is_empty() && self.unavailable > 0 && !self.overloaded && self.too_long == 0
     }
 
     /// Finds workers and sends both calls.
@@ -472,16 +474,16 @@ impl Generation {
             self.dispatcher.metrics.migrated(reason, false);
             return Err(DispatchError::WorkerLost);
         }
-        // Workers that are in another life than the view says may be in view again in a moment.
-        let since = *self.waits_since.get_or_insert(now);
-        if self.is_outdated() && now < since + VIEW_LAG {
-            return Ok(());
-        }
         // A connection that was there already says nothing about the worker when it ends as a request goes out.
         if self.broke && !self.repeated {
             self.repeated = true;
             self.failed.clear();
             (self.too_long, self.unavailable, self.unreached) = (0, 0, 0);
+            return Ok(());
+        }
+        // Workers that are in another life than the view says may be in view again in a moment, whatever became of the others.
+        let since = *self.waits_since.get_or_insert(now);
+        if self.is_outdated() && now < since + VIEW_LAG {
             return Ok(());
         }
         Err(self.exhausted())

@@ -1,7 +1,8 @@
 //! How a worker of either kind becomes a member of the fleet, and ceases to be one.
 
+use std::hash::{BuildHasher as _, Hasher as _, RandomState};
 use std::net::SocketAddr;
-use std::sync::Arc;
+use std::sync::{Arc, LazyLock};
 use std::time::Duration;
 
 use baton_conductor::{
@@ -19,18 +20,20 @@ pub(crate) const SETTLE_TIMEOUT: Duration = Duration::from_secs(1);
 /// How long tasks and connections may take to end once nothing is left to do for them.
 pub(crate) const CLOSE_TIMEOUT: Duration = Duration::from_secs(2);
 
-/// Takes a lease on the name of `registration`, for as long as `timeout` and until told to `drain`.
+/// Takes a lease on the name of `registration`, trying for as long as `timeout`; `None` when told to `drain` before.
 pub(crate) async fn join(
     fleet: &Client,
     registration: Registration,
-    (conductors, timeout): (&[String], Duration),
+    timeout: Duration,
     drain: &CancellationToken,
-) -> Result<Membership, JoinError> {
+) -> Result<Option<Membership>, JoinError> {
     let timing = MembershipOptions { join_timeout: timeout, ..MembershipOptions::default() };
+    let worker = registration.worker.clone();
     let joined = drain.run_until_cancelled(Membership::join(fleet, registration, timing)).await;
-    joined.unwrap_or_else(|| {
-        Err(JoinError::Unreachable { endpoints: conductors.to_vec(), waited: Duration::ZERO, source: None })
-    })
+    if joined.is_none() {
+        tracing::info!(%worker, "asked to end before it joined the fleet");
+    }
+    joined.transpose()
 }
 
 /// `host:port` at which others reach what listens at `address`.
@@ -40,6 +43,12 @@ pub(crate) fn told_address(advertise: Option<&str>, address: SocketAddr) -> Stri
         Some(host) if host.contains(':') => format!("[{host}]:{}", address.port()),
         Some(host) => format!("{host}:{}", address.port()),
     }
+}
+
+/// A number that tells this process from others of its pid. Small enough for readers that take numbers for doubles.
+pub(crate) fn this_process() -> u64 {
+    static DRAWN: LazyLock<u64> = LazyLock::new(|| RandomState::new().build_hasher().finish() >> 12);
+    *DRAWN
 }
 
 /// Waits until an operator asks for a drain.

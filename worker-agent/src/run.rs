@@ -127,7 +127,8 @@ pub async fn run(options: WorkerOptions, listener: TcpListener, stop: Stop) -> R
     let now = stop.now.clone();
     let worker = Worker::build(options, listener, stop).await?;
     let (end, membership) = match worker.join().await {
-        Ok(membership) => (worker.serve(&membership).await, Some(membership)),
+        Ok(Some(membership)) => (worker.serve(&membership).await, Some(membership)),
+        Ok(None) => (Ok(()), None),
         Err(error) => (Err(error), None),
     };
     tokio::select! {
@@ -208,8 +209,8 @@ impl Worker {
         Ok(Self { options, stop, address, shared, io, memory, phase, life, engine_thread, handoffs_stop })
     }
 
-    /// Takes a lease on the name; the worker is in view as joining.
-    async fn join(&self) -> Result<Membership, RunError> {
+    /// Takes a lease on the name; the worker is in view as joining. `None` when it was told to end before.
+    async fn join(&self) -> Result<Option<Membership>, RunError> {
         let options = &self.options;
         let registration = Registration {
             worker: options.worker.clone(),
@@ -223,8 +224,7 @@ impl Worker {
             transfer: base64::engine::general_purpose::STANDARD.encode(self.io.agent.metadata()),
             state: WorkerState::Joining,
         };
-        let patience = (&options.conductors[..], options.join_timeout);
-        Ok(member::join(&self.io.fleet, registration, patience, &self.stop.drain).await?)
+        Ok(member::join(&self.io.fleet, registration, options.join_timeout, &self.stop.drain).await?)
     }
 
     /// Serves until told to stop, then drains.

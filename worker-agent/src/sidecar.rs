@@ -126,11 +126,12 @@ pub async fn run(options: SidecarOptions, listener: TcpListener, stop: Stop) -> 
     listen::serve(listener, http::routes(Arc::clone(&shared)), &shared.tasks, shared.stop.clone());
     let sidecar = Sidecar { shared, fleet, stop };
     let end = match sidecar.join(address).await {
-        Ok(membership) => {
+        Ok(Some(membership)) => {
             sidecar.serve(&membership).await;
             membership.leave().await;
             Ok(())
         }
+        Ok(None) => Ok(()),
         Err(error) => Err(error),
     };
     sidecar.close().await;
@@ -153,8 +154,8 @@ enum Asker {
 }
 
 impl Sidecar {
-    /// Takes a lease on the name; the worker is in view as joining.
-    async fn join(&self, address: SocketAddr) -> Result<Membership, SidecarError> {
+    /// Takes a lease on the name; the worker is in view as joining. `None` when it was told to end before.
+    async fn join(&self, address: SocketAddr) -> Result<Option<Membership>, SidecarError> {
         let options = &self.shared.options;
         let address = told_address(options.advertise.as_deref(), address);
         let registration = Registration {
@@ -169,8 +170,7 @@ impl Sidecar {
             transfer: String::new(),
             state: WorkerState::Joining,
         };
-        let patience = (&options.conductors[..], options.join_timeout);
-        Ok(member::join(&self.fleet, registration, patience, &self.stop.drain).await?)
+        Ok(member::join(&self.fleet, registration, options.join_timeout, &self.stop.drain).await?)
     }
 
     /// Waits for the server, serves until told to stop, then drains.

@@ -12,7 +12,7 @@ use std::collections::{BTreeMap, VecDeque};
 use std::time::Duration;
 
 use baton_config::fleet::{Autoscale, ScalerSpec};
-use baton_config::{PoolName, Role};
+use baton_config::{PoolName, Role, WorkerId};
 use tokio::time::Instant;
 
 use super::measure::{Counts, Demand, Meter, WorkerInput};
@@ -21,7 +21,8 @@ use crate::record::WorkerState;
 
 /// Moments are averaged over at least this long: single polls say little.
 const WINDOW_MIN: Duration = Duration::from_secs(3);
-/// Workers that were asked for and have not come by then are no longer waited for.
+/// Workers that were asked for and have not come by then are no longer waited for, whether they never joined or joined
+/// and never got ready.
 const JOIN_PATIENCE: Duration = Duration::from_secs(300);
 /// A state without a change of the number is told once it has lasted so long.
 const TELL_AFTER: Duration = Duration::from_secs(5);
@@ -146,6 +147,8 @@ struct PoolMemory {
     peak: Demand,
     since: Option<Instant>,
     changed: Option<Instant>,
+    /// Since when each worker has been joining; one that is away for a moment between two lives keeps its place.
+    joining: BTreeMap<WorkerId, Instant>,
     over_since: Option<Instant>,
     /// The least load under which a number of workers did not manage, by signal and number.
     lessons: BTreeMap<(Signal, u32), (Instant, f64)>,
@@ -178,6 +181,7 @@ pub(crate) fn decide(memory: &mut Memory, now: Instant, inputs: &Inputs) -> Vec<
         let window = scale.map_or(WINDOW_MIN, |scale| scale.up_after.max(WINDOW_MIN));
         let long = scale.map_or(WINDOW_MIN, |scale| scale.down_after);
         counts.insert(&pool.name, kept.meter.add(now, (window, long), &pool.workers));
+        kept.note_joining(now, &pool.workers);
     }
     let full = decode_full(memory, inputs, &counts);
     let elsewhere = Elsewhere::of(memory, inputs);
@@ -375,7 +379,7 @@ impl Case<'_> {
         let whereof = format!("{what} over {ready} ready workers, {joining} joining");
         if desired > current {
             let waits = ready < current && kept.changed.is_some_and(|at| self.now < at + JOIN_PATIENCE);
-            if (joining > 0 || waits) && !self.scale.dry_run {
+            if (kept.awaits(self) || waits) && !self.scale.dry_run {
                 return stay(
                     Kind::Steady,
                     format!("{whereof}: {} of {current} are on their way", current - ready.min(current)),
@@ -500,6 +504,26 @@ impl PoolMemory {
         self.peak = demand;
         let failures = over.iter().map(|over| (now, over.signal, ready, over.signal.demand(&demand)));
         self.failures.extend(failures);
+    }
+
+    /// Notes who is joining.
+    fn note_joining(&mut self, now: Instant, workers: &[WorkerInput]) {
+        let joins = |worker: &&WorkerInput| worker.state == WorkerState::Joining;
+        let there = |name: &WorkerId| workers.iter().find(|worker| worker.worker == *name);
+        self.joining.retain(|name, since| match there(name) {
+            Some(worker) => joins(&worker),
+            None => now < *since + JOIN_PATIENCE,
+        });
+        for worker in workers.iter().filter(joins) {
+            self.joining.entry(worker.worker.clone()).or_insert(now);
+        }
+    }
+
+    /// Whether somebody is joining who is still waited for.
+    fn awaits(&self, case: &Case<'_>) -> bool {
+        let since = |worker: &WorkerInput| self.joining.get(&worker.worker).copied();
+        let mut joining = case.pool.workers.iter().filter(|worker| worker.state == WorkerState::Joining);
+        joining.any(|worker| since(worker).is_none_or(|since| case.now < since + JOIN_PATIENCE))
     }
 
     /// Somebody else decides: what was seen before says nothing about afterwards.

@@ -421,8 +421,13 @@ impl Attempt {
     }
 
     /// The decode worker says how the handoff went; `true` when its pair is avoided from now on.
-    pub(super) fn handoff_ended(&self, well: bool) -> bool {
+    pub(super) fn handoff_ended(&self, report: &PrefillReport) -> bool {
         let Some(prefill) = &self.pair.prefill else { return false };
+        let well = report.fallback.is_none();
+        // A decode worker that does without the blocks, because few are missing, says nothing about the way to them.
+        if well && report.imported_tokens == 0 {
+            return false;
+        }
         self.pair.decode.handed_off(prefill, well, Instant::now())
     }
 

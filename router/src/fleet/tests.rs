@@ -28,6 +28,7 @@ fn status(running: u32, waiting: u32, tokens: u64) -> WorkerStatus {
         role: Role::Decode,
         state: "ready".to_owned(),
         pid: 1,
+        process: None,
         requests_running: running,
         requests_waiting: waiting,
         prefill_tokens_pending: tokens,

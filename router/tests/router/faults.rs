@@ -106,6 +106,73 @@ async fn before_the_first_token_another_worker_is_tried() {
     }
 }
 
+/// A request to workers that turn it away because they are in another life than the view says, until the view has heard.
+async fn waits_for_the_view(away: usize, frozen: usize) {
+    let mut workers = Vec::new();
+    for i in 0..away + frozen {
+        let worker = FakeWorker::start(&format!("decode-{i}"), Role::Decode).await;
+        worker.always(if i < away {
+            Act::Status(409, FailureCode::Unavailable)
+        } else {
+            Act::SilentAfter(0)
+        });
+        workers.push(worker);
+    }
+    let harness = Harness::start(&workers.iter().collect::<Vec<_>>(), |options| {
+        alone(options);
+        options.timeouts.first_token = Duration::from_millis(400);
+    })
+    .await;
+    let body = ask(true);
+    let (answer, ()) = tokio::join!(harness.chat(&body), async {
+        let all_asked = async || workers.iter().all(|worker| !worker.generated().is_empty());
+        harness.until("all were asked", all_asked).await;
+        // For as long as the one that is frozen may be silent, and then some.
+        tokio::time::sleep(Duration::from_millis(700)).await;
+        let mut members: Vec<Member> = workers.iter().map(|worker| worker.member.clone()).collect();
+        for (worker, member) in workers.iter().zip(&mut members).take(away) {
+            worker.always(Act::Good);
+            member.epoch = Epoch(2);
+        }
+        harness.members.send_replace(Arc::new(Roster { members, age: Duration::ZERO }));
+    });
+    assert_eq!(answer.status, 200, "{away} {frozen}: {}", answer.text);
+    assert_eq!(answer.content(0).len(), 20, "{away} {frozen}: {}", answer.text);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_view_that_is_behind_is_waited_for_also_when_a_worker_was_lost() {
+    waits_for_the_view(2, 1).await;
+}
+
+#[tokio::test]
+async fn a_view_that_is_behind_is_waited_for_in_a_fleet_of_any_size() {
+    waits_for_the_view(7, 0).await;
+}
+
+#[tokio::test]
+async fn what_no_worker_took_is_a_503() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&worker], alone).await;
+    let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let mut member = worker.member.clone();
+    member.worker = "decode-1".parse().expect("a name");
+    member.address = gone.local_addr().expect("an address").to_string();
+    drop(gone);
+    let roster = Roster { members: vec![member], age: Duration::from_secs(60) };
+    harness.members.send_replace(Arc::new(roster));
+    harness
+        .until("the view arrived", async || harness.metric("baton_router_view_age_seconds").await > 59.0)
+        .await;
+    for stream in [true, false] {
+        let answer = harness.chat(&ask(stream)).await;
+        assert_eq!(answer.status, 503, "{}", answer.text);
+        assert_eq!(answer.json()["error"]["code"], "no_worker", "{}", answer.text);
+    }
+    harness.finish().await;
+}
+
 #[tokio::test]
 async fn a_new_attempt_has_a_new_handoff() {
     let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
@@ -333,6 +400,23 @@ async fn an_end_that_the_worker_could_not_say_is_still_an_end() {
     let answer = harness.chat(&ask(false)).await;
     assert_eq!(answer.json()["choices"][0]["finish_reason"], "length");
     assert_eq!(worker.generated().len(), 1);
+    // Also of a stream that nobody else could take up.
+    let mut body = ask(false);
+    body["baton"] = json!({ "logits_digest": true });
+    assert_eq!(harness.chat(&body).await.json()["choices"][0]["finish_reason"], "length");
+    assert!(moved(&harness, "moved").await + moved(&harness, "lost").await < 0.5, "nothing had to move");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_token_that_the_model_does_not_have_is_not_passed_on() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&worker], alone).await;
+    worker.then(Act::Say(vec![100, 1 << 30, 100]));
+    let answer = harness.chat(&ask(true)).await;
+    let asked = worker.generated();
+    assert_eq!((asked.len(), asked[1].generated), (2, 1), "it is asked again from before that token on");
+    assert_eq!(answer.content(0), format!("d{}", text(&oracle(&asked[1].tokens, 3, 19))));
     harness.finish().await;
 }
 
@@ -408,6 +492,39 @@ async fn prefill_trouble_never_fails_a_request() {
                 })
                 .await;
         }
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn both_sides_of_a_replay_know_what_was_generated_before() {
+    let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
+    let decode = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&prefill, &decode], |_| {}).await;
+    decode.then(Act::DieAfter(5));
+    assert_eq!(harness.chat(&ask(true)).await.status, 200);
+    let (asked, prefilled) = (decode.generated(), prefill.prefilled());
+    assert_eq!((asked[0].generated, asked[1].generated), (0, 5));
+    // The first token is chosen there: penalties count what was said before.
+    let replay = asked[1].handoff.as_ref().expect("a handoff");
+    let there = prefilled.iter().find(|request| request.handoff.id == replay.id).expect("a prefill");
+    assert_eq!((there.generated, &there.tokens, &there.sampling.seed), (5, &asked[1].tokens, &3));
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_decode_worker_that_does_without_the_blocks_says_nothing_about_its_pair() {
+    // What fails twice in a row is avoided; an import that went well between the two makes the count begin anew.
+    for (between, asked) in [(Act::Good, 3), (Act::Import(5), 4)] {
+        let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
+        let decode = FakeWorker::start("decode-0", Role::Decode).await;
+        let harness = Harness::start(&[&prefill, &decode], |_| {}).await;
+        decode.then(Act::GiveUp).then(between.clone()).then(Act::GiveUp).then(Act::Good);
+        for _ in 0..4 {
+            assert_eq!(harness.chat(&ask(false)).await.status, 200);
+        }
+        let handoffs = decode.generated().iter().filter(|request| request.handoff.is_some()).count();
+        assert_eq!(handoffs, asked, "{between:?}");
         harness.finish().await;
     }
 }

@@ -53,6 +53,10 @@ pub(crate) enum Act {
     Say(Vec<u32>),
     /// Sends as many tokens as are taken, without end.
     Endless,
+    /// Generates all tokens, after it has read so many from the prefill worker.
+    Import(u32),
+    /// Generates all tokens, after it has given the handoff up.
+    GiveUp,
 }
 
 /// The token an undisturbed engine would choose after `tokens`: a printable byte, never an end token.
@@ -310,6 +314,7 @@ fn state(script: &Script, seen: &Seen) -> WorkerStatus {
         role: script.role,
         state: "ready".to_owned(),
         pid: 1,
+        process: None,
         requests_running: u32::try_from(seen.open.load(Ordering::SeqCst)).expect("small"),
         requests_waiting: 0,
         prefill_tokens_pending,
@@ -450,14 +455,19 @@ pub(super) fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item
         Act::Slow(pause) => Some(pause),
         _ => None,
     };
+    let (imported_tokens, fallback) = match act {
+        Act::Import(tokens) => (tokens, None),
+        Act::GiveUp => (0, Some("link".to_owned())),
+        _ => (0, None),
+    };
     let report = GenerateEvent::Prefilled(PrefillReport {
         cached_tokens: 3,
-        imported_tokens: 0,
+        imported_tokens,
         imported_bytes: 0,
         queue_ms: 0.5,
         prefill_ms: 1.5,
         transfer_tail_ms: 0.0,
-        fallback: None,
+        fallback,
     });
     let mut tokens = request.tokens.clone();
     let sampling = request.sampling.clone();

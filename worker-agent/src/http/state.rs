@@ -10,6 +10,7 @@ use http::StatusCode;
 use tokio::time::Instant;
 
 use super::{DEAD_AFTER, PROMETHEUS, Phase, Shared, UNREADY_AFTER, millis};
+use crate::member::this_process;
 
 /// Why the worker should get no requests, if so.
 fn unready(shared: &Shared) -> Option<String> {
@@ -48,6 +49,7 @@ pub(super) async fn state(State(shared): State<Arc<Shared>>) -> Json<WorkerStatu
         role: shared.role,
         state: state_name(&shared).to_owned(),
         pid: std::process::id(),
+        process: Some(this_process()),
         requests_running: view.load.running,
         requests_waiting: view.load.waiting,
         prefill_tokens_pending: view.load.prefill_tokens_pending,

@@ -488,6 +488,9 @@ fn kv_events_can_be_followed_and_taken_up_again() {
             })
             .collect();
         assert!(hashes.iter().all(|hash| known.contains(hash)));
+        // So does a number of another life, be it one that this life has reached.
+        let of_another = d.follow_after(Epoch(d.epoch().0 - 1), seq).await.next().await;
+        assert_eq!((of_another.snapshot, of_another.epoch, of_another.seq), (true, d.epoch(), snapshot.seq));
     });
 }
 

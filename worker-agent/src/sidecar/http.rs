@@ -15,6 +15,7 @@ use super::Shared;
 use super::health::Verdict;
 use crate::http::fault::{no_method, no_route};
 use crate::http::{PROMETHEUS, Phase, millis};
+use crate::member::this_process;
 
 pub(super) fn routes(shared: Arc<Shared>) -> Router {
     Router::new()
@@ -53,6 +54,7 @@ async fn state(State(shared): State<Arc<Shared>>) -> Json<WorkerStatus> {
         role: options.role,
         state: standing(&shared).0.to_owned(),
         pid: std::process::id(),
+        process: Some(this_process()),
         requests_running: gauges.running,
         requests_waiting: gauges.waiting,
         prefill_tokens_pending: 0,

@@ -137,6 +137,27 @@ fn a_queue_makes_the_pool_grow_by_its_excess_and_at_most_to_twice_its_size() {
     assert!(lab.reason().contains("8 is the most"), "{}", lab.reason());
 }
 
+/// Under load, but for one that is joining.
+fn but_one_is_joining(worker: &mut WorkerInput) {
+    pending(80_000)(worker);
+    if worker.worker.as_str() == "w-2" {
+        (worker.state, worker.sample) = (WorkerState::Joining, None);
+    }
+}
+
+#[test]
+fn who_joins_is_waited_for_and_who_never_gets_ready_not_for_ever() {
+    let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 3);
+    assert_eq!(lab.run(299, 3, but_one_is_joining), 3, "it may still get ready");
+    assert_eq!(lab.run(10, 3, but_one_is_joining), 4, "two work, and twice as many are asked for");
+    assert!(lab.reason().contains("1 joining"), "{}", lab.reason());
+    // The fourth came, and the third was ready for once: it is waited for anew.
+    lab.run(1, 4, pending(80_000));
+    let decided = lab.run(200, 4, but_one_is_joining);
+    assert_eq!(lab.run(90, 4, but_one_is_joining), decided);
+    assert!(lab.run(20, 4, but_one_is_joining) > decided);
+}
+
 #[test]
 fn a_pool_shrinks_slowly_and_only_after_the_hold_down() {
     let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 8);

@@ -22,7 +22,8 @@ use tokio_util::sync::CancellationToken;
 
 use super::super::{Stop, Worker};
 use super::Tamper;
-use crate::handoff;
+use crate::driver::Handoffs;
+use crate::handoff::{self, Opening};
 use crate::options::{
     ArenaOptions, DeviceKind, DeviceOptions, EngineChoice, STALLED, TransferOptions, WorkerOptions, geometry,
 };
@@ -322,7 +323,7 @@ impl Fleet {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
             let worker = Arc::new(Worker::build(options, listener, Stop::default()).await.unwrap());
-            let membership = worker.join().await.unwrap();
+            let membership = worker.join().await.unwrap().unwrap();
             let serving = tokio_util::task::TaskTracker::new().spawn({
                 let worker = Arc::clone(&worker);
                 async move {
@@ -545,6 +546,16 @@ impl Follower {
 }
 
 impl Running {
+    pub(super) fn handoffs(&self) -> &Handoffs {
+        &self.worker.shared.handoffs
+    }
+
+    /// What opens a handoff to `peer` here.
+    pub(super) fn opening(&self, peer: &Self, id: u128, prompt: u32) -> Opening {
+        let HandoffRef { id, own_epoch, peer } = Fleet::handoff(self, peer, id);
+        Opening { id, own_epoch, peer, prompt }
+    }
+
     pub(super) fn address(&self) -> SocketAddr {
         self.address
     }
@@ -604,6 +615,9 @@ impl Running {
     pub(super) async fn audit(&self) {
         self.worker.shared.engine.audit().await.unwrap();
         self.worker.io.exporter.audit().unwrap();
+        let let_go = || self.worker.shared.handoffs.open().borrow().requests == 0;
+        until("every request of a handoff is let go", let_go).await;
+        until("nothing is offered", || self.worker.io.exporter.published() == 0).await;
         let mut text = self.text("/metrics").await;
         assert!(text.contains("baton_agent_audit_failures_total 0"));
         // Blocks come back a moment before those who had them are counted.
@@ -680,6 +694,12 @@ impl Running {
     pub(super) async fn follow(&self, since: u64) -> Follower {
         let response = self.get(&format!("/v1/kv/events?since={since}")).await;
         assert_eq!(response.status().as_u16(), 200);
+        Follower { response, buffer: Vec::new() }
+    }
+
+    /// The same for somebody who knows another life of the worker.
+    pub(super) async fn follow_after(&self, epoch: Epoch, since: u64) -> Follower {
+        let response = self.get(&format!("/v1/kv/events?since={since}&epoch={epoch}")).await;
         Follower { response, buffer: Vec::new() }
     }
 

@@ -4,8 +4,10 @@ use std::time::Duration;
 
 use baton_config::protocol::{HandoffOutcome, TicketAck};
 use baton_config::{HandoffId, KvGeometry, Shard};
+use baton_engine::SeqId;
 use baton_engine::sim::oracle;
 use baton_transfer::BackendKind;
+use futures_util::FutureExt as _;
 
 use super::fleet::{Fleet, Setup, prompt, until};
 use crate::handoff::Limits;
@@ -49,6 +51,41 @@ fn a_handoff_outlives_a_queue_that_is_longer_than_its_lease() {
 #[test]
 fn a_handoff_whose_blocks_are_to_be_staged_outlives_a_queue_that_is_longer_than_its_lease() {
     outlives_a_queue_longer_than_its_lease(true);
+}
+
+#[test]
+fn a_prompt_larger_than_the_staging_passes_through_it() {
+    let fleet = Fleet::start(Setup::sim());
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        // 38 blocks, of which 24 are staged at once: what was read makes room for the next.
+        let request = fleet.request(prompt(1, 1200, fleet.vocab()), 4);
+        let (apart, reply) = fleet.hand_over(&p, &d, &request, 1).await;
+        assert_eq!((apart.report.fallback, apart.report.imported_tokens), (None, 1200));
+        assert_eq!(reply.unwrap().outcome, HandoffOutcome::Done);
+        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 4));
+        p.audit().await;
+    });
+}
+
+#[test]
+fn who_asks_for_a_handoff_that_is_open_and_leaves_does_not_end_it() {
+    let fleet = Fleet::start(Setup::sim());
+    let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
+    fleet.block_on(async {
+        let opening = p.opening(&d, 1, 64);
+        // Sequences that the engine does not know.
+        let open = |seq| p.handoffs().open_prefill(opening.clone(), SeqId(u64::MAX - seq));
+        let mut end = open(0).await.unwrap();
+        for seq in 1..50 {
+            assert!(!matches!(open(seq).now_or_never(), Some(Ok(_))));
+        }
+        // Asked in this order, so that all of them were answered before.
+        assert_eq!(p.handoffs().status(HandoffId(1)).await.unwrap().phase, "prefill/queued");
+        assert!(end.try_recv().is_err());
+        fleet.delete(&p, 1).await;
+        assert_eq!(end.await.unwrap(), HandoffOutcome::Cancelled);
+    });
 }
 
 #[test]
