@@ -8,6 +8,7 @@ pub(crate) mod paths;
 pub(crate) mod probe;
 pub(crate) mod region;
 pub(crate) mod server;
+pub(crate) mod strangers;
 
 use std::net::{IpAddr, SocketAddr};
 use std::sync::Arc;

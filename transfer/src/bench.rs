@@ -5,9 +5,11 @@
 //! reads without digests, some with, so that whatever else the machine does meets all of them alike. The raw limit
 //! of `shm` is `memcpy` of equally scattered blocks; that of `cma` `process_vm_readv` of them, by as few calls as the
 //! system takes them in; that of everything else `writev` and `readv` of them over TCP, by two blocking threads. Beside
-//! reads over libfabric and UCX there is the library by itself as well.
+//! reads over libfabric and UCX there is the library by itself as well. Where there are just two cores, each process has one
+//! of them.
 
 mod bare;
+mod cores;
 mod measure;
 mod peer;
 mod raw;
@@ -245,10 +247,21 @@ pub struct Report {
 /// # Errors
 /// When the peer process, an agent or a read fails; a backend that cannot be opened is no error.
 pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
+    let Some(cores) = cores::Cores::split() else { return measure_all(options, None).await };
+    // The runtime this is called in may have a thread for either core, which would get in each other's way on one.
+    let alone = tokio::task::spawn_blocking(move || {
+        let runtime = tokio::runtime::Builder::new_multi_thread().worker_threads(1).enable_all().build();
+        let runtime = runtime.map_err(BenchError::io("starting a runtime"))?;
+        runtime.block_on(measure_all(options, Some(&cores)))
+    });
+    alone.await.unwrap_or_else(|error| Err(BenchError::io("a bench thread")(std::io::Error::other(error))))
+}
+
+async fn measure_all(options: BenchOptions, cores: Option<&cores::Cores>) -> Result<Report, BenchError> {
     let spread = options.shapes.iter().map(|shape| shape.spread()).max().unwrap_or(1);
     let backends = options.backends.iter().map(|backend| backend.as_str().to_owned()).collect();
     let wanted = peer::Wanted { region_bytes: spread, backends, plugin: options.plugin.clone() };
-    let mut peer = peer::Peer::spawn(&options.peer_arguments, &wanted).await?;
+    let mut peer = peer::Peer::spawn(&options.peer_arguments, &wanted, cores).await?;
     let memory = measure::Memory::new(spread)?;
     let mut report = Report::default();
     for backend in options.backends.iter().copied() {

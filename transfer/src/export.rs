@@ -11,7 +11,7 @@
 //! [`Exporter::sweep`] once the handoff has shown no life for the lease. Several copies run at a time, on threads that
 //! may block, so that the copy engine, hashing and serving overlap.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
@@ -257,7 +257,8 @@ impl Exporter {
             let mut books = self.0.books();
             (books.handoffs.remove(&handoff), self.0.agent.revoke(handoff))
         };
-        let Some(withdrawn) = withdrawn else { return };
+        // Somebody else may have withdrawn it a moment ago: its end is waited for all the same.
+        let Some(withdrawn) = withdrawn else { return revoked.settled().await };
         for slot in withdrawn.blocks.values().filter_map(|block| block.slot.as_ref()) {
             slot.set_state(SlotState::Quarantined);
         }
@@ -357,7 +358,7 @@ impl<'a> Publishing<'a> {
         let export = books.handoffs.get_mut(&self.handoff).filter(|export| export.life == self.life);
         let export = export.ok_or(ExportError::Released)?;
         export.expires = Instant::now() + self.inner.options.lease;
-        let (mut tickets, mut descriptors) = (Vec::new(), Vec::new());
+        let (mut tickets, mut indices) = (Vec::new(), BTreeSet::new());
         // Dropped at the end: a slot is free for others when no grant covers it any more.
         let mut replaced: Vec<Published> = Vec::new();
         for Prepared { index, offset, digest, slot } in prepared {
@@ -367,13 +368,15 @@ impl<'a> Publishing<'a> {
                 slot.set_state(SlotState::Published);
             }
             tickets.push(TicketBlock { index, region: descriptor.region.0, offset, digest });
-            descriptors.push(descriptor);
+            indices.insert(index);
             let before = export.blocks.insert(index, Published { descriptor, slot });
             replaced.extend(before.filter(|before| before.descriptor != descriptor));
         }
         let places: Vec<Descriptor> = replaced.iter().map(|block| block.descriptor).collect();
         self.inner.agent.ungrant(self.handoff, &places);
-        self.inner.agent.grant(self.handoff, descriptors);
+        // Of an index that was named twice the last counts: the slot of the first is another's from here on.
+        let granted = indices.iter().filter_map(|index| export.blocks.get(index));
+        self.inner.agent.grant(self.handoff, granted.map(|block| block.descriptor).collect());
         drop(books);
         Ok(tickets)
     }

@@ -26,6 +26,11 @@ impl Spin {
         }
     }
 
+    /// Whether the next answer will be yes.
+    pub(crate) fn will_be_worth_it(&self) -> bool {
+        self.left_out == 0
+    }
+
     /// What a try brought.
     pub(crate) fn tried(&mut self, came: bool) {
         self.misses = if came { 0 } else { (self.misses + 1).min(MISSES_MAX) };

@@ -1,6 +1,6 @@
 //! Which bytes may be read under which handoff, and who is being served from them now.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeSet, HashMap};
 use std::ops::Range;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
@@ -13,14 +13,23 @@ use crate::agent::RegionId;
 use crate::error::Refusal;
 use crate::session::Descriptor;
 
-/// Live grants by handoff.
+/// Grants by handoff.
 #[derive(Debug, Default)]
-pub(crate) struct Grants(Mutex<HashMap<HandoffId, Grant>>);
+pub(crate) struct Grants(Mutex<Table>);
+
+#[derive(Debug, Default)]
+struct Table {
+    live: HashMap<HandoffId, Grant>,
+    /// What is still served under grants that have ended: who ends one of the same name waits for that, too.
+    ending: Vec<(HandoffId, TaskTracker)>,
+}
 
 #[derive(Debug, Default)]
 struct Grant {
-    /// Length by start.
-    ranges: BTreeMap<(RegionId, u64), u32>,
+    /// Region, start and length. They may overlap.
+    ranges: BTreeSet<(RegionId, u64, u32)>,
+    /// Length of the longest there ever was.
+    longest: u32,
     revoked: CancellationToken,
     serving: TaskTracker,
 }
@@ -57,31 +66,35 @@ impl Revoked {
 impl Grants {
     pub(crate) fn add(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
         let mut table = self.lock();
-        let grant = table.entry(handoff).or_default();
-        grant.ranges.extend(descriptors.iter().map(|d| ((d.region, d.offset), d.len)));
+        let grant = table.live.entry(handoff).or_default();
+        grant.ranges.extend(descriptors.iter().map(|d| (d.region, d.offset, d.len)));
+        grant.longest = descriptors.iter().map(|d| d.len).fold(grant.longest, u32::max);
     }
 
     /// Takes `descriptors`, as they were granted, out of a grant; reads being served from them go on.
     pub(crate) fn narrow(&self, handoff: HandoffId, descriptors: &[Descriptor]) {
-        if let Some(grant) = self.lock().get_mut(&handoff) {
-            for descriptor in descriptors {
-                grant.ranges.remove(&(descriptor.region, descriptor.offset));
-            }
+        if let Some(grant) = self.lock().live.get_mut(&handoff) {
+            descriptors.iter().for_each(|descriptor| grant.take_out(descriptor));
         }
     }
 
     pub(crate) fn revoke(&self, handoff: HandoffId) -> Revoked {
-        let grant = self.lock().remove(&handoff).unwrap_or_default();
-        grant.end()
+        let mut table = self.lock();
+        if let Some(grant) = table.live.remove(&handoff) {
+            table.end(handoff, grant);
+        }
+        let ending = table.ending.iter().filter(|(of, _)| *of == handoff);
+        Revoked(ending.map(|(_, serving)| serving.clone()).collect())
     }
 
     /// Ends all of them and names them.
     pub(crate) fn clear(&self) -> Vec<HandoffId> {
-        let ended = std::mem::take(&mut *self.lock());
+        let mut table = self.lock();
+        let ended = std::mem::take(&mut table.live);
         ended
             .into_iter()
             .map(|(handoff, grant)| {
-                grant.end();
+                table.end(handoff, grant);
                 handoff
             })
             .collect()
@@ -90,7 +103,7 @@ impl Grants {
     /// Allows serving `blocks`, if every one lies inside a granted range.
     pub(crate) fn permit(&self, handoff: HandoffId, blocks: &[Descriptor]) -> Result<Permit, Refusal> {
         let table = self.lock();
-        let grant = table.get(&handoff).ok_or(Refusal::NotGranted)?;
+        let grant = table.live.get(&handoff).ok_or(Refusal::NotGranted)?;
         if !grant.cover(blocks) {
             return Err(Refusal::OutsideGrant);
         }
@@ -106,7 +119,7 @@ impl Grants {
         most: usize,
     ) -> Option<(Vec<Descriptor>, usize)> {
         let table = self.lock();
-        let grant = table.get(&handoff)?;
+        let grant = table.live.get(&handoff)?;
         let mut found: Vec<Around> = Vec::new();
         let mut count = 0;
         for block in blocks {
@@ -122,8 +135,19 @@ impl Grants {
         Some((found.into_iter().map(|around| around.needed()).collect(), count))
     }
 
-    fn lock(&self) -> MutexGuard<'_, HashMap<HandoffId, Grant>> {
+    fn lock(&self) -> MutexGuard<'_, Table> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Table {
+    fn end(&mut self, handoff: HandoffId, grant: Grant) {
+        grant.revoked.cancel();
+        grant.serving.close();
+        self.ending.retain(|(_, serving)| !serving.is_empty());
+        if !grant.serving.is_empty() {
+            self.ending.push((handoff, grant.serving));
+        }
     }
 }
 
@@ -165,10 +189,21 @@ impl Grant {
     /// The granted range that a block lies in.
     fn range_of(&self, block: &Descriptor) -> Option<Range<u64>> {
         let end = block.offset.checked_add(u64::from(block.len))?;
-        let before = self.ranges.range(..=(block.region, block.offset)).next_back();
-        let ((region, from), len) = before?;
-        let range = *from..from.saturating_add(u64::from(*len));
-        (*region == block.region && end <= range.end).then_some(range)
+        let before = self.ranges.range(..=(block.region, block.offset, u32::MAX)).rev();
+        // One that begins earlier may be longer, but none reaches further than the longest.
+        let mut near = before.map_while(|(region, from, len)| {
+            let reaches = from.saturating_add(u64::from(self.longest)) >= end;
+            (*region == block.region && reaches).then(|| *from..from.saturating_add(u64::from(*len)))
+        });
+        near.find(|range| end <= range.end)
+    }
+
+    /// Takes a range out; where none of this length begins there, all that do.
+    fn take_out(&mut self, Descriptor { region, offset, len }: &Descriptor) {
+        if !self.ranges.remove(&(*region, *offset, *len)) {
+            let there = (*region, *offset, 0)..=(*region, *offset, u32::MAX);
+            self.ranges.retain(|range| !there.contains(range));
+        }
     }
 
     /// Whether each block lies inside a range. Neighbours often share one: the last found is tried first.
@@ -180,18 +215,10 @@ impl Grant {
                 *region == block.region && range.start <= block.offset && end <= range.end
             };
             if !found.as_ref().is_some_and(inside) {
-                let before = self.ranges.range(..=(block.region, block.offset)).next_back();
-                found = before
-                    .map(|((region, from), len)| (*region, *from..from.saturating_add(u64::from(*len))));
+                found = self.range_of(block).map(|range| (block.region, range));
             }
             found.as_ref().is_some_and(inside)
         })
-    }
-
-    fn end(self) -> Revoked {
-        self.revoked.cancel();
-        self.serving.close();
-        Revoked(vec![self.serving])
     }
 }
 
@@ -226,6 +253,26 @@ mod tests {
         assert!(grants.permit(ID, &[at(9, u64::MAX - 4, 4)]).is_ok());
         assert_eq!(grants.permit(ID, &[at(9, u64::MAX - 4, 50)]).unwrap_err(), Refusal::OutsideGrant);
         assert!(grants.around(ID, &[at(9, u64::MAX - 4, 50)], 1).is_none());
+    }
+
+    /// Whatever was granted before stays granted: it is added to.
+    #[test]
+    fn ranges_that_overlap_are_all_granted_and_taken_out_one_by_one() {
+        let grants = Grants::default();
+        grants.add(ID, &[at(1, 100, 100)]);
+        grants.add(ID, &[at(1, 100, 10), at(1, 150, 5), at(1, 180, 40)]);
+        for good in [at(1, 100, 100), at(1, 160, 40), at(1, 155, 45), at(1, 190, 30)] {
+            assert!(grants.permit(ID, &[good]).is_ok(), "{good:?}");
+            assert!(grants.around(ID, &[good], 1).is_some(), "{good:?}");
+        }
+        assert!(grants.permit(ID, &[at(1, 199, 22)]).is_err(), "past the end of the last");
+        grants.narrow(ID, &[at(1, 100, 10)]);
+        assert!(grants.permit(ID, &[at(1, 100, 100)]).is_ok(), "granted by itself");
+        grants.narrow(ID, &[at(1, 100, 100)]);
+        assert!(grants.permit(ID, &[at(1, 100, 10)]).is_err() && grants.permit(ID, &[at(1, 150, 5)]).is_ok());
+        // Named with another length than it was granted with: nothing that begins there is granted any more.
+        grants.narrow(ID, &[at(1, 180, 7)]);
+        assert!(grants.permit(ID, &[at(1, 180, 1)]).is_err());
     }
 
     #[test]
@@ -265,6 +312,34 @@ mod tests {
         drop(permit);
         tokio::time::timeout(Duration::from_secs(5), settled).await.unwrap();
         grants.revoke(HandoffId(9)).settled().await;
+    }
+
+    /// Nobody is told that memory is free while somebody else still waits for the same.
+    #[tokio::test]
+    async fn who_revokes_what_is_revoked_already_waits_for_its_end_too() {
+        let grants = Grants::default();
+        grants.add(ID, &[at(1, 0, 10)]);
+        let permit = grants.permit(ID, &[at(1, 0, 10)]).unwrap();
+        let first = grants.revoke(ID);
+        for ended in [grants.revoke(ID), grants.revoke(ID)] {
+            let settled = ended.settled();
+            tokio::pin!(settled);
+            assert!(futures_util::poll!(settled.as_mut()).is_pending(), "it is still read");
+        }
+        // Granted anew meanwhile, and the life over: the one that began first still goes on.
+        grants.add(ID, &[at(1, 0, 10)]);
+        grants.clear();
+        let settled = grants.revoke(ID).settled();
+        tokio::pin!(settled);
+        assert!(futures_util::poll!(settled.as_mut()).is_pending(), "it is still read");
+        drop(permit);
+        tokio::time::timeout(Duration::from_secs(5), settled).await.unwrap();
+        first.settled().await;
+        grants.revoke(ID).settled().await;
+        grants.revoke(HandoffId(2)).settled().await;
+        grants.add(HandoffId(3), &[at(1, 0, 10)]);
+        grants.revoke(HandoffId(3)).settled().await;
+        assert!(grants.lock().ending.is_empty(), "nothing is kept of it");
     }
 
     #[test]

@@ -11,6 +11,7 @@ use tokio_util::task::TaskTracker;
 use super::grants::{Grants, Permit, Revoked};
 use super::notifications::Notifications;
 use super::region::Region;
+use super::strangers::{STRANGERS_MAX, Strangers};
 use super::{AgentOptions, RegionId, RegisterError, TransferLimits, probe};
 use crate::auth::Token;
 use crate::backend::fabric::fabrics::Fabrics;
@@ -39,6 +40,7 @@ pub(crate) struct Server {
     pub(crate) tasks: TaskTracker,
     pub(crate) stop: CancellationToken,
     pub(crate) connections: Arc<Semaphore>,
+    pub(crate) strangers: Strangers,
     pub(crate) control: Control,
     pub(crate) fabrics: Fabrics,
     /// Who may ask for blocks over the fabrics.
@@ -133,6 +135,7 @@ impl Server {
             tasks: TaskTracker::new(),
             stop: CancellationToken::new(),
             connections: Arc::new(Semaphore::new(MAX_CONNECTIONS)),
+            strangers: Strangers::new(STRANGERS_MAX),
             control: Control::new(incarnation)?,
             fabrics,
             tickets: Arc::default(),

@@ -15,6 +15,7 @@ use serde::{Deserialize, Serialize};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::process::{Child, ChildStdin, ChildStdout, Command};
 
+use super::cores::Cores;
 use super::{BenchError, HANDOFF, PEER_EPOCH, PEER_NAME, agent_options, bare, fill, raw};
 use crate::agent::{Agent, BackendKind, RegionId};
 use crate::memory::HostMemory;
@@ -57,15 +58,20 @@ pub(super) struct Peer {
 }
 
 impl Peer {
-    pub(super) async fn spawn(arguments: &[OsString], wanted: &Wanted) -> Result<Self, BenchError> {
+    /// Starts one, on a core of its own where it has one.
+    pub(super) async fn spawn(
+        arguments: &[OsString],
+        wanted: &Wanted,
+        cores: Option<&Cores>,
+    ) -> Result<Self, BenchError> {
         let program = std::env::current_exe().map_err(BenchError::io("finding this program"))?;
-        let mut child = Command::new(program)
-            .args(arguments)
-            .stdin(Stdio::piped())
-            .stdout(Stdio::piped())
-            .kill_on_drop(true)
-            .spawn()
-            .map_err(BenchError::io("starting the peer process"))?;
+        let mut command = Command::new(program);
+        command.args(arguments).stdin(Stdio::piped()).stdout(Stdio::piped()).kill_on_drop(true);
+        let child = match cores {
+            Some(cores) => cores.for_peer(|| command.spawn()),
+            None => command.spawn(),
+        };
+        let mut child = child.map_err(BenchError::io("starting the peer process"))?;
         let (Some(mut input), Some(output)) = (child.stdin.take(), child.stdout.take()) else {
             return Err(BenchError::Peer("nothing: it has no standard streams".to_owned()));
         };

@@ -306,6 +306,41 @@ fn descriptor(ticket: &TicketBlock) -> Descriptor {
     Descriptor { region, offset, len: GEOMETRY.block_bytes() as u32 }
 }
 
+/// The slot of the first is free for others.
+#[tokio::test]
+async fn of_a_block_named_twice_the_last_is_granted() {
+    let (exporter, _) = staged(16).await;
+    let twice = [ExportBlock { index: 3, block: 1 }, ExportBlock { index: 3, block: 2 }];
+    let tickets = exporter.publish(HANDOFF, EPOCH, &twice, soon()).await.unwrap();
+    assert_eq!((exporter.published(), exporter.audit().unwrap().free), (1, 15));
+    let place = |ticket: &TicketBlock| Descriptor {
+        region: RegionId(ticket.region),
+        offset: ticket.offset,
+        len: GEOMETRY.block_bytes() as u32,
+    };
+    assert!(exporter.0.agent.serving(HANDOFF, &[place(&tickets[1])]).is_ok());
+    assert!(exporter.0.agent.serving(HANDOFF, &[place(&tickets[0])]).is_err());
+}
+
+#[tokio::test]
+async fn whoever_releases_a_handoff_waits_for_who_is_served_from_it() {
+    let memory = HostMemory::allocate(arena_len(), "arena").unwrap();
+    let (exporter, _) = exporter(ArenaMemory::Host(memory), 0).await;
+    let ticket = exporter.publish(HANDOFF, EPOCH, &blocks(0..1), soon()).await.unwrap()[0].clone();
+    let len = GEOMETRY.block_bytes() as u32;
+    let place = Descriptor { region: RegionId(ticket.region), offset: ticket.offset, len };
+    let served = exporter.0.agent.serving(HANDOFF, &[place]).unwrap();
+    let (first, second) = (exporter.release(HANDOFF), exporter.release(HANDOFF));
+    tokio::pin!(first, second);
+    for _ in 0..10 {
+        assert!(futures_util::poll!(first.as_mut()).is_pending());
+        assert!(futures_util::poll!(second.as_mut()).is_pending(), "it is still read");
+        tokio::task::yield_now().await;
+    }
+    drop(served);
+    tokio::join!(first, second);
+}
+
 #[tokio::test]
 async fn an_acknowledged_block_leaves_the_grant() {
     let (exporter, _) = staged(8).await;

@@ -188,3 +188,24 @@ async fn a_handshake_that_was_listened_to_opens_nothing_later() {
     assert_eq!(baton_transfer::wire::decode_refusal(&header), Ok(Refusal::Unauthenticated));
     assert_eq!(owner.agent.stats().auth_refused, 1);
 }
+
+/// More connections than an agent serves at all, which say nothing: whoever says something is heard.
+#[tokio::test]
+async fn connections_that_say_nothing_keep_nobody_out() {
+    const SILENT: usize = 4200;
+    let files = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    if files.is_some_and(|files| files < 2 * SILENT as u64 + 2000) {
+        println!("skipped: {files:?} open files are too few for {SILENT} connections (ulimit -n)");
+        return;
+    }
+    let owner = Owner::start_with(options(OWNER, token("fleet")), 1 << 20).await;
+    let reader = reader(token("fleet")).await;
+    let blocks = owner.granted(3, LEN);
+    let mut silent = Vec::with_capacity(SILENT);
+    for _ in 0..SILENT {
+        silent.push(TcpStream::connect(owner.agent.local_address()).await.unwrap());
+    }
+    let session = owner.session(&reader).await.unwrap();
+    read(&session, &blocks).await.unwrap();
+    drop(silent);
+}

@@ -400,6 +400,7 @@ impl Running {
     /// Lets it go on without anybody who waits for it.
     pub(crate) fn detach(mut self) {
         self.ended = true;
+        self.fabric.leave();
     }
 }
 

@@ -240,6 +240,12 @@ pub(crate) trait Driver {
     /// Makes progress, also of what peers do here, and appends what is done. Returns whether anything happened.
     fn poll(&mut self, done: &mut Vec<Done>) -> bool;
 
+    /// Whether something came from peers since the last call or `arm`, also what no completion tells of: their reads and
+    /// writes.
+    fn is_visited(&mut self) -> bool {
+        false
+    }
+
     /// Prepares to sleep until [`Driver::wait_fd`] is readable; false: something happened meanwhile, poll again.
     fn arm(&mut self) -> bool;
 

@@ -1,5 +1,6 @@
 //! Memory registered with a library: once, for as long as somebody has the memory, within bounds.
 
+use std::any::Any;
 use std::collections::HashMap;
 use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -8,7 +9,7 @@ use futures_util::TryStreamExt;
 use futures_util::stream::FuturesOrdered;
 
 use super::driver::{Access, DriverError, LocalId};
-use super::thread::{Fabric, Queue};
+use super::thread::{Fabric, Keep, Queue};
 use crate::memory::{MemorySpan, Place};
 
 /// A registration; it ends when nobody holds it.
@@ -22,6 +23,8 @@ pub(crate) struct Registration {
     used: AtomicU64,
     /// Counts it if it is not kept.
     apart: Option<Counted>,
+    /// What waits for its end.
+    keep: Keep,
 }
 
 /// Registrations that are not kept for another use.
@@ -45,6 +48,16 @@ impl Drop for Counted {
 }
 
 impl Registration {
+    /// What a driver has just made.
+    pub(super) fn new((id, key): (LocalId, Vec<u8>), span: MemorySpan, queue: Arc<Queue>) -> Self {
+        Self { id, key, span, queue, used: AtomicU64::new(0), apart: None, keep: None }
+    }
+
+    /// Ends it; `keep` is dropped when nobody reaches the memory through it any more.
+    pub(super) fn end(mut self, keep: Box<dyn Any + Send + Sync>) {
+        self.keep = Some(keep);
+    }
+
     /// Bytes.
     pub(crate) fn len(&self) -> usize {
         self.span.len()
@@ -53,7 +66,7 @@ impl Registration {
 
 impl Drop for Registration {
     fn drop(&mut self) {
-        self.queue.deregister(self.id);
+        self.queue.deregister(self.id, self.keep.take());
     }
 }
 
@@ -161,10 +174,7 @@ impl Fabric {
     }
 
     async fn register_now(&self, span: &MemorySpan, access: Access) -> Result<Registration, DriverError> {
-        let span = span.lent();
-        let (id, key) = self.register(span.clone(), access).await?;
-        let queue = Arc::clone(self.queue());
-        Ok(Registration { id, key, span, queue, used: AtomicU64::new(0), apart: None })
+        self.register(span.lent(), access).await
     }
 
     /// Makes sure that `len` bytes more are within the bounds.

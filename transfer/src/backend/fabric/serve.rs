@@ -13,7 +13,8 @@ use std::time::Duration;
 
 use baton_config::Epoch;
 use bytes::Bytes;
-use tokio::time::Instant;
+use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::{Instant, timeout_at};
 
 use super::batch::{Batch, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange};
@@ -34,6 +35,9 @@ use crate::wire::{HEADER_BYTES, Header, Kind, Read};
 
 /// How long a pack waits for a buffer to be gathered in.
 const BUFFER_TIMEOUT: Duration = Duration::from_secs(2);
+/// Of all buffers, how many messages to one peer may have: one part in so many. One that takes none leaves the others
+/// theirs.
+const SHARES: usize = 4;
 
 /// What fabrics keep for one control connection.
 #[derive(Default)]
@@ -50,7 +54,29 @@ struct Attachment {
     /// What the buffers of messages are registered as, and those of short answers.
     sending: Arc<Registration>,
     answers: Arc<Registration>,
+    share: Arc<Semaphore>,
     _ticket: Option<requests::Ticket>,
+}
+
+/// A buffer that a message is gathered in, and its part of the peer's share.
+struct Room {
+    slot: Slot,
+    _share: OwnedSemaphorePermit,
+}
+
+impl Room {
+    /// Waits for one.
+    async fn wait(fabric: &thread::Fabric, share: &Arc<Semaphore>) -> Option<Self> {
+        let until = Instant::now() + BUFFER_TIMEOUT;
+        let share = timeout_at(until, Arc::clone(share).acquire_owned()).await.ok()?.ok()?;
+        let slot = fabric.sending().acquire(1, until).await.ok()?.pop()?;
+        Some(Self { slot, _share: share })
+    }
+
+    fn try_take(fabric: &thread::Fabric, share: &Arc<Semaphore>) -> Option<Self> {
+        let share = Arc::clone(share).try_acquire_owned().ok()?;
+        Some(Self { slot: fabric.sending().try_acquire()?, _share: share })
+    }
 }
 
 impl Drop for Attachment {
@@ -114,7 +140,8 @@ async fn attach(server: &Server, peer: &Arc<Peer>, attach: Attach) -> Result<Ans
     };
     let given = (ticket != 0).then(|| server.tickets.give(ticket, peer));
     let shown = HashMap::new();
-    let attachment = Attachment { peer: connected, shown, sending, answers, _ticket: given };
+    let share = Arc::new(Semaphore::new(fabric.sending().slots().div_ceil(SHARES)));
+    let attachment = Attachment { peer: connected, shown, sending, answers, share, _ticket: given };
     peer.fabric.lock().insert(attach.backend, attachment);
     let attached = Attached { ticket, address: fabric.address().to_vec() };
     Ok(Answer { kind: Kind::Attached, payload: attached.encode() })
@@ -145,11 +172,13 @@ fn unable(peer: &Peer, error: &DriverError) -> Denial {
 async fn pack(server: &Server, peer: &Peer, pack: Pack) -> Result<Answer, Denial> {
     let unavailable = Denial::Refused(Refusal::Unavailable);
     let fabric = server.fabrics.get(pack.backend).ok_or(unavailable)?;
-    let attached = |attachment: &Attachment| (attachment.peer.clone(), Arc::clone(&attachment.sending));
+    let attached = |attachment: &Attachment| {
+        (attachment.peer.clone(), Arc::clone(&attachment.sending), Arc::clone(&attachment.share))
+    };
     let attached = peer.fabric.lock().get(&pack.backend).map(attached);
-    let (to, sending) = attached.ok_or(unavailable)?;
+    let (to, sending, share) = attached.ok_or(unavailable)?;
     let about = (peer.life.epoch, pack.tag);
-    let message = gather(server, &fabric, (&to, &sending), &pack.read, about).await?;
+    let message = gather(server, &fabric, (&to, &sending, &share), &pack.read, about).await?;
     fabric.submit(message).await.map_err(|_| unavailable)?.detach();
     Ok(Answer::done(Kind::Packed))
 }
@@ -158,7 +187,7 @@ async fn pack(server: &Server, peer: &Peer, pack: Pack) -> Result<Answer, Denial
 async fn gather(
     server: &Server,
     fabric: &thread::Fabric,
-    (to, sending): (&thread::Peer, &Arc<Registration>),
+    (to, sending, share): (&thread::Peer, &Arc<Registration>, &Arc<Semaphore>),
     read: &Read,
     about: (Epoch, u64),
 ) -> Result<Arc<Batch>, Denial> {
@@ -167,8 +196,7 @@ async fn gather(
         return Err(Denial::Refused(Refusal::TooLarge));
     }
     // Before the permit, which holds up the end of its grant.
-    let slots = fabric.sending().acquire(1, Instant::now() + BUFFER_TIMEOUT).await;
-    let slot = slots.ok().and_then(|mut slots| slots.pop()).ok_or(Denial::Refused(Refusal::Overloaded))?;
+    let room = Room::wait(fabric, share).await.ok_or(Denial::Refused(Refusal::Overloaded))?;
     let regions = server.regions();
     let permit = server.permit(&regions, read.handoff, &read.blocks)?;
     let all_host = all_host(&regions, read);
@@ -176,15 +204,15 @@ async fn gather(
     let copy = move || {
         // Ends with the last copy, whether or not somebody still waits for it.
         let _permit = permit;
-        copy_blocks(&regions, &read, &slot).map(|()| slot)
+        copy_blocks(&regions, &read, &room.slot).map(|()| room)
     };
     let copied = match all_host {
         true => copy(),
         false => jobs::start(&server.tasks, copy).await.unwrap_or(Err(Refusal::Unavailable)),
     };
-    let slot = copied.map_err(Denial::Refused)?;
+    let room = copied.map_err(Denial::Refused)?;
     server.count_served(handoff, len as u64);
-    Ok(message(to, (slot, Arc::clone(sending)), len, about))
+    Ok(message(to, (room, Arc::clone(sending)), len, about))
 }
 
 /// Whether no block is in the memory of a device.
@@ -212,13 +240,13 @@ fn copy_blocks(regions: &[Region], read: &Read, slot: &Slot) -> Result<(), Refus
 /// The message with the `len` bytes of a slot.
 fn message(
     to: &thread::Peer,
-    (slot, sending): (Slot, Arc<Registration>),
+    (room, sending): (Room, Arc<Registration>),
     len: usize,
     (epoch, tag): (Epoch, u64),
 ) -> Arc<Batch> {
-    let offset = slot.offset() + HEAD_AT;
-    slot.memory().write(offset, &answer_head(Kind::Data, len as u32, epoch, tag));
+    let offset = room.slot.offset() + HEAD_AT;
+    room.slot.memory().write(offset, &answer_head(Kind::Data, len as u32, epoch, tag));
     let local = LocalRange { id: sending.id, offset, len: HEADER_BYTES + len };
     let transfer = Transfer { verb: Verb::Send { tag }, local };
-    Batch::new(to.clone(), vec![transfer], Box::new((slot, sending)))
+    Batch::new(to.clone(), vec![transfer], Box::new((room, sending)))
 }

@@ -92,6 +92,8 @@ struct Endpoint {
     frozen: bool,
     /// Closes no connection.
     clings: bool,
+    /// How long it takes to connect.
+    connects_in: Duration,
     shown: HashMap<u32, (MemorySpan, Access)>,
     awaited: HashMap<u64, (u64, HostMemory, LocalRange)>,
     done: Vec<Done>,
@@ -99,6 +101,7 @@ struct Endpoint {
     asked: usize,
     bell: Option<Arc<OwnedFd>>,
     registered: usize,
+    imported: usize,
     polls: usize,
     /// Most operations and bytes posted to one peer at once.
     peak: (usize, usize),
@@ -165,6 +168,11 @@ impl World {
         self.endpoints()[endpoint].clings = clings;
     }
 
+    /// The library of an endpoint blocks for so long whenever it is to connect.
+    pub(crate) fn connect_slowly(&self, endpoint: usize, takes: Duration) {
+        self.endpoints()[endpoint].connects_in = takes;
+    }
+
     /// Most operations and bytes an endpoint had posted to one peer at once.
     pub(crate) fn peak(&self, endpoint: usize) -> (usize, usize) {
         self.endpoints()[endpoint].peak
@@ -190,6 +198,11 @@ impl World {
         let endpoint = &mut self.endpoints()[endpoint];
         endpoint.requests.push_back(request.to_vec());
         endpoint.ring();
+    }
+
+    /// Keys of peers that the driver of an endpoint has now.
+    pub(crate) fn imported(&self, endpoint: usize) -> usize {
+        self.endpoints()[endpoint].imported
     }
 
     /// Registrations of an endpoint now.
@@ -386,6 +399,9 @@ impl Driver for MemoryDriver {
 
     fn connect(&mut self, address: &[u8]) -> Result<PeerId, DriverError> {
         let refused = || DriverError { what: "no such endpoint".into(), remedy: String::new() };
+        let takes = self.world.endpoints()[self.me].connects_in;
+        #[expect(clippy::disallowed_methods, reason = "a library that blocks its thread")]
+        std::thread::sleep(takes);
         let endpoint = u64::from_le_bytes(address.try_into().map_err(|_| refused())?) as usize;
         if !self.world.endpoints().get(endpoint).is_some_and(|endpoint| endpoint.alive) {
             return Err(refused());
@@ -404,6 +420,7 @@ impl Driver for MemoryDriver {
         let failed = gone.map(|posted| Done { op: posted.op, result: Err("disconnected".into()) });
         self.world.endpoints()[self.me].done.extend(failed);
         self.remotes.retain(|_, (owner, _)| *owner != peer);
+        self.world.endpoints()[self.me].imported = self.remotes.len();
     }
 
     fn lingers(&self, peer: PeerId) -> bool {
@@ -419,11 +436,13 @@ impl Driver for MemoryDriver {
         }
         let id = self.number();
         self.remotes.insert(id, (peer, region as u32));
+        self.world.endpoints()[self.me].imported = self.remotes.len();
         Ok(RemoteId(id))
     }
 
     fn forget(&mut self, _peer: PeerId, remote: RemoteId) {
         self.remotes.remove(&remote.0);
+        self.world.endpoints()[self.me].imported = self.remotes.len();
     }
 
     fn read(

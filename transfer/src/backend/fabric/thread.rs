@@ -9,6 +9,7 @@
 //!    or all of it is done, not for every operation.
 //! 4. However the thread ends, the driver is closed first and then every batch is settled: nobody waits for ever.
 
+mod gate;
 mod progress;
 mod queue;
 #[expect(unsafe_code, reason = "lends the descriptor of a driver to poll(2)")]
@@ -26,19 +27,18 @@ use tokio::sync::oneshot;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
+use self::gate::Gate;
 use self::progress::Progress;
-pub(super) use self::queue::Queue;
 pub(crate) use self::queue::{Answering, Exchange};
 use self::queue::{Asleep, Command, Need};
+pub(super) use self::queue::{Keep, Queue};
 use self::sleep::Alarm;
-use self::turns::{Spinner, Turns};
+use self::turns::Turns;
 use super::FabricLimits;
 use super::batch::{Batch, Running};
 use super::bell::Bells;
-use super::driver::{
-    self, Access, Driver, DriverError, DriverInfo, LocalId, PeerId, REQUEST_MAX_BYTES, RemoteId,
-};
-use super::registry::Registry;
+use super::driver::{self, Access, Driver, DriverError, DriverInfo, PeerId, REQUEST_MAX_BYTES, RemoteId};
+use super::registry::{Registration, Registry};
 use crate::agent::BackendKind;
 use crate::memory::{MemoryError, MemorySpan};
 use crate::slab::Slab;
@@ -96,13 +96,14 @@ fn work(driver: driver::Opened, queue: Arc<Queue>, limits: FabricLimits, tell: o
         driver::Opened::Bound(driver) => work_alone(driver, queue, limits, tell),
         driver::Opened::Movable(driver) => {
             let bounds = limits.bounds(driver.info(), driver.pieces_max());
-            let Some(fd) = sleep::wait_fd(&*driver) else {
+            let gate = sleep::wait_fd(&*driver).and_then(|fd| Gate::new(fd).ok());
+            let Some(gate) = gate else {
                 // Nothing tells a task when to take a turn.
                 return work_alone(driver, queue, limits, tell);
             };
             let opened = Opened::of(&*driver);
             let progress = Progress::new(driver, Arc::clone(&queue), bounds);
-            let turns = Arc::new(Turns::new(queue, progress, fd));
+            let turns = Arc::new(Turns::new(queue, progress, gate));
             if tell.send(Ok((opened, Some(Arc::clone(&turns))))).is_ok() {
                 turns.run();
             }
@@ -239,14 +240,10 @@ impl Fabric {
         &self,
         span: MemorySpan,
         access: Access,
-    ) -> Result<(LocalId, Vec<u8>), DriverError> {
+    ) -> Result<Registration, DriverError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Command::Register { span, access, reply }).await?;
         answer.await.map_err(|_| gone(self.0.kind))?
-    }
-
-    pub(super) fn queue(&self) -> &Arc<Queue> {
-        &self.0.queue
     }
 
     /// Longest message between two ends of this fabric; 0 where there are none.
@@ -310,7 +307,7 @@ impl Fabric {
     pub(crate) async fn import(&self, peer: &Peer, key: Vec<u8>) -> Result<RemoteId, DriverError> {
         let (reply, answer) = oneshot::channel();
         self.ask(Command::Import { peer: peer.clone(), key, reply }).await?;
-        answer.await.map_err(|_| gone(self.0.kind))?
+        Ok(answer.await.map_err(|_| gone(self.0.kind))??.take())
     }
 
     /// Forgets a key of a peer.
@@ -381,7 +378,7 @@ impl Fabric {
             return self.0.queue.push(command, Some(room)).map_err(|_| gone(self.0.kind));
         };
         self.0.queue.leave(command, Some(room)).map_err(|_| gone(self.0.kind))?;
-        turns.take_all();
+        turns.take_new();
         Ok(())
     }
 
@@ -408,10 +405,17 @@ impl Fabric {
         .await
     }
 
+    /// Sees to it that what is under way goes on though nobody waits for it.
+    pub(super) fn leave(&self) {
+        if let Some(turns) = &self.0.turns {
+            turns.take_all();
+        }
+    }
+
     /// Takes turns for a moment, where that is likely to pay, until `came`.
     pub(super) fn spin(&self, came: impl Fn() -> bool) {
         if let Some(turns) = &self.0.turns {
-            turns.spin(Spinner::Task, came);
+            turns.spin(came);
         }
     }
 }

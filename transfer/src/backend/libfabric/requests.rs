@@ -1,7 +1,7 @@
 //! Requests: messages under one tag that all peers know, for which some receives are always posted.
 //!
 //! Where more come than there are receives, the library keeps them, or lets their senders wait, until the next poll
-//! posts receives again. What is in a request was written by anybody who reaches our address: it is only passed on.
+//! posts receives again. Only so many wait to be taken; more are thrown away. What is in a request was written by anybody who reaches our address: it is only passed on.
 
 use std::collections::VecDeque;
 
@@ -13,6 +13,8 @@ use crate::memory::HostMemory;
 pub(super) const REQUEST_TAG: u64 = 0x6261_746f_6e2d_6171;
 /// Receives that are posted.
 const BUFFERS: u32 = 32;
+/// Most requests that wait to be taken. They are, with every turn: only who sends without waiting for answers loses some.
+pub(super) const REQUESTS_MAX: usize = 4096;
 
 /// What requests land in, and those that came.
 #[derive(Default)]
@@ -68,6 +70,9 @@ impl LibfabricDriver {
     /// A receive has ended: with a request, or with an error that is its sender's.
     pub(super) fn end_request(&mut self, buffer: u32, received: Option<usize>) {
         self.requests.unposted.push(buffer);
+        if self.requests.came.len() >= REQUESTS_MAX {
+            return tracing::debug!(library = "libfabric", "a request is not taken: too many wait");
+        }
         if let (Some((_, memory)), Some(len)) = (&self.requests.buffers, received) {
             let mut request = vec![0; len.min(REQUEST_MAX_BYTES)];
             memory.read(buffer as usize * REQUEST_MAX_BYTES, &mut request);

@@ -159,7 +159,7 @@ pub(super) struct LibfabricDriver {
     ready: Vec<Done>,
     events: Vec<Event>,
     epoll: Option<OwnedFd>,
-    next_id: u32,
+    pub(super) next_id: u32,
 }
 
 // SAFETY: nothing outside of it holds one of its objects, and the library lets several threads call those of a domain, one
@@ -208,8 +208,16 @@ impl LibfabricDriver {
     }
 
     pub(super) fn next_id(&mut self) -> u32 {
-        self.next_id = self.next_id.wrapping_add(1);
-        self.next_id
+        loop {
+            self.next_id = self.next_id.wrapping_add(1);
+            let id = self.next_id;
+            let is_remote = |peer: &Peer| peer.remotes.contains_key(&id);
+            let is_peer = self.peers.contains_key(&id) || self.lingering.contains_key(&id);
+            // What is registered for a write, or its key, takes one: they come round.
+            if !is_peer && !self.registrations.contains_key(&id) && !self.peers.values().any(is_remote) {
+                return id;
+            }
+        }
     }
 
     /// Whether connections have input that no edge will tell of again: one poll takes one message of each.
@@ -542,6 +550,10 @@ impl Driver for LibfabricDriver {
         let any = !self.ready.is_empty() || !self.requests.is_empty();
         done.append(&mut self.ready);
         any
+    }
+
+    fn is_visited(&mut self) -> bool {
+        self.epoll.as_ref().is_some_and(take_edges)
     }
 
     fn arm(&mut self) -> bool {

@@ -1,13 +1,14 @@
 //! The control memory of an agent: its epoch and its live grants, for readers who share no lock with it.
 //!
 //! Layout, in 64-bit words: 0 the epoch (0: none), 8 and 9 the incarnation, then from 16 on [`SLOTS`] grant words. A
-//! grant word is the low half of the handoff id (never 0) and lies within [`PROBES`] words of the place the high half
-//! points to. Only the agent writes; a reader that finds its word before and after a copy knows that the grant, and
+//! grant word is a hash of the handoff id (never 0) and lies within [`PROBES`] words of the place that another hash of it
+//! points to: ids need not be random to be told apart. Only the agent writes; a reader that finds its word before and after a copy knows that the grant, and
 //! so the memory under it, stood in between.
 
 use std::sync::{Mutex, PoisonError};
 
 use baton_config::{Epoch, HandoffId};
+use twox_hash::XxHash3_64;
 
 use crate::memory::{HostMemory, MemoryError, PeerMemory};
 
@@ -102,11 +103,15 @@ pub(crate) struct Shown {
 }
 
 fn token(handoff: HandoffId) -> u64 {
-    handoff.0 as u64 | 1
+    XxHash3_64::oneshot(&handoff.0.to_le_bytes()).max(1)
+}
+
+fn start(handoff: HandoffId) -> usize {
+    XxHash3_64::oneshot_with_seed(1, &handoff.0.to_le_bytes()) as usize % SLOTS
 }
 
 fn slots(handoff: HandoffId) -> impl Iterator<Item = usize> {
-    let start = (handoff.0 >> 64) as usize % SLOTS;
+    let start = start(handoff);
     (0..PROBES).map(move |probe| (FIRST_SLOT_WORD + (start + probe) % SLOTS) * WORD_BYTES)
 }
 
@@ -136,18 +141,39 @@ mod tests {
         assert!(!peer.is_shown(&shown) && peer.find(id).is_none());
     }
 
+    /// Handoffs that differ in one bit, and small numbers, are as good as random ones.
+    #[test]
+    fn handoffs_that_look_alike_are_told_apart() {
+        let (control, peer) = pair();
+        let all: Vec<HandoffId> =
+            (0..1000).map(HandoffId).chain((0..128).map(|bit| HandoffId(7 << 100 ^ 1 << bit))).collect();
+        for id in &all {
+            assert!(peer.find(*id).is_none(), "{id} shows before it is granted");
+            control.grant(*id);
+            assert!(peer.find(*id).is_some(), "{id} does not show");
+        }
+        for id in all.iter().step_by(2) {
+            control.revoke(*id);
+        }
+        for (at, id) in all.iter().enumerate() {
+            assert_eq!(peer.find(*id).is_some(), at % 2 == 1, "{id}");
+        }
+    }
+
     /// Many handoffs that start at one slot, and others next to them, never hide or end each other.
     #[test]
     fn colliding_grants_do_not_disturb_each_other() {
         let (control, peer) = pair();
-        let id = |n: u128| HandoffId((SLOTS as u128 - 3) << 64 | n << 1);
-        (1..=PROBES as u128).for_each(|n| control.grant(id(n)));
-        assert!((1..=PROBES as u128).all(|n| peer.find(id(n)).is_some()));
-        control.grant(id(1000));
-        assert!(peer.find(id(1000)).is_none(), "a full neighbourhood shows nothing more");
-        control.revoke(id(5));
-        assert!((1..=PROBES as u128).all(|n| peer.find(id(n)).is_some() == (n != 5)));
-        control.grant(id(1000));
-        assert!(peer.find(id(1000)).is_some());
+        let near_the_end = |id: &HandoffId| start(*id) == SLOTS - 3;
+        let ids: Vec<HandoffId> = (0..).map(HandoffId).filter(near_the_end).take(PROBES + 1).collect();
+        let (last, ids) = ids.split_last().unwrap();
+        ids.iter().for_each(|id| control.grant(*id));
+        assert!(ids.iter().all(|id| peer.find(*id).is_some()));
+        control.grant(*last);
+        assert!(peer.find(*last).is_none(), "a full neighbourhood shows nothing more");
+        control.revoke(ids[5]);
+        assert!(ids.iter().all(|id| peer.find(*id).is_some() == (*id != ids[5])));
+        control.grant(*last);
+        assert!(peer.find(*last).is_some());
     }
 }

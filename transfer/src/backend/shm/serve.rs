@@ -11,6 +11,7 @@ use super::take::AllLent;
 use super::{CONTROL, pass};
 use crate::agent::RegionId;
 use crate::agent::server::{Denial, Life, Server};
+use crate::agent::strangers::Stranger;
 use crate::backend::CONNECT_TIMEOUT;
 use crate::backend::frames::FrameReader;
 use crate::error::{LinkError, Refusal};
@@ -40,8 +41,9 @@ pub(crate) async fn listen(server: Arc<Server>, listener: UnixListener) {
         let Ok(slot) = Arc::clone(&server.connections).try_acquire_owned() else { continue };
         let (frames, lent) = (FrameReader::new(), AllLent::default());
         let mut connection = Connection { server: Arc::clone(&server), stream, frames, lent };
+        let stranger = server.strangers.enter();
         server.tasks.spawn(async move {
-            if let Err(error) = connection.run().await {
+            if let Err(error) = connection.run(stranger).await {
                 if let LinkError::Protocol(error) = &error {
                     connection.server.counters.broken(*error);
                 }
@@ -60,11 +62,14 @@ pub(super) struct Connection {
 }
 
 impl Connection {
-    async fn run(&mut self) -> Result<(), LinkError> {
-        let Some(life) = timeout(CONNECT_TIMEOUT, self.welcome()).await.map_err(|_| LinkError::Closed)??
-        else {
-            return Ok(());
+    async fn run(&mut self, stranger: Stranger) -> Result<(), LinkError> {
+        let welcomed = tokio::select! {
+            biased;
+            welcomed = timeout(CONNECT_TIMEOUT, self.welcome()) => welcomed.map_err(|_| LinkError::Closed)??,
+            () = stranger.displaced.cancelled() => return Err(LinkError::Closed),
         };
+        drop(stranger);
+        let Some(life) = welcomed else { return Ok(()) };
         tokio::select! {
             biased;
             // Whatever it waits for: a peer may leave an answer lying.

@@ -15,6 +15,7 @@ use tokio::time::timeout;
 use crate::agent::grants::Permit;
 use crate::agent::region::Region;
 use crate::agent::server::{Denial, Life, Server, region};
+use crate::agent::strangers::Stranger;
 use crate::backend::CONNECT_TIMEOUT;
 use crate::backend::control::{self, Accepted};
 use crate::backend::frames::{FrameReader, FrameWriter};
@@ -53,7 +54,7 @@ pub(crate) async fn listen(server: Arc<Server>, listener: TcpListener) {
             tracing::warn!(%peer, "too many transfer connections, one was turned away");
             continue;
         };
-        let connection = Connection::run(Arc::clone(&server), stream);
+        let connection = Connection::run(Arc::clone(&server), stream, server.strangers.enter());
         let counters = Arc::clone(&server.counters);
         server.tasks.spawn(async move {
             if let Err(error) = connection.await {
@@ -77,12 +78,18 @@ struct Connection {
 }
 
 impl Connection {
-    async fn run(server: Arc<Server>, mut stream: TcpStream) -> Result<(), LinkError> {
+    async fn run(server: Arc<Server>, mut stream: TcpStream, stranger: Stranger) -> Result<(), LinkError> {
         super::tune(&stream);
         let is_local = super::is_local(stream.local_addr(), stream.peer_addr());
         let mut frames = FrameReader::new();
         let admitted = timeout(CONNECT_TIMEOUT, handshake::admit(&server, &mut stream, &mut frames));
-        let Some(admitted) = admitted.await.map_err(|_| LinkError::Closed)?? else { return Ok(()) };
+        let admitted = tokio::select! {
+            biased;
+            admitted = admitted => admitted.map_err(|_| LinkError::Closed)??,
+            () = stranger.displaced.cancelled() => return Err(LinkError::Closed),
+        };
+        drop(stranger);
+        let Some(admitted) = admitted else { return Ok(()) };
         let Admitted { hello, life, writer } = admitted;
         let mut connection = Self { server, stream, is_local, frames, writer };
         let first = tokio::select! {

@@ -50,7 +50,7 @@ pub(super) struct UcxDriver {
     looked: Instant,
     pub(super) peers: HashMap<u32, Peer>,
     /// The last number given to a peer, registration or key.
-    last_id: u32,
+    pub(super) last_id: u32,
     /// Messages that are awaited or under way, by operation: tag and slot.
     pub(super) receives: HashMap<u64, (u64, u32)>,
     /// Ends of operations that were found outside of `poll`.
@@ -113,8 +113,16 @@ impl UcxDriver {
     }
 
     fn next_id(&mut self) -> u32 {
-        self.last_id += 1;
-        self.last_id
+        loop {
+            self.last_id = self.last_id.wrapping_add(1);
+            let id = self.last_id;
+            let is_remote = |peer: &Peer| peer.remotes.contains_key(&id);
+            // What is registered for a write, or its key, takes one: they come round.
+            let is_region = self.core.regions.borrow().contains_key(&id);
+            if !is_region && !self.peers.contains_key(&id) && !self.peers.values().any(is_remote) {
+                return id;
+            }
+        }
     }
 
     fn gone(&self) -> Option<DriverError> {

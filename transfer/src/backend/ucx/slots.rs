@@ -1,6 +1,8 @@
 //! Operations under way: each has a slot whose address UCX holds until its last callback.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
+use std::collections::hash_map::Entry;
 
 use baton_ucx_sys::{UCS_OK, ucp_dt_iov_t, ucp_ep_h, ucs_status_t};
 
@@ -11,6 +13,10 @@ use super::core::Core;
 pub(super) const OPS_MAX: usize = 4096;
 /// All slots, answers to peers included.
 const SLOTS_MAX: usize = 65_536;
+/// Answers to all peers, at most: operations of this side find a slot whatever peers do.
+const ANSWERS_MAX: usize = SLOTS_MAX - 2 * OPS_MAX;
+/// Answers to one peer: one that takes none keeps no others from theirs.
+const ANSWERS_OF_PEER_MAX: usize = ANSWERS_MAX / 4;
 /// Words of the longest message header.
 pub(super) const HEADER_WORDS: usize = 7;
 /// Words that name a piece.
@@ -97,6 +103,8 @@ pub(super) struct Slot {
     /// What an answer to several pieces, or a write of them, is made of, which UCX reads until it was sent.
     pub(super) parts: Cell<[ucp_dt_iov_t; 1 + PIECES_MAX]>,
     pub(super) job: Cell<Option<Job>>,
+    /// The endpoint that an answer was begun for.
+    asker: Cell<usize>,
 }
 
 /// All slots. They are reused, never freed or moved while the driver lives.
@@ -106,6 +114,9 @@ pub(super) struct Slots {
     all: RefCell<Vec<Box<Slot>>>,
     free: RefCell<Vec<u32>>,
     own: Cell<usize>,
+    answers: Cell<usize>,
+    /// Answers under way, by the endpoint that they were begun for.
+    of_asker: RefCell<HashMap<usize, usize>>,
 }
 
 impl Slots {
@@ -115,6 +126,10 @@ impl Slots {
         // Closing and flushing must always be possible.
         let bounded = !matches!(job.work, Work::Close | Work::Flush);
         if own && bounded && self.own.get() >= OPS_MAX {
+            return None;
+        }
+        let asker = job.reply.addr();
+        if !own && !self.may_answer(asker) {
             return None;
         }
         let mut all = self.all.borrow_mut();
@@ -133,14 +148,27 @@ impl Slots {
                         [ucp_dt_iov_t { buffer: std::ptr::null_mut(), length: 0 }; 1 + PIECES_MAX],
                     ),
                     job: Cell::new(None),
+                    asker: Cell::new(0),
                 }));
                 index
             }
         };
-        self.own.set(self.own.get() + usize::from(own));
         let slot = &all[index as usize];
+        if own {
+            self.own.set(self.own.get() + 1);
+        } else {
+            slot.asker.set(asker);
+            self.answers.set(self.answers.get() + 1);
+            *self.of_asker.borrow_mut().entry(asker).or_default() += 1;
+        }
         slot.job.set(Some(job));
         Some(&raw const **slot)
+    }
+
+    /// Whether there is room for one more answer.
+    fn may_answer(&self, asker: usize) -> bool {
+        let of_asker = self.of_asker.borrow().get(&asker).copied().unwrap_or(0);
+        self.answers.get() < ANSWERS_MAX && of_asker < ANSWERS_OF_PEER_MAX
     }
 
     /// Where a slot is.
@@ -162,8 +190,20 @@ impl Slots {
 
     /// Frees a slot.
     pub(super) fn finish(&self, index: u32) -> Option<Job> {
-        let job = self.all.borrow().get(index as usize)?.job.take()?;
-        self.own.set(self.own.get() - usize::from(job.work != Work::Serve));
+        let all = self.all.borrow();
+        let slot = all.get(index as usize)?;
+        let job = slot.job.take()?;
+        if job.work == Work::Serve {
+            self.answers.set(self.answers.get() - 1);
+            if let Entry::Occupied(mut of_asker) = self.of_asker.borrow_mut().entry(slot.asker.get()) {
+                *of_asker.get_mut() -= 1;
+                if *of_asker.get() == 0 {
+                    of_asker.remove();
+                }
+            }
+        } else {
+            self.own.set(self.own.get() - 1);
+        }
         self.free.borrow_mut().push(index);
         Some(job)
     }
@@ -171,5 +211,45 @@ impl Slots {
     /// The slots in use.
     pub(super) fn busy(&self) -> Vec<(u32, Job)> {
         self.all.borrow().iter().filter_map(|slot| Some((slot.index, slot.job.get()?))).collect()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn answer(ep: usize) -> Job {
+        Job { reply: std::ptr::without_provenance_mut(ep), ..Job::new(Work::Serve, 0, None) }
+    }
+
+    /// Slots that are only counted here: nothing looks at the core.
+    fn start(slots: &Slots, job: Job) -> Option<u32> {
+        let slot = slots.start(std::ptr::null(), job)?;
+        // SAFETY: just started, and slots stay where they are as long as all of them.
+        Some(unsafe { &*slot }.index)
+    }
+
+    #[test]
+    fn who_takes_no_answers_keeps_nobody_else_from_theirs() {
+        let slots = Slots::default();
+        let mut greedy: Vec<u32> =
+            std::iter::from_fn(|| start(&slots, answer(1))).take(2 * SLOTS_MAX).collect();
+        let other = start(&slots, answer(2)).expect("another peer is answered");
+        slots.finish(other);
+        // However many of that kind there are, this side's own operations go on.
+        for ep in 3..50 {
+            while start(&slots, answer(ep)).is_some() {}
+        }
+        let own: Vec<u32> = (0..OPS_MAX as u64)
+            .map(|op| start(&slots, Job::new(Work::Read, op, Some(1))).expect("there is room for all"))
+            .collect();
+        assert_eq!(start(&slots, Job::new(Work::Read, 0, Some(1))), None, "they are bounded");
+        own.into_iter().for_each(|slot| assert!(slots.finish(slot).is_some()));
+        // Also of an endpoint that was closed meanwhile, so that answers do not know it any more.
+        let slot = greedy.pop().unwrap();
+        slots.set(slot, Job { reply: std::ptr::null_mut(), ..answer(1) });
+        slots.finish(slot);
+        assert!(start(&slots, answer(1)).is_some(), "one less is under way");
+        assert_eq!(start(&slots, answer(1)), None);
     }
 }

@@ -525,3 +525,25 @@ mod hostile;
 mod inside;
 mod pieces;
 mod processes;
+
+/// As many registrations, keys and peers as there are numbers: those in use are not given again.
+#[test]
+fn numbers_that_come_round_are_not_given_twice() {
+    both_ways(|near, far| {
+        let mut link = Linked::new(near, far, 4096, Access::RemoteRead);
+        let key = link.far.driver.register(&link.there.span(), Access::RemoteRead).unwrap().1;
+        let used = [link.local.0, link.peer.0, link.remote.0];
+        for last in [u32::MAX - 2, 0] {
+            link.near.driver.last_id = last;
+            for _ in 0..5 {
+                let (made, _) = link.near.driver.register(&link.here.span(), Access::Local).unwrap();
+                let taken = link.near.driver.import(link.peer, &key).unwrap();
+                assert!(!used.contains(&made.0) && !used.contains(&taken.0) && made.0 != taken.0);
+                link.near.driver.deregister(made);
+                link.near.driver.forget(link.peer, taken);
+            }
+        }
+        link.read(0, 0, 4096, 1).unwrap();
+        assert_eq!(link.wait(1), Ok(4096));
+    });
+}

@@ -7,19 +7,20 @@ use std::time::Duration;
 
 use baton_config::HandoffId;
 use futures_util::StreamExt;
-use futures_util::future::join_all;
+use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::FuturesUnordered;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
+use tokio_util::task::TaskTracker;
 
 use super::{FabricLink, broken, closed, unable};
 use crate::agent::server::Denial;
-use crate::backend::control::Answer;
+use crate::backend::control::{Answer, Control};
 use crate::backend::fabric::batch::{Batch, Transfer, Verb};
 use crate::backend::fabric::driver::{Access, LocalRange, RemoteId};
 use crate::backend::fabric::registry::Registration;
 use crate::backend::fabric::serve::windows::lies_in;
-use crate::backend::fabric::thread::Fabric;
+use crate::backend::fabric::thread::{Fabric, Peer};
 use crate::backend::{Fault, WriteJob};
 use crate::digest::DigestSeed;
 use crate::error::{LinkError, Refusal};
@@ -35,6 +36,8 @@ const GROUP_BYTES: u64 = 8 << 20;
 const GROUPS_AT_ONCE: usize = 2;
 /// How long the owner of windows waits for what was posted to end, less the way to it.
 const FENCE_TIMEOUT: Duration = Duration::from_millis(1500);
+/// How long windows that nobody waits for any more may take to come.
+const LATE_TIMEOUT: Duration = Duration::from_secs(10);
 
 /// The writes of one link by handoff, so that the owner of their windows can end them.
 #[derive(Default)]
@@ -54,9 +57,16 @@ impl Gate {
         if self.closed.is_cancelled() {
             return false;
         }
-        batches.retain(|batch| !batch.is_settled() || batch.is_cut());
+        batches.retain(is_told_of);
         batches.push(Arc::clone(batch));
         true
+    }
+
+    /// Whether there is something to tell of.
+    fn is_needed(&self) -> bool {
+        let mut batches = self.batches();
+        batches.retain(is_told_of);
+        !batches.is_empty()
     }
 
     fn batches(&self) -> MutexGuard<'_, Vec<Arc<Batch>>> {
@@ -71,6 +81,11 @@ impl Gate {
     }
 }
 
+/// Whether the owner of windows has to know of a batch: others have ended by themselves.
+fn is_told_of(batch: &Arc<Batch>) -> bool {
+    !batch.is_settled() || batch.is_cut()
+}
+
 impl Writes {
     fn lock(&self) -> MutexGuard<'_, HashMap<HandoffId, Arc<Gate>>> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner)
@@ -79,7 +94,7 @@ impl Writes {
     fn enter(&self, handoff: HandoffId) -> Arc<Gate> {
         let mut gates = self.lock();
         // A gate that nobody goes through any more has nothing to tell: windows are closed by then.
-        gates.retain(|_, gate| Arc::strong_count(gate) > 1 || !gate.batches().is_empty());
+        gates.retain(|_, gate| Arc::strong_count(gate) > 1 || gate.is_needed());
         Arc::clone(gates.entry(handoff).or_default())
     }
 
@@ -98,7 +113,6 @@ impl Writes {
 
 /// A window of the peer.
 struct Opened {
-    window: u64,
     range: Descriptor,
     base: u64,
     remote: RemoteId,
@@ -112,11 +126,48 @@ impl Opened {
     }
 }
 
+/// What windows are opened and closed with.
+#[derive(Clone)]
+struct Way {
+    control: Control,
+    fabric: Fabric,
+    peer: Peer,
+    tasks: TaskTracker,
+}
+
 /// Windows until the peer has closed them.
-struct OpenWindows<'a> {
-    link: &'a FabricLink,
+struct OpenWindows {
+    way: Way,
+    /// Those that the peer has opened, whether or not their keys were taken.
+    numbers: Vec<u64>,
     windows: Vec<Opened>,
     batch: Option<Arc<Batch>>,
+}
+
+/// Windows, and how many blocks lie in them.
+type Opening = BoxFuture<'static, Result<(OpenWindows, usize), Fault>>;
+
+/// Windows that are being opened. Given up, it goes on beside: they are closed as soon as they are there.
+struct Asked {
+    opening: Option<Opening>,
+    tasks: TaskTracker,
+}
+
+impl Asked {
+    async fn opened(mut self) -> Result<(OpenWindows, usize), Fault> {
+        let Some(opening) = &mut self.opening else { return Err(LinkError::Closed.into()) };
+        let opened = opening.await;
+        self.opening = None;
+        opened
+    }
+}
+
+impl Drop for Asked {
+    fn drop(&mut self) {
+        if let Some(opening) = self.opening.take() {
+            self.tasks.spawn(async move { drop(timeout(LATE_TIMEOUT, opening).await) });
+        }
+    }
 }
 
 impl FabricLink {
@@ -197,7 +248,7 @@ impl FabricLink {
             () = gate.closed.cancelled() => return Err(Fault::Refused(Refusal::NotGranted)),
         }
         let to = blocks.iter().map(|block| block.to).collect();
-        let windows = open.windows.iter().map(|window| window.window).collect();
+        let windows = open.numbers.clone();
         let done = Write { handoff: job.handoff, first: group.start as u32, blocks: to, digests, windows };
         let answer = self.control.ask(Kind::Write, &done.encode()).await;
         // However it was answered, the peer has closed the windows.
@@ -229,14 +280,28 @@ impl FabricLink {
         &self,
         handoff: HandoffId,
         blocks: &[BlockWrite],
-    ) -> Result<(OpenWindows<'_>, usize), Fault> {
+    ) -> Result<(OpenWindows, usize), Fault> {
         let asked = Window::encode(self.fabric.kind(), handoff, blocks.iter().map(|block| block.to));
+        let (control, fabric) = (self.control.clone(), self.fabric.clone());
+        let way = Way { control, fabric, peer: self.peer.clone(), tasks: self.tasks.clone() };
+        let (tasks, most) = (self.tasks.clone(), blocks.len());
+        Asked { opening: Some(Box::pin(way.open(asked, most))), tasks }.opened().await
+    }
+}
+
+impl Way {
+    /// Asks for windows, for at most so many blocks, and takes their keys.
+    async fn open(self, asked: Vec<u8>, most: usize) -> Result<(OpenWindows, usize), Fault> {
         let (_, payload) = self.control.ask(Kind::Window, &asked).await.map_err(closed)?;
         let WindowIs { blocks: count, windows } = WindowIs::decode(&payload).map_err(Fault::protocol)?;
-        let mut open = OpenWindows { link: self, windows: Vec::with_capacity(windows.len()), batch: None };
-        let import = |OpenWindow { window, range, base, key }| async move {
-            let remote = self.fabric.import(&self.peer, key).await.map_err(unable)?;
-            Ok(Opened { window, range, base, remote })
+        let numbers = windows.iter().map(|window| window.window).collect();
+        let mut open = OpenWindows { way: self.clone(), numbers, windows: Vec::new(), batch: None };
+        let import = |OpenWindow { window: _, range, base, key }| {
+            let (fabric, peer) = (&self.fabric, &self.peer);
+            async move {
+                let remote = fabric.import(peer, key).await.map_err(unable)?;
+                Ok(Opened { range, base, remote })
+            }
         };
         let mut fault = None;
         for imported in join_all(windows.into_iter().map(import)).await {
@@ -247,31 +312,30 @@ impl FabricLink {
         }
         match (fault, count as usize) {
             (Some(fault), _) => Err(fault),
-            (None, count) if count > blocks.len() => Err(Fault::protocol(WireError::Field)),
+            (None, count) if count > most => Err(Fault::protocol(WireError::Field)),
             (None, count) => Ok((open, count)),
         }
     }
 }
 
-impl OpenWindows<'_> {
+impl OpenWindows {
     /// The peer has closed them.
     fn forget(&mut self) {
+        self.numbers.clear();
         for window in self.windows.drain(..) {
-            self.link.fabric.forget(&self.link.peer, window.remote);
+            self.way.fabric.forget(&self.way.peer, window.remote);
         }
     }
 }
 
-impl Drop for OpenWindows<'_> {
+impl Drop for OpenWindows {
     /// Tells the peer, once nothing of the group is under way, that its windows can be closed.
     fn drop(&mut self) {
-        let windows = std::mem::take(&mut self.windows);
-        if windows.is_empty() {
+        let (numbers, windows) = (std::mem::take(&mut self.numbers), std::mem::take(&mut self.windows));
+        if numbers.is_empty() {
             return;
         }
-        let FabricLink { control, fabric, peer, tasks, .. } = self.link;
-        let (control, fabric, peer, batch) =
-            (control.clone(), fabric.clone(), peer.clone(), self.batch.take());
+        let (Way { control, fabric, peer, tasks }, batch) = (self.way.clone(), self.batch.take());
         tasks.spawn(async move {
             if let Some(batch) = &batch {
                 fabric.abort(batch);
@@ -280,9 +344,9 @@ impl Drop for OpenWindows<'_> {
                     return;
                 }
             }
-            for window in windows {
-                fabric.forget(&peer, window.remote);
-                let window = encode_fence(HandoffId(window.window.into()));
+            windows.iter().for_each(|window| fabric.forget(&peer, window.remote));
+            for number in numbers {
+                let window = encode_fence(HandoffId(number.into()));
                 let asked = control.ask(Kind::Fence, &window);
                 if !matches!(timeout(FENCE_TIMEOUT, asked).await, Ok(Ok(_))) {
                     return;

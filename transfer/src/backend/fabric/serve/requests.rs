@@ -17,7 +17,7 @@ use baton_config::Epoch;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{all_host, copy_blocks, gather, message};
+use super::{Room, all_host, copy_blocks, gather, message};
 use crate::agent::BackendKind;
 use crate::agent::server::{Denial, Life, Server};
 use crate::backend::control::Peer;
@@ -114,6 +114,7 @@ struct Request {
     /// What the buffers of messages, and those of short answers, are registered as.
     sending: Arc<Registration>,
     answers: Arc<Registration>,
+    share: Arc<Semaphore>,
     kind: Kind,
     epoch: Epoch,
     tag: u64,
@@ -137,6 +138,7 @@ impl Request {
             life: peer.life.clone(),
             sending: Arc::clone(&attachment.sending),
             answers: Arc::clone(&attachment.answers),
+            share: Arc::clone(&attachment.share),
             kind: ask.kind,
             epoch: ask.epoch,
             tag: ask.pack.tag,
@@ -158,22 +160,22 @@ impl Request {
         if packs && len > self.fabric.pack_max() {
             return Outcome::Done(self.refuse(Denial::Refused(Refusal::TooLarge)));
         }
-        let free = || self.fabric.sending().try_acquire().filter(|_| all_host(&regions, &self.read));
-        let slot = if packs { free() } else { None };
-        if packs && slot.is_none() {
+        let free = || Room::try_take(&self.fabric, &self.share).filter(|_| all_host(&regions, &self.read));
+        let room = if packs { free() } else { None };
+        if packs && room.is_none() {
             return Outcome::Later(self);
         }
         let _permit = match self.server.permit(&regions, handoff, &self.read.blocks) {
             Ok(permit) => permit,
             Err(denial) => return Outcome::Done(self.refuse(denial)),
         };
-        let Some(slot) = slot else {
+        let Some(room) = room else {
             return Outcome::Done(self.note(&answer_head(Kind::Confirmed, 0, self.epoch, self.tag)));
         };
-        Outcome::Done(match copy_blocks(&regions, &self.read, &slot) {
+        Outcome::Done(match copy_blocks(&regions, &self.read, &room.slot) {
             Ok(()) => {
                 self.server.count_served(handoff, len as u64);
-                Some(message(&self.to, (slot, self.sending), len, (self.epoch, self.tag)))
+                Some(message(&self.to, (room, self.sending), len, (self.epoch, self.tag)))
             }
             Err(refusal) => self.refuse(Denial::Refused(refusal)),
         })
@@ -183,7 +185,10 @@ impl Request {
         let about = (self.epoch, self.tag);
         let packed = match self.is_stale() {
             true => Err(Denial::Stale),
-            false => gather(&self.server, &self.fabric, (&self.to, &self.sending), &self.read, about).await,
+            false => {
+                let to = (&self.to, &self.sending, &self.share);
+                gather(&self.server, &self.fabric, to, &self.read, about).await
+            }
         };
         let answer = packed.map(Some).unwrap_or_else(|denial| self.refuse(denial));
         if let Some(answer) = answer

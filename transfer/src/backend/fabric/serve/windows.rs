@@ -13,7 +13,7 @@
 //! A window that is still open when its grant ends is closed by force: deregistered, and the writer is asked to stop
 //! ([`Kind::Fence`]). Only its word that everything it had posted has ended is taken for the end; without it the driver
 //! is closed and opened again, which costs all peers of this fabric their connections. Until then the grant is not
-//! settled, because the window holds its permit.
+//! settled, because the window holds its permit; and so does its registration, until the driver has ended it.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
@@ -93,7 +93,8 @@ impl Table {
         taken
             .into_iter()
             .map(|Open { fabric, range, registration, permit, .. }| {
-                drop(registration);
+                // The driver may be busy: until it has ended the registration, the grant is not settled.
+                registration.end(Box::new(Arc::clone(&permit)));
                 Closed { fabric, range, permit }
             })
             .collect()

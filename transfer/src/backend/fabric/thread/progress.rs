@@ -237,7 +237,7 @@ impl<D: Driver + ?Sized> Drop for Progress<D> {
         let why: Arc<str> = "the fabric is closed".into();
         let waiting = {
             let mut state = self.queue.state();
-            state.closed = true;
+            (state.closed, state.over) = (true, true);
             std::mem::take(&mut state.commands)
         };
         for (_, job) in self.jobs.iter() {

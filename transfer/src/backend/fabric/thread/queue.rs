@@ -1,5 +1,6 @@
 //! What tasks want of a driver, until somebody takes a turn at it.
 
+use std::any::Any;
 use std::collections::VecDeque;
 use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
@@ -9,6 +10,7 @@ use super::Peer;
 use super::sleep::Alarm;
 use crate::backend::fabric::batch::Batch;
 use crate::backend::fabric::driver::{Access, DriverError, LocalId, RemoteId};
+use crate::backend::fabric::registry::Registration;
 use crate::memory::MemorySpan;
 
 /// Most commands that wait.
@@ -19,9 +21,13 @@ pub(super) enum Command {
     Register {
         span: MemorySpan,
         access: Access,
-        reply: oneshot::Sender<Result<(LocalId, Vec<u8>), DriverError>>,
+        reply: oneshot::Sender<Result<Registration, DriverError>>,
     },
-    Deregister(LocalId),
+    Deregister {
+        id: LocalId,
+        /// What waits for it.
+        keep: Keep,
+    },
     Connect {
         address: Vec<u8>,
         reply: oneshot::Sender<Result<Peer, DriverError>>,
@@ -29,7 +35,7 @@ pub(super) enum Command {
     Import {
         peer: Peer,
         key: Vec<u8>,
-        reply: oneshot::Sender<Result<RemoteId, DriverError>>,
+        reply: oneshot::Sender<Result<Imported, DriverError>>,
     },
     Forget {
         peer: Peer,
@@ -56,7 +62,7 @@ impl Command {
     pub(super) fn may_block(&self) -> bool {
         match self {
             Self::Register { .. }
-            | Self::Deregister(_)
+            | Self::Deregister { .. }
             | Self::Connect { .. }
             | Self::Sever { .. }
             | Self::Disconnect { .. } => true,
@@ -66,6 +72,36 @@ impl Command {
             | Self::Exchange(_)
             | Self::SubmitThen(..)
             | Self::Abort(_) => false,
+        }
+    }
+}
+
+/// Dropped when the driver has done what it belongs to, or is closed.
+pub(in super::super) type Keep = Option<Box<dyn Any + Send + Sync>>;
+
+/// A key of a peer, on its way to who asked for it: forgotten again where nobody takes it.
+pub(super) struct Imported {
+    peer: Peer,
+    remote: RemoteId,
+    taken: bool,
+}
+
+impl Imported {
+    pub(super) fn new(peer: Peer, remote: RemoteId) -> Self {
+        Self { peer, remote, taken: false }
+    }
+
+    pub(super) fn take(mut self) -> RemoteId {
+        self.taken = true;
+        self.remote
+    }
+}
+
+impl Drop for Imported {
+    fn drop(&mut self) {
+        if !self.taken {
+            let forget = Command::Forget { peer: self.peer.clone(), remote: self.remote };
+            let _ = self.peer.0.queue.push(forget, None);
         }
     }
 }
@@ -95,6 +131,8 @@ pub(super) struct Waiting {
     pub(super) asleep: Option<Asleep>,
     /// No handle is left, or the thread has ended.
     pub(super) closed: bool,
+    /// The driver is closed.
+    pub(super) over: bool,
 }
 
 /// How the thread sleeps.
@@ -135,7 +173,9 @@ impl Queue {
     /// Leaves a command to whoever takes the next turn; whether somebody will.
     pub(super) fn leave(&self, command: Command, room: Option<OwnedSemaphorePermit>) -> Result<(), Command> {
         let mut state = self.state();
-        if state.closed {
+        // What waits for the end of a registration waits for that of the driver, too.
+        let waits = !state.over && matches!(command, Command::Deregister { .. });
+        if state.closed && !waits {
             return Err(command);
         }
         state.commands.push_back((command, room));
@@ -160,8 +200,9 @@ impl Queue {
         }
     }
 
-    pub(in super::super) fn deregister(&self, id: LocalId) {
-        let _ = self.push(Command::Deregister(id), None);
+    /// Ends a registration; `keep` is dropped when that is done.
+    pub(in super::super) fn deregister(&self, id: LocalId, keep: Keep) {
+        let _ = self.push(Command::Deregister { id, keep }, None);
     }
 
     pub(super) fn close(&self) {

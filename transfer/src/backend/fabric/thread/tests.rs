@@ -2,7 +2,7 @@ use std::time::{Duration, Instant};
 
 use super::*;
 use crate::backend::fabric::batch::{Transfer, Verb};
-use crate::backend::fabric::driver::{Done, LocalRange, PostError};
+use crate::backend::fabric::driver::{Done, LocalId, LocalRange, PostError};
 use crate::backend::fabric::testing::{Faults, Rng, World};
 use crate::memory::HostMemory;
 
@@ -423,7 +423,7 @@ async fn what_a_runtime_does_not_get_to_is_done_by_the_thread() {
 async fn who_comes_in_vain_while_somebody_looks_is_not_left_behind() {
     let pair = turning(Faults::default()).await;
     let turns = Arc::clone(pair.reader.0.turns.as_ref().unwrap());
-    let queue = Arc::clone(pair.reader.queue());
+    let queue = Arc::clone(&pair.reader.0.queue);
     // The thread sleeps: nothing has happened for a while.
     tokio::time::sleep(Duration::from_millis(250)).await;
     for _ in 0..20 {
@@ -443,6 +443,20 @@ async fn who_comes_in_vain_while_somebody_looks_is_not_left_behind() {
         tokio::time::timeout(Duration::from_secs(20), running.end()).await.unwrap().unwrap();
         assert!(holds(&into, (7, 5000)));
     }
+}
+
+/// Who took note of what the descriptor told may find somebody at the driver, and leave: it is prepared all the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_descriptor_that_told_somebody_who_left_tells_again() {
+    let pair = turning(Faults { delay: Duration::from_secs(60), ..Faults::default() }).await;
+    let turns = Arc::clone(pair.reader.0.turns.as_ref().unwrap());
+    let into = memory();
+    let _reading = pair.read(&into, &[(3, 40_000)]).await.unwrap();
+    for _ in 0..5 {
+        until("it is prepared", || turns.is_gate_open()).await;
+        turns.shut_gate();
+    }
+    until("it is prepared", || turns.is_gate_open()).await;
 }
 
 #[test]
@@ -483,4 +497,51 @@ async fn the_last_handle_may_go_in_a_turn() {
         .await
         .expect("it closes without waiting for itself");
     drop(owner);
+}
+
+/// Waits until a number is as wanted.
+async fn until(what: &str, is: impl Fn() -> bool) {
+    let begun = Instant::now();
+    while !is() {
+        assert!(begun.elapsed() < Duration::from_secs(5), "{what}");
+        tokio::time::sleep(Duration::from_millis(1)).await;
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn what_was_made_for_who_gave_up_is_ended_again() {
+    for seed in [1, 2] {
+        let faults = Faults { descriptor: true, ..Faults::default() };
+        let pair = pair(seed, faults, FabricLimits::default()).await;
+        let (registered, imported) = (pair.world.registered(0), pair.world.imported(0));
+        let key = pair.owner.registered(&memory().span(), Access::RemoteRead).await.unwrap().key.clone();
+        for _ in 0..2 {
+            {
+                // The thread is busy, so that both have to wait.
+                pair.world.connect_slowly(0, Duration::from_millis(250));
+                let mut connecting = Box::pin(pair.reader.connect(pair.owner.address().to_vec()));
+                assert!(futures_util::poll!(connecting.as_mut()).is_pending());
+                tokio::time::sleep(Duration::from_millis(5)).await;
+                let mut registering = Box::pin(pair.reader.register(memory().span(), Access::RemoteWrite));
+                let mut importing = Box::pin(pair.reader.import(&pair.peer, key.clone()));
+                let made = futures_util::poll!(registering.as_mut()).is_ready();
+                if let Poll::Ready(taken) = futures_util::poll!(importing.as_mut()) {
+                    // On a very busy machine the thread is done before this: nothing is given up here.
+                    pair.reader.forget(&pair.peer, taken.unwrap());
+                    continue;
+                }
+                if made {
+                    continue;
+                }
+                until("both are made", || {
+                    pair.world.registered(0) > registered && pair.world.imported(0) > imported
+                })
+                .await;
+                // Their answers are on the way; nobody takes them.
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            until("the registration ends", || pair.world.registered(0) == registered).await;
+            until("the key is forgotten", || pair.world.imported(0) == imported).await;
+        }
+    }
 }

@@ -6,19 +6,22 @@
 //!    wakes up by itself as long as something is under way: a runtime that is busy with other things, or gone, delays
 //!    a completion and does not lose it. A task that has what it waited for goes first: only after it the watch
 //!    prepares the descriptor anew, which takes several system calls.
+//!    Where it has paid, a task that waits looks again and again for a moment, and so does the watch once peers have been
+//!    here. Meanwhile the descriptor wakes nobody (see [`Gate`]): it is prepared by who stops looking.
 //! 3. Calls that may block are the thread's: it is woken for them.
 //! 4. Only the thread drops the driver.
 
 use std::cell::Cell;
-use std::os::fd::{AsFd, OwnedFd};
+use std::os::fd::AsFd;
 use std::panic::{AssertUnwindSafe, catch_unwind};
-use std::sync::atomic::{AtomicBool, Ordering, fence};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering, fence};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, TryLockError};
 use std::time::{Duration, Instant};
 
 use tokio::sync::Notify;
 use tokio_util::sync::CancellationToken;
 
+use super::gate::Gate;
 use super::progress::Progress;
 use super::progress::rest::Rest;
 use super::{Need, Queue};
@@ -28,8 +31,11 @@ use crate::spin::Spin;
 
 /// Turns taken one after the other before something else has its turn.
 const TURNS_MAX: usize = 64;
-/// How long a task looks again and again before it waits: less than waking it takes.
-const SPIN: Duration = Duration::from_micros(5);
+/// How long is looked again and again before somebody waits: a peer on this host or next to it answers, or asks for more,
+/// within that time. It is longer than waking takes, but only done where it has paid.
+const SPIN: Duration = Duration::from_micros(30);
+/// Most visits of peers between which the watch does not let other tasks run.
+const VISITS_MAX: usize = 8;
 
 thread_local! {
     /// Whether this thread is in a turn.
@@ -66,9 +72,11 @@ pub(super) struct Turns {
     watched: AtomicBool,
     /// Tells the watch that the descriptor is to be prepared.
     left: Notify,
-    fd: OwnedFd,
+    gate: Gate,
     /// Whether looking again and again has paid: of tasks that wait, and of the watch.
     spins: [Mutex<Spin>; 2],
+    /// Tasks that look now.
+    looking: AtomicUsize,
 }
 
 /// Who looks again and again.
@@ -79,11 +87,31 @@ pub(super) enum Spinner {
 }
 
 impl Turns {
-    /// `fd` tells what the driver's descriptor tells.
-    pub(super) fn new(queue: Arc<Queue>, progress: Progress<dyn Driver + Send>, fd: OwnedFd) -> Self {
+    /// `gate` is that of the driver's descriptor.
+    pub(super) fn new(queue: Arc<Queue>, progress: Progress<dyn Driver + Send>, gate: Gate) -> Self {
         let progress = Mutex::new(Some(progress));
         let (again, watched) = (AtomicBool::new(false), AtomicBool::new(false));
-        Self { queue, progress, again, watched, left: Notify::new(), fd, spins: Default::default() }
+        Self {
+            queue,
+            progress,
+            again,
+            watched,
+            left: Notify::new(),
+            gate,
+            spins: Default::default(),
+            looking: AtomicUsize::new(0),
+        }
+    }
+
+    /// As if the watch had taken note of what the descriptor told, and left.
+    #[cfg(test)]
+    pub(super) fn shut_gate(&self) {
+        self.gate.take();
+    }
+
+    #[cfg(test)]
+    pub(super) fn is_gate_open(&self) -> bool {
+        self.gate.is_open()
     }
 
     fn lock(&self) -> MutexGuard<'_, Option<Progress<dyn Driver + Send>>> {
@@ -100,14 +128,24 @@ impl Turns {
                 self.again.store(false, Ordering::Relaxed);
                 match progress.turn(true) {
                     true => Rest::None,
-                    false => progress.rest_beside(self.watched.load(Ordering::Relaxed)),
+                    false => match progress.rest_beside(self.watched.load(Ordering::Relaxed)) {
+                        // Who took note of the descriptor last may have found somebody at the driver, and left.
+                        Rest::Sleep { arms, .. }
+                            if (arms || !self.gate.is_open())
+                                && !self.is_looked_at()
+                                && !self.arm(progress) =>
+                        {
+                            Rest::None
+                        }
+                        rest => rest,
+                    },
                 }
             };
             let slept = match rest {
                 _ if self.is_asked_again() => true,
                 Rest::None => true,
-                Rest::Sleep { most, watches } => {
-                    let fd = watches.then(|| self.fd.as_fd());
+                Rest::Sleep { most, watches, .. } => {
+                    let fd = watches.then(|| self.gate.inner());
                     self.queue.alarm.sleep(fd, most)
                 }
             };
@@ -126,9 +164,9 @@ impl Turns {
 
     /// Looks at what is under way, if nobody has the driver. Who comes in vain meanwhile is not left to wait: what that
     /// one wants is done here.
-    pub(super) fn look<T>(&self, at: impl FnOnce(&Progress<dyn Driver + Send>) -> T) -> Option<T> {
-        let progress = self.progress.try_lock().ok()?;
-        let found = progress.as_ref().map(at);
+    pub(super) fn look<T>(&self, at: impl FnOnce(&mut Progress<dyn Driver + Send>) -> T) -> Option<T> {
+        let mut progress = self.progress.try_lock().ok()?;
+        let found = progress.as_mut().map(at);
         drop(progress);
         if self.is_asked_again() {
             self.take_all();
@@ -158,7 +196,8 @@ impl Turns {
             let turn = catch_unwind(AssertUnwindSafe(|| {
                 let busy = at_it.turn(false);
                 let ends = told && at_it.has_told();
-                (busy || arm && !ends && !at_it.arm(), ends, at_it.needs_thread())
+                let misses = arm && !busy && !ends && !self.arm(at_it);
+                (busy || misses, ends, at_it.needs_thread())
             }));
             TURNING.set(false);
             drop(progress);
@@ -177,18 +216,35 @@ impl Turns {
         Turned::Busy
     }
 
-    /// Takes turns for a moment, if that is likely to pay, until `came`.
-    pub(super) fn spin(&self, who: Spinner, came: impl Fn() -> bool) -> bool {
-        let found = self.look_again(who, came);
-        match who {
-            // It goes on with what it found, and looks again after that.
-            Spinner::Watch if found => {}
-            Spinner::Task if found && self.watched.load(Ordering::Relaxed) => self.left.notify_one(),
-            // Posted by somebody who came in vain, or more was there than was taken.
-            Spinner::Task | Spinner::Watch if self.is_unarmed() => self.take_all(),
-            Spinner::Task | Spinner::Watch => {}
+    /// Has the descriptor tell of what comes later; false: something has come already.
+    fn arm(&self, progress: &mut Progress<dyn Driver + Send>) -> bool {
+        let armed = progress.arm();
+        if armed {
+            self.gate.open();
         }
-        found
+        armed
+    }
+
+    /// Takes turns for a moment, if that is likely to pay, until `came`: for a task, which waits if it did not.
+    pub(super) fn spin(&self, came: impl Fn() -> bool) {
+        let found = self.spinning(Spinner::Task).is_worth_it() && {
+            let _looks = Looks::begin(self);
+            self.look_for(Spinner::Task, came)
+        };
+        if found && self.watched.load(Ordering::Relaxed) {
+            self.left.notify_one();
+        } else if self.is_unarmed() {
+            // Posted by somebody who came in vain, or more was there than was taken.
+            self.take_all();
+        }
+    }
+
+    /// Takes turns for something new. Who waits for it has the descriptor tell of what comes, if it does not look for that
+    /// itself.
+    pub(super) fn take_new(&self) {
+        if self.take(!self.spinning(Spinner::Task).will_be_worth_it()) == Turned::Busy {
+            self.queue.rouse(Need::Now);
+        }
     }
 
     /// Takes turns and has the descriptor tell of what comes later. What is too much for a task is the thread's.
@@ -198,11 +254,17 @@ impl Turns {
         }
     }
 
-    fn look_again(&self, who: Spinner, came: impl Fn() -> bool) -> bool {
-        let spin = || self.spins[who as usize].lock().unwrap_or_else(PoisonError::into_inner);
-        if !spin().is_worth_it() {
-            return false;
-        }
+    /// Whether a task looks: it sees all that comes, and has the descriptor prepared when it is done.
+    fn is_looked_at(&self) -> bool {
+        self.looking.load(Ordering::SeqCst) > 0
+    }
+
+    fn spinning(&self, who: Spinner) -> MutexGuard<'_, Spin> {
+        self.spins[who as usize].lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Takes turns for a moment until `came`; whether it did.
+    fn look_for(&self, who: Spinner, came: impl Fn() -> bool) -> bool {
         let start = Instant::now();
         let mut found = came();
         while !found && start.elapsed() < SPIN {
@@ -212,13 +274,13 @@ impl Turns {
             }
             found = came();
         }
-        spin().tried(found);
+        self.spinning(who).tried(found);
         found
     }
 
     /// Whether the descriptor does not tell of all that is there or under way. Who has the lock now asks the same before going.
     fn is_unarmed(&self) -> bool {
-        self.look(Progress::is_unarmed).unwrap_or(false)
+        !self.gate.is_open() || self.look(|progress| progress.is_unarmed()).unwrap_or(false)
     }
 
     /// Whether the descriptor tells of all that is there or under way, and nobody came in vain.
@@ -228,21 +290,22 @@ impl Turns {
             Err(_) => false,
         };
         // After the release of the lock: who came while it was held here is heard.
-        !self.is_asked_again() && armed
+        !self.is_asked_again() && armed && self.gate.is_open()
     }
 
-    /// Has something been going on a moment ago, so that more is likely to come.
-    fn is_soon(&self) -> Option<u64> {
-        self.look(|progress| progress.is_soon().then(|| progress.events())).flatten()
-    }
-
+    /// How often something happened, as far as that can be seen now.
     fn events(&self) -> Option<u64> {
-        self.look(Progress::events)
+        self.look(|progress| progress.events())
+    }
+
+    /// Whether peers did something here that may be no event.
+    fn is_visited(&self) -> bool {
+        self.look(Progress::is_visited).unwrap_or(true)
     }
 
     /// Waits for the descriptor and takes turns when it tells of something, until `over`.
     pub(super) async fn watch(self: Arc<Self>, over: CancellationToken) {
-        let fd = self.fd.try_clone();
+        let fd = self.gate.as_fd().try_clone_to_owned();
         let fd = match fd.and_then(readable) {
             Ok(fd) => fd,
             Err(error) => {
@@ -256,8 +319,10 @@ impl Turns {
                 tokio::select! {
                     biased;
                     ready = fd.readable() => match ready {
-                        // First: what comes from here on is told anew.
-                        Ok(mut ready) => ready.clear_ready(),
+                        Ok(mut ready) => {
+                            ready.clear_ready();
+                            self.gate.take();
+                        }
                         Err(_) => return,
                     },
                     () = self.left.notified() => {
@@ -281,9 +346,16 @@ impl Turns {
 
 impl Turns {
     /// Takes turns until nothing happens and the descriptor is prepared; whether the driver is closed.
+    ///
+    /// Where peers mostly come again at once, they are looked for before that: preparing the descriptor, sleeping and
+    /// waking take longer than they do.
     async fn attend(&self) -> bool {
+        let (mut looks, mut visits) = (self.spinning(Spinner::Watch).is_worth_it(), 0);
         loop {
-            match self.take_until(true, true) {
+            if self.is_looked_at() {
+                return false;
+            }
+            match self.take_until(!looks, true) {
                 Turned::Over => return true,
                 Turned::Taken => return false,
                 Turned::Busy => tokio::task::yield_now().await,
@@ -294,12 +366,15 @@ impl Turns {
                         return false;
                     }
                 }
-                Turned::Idle => {
-                    let came = |events| self.spin(Spinner::Watch, || self.events() != Some(events));
-                    if !self.is_soon().is_some_and(came) {
-                        return false;
+                Turned::Idle if looks => {
+                    let before = self.events();
+                    looks = self.look_for(Spinner::Watch, || self.events() != before || self.is_visited());
+                    visits += 1;
+                    if visits % VISITS_MAX == 0 {
+                        tokio::task::yield_now().await;
                     }
                 }
+                Turned::Idle => return false,
             }
         }
     }
@@ -312,6 +387,22 @@ impl Drop for End<'_> {
     fn drop(&mut self) {
         let progress = self.0.lock().take();
         drop(progress);
+    }
+}
+
+/// That a task looks.
+struct Looks<'a>(&'a AtomicUsize);
+
+impl<'a> Looks<'a> {
+    fn begin(turns: &'a Turns) -> Self {
+        turns.looking.fetch_add(1, Ordering::SeqCst);
+        Self(&turns.looking)
+    }
+}
+
+impl Drop for Looks<'_> {
+    fn drop(&mut self) {
+        self.0.fetch_sub(1, Ordering::SeqCst);
     }
 }
 

@@ -1,6 +1,7 @@
 //! Two drivers in one process.
 
 use super::super::object::{REFUSALS, Rail, close};
+use super::super::requests::REQUESTS_MAX;
 use super::*;
 use crate::backend::handlers;
 
@@ -188,6 +189,49 @@ fn requests_come_without_being_awaited_however_many() {
         let long = sender.range(0, REQUEST_MAX_BYTES + 1);
         assert_eq!(sender.driver.ask(peer, long, 1000), Err(PostError::Range), "{provider}");
         assert!(receiver.done.is_empty(), "{provider}: nobody's operation");
+    }
+}
+
+/// As many registrations, keys and peers as there are numbers: those in use are not given again.
+#[test]
+fn numbers_that_come_round_are_not_given_twice() {
+    for provider in providers().into_iter().take(1) {
+        let (mut reader, mut owner, peer, remote) = pair(provider, LEN, Access::RemoteRead, Tuning::USUAL);
+        owner.fill(1);
+        let used = [reader.id.0, peer.0, remote.0];
+        reader.driver.next_id = 0;
+        for _ in 0..5 {
+            let (made, _) = reader.driver.register(&reader.memory.span(), Access::Local).unwrap();
+            let taken = reader.driver.import(peer, &owner.key).unwrap();
+            assert!(!used.contains(&made.0) && !used.contains(&taken.0) && made.0 != taken.0);
+        }
+        let to = reader.range(0, 4096);
+        post((&mut reader, &mut owner), |end| end.driver.read(peer, remote, 0, to, 1)).unwrap();
+        until(&mut [&mut reader, &mut owner], provider, |ends| finished(ends[0], 1));
+        assert!(reader.bytes(0, 4096) == owner.bytes(0, 4096));
+    }
+}
+
+/// A peer that asks and asks, without a look at what comes of it.
+#[test]
+fn requests_that_nobody_takes_do_not_add_up() {
+    for provider in providers() {
+        let (mut sender, mut receiver, peer, _) = pair(provider, LEN, Access::RemoteRead, Tuning::USUAL);
+        let most = REQUESTS_MAX + 500;
+        for op in 0..most {
+            let from = sender.range(op, 64);
+            let posted = post((&mut sender, &mut receiver), |end| end.driver.ask(peer, from, op as u64));
+            assert_eq!(posted, Ok(()), "{provider}");
+        }
+        until(&mut [&mut sender, &mut receiver], provider, |ends| finished(ends[0], most));
+        let came = std::iter::from_fn(|| receiver.driver.take_request()).count();
+        assert!(came > 0 && came <= REQUESTS_MAX, "{provider}: {came} are kept");
+        // Whoever asks next is heard.
+        let from = sender.range(0, 100);
+        post((&mut sender, &mut receiver), |end| end.driver.ask(peer, from, 1 << 40)).unwrap();
+        until(&mut [&mut sender, &mut receiver], provider, |ends| {
+            std::iter::from_fn(|| ends[1].driver.take_request()).any(|request| request.len() == 100)
+        });
     }
 }
 

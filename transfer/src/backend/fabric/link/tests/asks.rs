@@ -65,3 +65,37 @@ async fn more_requests_than_there_are_buffers_are_answered_by_and_by() {
     pair.owner.settle().await;
     pair.reader.settle().await;
 }
+
+/// A reader that takes nothing has its share of the owner's buffers, and no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_reader_that_takes_nothing_leaves_others_their_buffers() {
+    for requests in [true, false] {
+        let faults = Faults { requests, ..Faults::default() };
+        let pair = pair(faults, Integrity::Digest).await;
+        let blocks = pair.blocks(&[4096; 60]);
+        let other =
+            side("decode-1", &pair.world, 3, faults, FabricLimits::default(), Integrity::Digest).await;
+        let owner = &pair.owner.agent;
+        let theirs = other.agent.connect(owner.worker(), EPOCH, &owner.metadata()).await.unwrap();
+        let session = pair.session().await;
+        read(&session, &blocks).await.unwrap();
+        pair.world.freeze(READER, true);
+        let slab = pair.owner.slabs()[1].clone();
+        let stuck = futures_util::future::join_all((0..60).map(|_| read(&session, &blocks)));
+        let reading = async {
+            while slab.counts().free > slab.slots() - 16 {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            for _ in 0..20 {
+                read(&theirs, &blocks).await.unwrap();
+            }
+            assert!(slab.counts().free >= slab.slots() - 16, "{:?}", slab.counts());
+        };
+        tokio::select! {
+            biased;
+            () = reading => {}
+            outcomes = stuck => panic!("{outcomes:?}"),
+        }
+        pair.world.freeze(READER, false);
+    }
+}

@@ -242,3 +242,80 @@ async fn whatever_the_fabric_does_nothing_is_written_once_a_grant_is_settled() {
     }
     assert!(counts[0] > 20 && counts[1] > 10, "{counts:?}: both ends of the story are told");
 }
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_keeps_nothing_of_writes_that_are_over() {
+    let limits = FabricLimits { regions: 4, ..FabricLimits::default() };
+    let pair = pair_with(1, Faults::default(), limits, Integrity::Digest).await;
+    let (target, len) = (memory(LEN), 5000);
+    let region = pair.owner.agent.register(target.clone()).unwrap();
+    let session = pair.session().await;
+    for round in 0..12u32 {
+        let handoff = HandoffId(100 + u128::from(round));
+        let to = Descriptor { region, offset: u64::from(round) * 8192, len };
+        pair.owner.agent.grant_write(handoff, &[to]);
+        // Of this write alone: its registration ends with it.
+        let source = memory(len as usize);
+        source.write(0, &pattern(round as usize, len as usize));
+        let written = session.write(handoff, &[BlockWrite { from: 0, to }], &source, soon()).await;
+        written.unwrap_or_else(|error| panic!("write {round}: {error:?}"));
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn windows_of_writes_that_were_given_up_are_closed() {
+    let written = written_with(1, Faults::default(), Integrity::Digest).await;
+    // Each in a grant of its own, and so with a window of its own.
+    let blocks = written.blocks(&[1000; 16]);
+    written.write(&blocks).await.unwrap();
+    let (owner, session) =
+        (written.pair.owner.fabrics.get(BackendKind::Plugin).unwrap(), written.pair.session().await);
+    for _ in 0..3 {
+        written.pair.world.connect_slowly(OWNER, Duration::from_millis(60));
+        let busy = owner.connect(1u64.to_le_bytes().to_vec());
+        let giving_up = async {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+            // The owner's thread is busy: the windows come when nobody waits for them any more.
+            let writing = session.write(HANDOFF, &blocks, &written.source, soon());
+            assert!(tokio::time::timeout(Duration::from_millis(20), writing).await.is_err());
+        };
+        let (connected, ()) = tokio::join!(busy, giving_up);
+        written.pair.world.connect_slowly(OWNER, Duration::ZERO);
+        drop(connected);
+        let begun = Instant::now();
+        while written.pair.world.registered(OWNER) > 2 {
+            assert!(
+                begun.elapsed() < Duration::from_secs(5),
+                "{} are open",
+                written.pair.world.registered(OWNER) - 2
+            );
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        assert_eq!(written.pair.world.imported(READER), 0, "the writer has forgotten their keys");
+    }
+    written.write(&blocks).await.unwrap();
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_grant_is_settled_when_its_windows_are_gone_and_not_before() {
+    let faults = Faults { delay: Duration::from_millis(60), ..Faults::default() };
+    let written = written_with(1, faults, Integrity::Digest).await;
+    let owner = written.pair.owner.fabrics.get(BackendKind::Plugin).unwrap();
+    let session = written.pair.session().await;
+    let blocks = written.blocks(&[50_000; 8]);
+    written.pair.world.connect_slowly(OWNER, Duration::from_millis(400));
+    let busy = async {
+        while written.pair.world.registered(OWNER) < 3 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        // From here on the owner's thread ends no registration.
+        owner.connect(1u64.to_le_bytes().to_vec()).await
+    };
+    let writing = async {
+        session.write(HANDOFF, &blocks, &written.source, soon()).await.unwrap();
+        written.pair.owner.agent.revoke(HANDOFF).settled().await;
+        assert_eq!(written.pair.world.registered(OWNER), 2, "its memory is used for something else now");
+    };
+    let (connected, ()) = tokio::join!(busy, writing);
+    drop(connected);
+}

@@ -7,7 +7,8 @@ use super::Progress;
 use super::job::{Job, PeerState};
 use crate::backend::fabric::batch::{Batch, Posting};
 use crate::backend::fabric::driver::{Driver, DriverError};
-use crate::backend::fabric::thread::queue::{Command, Exchange};
+use crate::backend::fabric::registry::Registration;
+use crate::backend::fabric::thread::queue::{Command, Exchange, Imported};
 use crate::backend::fabric::thread::{Peer, PeerInner};
 use crate::backend::fabric::window::{Window, Work as _};
 
@@ -32,13 +33,17 @@ impl<D: Driver + ?Sized> Progress<D> {
     pub(super) fn obey(&mut self, command: Command) {
         match command {
             Command::Register { span, access, reply } => {
-                if !reply.is_closed()
-                    && let Err(Ok((id, _))) = reply.send(self.driver().register(&span, access))
-                {
-                    self.driver().deregister(id);
+                if !reply.is_closed() {
+                    let made = self.driver().register(&span, access);
+                    let made = made.map(|made| Registration::new(made, span, Arc::clone(&self.queue)));
+                    // An unclaimed one ends by its drop, also when it was sent already.
+                    let _ = reply.send(made);
                 }
             }
-            Command::Deregister(id) => self.driver().deregister(id),
+            Command::Deregister { id, keep } => {
+                self.driver().deregister(id);
+                drop(keep);
+            }
             Command::Connect { address, reply } => {
                 if !reply.is_closed() {
                     // An unclaimed handle disconnects by its drop.
@@ -51,7 +56,9 @@ impl<D: Driver + ?Sized> Progress<D> {
                     .get_mut(peer.key())
                     .map(|state| (state.id, state.failed.clone()))
                 {
-                    Some((id, None)) => self.driver().import(id, &key),
+                    Some((id, None)) => {
+                        self.driver().import(id, &key).map(|remote| Imported::new(peer, remote))
+                    }
                     _ => Err(DriverError { what: "the peer is disconnected".into(), remedy: String::new() }),
                 };
                 let _ = reply.send(imported);

@@ -26,6 +26,8 @@ pub(in super::super) enum Rest {
         most: Duration,
         /// Whether the driver's descriptor ends the sleep.
         watches: bool,
+        /// Whether the descriptor is to be prepared before that.
+        arms: bool,
     },
 }
 
@@ -62,9 +64,9 @@ impl<D: Driver + ?Sized> Progress<D> {
         self.events
     }
 
-    /// Whether something is under way and has moved a moment ago.
-    pub(in super::super) fn is_soon(&self) -> bool {
-        self.ops.len() > 0 && self.last.elapsed() < SPIN
+    /// Whether something came from peers since this was asked, or the descriptor prepared, also what is no event.
+    pub(in super::super) fn is_visited(&mut self) -> bool {
+        self.driver().is_visited()
     }
 
     /// The driver's descriptor is of no use.
@@ -99,10 +101,7 @@ impl<D: Driver + ?Sized> Progress<D> {
         // Who waits for a fence may be the one who would take turns; and a sleep that is long begins when nobody does.
         let alone = !watched || most > WARM || self.jobs.iter().any(|(_, job)| job.failed.is_some());
         let watches = alone && !blind;
-        match (watches || self.unarmed) && !self.arm() {
-            true => Rest::None,
-            false => Rest::Sleep { most, watches },
-        }
+        Rest::Sleep { most, watches, arms: watches || self.unarmed }
     }
 
     /// Says that the thread sleeps: for how long at most, and whether without the driver's descriptor. None: it must not.
