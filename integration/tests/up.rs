@@ -222,18 +222,19 @@ async fn no_descriptor_and_no_block_is_lost_over_many_requests() {
         }
     };
     let parts = children(fleet.launcher_pid());
-    for _ in 0..3 {
+    // Connections are kept alive, and now and then one more is made: of forty requests at once there are never many more
+    // than at the beginning. Of descriptors that requests leave behind there are more after every round.
+    let (mut most, mut settled) = (0, 0);
+    for _ in 0..60 {
         round().await;
+        let now = files(&parts);
+        settled = if now > most { 0 } else { settled + 1 };
+        most = most.max(now);
+        if settled == 5 {
+            break;
+        }
     }
-    let before = files(&parts);
-    for _ in 0..6 {
-        round().await;
-    }
+    assert_eq!(settled, 5, "there are ever more open files: {most}");
     fleet.eventually_nothing_held(Duration::from_secs(5)).await;
-    // 240 requests: one descriptor lost per request would show.
-    eventually("no more open files than connections kept alive", Duration::from_secs(20), async || {
-        (files(&parts) <= before + 80).then_some(())
-    })
-    .await;
     fleet.stop().await;
 }
