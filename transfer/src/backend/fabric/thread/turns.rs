@@ -77,6 +77,8 @@ pub(super) struct Turns {
     spins: [Mutex<Spin>; 2],
     /// Tasks that look now.
     looking: AtomicUsize,
+    /// Whether the watch takes turns.
+    attending: AtomicBool,
 }
 
 /// Who looks again and again.
@@ -100,6 +102,7 @@ impl Turns {
             gate,
             spins: Default::default(),
             looking: AtomicUsize::new(0),
+            attending: AtomicBool::new(false),
         }
     }
 
@@ -130,9 +133,9 @@ impl Turns {
                     true => Rest::None,
                     false => match progress.rest_beside(self.watched.load(Ordering::Relaxed)) {
                         // Who took note of the descriptor last may have found somebody at the driver, and left.
-                        Rest::Sleep { arms, .. }
+                        Rest::Sleep { arms, watches, .. }
                             if (arms || !self.gate.is_open())
-                                && !self.is_looked_at()
+                                && (watches || !self.is_attended())
                                 && !self.arm(progress) =>
                         {
                             Rest::None
@@ -259,6 +262,11 @@ impl Turns {
         self.looking.load(Ordering::SeqCst) > 0
     }
 
+    /// The same of tasks and the watch.
+    fn is_attended(&self) -> bool {
+        self.is_looked_at() || self.attending.load(Ordering::SeqCst)
+    }
+
     fn spinning(&self, who: Spinner) -> MutexGuard<'_, Spin> {
         self.spins[who as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }
@@ -350,6 +358,18 @@ impl Turns {
     /// Where peers mostly come again at once, they are looked for before that: preparing the descriptor, sleeping and
     /// waking take longer than they do.
     async fn attend(&self) -> bool {
+        let over = {
+            let _attends = Attends::begin(&self.attending);
+            self.attend_until_idle().await
+        };
+        // Who had the driver left this to the watch.
+        if !over && !self.is_looked_at() && self.is_unarmed() {
+            self.take_all();
+        }
+        over
+    }
+
+    async fn attend_until_idle(&self) -> bool {
         let (mut looks, mut visits) = (self.spinning(Spinner::Watch).is_worth_it(), 0);
         loop {
             if self.is_looked_at() {
@@ -403,6 +423,22 @@ impl<'a> Looks<'a> {
 impl Drop for Looks<'_> {
     fn drop(&mut self) {
         self.0.fetch_sub(1, Ordering::SeqCst);
+    }
+}
+
+/// That the watch takes turns, and prepares the descriptor when it is done.
+struct Attends<'a>(&'a AtomicBool);
+
+impl<'a> Attends<'a> {
+    fn begin(attending: &'a AtomicBool) -> Self {
+        attending.store(true, Ordering::SeqCst);
+        Self(attending)
+    }
+}
+
+impl Drop for Attends<'_> {
+    fn drop(&mut self) {
+        self.0.store(false, Ordering::SeqCst);
     }
 }
 
