@@ -246,7 +246,8 @@ pub(super) struct Attempt {
     occupied: Occupied,
     prefill: Option<PrefillCall>,
     timeouts: Timeouts,
-    progress_at: Instant,
+    /// Since when there is nothing although somebody waits for it: while nobody takes what came, the worker may have no credit.
+    waiting_since: Option<Instant>,
     deadline: Instant,
     begun: bool,
     placed_at: Instant,
@@ -332,7 +333,7 @@ impl Attempt {
             occupied,
             prefill,
             timeouts: dispatcher.timeouts.clone(),
-            progress_at: Instant::now(),
+            waiting_since: None,
             deadline: job.deadline,
             begun: false,
             placed_at: Instant::now(),
@@ -350,7 +351,7 @@ impl Attempt {
             }
             if let Poll::Ready(read) = self.source.poll_read(cx) {
                 let read = read?;
-                self.progress_at = Instant::now();
+                self.waiting_since = None;
                 match read {
                     Some(item) => return Poll::Ready(self.take(item)),
                     None => continue,
@@ -361,8 +362,9 @@ impl Attempt {
             {
                 self.prefill = None;
             }
+            let since = *self.waiting_since.get_or_insert_with(Instant::now);
             ready!(self.poll_tick(cx));
-            self.check_progress()?;
+            self.check_progress(since)?;
         }
     }
 
@@ -431,7 +433,8 @@ impl Attempt {
         self.pair.decode.handed_off(prefill, well, Instant::now())
     }
 
-    fn check_progress(&mut self) -> Result<(), Lost> {
+    /// Whether a worker that nothing came from since then is given up.
+    fn check_progress(&mut self, since: Instant) -> Result<(), Lost> {
         let now = Instant::now();
         if let Some(tick) = &mut self.tick {
             tick.reset(now + TICK);
@@ -439,7 +442,7 @@ impl Attempt {
         if now >= self.deadline {
             return Err(Lost::Deadline);
         }
-        let quiet = now.duration_since(self.progress_at);
+        let quiet = now.duration_since(since);
         let patience = if self.begun { self.timeouts.progress } else { self.timeouts.first_token };
         // A false alarm costs a stream that cannot be replayed its life: that one waits for certainty.
         let hasty = !(self.begun && self.irreplaceable);

@@ -131,6 +131,49 @@ async fn a_client_that_does_not_read_costs_little() {
     harness.finish().await;
 }
 
+/// Time in which nobody reads is no silence of the worker, which had no credit and takes a moment to go on.
+#[tokio::test]
+async fn a_worker_is_not_blamed_for_a_client_that_pauses() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.always(Act::Lazy(Duration::from_millis(400)));
+    let progress = Duration::from_secs(1);
+    let harness = Harness::start(&[&worker], |options| {
+        without_end(options);
+        options.timeouts.progress = progress;
+    })
+    .await;
+    let body: Value = serde_json::from_str(&streamed(100_000)).expect("JSON");
+    // Small windows: the router takes from the worker hardly more than the client has read.
+    let reads = async |first: usize| {
+        let stream = tokio::net::TcpStream::connect(harness.address).await.expect("a connection");
+        let mut http2 = hyper::client::conn::http2::Builder::new(TokioExecutor::new());
+        http2.initial_stream_window_size(32 << 10);
+        let (mut http2, connection) = http2.handshake(TokioIo::new(stream)).await.expect("HTTP/2");
+        let mut tasks = tokio::task::JoinSet::new();
+        tasks.spawn(connection);
+        let request = http::Request::post("http://localhost/v1/completions")
+            .body(http_body_util::Full::new(bytes::Bytes::from(body.to_string())))
+            .expect("a request");
+        let mut answer = http2.send_request(request).await.expect("an answer");
+        for tokens in [first, 3000] {
+            tokio::time::sleep(progress + Duration::from_millis(300)).await;
+            let mut read = 0;
+            while read < tokens {
+                let frame = tokio::time::timeout(PATIENCE, answer.frame()).await.expect("in time");
+                let data = frame.expect("no end").expect("bytes").into_data().expect("data");
+                read += data.windows(6).filter(|window| window == b"data: ").count();
+            }
+        }
+    };
+    futures_util::future::join_all([0, 1, 20, 40, 60, 80, 100, 120].map(reads)).await;
+    for reason in ["timeout", "connection", "worker", "protocol"] {
+        let moved = format!("baton_router_migrations_total{{reason=\"{reason}\",result=\"moved\"}}");
+        assert!(harness.metric(&moved).await < 0.5, "{reason}");
+    }
+    assert_eq!(worker.seen.connections.load(Ordering::SeqCst), 1);
+    harness.finish().await;
+}
+
 /// A client that leaves the rest of an answer lying keeps its place in flight, its worker and its connection: for its
 /// time, but not for ever.
 #[tokio::test]

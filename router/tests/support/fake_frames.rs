@@ -107,12 +107,20 @@ async fn generate(
         return;
     }
     let closes = matches!(act, Act::CloseAfter(_));
+    let rest = match act {
+        Act::Lazy(rest) => Some(rest),
+        _ => None,
+    };
     let open = Open::begin(&seen);
     for step in steps(request, act) {
         let what = match step {
             Step::Send(event) => {
                 if matches!(event, GenerateEvent::Token { .. }) {
+                    let out_of_credit = credit.available_permits() == 0;
                     credit.acquire().await.expect("never closed").forget();
+                    if let Some(rest) = rest.filter(|_| out_of_credit) {
+                        tokio::time::sleep(rest).await;
+                    }
                 }
                 Out::Frame(frame(id, &event))
             }

@@ -53,6 +53,8 @@ pub(crate) enum Act {
     Say(Vec<u32>),
     /// Sends as many tokens as are taken, without end.
     Endless,
+    /// The same over frames, but whenever it was out of credit it takes so long to go on.
+    Lazy(Duration),
     /// Generates all tokens, after it has read so many from the prefill worker.
     Import(u32),
     /// Generates all tokens, after it has given the handoff up.
@@ -440,7 +442,7 @@ pub(super) fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item
             let end = GenerateEvent::Finished { reason: FinishReason::Stop };
             (*n, vec![Step::Send(eos), Step::Send(end)])
         }
-        Act::Endless => (usize::MAX, vec![]),
+        Act::Endless | Act::Lazy(_) => (usize::MAX, vec![]),
         _ => {
             let end = GenerateEvent::Finished { reason: FinishReason::Length };
             (request.max_tokens as usize, vec![Step::Send(end)])
