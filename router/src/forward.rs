@@ -94,6 +94,24 @@ pub(crate) struct Asked {
     pub(crate) deadline: Instant,
 }
 
+/// Charges the prompt, as far as it can be told, to a client that leaves before a server has answered, which may have computed
+/// it.
+struct PromptBill<'a> {
+    forwarder: &'a Forwarder,
+    asked: &'a Asked,
+    entry: &'a Entry,
+    place: &'a mut Place,
+    left: bool,
+}
+
+impl Drop for PromptBill<'_> {
+    fn drop(&mut self) {
+        if self.left {
+            self.forwarder.book(&Tally::new(&self.asked.request), self.entry, self.place);
+        }
+    }
+}
+
 type Opening = BoxFuture<'static, Result<Opened, Refusal>>;
 
 impl Forwarder {
@@ -112,22 +130,26 @@ impl Forwarder {
         self: Arc<Self>,
         asked: Asked,
         entry: Entry,
-        place: Place,
+        mut place: Place,
     ) -> Response<AnswerBody> {
         let dialect = asked.passing.dialect();
         let asked = Arc::new(asked);
         let mut opening = Arc::clone(&self).open(Arc::clone(&asked)).boxed();
-        let opened = if asked.request.stream {
-            // As for a stream of one's own: the status waits for the first byte, but not for ever.
-            match tokio::time::timeout(self.timeouts().keep_alive, &mut opening).await {
-                Ok(opened) => opened,
-                Err(_) => {
-                    let relay = Relay::waiting(self, Arc::clone(&asked), opening, (entry, place));
-                    return reply::named(reply::event_stream(AnswerBody::relayed(relay)), &asked.id, dialect);
-                }
-            }
-        } else {
-            opening.await
+        let opened = {
+            let mut bill =
+                PromptBill { forwarder: &self, asked: &asked, entry: &entry, place: &mut place, left: true };
+            let opened = if asked.request.stream {
+                // As for a stream of one's own: the status waits for the first byte, but not for ever.
+                tokio::time::timeout(self.timeouts().keep_alive, &mut opening).await.ok()
+            } else {
+                Some(opening.as_mut().await)
+            };
+            bill.left = false;
+            opened
+        };
+        let Some(opened) = opened else {
+            let relay = Relay::waiting(self, Arc::clone(&asked), opening, (entry, place));
+            return reply::named(reply::event_stream(AnswerBody::relayed(relay)), &asked.id, dialect);
         };
         let response = match opened {
             Ok(opened) => self.respond(&asked, opened, entry, place),

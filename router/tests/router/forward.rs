@@ -5,8 +5,11 @@ use std::os::unix::fs::PermissionsExt as _;
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
-use baton_config::fleet::{OpenaiSpec, PolicyKind};
-use baton_router::{ForwardOptions, ForwardPool, Roster, RouterOptions};
+use baton_config::fleet::{AuthSpec, Isolation, OpenaiSpec, PolicyKind};
+use baton_router::{ForwardOptions, ForwardPool, Roster, RouterOptions, mint};
+use bytes::Bytes;
+use http_body_util::Full;
+use hyper::Request;
 use serde_json::{Value, json};
 
 use crate::fake_server::{Does, END, FAILED, FakeServer, chunk, json};
@@ -399,4 +402,34 @@ async fn prompts_come_back_to_the_server_that_has_seen_their_beginning() {
         assert_eq!(turns, [0, 0, 8], "{by}");
         harness.finish().await;
     }
+}
+
+#[tokio::test]
+async fn a_client_that_leaves_before_the_answer_pays_for_its_prompt() {
+    let key = mint("k").expect("a key");
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys.yaml");
+    std::fs::write(&keys, format!("version: 1\ntenants:\n- name: acme\n  keys:\n  {}\n", key.line))
+        .expect("written");
+    let server = FakeServer::start("server-0").await;
+    server.always(Does::Hangs);
+    let harness = Harness::start(&[&server.worker], |options| {
+        forward(options, &[&server], |_| {});
+        options.auth = Some(AuthSpec::new(keys, Isolation::None));
+    })
+    .await;
+    let tokens = "baton_router_tenant_tokens_total{tenant=\"acme\"}";
+    for (stream, charged) in [(false, 9.5), (true, 19.5)] {
+        let request = Request::post(format!("http://{}/v1/chat/completions", harness.address))
+            .header("authorization", format!("Bearer {}", key.key))
+            .body(Full::new(Bytes::from(chat(stream).to_string())))
+            .expect("a request");
+        let asked = server.got().len();
+        tokio::select! {
+            answer = harness.client.request(request) => panic!("no answer can come: {answer:?}"),
+            () = harness.until("the server has it", async || server.got().len() > asked) => {}
+        }
+        harness.until("it is charged", async || harness.metric(tokens).await > charged).await;
+    }
+    harness.finish().await;
 }
