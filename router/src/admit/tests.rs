@@ -70,6 +70,24 @@ async fn a_waiter_that_leaves_gives_its_turn_up() {
     assert!(gate.enter(&who, 10, None).await.is_ok(), "the place is not lost");
 }
 
+#[tokio::test(start_paused = true)]
+async fn who_has_to_give_up_its_turn_is_told_at_once() {
+    let (gate, metrics) = gate(1, 2);
+    let (flood, quiet) = (somebody(), Principal::without_limits("b"));
+    let _place = gate.enter(&flood, 10, None).await.unwrap();
+    let mut stays = Box::pin(gate.enter(&flood, 10, None));
+    assert!(futures_util::poll!(stays.as_mut()).is_pending());
+    tokio::time::advance(Duration::from_secs(1)).await;
+    let mut gives_way = Box::pin(gate.enter(&flood, 10, None));
+    assert!(futures_util::poll!(gives_way.as_mut()).is_pending());
+    let mut comes = Box::pin(gate.enter(&quiet, 10, None));
+    assert!(futures_util::poll!(comes.as_mut()).is_pending());
+    let before = Instant::now();
+    assert_eq!(gives_way.await.unwrap_err().reason, Reason::QueueFull);
+    assert_eq!(before.elapsed(), Duration::ZERO);
+    assert_eq!(metrics.queue_depth.get(), 2);
+}
+
 #[test]
 fn retry_after_is_in_whole_seconds_rounded_up() {
     for (millis, seconds) in [(0, 1), (1, 1), (1000, 1), (1001, 2), (59_999, 60)] {

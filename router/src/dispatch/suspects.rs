@@ -190,3 +190,6 @@ pub(crate) async fn has_died(caller: &Caller, death: &Death) -> bool {
         Err(_) => false,
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -5,7 +5,7 @@ use serde_json::{Value, json};
 
 use crate::fake_worker::{Act, FakeWorker, oracle};
 use crate::harness::{Answer, Harness, one_worker};
-use crate::model_dir::BOS;
+use crate::model_dir::{BOS, CONTEXT};
 
 /// The text of printable byte tokens.
 pub(crate) fn text(tokens: &[u32]) -> String {
@@ -74,6 +74,11 @@ async fn choices_of_one_request_differ_by_seed_and_repeat_exactly() {
     }
     assert_eq!(first.json()["usage"]["completion_tokens"], 36);
     assert_eq!(first.json()["usage"]["prompt_tokens"], prompt.len(), "the prompt counts once");
+    assert_eq!(
+        first.json()["usage"]["prompt_tokens_details"]["cached_tokens"],
+        3,
+        "and what was cached of it"
+    );
     harness.finish().await;
 }
 
@@ -138,6 +143,26 @@ async fn stop_strings_end_the_text_and_the_work() {
         assert_eq!(answer.content(0), "one two ST three ");
         assert!(answer.text.contains("\"finish_reason\":\"stop\""));
     }
+    // What could have become one of them, or a character, is shown when nothing more comes.
+    for (said, shown) in
+        [(word("one ST"), "one ST"), ([word("one ST"), vec![0xC3]].concat(), "one ST\u{FFFD}")]
+    {
+        decode.always(Act::Say(said));
+        for stream in [false, true] {
+            let body = with(with(hello(), "stop", json!(["STOP", "never"])), "stream", json!(stream));
+            assert_eq!(harness.chat(&body).await.content(0), shown);
+        }
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_request_may_fill_the_context_and_no_more() {
+    let (_decode, harness) = one_worker().await;
+    let ask = |tokens: u32| json!({ "model": "tiny", "prompt": vec![100; 12], "max_tokens": tokens });
+    assert_eq!(harness.complete(&ask(CONTEXT - 12)).await.json()["usage"]["total_tokens"], CONTEXT);
+    let refused = harness.complete(&ask(CONTEXT - 11)).await;
+    assert_eq!((refused.status, &refused.json()["error"]["code"]), (400, &json!("context_length_exceeded")));
     harness.finish().await;
 }
 

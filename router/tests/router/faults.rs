@@ -4,16 +4,19 @@ use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use baton_config::fleet::Disaggregation;
+use baton_config::fleet::{AuthSpec, Disaggregation, Isolation};
 use baton_config::protocol::FailureCode;
 use baton_config::{Epoch, Role};
-use baton_router::{Member, Roster, RouterOptions};
-use http_body_util::BodyExt as _;
+use baton_router::{Member, Roster, RouterOptions, mint};
+use bytes::Bytes;
+use http_body_util::{BodyExt as _, Full};
+use hyper::Request;
 use serde_json::{Value, json};
 
 use crate::api::text;
 use crate::fake_worker::{Act, FakeWorker, oracle};
 use crate::harness::{Harness, PATIENCE, sse};
+use crate::model_dir::{EOS, VOCAB};
 
 fn ask(stream: bool) -> Value {
     json!({
@@ -55,9 +58,15 @@ async fn a_stream_goes_on_elsewhere_whatever_stops_it() {
         Act::GarbageAfter(5),
         Act::FailAfter(5, FailureCode::Engine),
         Act::FailAfter(5, FailureCode::Unavailable),
+        // Nobody else need think so: what has begun can go on.
+        Act::FailAfter(5, FailureCode::Refused),
     ] {
-        for stream in [true, false] {
+        for (framed, stream) in [(true, true), (true, false), (false, true)] {
             let (first, second, harness) = two_workers().await;
+            if !framed {
+                first.without_frames();
+                second.without_frames();
+            }
             first.always(act.clone());
             second.then(Act::DieAfter(0));
             // Round robin: whoever is first, the bad worker gets at least one of two requests.
@@ -66,7 +75,7 @@ async fn a_stream_goes_on_elsewhere_whatever_stops_it() {
                 assert_eq!(answer.status, 200, "{act:?}: {}", answer.text);
                 let prompt = &first.generated()[0].tokens;
                 let prompt = &prompt[..prompt.len() - first.generated()[0].generated as usize];
-                assert_eq!(answer.content(0), text(&oracle(prompt, 3, 20)), "{act:?}");
+                assert_eq!(answer.content(0), text(&oracle(prompt, 3, 20)), "{act:?}, frames: {framed}");
                 if stream {
                     let ids: std::collections::BTreeSet<String> =
                         answer.events().iter().map(|event| event["id"].to_string()).collect();
@@ -237,7 +246,77 @@ async fn a_prompt_too_long_for_one_workers_memory_goes_to_a_larger_one_or_is_ref
     let error = &answer.json()["error"];
     assert_eq!(error["code"], "context_length_exceeded");
     assert!(error["message"].as_str().unwrap().contains("kv.memory"), "{error}");
+    // Of one that broke it is not known: no other prompt may help.
+    second.always(Act::Status(500, FailureCode::Engine));
+    assert_eq!(harness.chat(&ask(true)).await.status, 502);
     harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_request_that_fails_everywhere_is_not_taken_all_around_the_fleet() {
+    let mut workers = Vec::new();
+    for i in 0..7 {
+        let worker = FakeWorker::start(&format!("decode-{i}"), Role::Decode).await;
+        worker.always(Act::Status(500, FailureCode::Engine));
+        workers.push(worker);
+    }
+    let harness = Harness::start(&workers.iter().collect::<Vec<_>>(), alone).await;
+    for asked in [4, 8] {
+        assert_eq!(harness.chat(&ask(true)).await.status, 502);
+        assert_eq!(workers.iter().map(|worker| worker.generated().len()).sum::<usize>(), asked);
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_worker_that_breaks_connections_is_avoided_for_a_while() {
+    let (first, second, harness) = two_workers().await;
+    first.always(Act::DieAfter(0));
+    for _ in 0..20 {
+        assert_eq!(harness.chat(&ask(false)).await.status, 200);
+    }
+    // Asked again whenever it has answered its state, which is about once a second.
+    assert!((1..15).contains(&first.generated().len()), "{}", first.generated().len());
+    assert_eq!(second.generated().len(), 20);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn who_turned_a_request_away_before_a_connection_broke_is_not_counted_twice() {
+    let mut workers = Vec::new();
+    for i in 0..4 {
+        let worker = FakeWorker::start(&format!("decode-{i}"), Role::Decode).await;
+        let away = Act::Status(409, FailureCode::Unavailable);
+        worker.always(if i < 3 { away } else { Act::Status(500, FailureCode::Engine) });
+        workers.push(worker);
+    }
+    workers[3].then(Act::DieAfter(0));
+    let harness = Harness::start(&workers.iter().collect::<Vec<_>>(), alone).await;
+    let (body, mut members) = (ask(true), Vec::new());
+    members.extend(workers.iter().map(|worker| worker.member.clone()));
+    let (answer, ()) = tokio::join!(harness.chat(&body), async {
+        harness.until("it was asked again", async || workers[3].generated().len() == 2).await;
+        workers[0].always(Act::Good);
+        members[0].epoch = Epoch(2);
+        harness.members.send_replace(Arc::new(Roster { members: members.clone(), age: Duration::ZERO }));
+    });
+    assert_eq!((answer.status, answer.content(0).len()), (200, 20), "{}", answer.text);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_view_that_is_behind_is_not_waited_for_where_somebody_had_an_answer() {
+    for (act, status) in
+        [(Act::Status(429, FailureCode::Overloaded), 429), (Act::Status(400, FailureCode::TooLong), 502)]
+    {
+        let (first, second, harness) = two_workers().await;
+        first.always(Act::Status(409, FailureCode::Unavailable));
+        second.always(act);
+        let begun = std::time::Instant::now();
+        assert_eq!(harness.chat(&ask(true)).await.status, status);
+        assert!(begun.elapsed() < Duration::from_millis(2500), "{:?}", begun.elapsed());
+        harness.finish().await;
+    }
 }
 
 #[tokio::test]
@@ -404,20 +483,61 @@ async fn an_end_that_the_worker_could_not_say_is_still_an_end() {
     let mut body = ask(false);
     body["baton"] = json!({ "logits_digest": true });
     assert_eq!(harness.chat(&body).await.json()["choices"][0]["finish_reason"], "length");
-    assert!(moved(&harness, "moved").await + moved(&harness, "lost").await < 0.5, "nothing had to move");
+    // And of one that ended before its limit.
+    worker.always(Act::SayAndDie(vec![100, 101, EOS]));
+    let answer = harness.chat(&ask(false)).await;
+    assert_eq!(answer.json()["choices"][0]["finish_reason"], "stop");
+    assert_eq!((answer.content(0).as_str(), worker.generated().len()), ("de", 3));
+    // Unless that token was to end nothing.
+    worker.always(Act::Good).then(Act::SayAndDie(vec![100, 101, EOS]));
+    let mut body = ask(false);
+    body["ignore_eos"] = json!(true);
+    assert_eq!(harness.chat(&body).await.json()["choices"][0]["finish_reason"], "length");
+    assert_eq!((worker.generated().len(), worker.generated()[4].generated), (5, 3));
+    assert_eq!(
+        (moved(&harness, "moved").await + moved(&harness, "lost").await) as u32,
+        1,
+        "nothing else had to move"
+    );
     harness.finish().await;
 }
 
 #[tokio::test]
 async fn a_token_that_the_model_does_not_have_is_not_passed_on() {
-    let worker = FakeWorker::start("decode-0", Role::Decode).await;
-    let harness = Harness::start(&[&worker], alone).await;
-    worker.then(Act::Say(vec![100, 1 << 30, 100]));
-    let answer = harness.chat(&ask(true)).await;
-    let asked = worker.generated();
-    assert_eq!((asked.len(), asked[1].generated), (2, 1), "it is asked again from before that token on");
-    assert_eq!(answer.content(0), format!("d{}", text(&oracle(&asked[1].tokens, 3, 19))));
-    harness.finish().await;
+    for beyond in [VOCAB, 1 << 30] {
+        let worker = FakeWorker::start("decode-0", Role::Decode).await;
+        let harness = Harness::start(&[&worker], alone).await;
+        worker.then(Act::Say(vec![100, beyond, 100]));
+        let answer = harness.chat(&ask(true)).await;
+        let asked = worker.generated();
+        assert_eq!((asked.len(), asked[1].generated), (2, 1), "it is asked again from before that token on");
+        assert_eq!(answer.content(0), format!("d{}", text(&oracle(&asked[1].tokens, 3, 19))));
+        harness.finish().await;
+    }
+}
+
+/// Who gives tokens lives, however slowly it does, and whatever becomes of other questions put to it.
+#[tokio::test]
+async fn a_worker_that_goes_on_slowly_is_not_given_up() {
+    for framed in [true, false] {
+        let worker = FakeWorker::start("decode-0", Role::Decode).await;
+        worker.always(Act::Slow(Duration::from_millis(350)));
+        if !framed {
+            worker.without_frames();
+        }
+        let harness = Harness::start(&[&worker], |options| {
+            alone(options);
+            options.timeouts.progress = Duration::from_secs(3);
+            options.timeouts.frozen = Duration::from_secs(2);
+        })
+        .await;
+        worker.hide_state();
+        let mut body = ask(true);
+        body["max_tokens"] = json!(12);
+        assert_eq!(harness.chat(&body).await.content(0).len(), 12);
+        assert_eq!(worker.generated().len(), 1, "{framed}");
+        harness.finish().await;
+    }
 }
 
 #[tokio::test]
@@ -509,6 +629,41 @@ async fn both_sides_of_a_replay_know_what_was_generated_before() {
     let replay = asked[1].handoff.as_ref().expect("a handoff");
     let there = prefilled.iter().find(|request| request.handoff.id == replay.id).expect("a prefill");
     assert_eq!((there.generated, &there.tokens, &there.sampling.seed), (5, &asked[1].tokens, &3));
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn both_sides_of_a_handoff_are_told_the_same_of_it() {
+    let key = mint("k").expect("a key");
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys.yaml");
+    std::fs::write(&keys, format!("version: 1\ntenants:\n- name: acme\n  keys:\n  {}\n", key.line))
+        .expect("written");
+    let prefill = FakeWorker::start("prefill-0", Role::Prefill).await.in_life(7);
+    let decode = FakeWorker::start("decode-0", Role::Decode).await.in_life(8);
+    let harness = Harness::start(&[&prefill, &decode], |options| {
+        options.auth = Some(AuthSpec::new(keys, Isolation::Tenant));
+    })
+    .await;
+    let mut body = ask(false);
+    body["baton"] = json!({ "logits_digest": true });
+    let request = Request::post(format!("http://{}/v1/chat/completions", harness.address))
+        .header("authorization", format!("Bearer {}", key.key))
+        .body(Full::new(Bytes::from(body.to_string())))
+        .expect("a request");
+    assert_eq!(harness.client.request(request).await.expect("an answer").status(), 200);
+    harness.until("both were asked", async || !prefill.prefilled().is_empty()).await;
+    let (there, here) = (prefill.prefilled().remove(0), decode.generated().remove(0));
+    assert_ne!(here.cache_salt, 0, "blocks are kept apart for each tenant");
+    assert_eq!((there.cache_salt, there.logits_digest), (here.cache_salt, here.logits_digest));
+    assert_eq!((&there.tokens, &there.sampling), (&here.tokens, &here.sampling));
+    assert!(here.logits_digest && there.request_id == here.request_id);
+    let (to_decode, to_prefill) = (here.handoff.expect("a handoff"), there.handoff);
+    assert_eq!(to_decode.id, to_prefill.id);
+    assert_eq!((to_decode.own_epoch, to_prefill.own_epoch), (Epoch(8), Epoch(7)));
+    for (peer, is) in [(to_decode.peer, &prefill.member), (to_prefill.peer, &decode.member)] {
+        assert_eq!((&peer.worker, peer.epoch, &peer.address), (&is.worker, is.epoch, &is.address));
+    }
     harness.finish().await;
 }
 

@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 use baton_config::fleet::{AuthSpec, Isolation, OpenaiSpec, PolicyKind};
 use baton_router::{ForwardOptions, ForwardPool, Roster, RouterOptions, mint};
 use bytes::Bytes;
-use http_body_util::Full;
+use http_body_util::{BodyExt as _, Full};
 use hyper::Request;
 use serde_json::{Value, json};
 
@@ -237,18 +237,17 @@ async fn before_the_first_byte_another_server_is_tried() {
 
 #[tokio::test]
 async fn tries_are_bounded_and_their_end_is_told() {
-    let servers = [
-        FakeServer::start("server-0").await,
-        FakeServer::start("server-1").await,
-        FakeServer::start("server-2").await,
-    ];
-    let harness = start(&[&servers[0], &servers[1], &servers[2]], |_| {}).await;
+    let mut servers = Vec::new();
+    for i in 0..6 {
+        servers.push(FakeServer::start(&format!("server-{i}")).await);
+    }
+    let harness = start(&servers.iter().collect::<Vec<_>>(), |_| {}).await;
     let tried = || servers.iter().map(|server| server.got().len()).sum::<usize>();
     for (does, status, code, tries) in [
         (Does::Refuses(500, "{}"), 502, "worker_lost", 2),
         (Does::Vanishes, 502, "worker_lost", 2),
-        (Does::Refuses(429, "{}"), 429, "overloaded", 3),
-        (Does::Refuses(503, "{}"), 503, "no_worker", 3),
+        (Does::Refuses(429, "{}"), 429, "overloaded", 4),
+        (Does::Refuses(503, "{}"), 503, "no_worker", 4),
     ] {
         for server in &servers {
             server.always(does.clone());
@@ -405,6 +404,46 @@ async fn prompts_come_back_to_the_server_that_has_seen_their_beginning() {
 }
 
 #[tokio::test]
+async fn the_only_server_is_tried_once_more_when_its_connection_breaks_and_not_for_ever() {
+    let server = FakeServer::start("server-0").await;
+    let harness = Harness::start(&[&server.worker], |options| {
+        forward(options, &[&server], |_| {});
+        options.timeouts.request = Duration::from_secs(1);
+    })
+    .await;
+    for stream in [true, false] {
+        server.then(Does::Vanishes);
+        assert_eq!(harness.chat(&chat(stream)).await.status, 200);
+        server.then(Does::Hangs);
+        let late = harness.chat(&chat(stream)).await;
+        assert_eq!((late.status, &late.json()["error"]["code"]), (504, &json!("timeout")));
+    }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_server_that_breaks_connections_is_avoided_for_a_while() {
+    let servers = [FakeServer::start("server-0").await, FakeServer::start("server-1").await];
+    let harness = start(&[&servers[0], &servers[1]], |_| {}).await;
+    servers[0].always(Does::Vanishes);
+    for _ in 0..20 {
+        assert_eq!(harness.chat(&chat(true)).await.status, 200);
+    }
+    // Asked again whenever the worker beside it has answered its state, which is about once a second.
+    assert!((1..15).contains(&servers[0].got().len()), "{}", servers[0].got().len());
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_server_that_goes_on_slowly_is_not_given_up() {
+    let server = FakeServer::start("server-0").await;
+    let harness = start(&[&server], |pool| pool.servers.silent_timeout = Duration::from_millis(1500)).await;
+    server.always(Does::Streams(7, Duration::from_millis(400)));
+    assert_eq!(harness.chat(&chat(true)).await.text, events(7) + END);
+    harness.finish().await;
+}
+
+#[tokio::test]
 async fn a_client_that_leaves_before_the_answer_pays_for_its_prompt() {
     let key = mint("k").expect("a key");
     let directory = tempfile::tempdir().expect("a directory");
@@ -431,5 +470,16 @@ async fn a_client_that_leaves_before_the_answer_pays_for_its_prompt() {
         }
         harness.until("it is charged", async || harness.metric(tokens).await > charged).await;
     }
+    // Who stays pays once, as the server says.
+    server.always(Does::Streams(5, Duration::ZERO));
+    let before = harness.metric(tokens).await;
+    let request = Request::post(format!("http://{}/v1/chat/completions", harness.address))
+        .header("authorization", format!("Bearer {}", key.key))
+        .body(Full::new(Bytes::from(chat(true).to_string())))
+        .expect("a request");
+    let answer = harness.client.request(request).await.expect("an answer");
+    answer.into_body().collect().await.expect("all of it");
+    harness.until("all is charged", async || harness.metric(tokens).await > before + 17.5).await;
+    assert!(harness.metric(tokens).await < before + 18.5, "11 and 7");
     harness.finish().await;
 }

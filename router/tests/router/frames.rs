@@ -163,6 +163,36 @@ async fn a_client_that_leaves_is_cancelled_without_the_connection() {
     harness.finish().await;
 }
 
+/// What is silent may be the connection: whoever comes next gets another one.
+#[tokio::test]
+async fn a_connection_on_which_a_stream_was_silent_for_too_long_is_left_alone() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.then(Act::SilentAfter(3));
+    let harness = Harness::start(&[&worker], |options| {
+        options.timeouts.progress = Duration::from_millis(400);
+        options.timeouts.replacement = PATIENCE;
+    })
+    .await;
+    let answer = harness.complete(&ask("hello", 9, true)).await;
+    assert_eq!(ids(&answer), oracle(&worker.generated()[0].tokens, SEED, 9), "{}", answer.text);
+    assert_eq!(harness.complete(&ask("hello", 9, true)).await.status, 200);
+    assert_eq!(worker.seen.connections.load(Ordering::SeqCst), 2);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_connection_that_could_not_be_had_is_asked_for_again() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.refuse_frames(1);
+    let harness = Harness::start(&[&worker], |_| {}).await;
+    assert_eq!(harness.complete(&ask("hello", 9, true)).await.status, 502);
+    for _ in 0..2 {
+        assert_eq!(harness.complete(&ask("hello", 9, true)).await.status, 200);
+    }
+    assert_eq!(worker.seen.connections.load(Ordering::SeqCst), 1);
+    harness.finish().await;
+}
+
 #[tokio::test]
 async fn what_is_not_the_protocol_counts_against_the_worker() {
     let (bad, good) = (

@@ -4,7 +4,7 @@ use std::time::Duration;
 
 use baton_config::Role;
 use baton_config::fleet::{AuthSpec, Disaggregation, Isolation};
-use baton_router::{RouterOptions, mint};
+use baton_router::{MintedKey, RouterOptions, mint};
 use bytes::Bytes;
 use http_body_util::Full;
 use hyper::Request;
@@ -93,25 +93,28 @@ async fn a_request_that_workers_die_with_does_not_reach_a_third() {
 
 #[tokio::test]
 async fn requests_that_share_no_prefixes_are_still_the_same_request() {
-    let key = mint("k").expect("a key");
+    let (key, other) = (mint("k").expect("a key"), mint("o").expect("a key"));
     let directory = tempfile::tempdir().expect("a directory");
     let keys = directory.path().join("keys.yaml");
-    std::fs::write(&keys, format!("version: 1\ntenants:\n- name: acme\n  keys:\n  {}\n", key.line))
-        .expect("written");
+    let tenant = |name: &str, key: &MintedKey| format!("- name: {name}\n  keys:\n  {}\n", key.line);
+    let tenants = tenant("acme", &key) + &tenant("other", &other);
+    std::fs::write(&keys, format!("version: 1\ntenants:\n{tenants}")).expect("written");
     let (mut workers, harness) =
         fleet_with(true, |options| options.auth = Some(AuthSpec::new(keys, Isolation::Request))).await;
-    let ask = async || {
+    let ask = async |key: &MintedKey| {
         let request = Request::post(format!("http://{}/v1/completions", harness.address))
             .header("authorization", format!("Bearer {}", key.key))
             .body(Full::new(Bytes::from(json!({ "model": "tiny", "prompt": "deadly" }).to_string())))
             .expect("a request");
         harness.client.request(request).await.expect("an answer").status().as_u16()
     };
-    let (status, ()) = tokio::join!(ask(), async {
+    let (status, ()) = tokio::join!(ask(&key), async {
         kill_one(&mut workers, &harness).await;
         kill_one(&mut workers, &harness).await;
     });
-    assert_eq!((status, ask().await, calls(&workers)), (500, 500, 0));
+    assert_eq!((status, ask(&key).await, calls(&workers)), (500, 500, 0));
+    all_do(&workers, &Act::Good);
+    assert_eq!(ask(&other).await, 200, "what one tenant has done is held against no other");
     harness.finish().await;
 }
 
@@ -127,6 +130,30 @@ async fn a_request_that_is_answered_between_two_deaths_did_not_cause_them() {
         });
         assert_eq!(answer.status, 200, "{}", answer.text);
     }
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_stream_that_goes_on_elsewhere_is_kept_from_a_third_that_dies_with_it() {
+    let (mut workers, harness) = fleet(true).await;
+    all_do(&workers, &Act::SilentAfter(3));
+    let body = ask("deadly only later");
+    let (answer, ()) = tokio::join!(harness.chat(&body), async {
+        harness.until("a stream has begun", async || calls(&workers) == 1).await;
+        let begun = workers.iter().position(|worker| !worker.generated().is_empty()).expect("one has");
+        tokio::time::sleep(Duration::from_millis(200)).await;
+        all_do(&workers, &Act::SilentAfter(0));
+        // Its prompt was survived here: this is no death with it, but the two that follow are.
+        drop(workers.remove(begun));
+        for _ in 0..2 {
+            harness.until("the next one took it", async || calls(&workers) == 1).await;
+            let next = workers.iter().position(|worker| !worker.generated().is_empty()).expect("one has");
+            tokio::time::sleep(Duration::from_millis(100)).await;
+            drop(workers.remove(next));
+        }
+    });
+    assert!(answer.text.contains("request_failed_repeatedly"), "{}", answer.text);
+    assert_eq!((workers.len(), calls(&workers)), (MANY - 3, 0));
     harness.finish().await;
 }
 

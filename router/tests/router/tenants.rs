@@ -5,7 +5,7 @@ use std::sync::atomic::Ordering;
 use std::time::{Duration, Instant};
 
 use baton_config::Role;
-use baton_config::fleet::{AuthSpec, Isolation, JwksSource, JwtSpec, RemoteJwks};
+use baton_config::fleet::{AuthSpec, Isolation, JwksSource, JwtSpec, PolicyKind, RemoteJwks};
 use baton_router::{MintedKey, RouterOptions, mint};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
@@ -204,6 +204,49 @@ async fn a_client_that_leaves_pays_for_what_was_generated() {
     drop(left);
     let charged = async || setup.harness.metric("baton_router_tenant_tokens_total{tenant=\"acme\"}").await;
     setup.harness.until("they are charged", async || charged().await > 10.0).await;
+    setup.harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_stream_is_charged_for_what_it_brings() {
+    let key = mint("k").expect("a key");
+    let limits = "  limits: { tokens_per_min: 600 }\n";
+    let setup = Setup::start(&tenant("acme", limits, &key), Isolation::None, 8, 8).await;
+    for stream in [true, false] {
+        let body = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 250, "stream": stream });
+        assert_eq!(setup.ask(&key.key, &body).await.status, 200);
+    }
+    let models = setup.send("GET", "/v1/models", Some(&key.key), String::new()).await;
+    let left: u64 =
+        models.headers["x-ratelimit-remaining-tokens"].to_str().expect("text").parse().expect("a number");
+    // 500 for the answers, and what has flowed in since: ten a second.
+    assert!(left < 350, "{left}");
+    setup.harness.finish().await;
+}
+
+#[tokio::test]
+async fn what_a_tenant_has_sent_is_not_taken_to_be_cached_for_another() {
+    let (a, b) = (mint("a").expect("a key"), mint("b").expect("a key"));
+    let tenants = tenant("a", "", &a) + &tenant("b", "", &b);
+    let setup = Setup::start_with(&tenants, |options, keys| {
+        options.auth = Some(AuthSpec::new(keys, Isolation::Tenant));
+        options.policy = PolicyKind::KvAware;
+        options.explain = true;
+    })
+    .await;
+    let body = json!({ "model": "tiny", "prompt": vec![100; 200], "max_tokens": 2 });
+    for (key, cached) in [(&a, false), (&a, true), (&b, false), (&b, true)] {
+        let request = Request::post(format!("http://{}/v1/completions", setup.harness.address))
+            .header("authorization", format!("Bearer {}", key.key))
+            .header("x-baton-explain", "1")
+            .body(Full::new(Bytes::from(body.to_string())))
+            .expect("a request");
+        let answer = setup.harness.client.request(request).await.expect("an answer");
+        let told: Value =
+            serde_json::from_slice(answer.headers()["x-baton-explain"].as_bytes()).expect("JSON");
+        let tokens = told["ways"][0]["decode_cached"].as_u64().expect("a number");
+        assert_eq!(tokens > 0, cached, "{told}");
+    }
     setup.harness.finish().await;
 }
 

@@ -3,7 +3,7 @@
 use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::net::SocketAddr;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, AtomicUsize, Ordering};
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -51,6 +51,8 @@ pub(crate) enum Act {
     Slow(Duration),
     /// Sends exactly these tokens.
     Say(Vec<u32>),
+    /// Sends exactly these tokens, then breaks the connection.
+    SayAndDie(Vec<u32>),
     /// Sends as many tokens as are taken, without end.
     Endless,
     /// The same over frames, but whenever it was out of credit it takes so long to go on.
@@ -110,6 +112,9 @@ pub(super) struct Script {
     acts: Mutex<VecDeque<Act>>,
     default: Mutex<Act>,
     prefill_hangs: Mutex<bool>,
+    state_hangs: AtomicBool,
+    /// Upgrades to frames that are answered with an error.
+    frames_refused: AtomicUsize,
     prefill_status: Mutex<Option<u16>>,
     kv_events: Mutex<Option<Vec<KvEventBatch>>>,
     speaks_frames: AtomicBool,
@@ -121,6 +126,7 @@ pub(super) struct Script {
     pub(super) life: CancellationToken,
     name: WorkerId,
     role: Role,
+    epoch: AtomicU64,
 }
 
 impl Script {
@@ -167,6 +173,8 @@ impl FakeWorker {
             acts: Mutex::default(),
             default: Mutex::new(Act::Good),
             prefill_hangs: Mutex::new(false),
+            state_hangs: AtomicBool::new(false),
+            frames_refused: AtomicUsize::new(0),
             prefill_status: Mutex::new(None),
             kv_events: Mutex::new(None),
             speaks_frames: AtomicBool::new(true),
@@ -175,6 +183,7 @@ impl FakeWorker {
             life: CancellationToken::new(),
             name: worker.clone(),
             role,
+            epoch: AtomicU64::new(1),
         });
         let seen = Arc::new(Seen::default());
         let mut tasks = JoinSet::new();
@@ -191,6 +200,13 @@ impl FakeWorker {
         };
         let life = script.life.clone().drop_guard();
         Self { member, seen, script, _tasks: tasks, _life: life }
+    }
+
+    /// It is in this life, and the view says so.
+    pub(crate) fn in_life(mut self, epoch: u64) -> Self {
+        self.script.epoch.store(epoch, Ordering::SeqCst);
+        self.member.epoch = Epoch(epoch);
+        self
     }
 
     /// What the next generate call does.
@@ -214,6 +230,18 @@ impl FakeWorker {
     /// Prefill calls are never answered.
     pub(crate) fn hang_prefill(&self) -> &Self {
         *self.script.prefill_hangs.lock().expect("unpoisoned") = true;
+        self
+    }
+
+    /// Questions for its state are not answered any more.
+    pub(crate) fn hide_state(&self) -> &Self {
+        self.script.state_hangs.store(true, Ordering::SeqCst);
+        self
+    }
+
+    /// So many times it has no connection of frames to give.
+    pub(crate) fn refuse_frames(&self, times: usize) -> &Self {
+        self.script.frames_refused.store(times, Ordering::SeqCst);
         self
     }
 
@@ -281,10 +309,15 @@ async fn accept(listener: TcpListener, script: Arc<Script>, seen: Arc<Seen>) {
 async fn serve(request: Request<Incoming>, script: Arc<Script>, seen: Arc<Seen>) -> Answer {
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     if path == frames::PATH && script.speaks_frames.load(Ordering::SeqCst) {
+        let refuses = |left: usize| left.checked_sub(1);
+        if script.frames_refused.fetch_update(Ordering::SeqCst, Ordering::SeqCst, refuses).is_ok() {
+            return whole(500, &WorkerError { code: FailureCode::Engine, message: "as told".to_owned() });
+        }
         return fake_frames::upgrade(request, script, seen);
     }
     let body = request.into_body().collect().await.map(|body| body.to_bytes()).unwrap_or_default();
     match path.as_str() {
+        "/v1/state" if script.state_hangs.load(Ordering::SeqCst) => std::future::pending().await,
         "/v1/state" => whole(200, &state(&script, &seen)),
         "/v1/kv/events" => kv_events(&script),
         "/v1/prefill" => prefill(&body, &script, seen).await,
@@ -311,7 +344,7 @@ fn state(script: &Script, seen: &Seen) -> WorkerStatus {
     let (prefill_tokens_pending, prefill_tokens_per_s) = *script.queue.lock().expect("unpoisoned");
     WorkerStatus {
         worker: script.name.clone(),
-        epoch: Some(Epoch(1)),
+        epoch: Some(Epoch(script.epoch.load(Ordering::SeqCst))),
         pool: pool(script.role),
         role: script.role,
         state: "ready".to_owned(),
@@ -443,13 +476,14 @@ pub(super) fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item
             (*n, vec![Step::Send(eos), Step::Send(end)])
         }
         Act::Endless | Act::Lazy(_) => (usize::MAX, vec![]),
+        Act::SayAndDie(_) => (0, vec![Step::Break]),
         _ => {
             let end = GenerateEvent::Finished { reason: FinishReason::Length };
             (request.max_tokens as usize, vec![Step::Send(end)])
         }
     };
     let said = match &act {
-        Act::Say(tokens) => Some(tokens.clone()),
+        Act::Say(tokens) | Act::SayAndDie(tokens) => Some(tokens.clone()),
         _ => None,
     };
     let count = said.as_ref().map_or(all.min(request.max_tokens as usize), Vec::len);

@@ -211,6 +211,9 @@ fn who_was_away_is_owed_nothing_and_owes_nothing() {
     let now = Instant::now();
     let far = now + Duration::from_secs(3600);
     let mut fair = Fair::new(1, 1000);
+    // Neither whoever is new nor whoever was there long ago.
+    let early = id(fair.offer(now, &offer("old", 1, 1000, far)).unwrap());
+    assert_eq!(fair.end(now, early, 1000), None);
     // One tenant alone uses much.
     for _ in 0..100 {
         let only = id(fair.offer(now, &offer("busy", 1, 1000, far)).unwrap());
@@ -219,7 +222,7 @@ fn who_was_away_is_owed_nothing_and_owes_nothing() {
     let mut running = id(fair.offer(now, &offer("busy", 1, 1000, far)).unwrap());
     let mut of = HashMap::new();
     for _ in 0..20 {
-        for name in ["busy", "new"] {
+        for name in ["busy", "new", "old"] {
             of.insert(id(fair.offer(now, &offer(name, 1, 1000, far)).unwrap()), name);
         }
     }
@@ -228,8 +231,9 @@ fn who_was_away_is_owed_nothing_and_owes_nothing() {
         turns.push(of[&next]);
         running = next;
     }
-    for (n, pair) in turns.chunks(2).enumerate() {
-        assert_ne!(pair[0], pair[1], "in turns from the beginning: {n}");
+    for name in ["busy", "new", "old"] {
+        let got = turns.iter().take(30).filter(|turn| **turn == name).count();
+        assert!((9..=11).contains(&got), "in turns from the beginning: {got} of 30 for {name}");
     }
 }
 
@@ -248,20 +252,78 @@ fn the_urgent_go_first_within_a_tenant() {
 fn a_full_queue_makes_room_for_who_holds_less_of_it() {
     let now = Instant::now();
     let far = now + Duration::from_secs(60);
-    let mut fair = Fair::new(1, 4);
+    let mut fair = Fair::new(1, 5);
     fair.offer(now, &offer("flood", 1, 1, far)).unwrap();
     let waiting: Vec<Id> =
-        (0..4).map(|n| id(fair.offer(now, &offer("flood", 1, 1, far + ms(n))).unwrap())).collect();
+        (0..5).map(|n| id(fair.offer(now, &offer("flood", 1, 1, far + ms(n))).unwrap())).collect();
     let refused = fair.offer(now, &offer("flood", 1, 1, far)).unwrap_err();
     assert_eq!(refused.reason, Reason::QueueFull);
     let taken = fair.offer(now, &offer("quiet", 1, 1, far)).unwrap();
     let Offered::Waits(_, Some((gone, _))) = taken else { panic!("{taken:?}") };
-    assert_eq!(gone, waiting[3], "the least urgent one of who floods");
+    assert_eq!(gone, waiting[4], "the least urgent one of who floods");
     audit(&fair);
-    // With two each, nobody holds more than the other one would.
+    // With three against two, nobody holds more than the other one would.
     fair.offer(now, &offer("quiet", 1, 1, far)).unwrap();
     assert_eq!(fair.offer(now, &offer("quiet", 1, 1, far)).unwrap_err().reason, Reason::QueueFull);
     audit(&fair);
+    // Who goes first gives way to nobody who comes later.
+    let mut fair = Fair::new(1, 2);
+    let urgent = Offer { priority: 1, ..offer("urgent", 1, 1, far) };
+    for _ in 0..3 {
+        fair.offer(now, &urgent).unwrap();
+    }
+    assert_eq!(fair.offer(now, &offer("quiet", 1, 1, far)).unwrap_err().reason, Reason::QueueFull);
+}
+
+#[test]
+fn turns_are_by_what_was_used_whatever_was_expected() {
+    let now = Instant::now();
+    let far = now + Duration::from_secs(3600);
+    let mut fair = Fair::new(1, 100);
+    let mut running = id(fair.offer(now, &offer("long", 1, 10, far)).unwrap());
+    let more = id(fair.offer(now, &offer("long", 1, 10, far)).unwrap());
+    for _ in 0..20 {
+        fair.offer(now, &offer("short", 1, 10, far)).unwrap();
+    }
+    // Ten answers of a thousand tokens make up for one of ten thousand.
+    let (mut used, mut others) = (10_000, 0);
+    loop {
+        running = fair.end(now, running, used).unwrap();
+        if running == more {
+            break;
+        }
+        (used, others) = (1000, others + 1);
+    }
+    assert!((9..=11).contains(&others), "{others}");
+}
+
+#[test]
+fn what_was_charged_and_not_used_is_given_back() {
+    let now = Instant::now();
+    let far = now + Duration::from_secs(60);
+    let mut fair = Fair::new(1, 1);
+    let mut offer = Offer { weight: 1, ..offer("a", 1, 100, far) };
+    offer.quota = Quota { tokens_per_min: Some(600), requests_per_min: Some(10), concurrency: None };
+    let left = |fair: &Fair| {
+        let Left { requests, tokens } = fair.left("a");
+        (requests.unwrap().1, tokens.unwrap().1)
+    };
+    let first = id(fair.offer(now, &offer).unwrap());
+    assert_eq!(left(&fair), (9, 500));
+    fair.end(now, first, 40);
+    assert_eq!(left(&fair), (9, 560), "of what was expected only a part was used");
+    let running = id(fair.offer(now, &offer).unwrap());
+    let waits = id(fair.offer(now, &offer).unwrap());
+    assert_eq!(left(&fair), (7, 360));
+    fair.end(now, waits, 0);
+    assert_eq!(left(&fair), (8, 460), "one that left the queue has used nothing");
+    fair.end(now, running, 100);
+    // A changed limit holds at once; what was used stays used.
+    for (limit, rest) in [(1000, 460), (50, 50), (1000, 50)] {
+        offer.quota.tokens_per_min = Some(limit);
+        let _ = fair.check(now, &offer);
+        assert_eq!(fair.left("a").tokens, Some((limit, rest)));
+    }
 }
 
 #[test]

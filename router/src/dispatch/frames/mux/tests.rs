@@ -58,7 +58,7 @@ fn said(link: &Link) -> Vec<Said> {
     while let Some((kind, payload)) = reader.next_frame().unwrap() {
         said.push(match Command::decode(kind, payload).unwrap() {
             Command::Open(open) => {
-                assert_eq!(open.request().unwrap(), request());
+                assert_eq!(open.request().unwrap().tokens, request().tokens);
                 Said::Open(open.id, open.credit)
             }
             Command::Cancel(id) => Said::Cancel(id),
@@ -194,6 +194,19 @@ fn who_does_not_read_gives_no_credit_and_who_reads_does() {
     assert!(matches!(over, Err(Breach::Credit(StreamId(1)))), "more than it was allowed");
     // Even so nothing is lost of what came before.
     assert_eq!(token(poll(&mut sleeps, &alarm)), 0);
+}
+
+#[test]
+fn fewer_tokens_are_under_way_where_each_carries_much() {
+    let plain = request();
+    let digests = GenerateRequest { logits_digest: true, ..request() };
+    let mut logprobs = request();
+    logprobs.sampling.logprobs = Some(20);
+    for (asked, window) in [(plain, WINDOW), (digests, RICH_WINDOW), (logprobs, RICH_WINDOW)] {
+        let link = link();
+        let _stream = Stream::open(&link, &asked).unwrap();
+        assert_eq!(said(&link), [Said::Open(StreamId(0), window)]);
+    }
 }
 
 #[test]
