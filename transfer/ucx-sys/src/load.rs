@@ -2,6 +2,7 @@
 
 use std::ffi::{CStr, c_char, c_int, c_uint, c_void};
 use std::path::{Path, PathBuf};
+use std::sync::{Mutex, PoisonError};
 
 use libloading::os::unix::{Library, RTLD_LAZY, RTLD_LOCAL, RTLD_NOW};
 
@@ -200,6 +201,10 @@ impl Api {
 }
 
 fn open(path: &Path, log: ucs_log_func_t) -> Result<Api, LoadError> {
+    // Who finds the hooks loaded takes them for somebody else's: two threads at once would set UCX up with its patches
+    // on before either has switched them off, and patches of what is patched already call each other without end.
+    static OPENING: Mutex<()> = Mutex::new(());
+    let _alone = OPENING.lock().unwrap_or_else(PoisonError::into_inner);
     let hooks = keep_hooks_out(&path.with_file_name("libucm.so.0"));
     // SAFETY: the constructors of UCX read its environment and set up its own state, nothing of ours.
     let library = unsafe { Library::open(Some(path), RTLD_NOW | RTLD_LOCAL) };
