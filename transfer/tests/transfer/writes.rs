@@ -112,7 +112,7 @@ async fn blocks_are_written_over_everything_that_opens_here() {
         let with = |worker: &str| AgentOptions { backends: vec![backend], ..AgentOptions::new(name(worker)) };
         let pair = pair_with(with(OWNER), with("prefill-3"), None, 64 << 20).await;
         assert_eq!(pair.session.path().backend, backend);
-        for (count, len) in [(1, 1), (64, 4096), (300, 700), (28, 1 << 20)] {
+        for (count, len) in [(1, 1), (64, 4096), (1500, 700), (28, 1 << 20)] {
             let blocks = pair.granted(count, len);
             pair.write(&blocks).await.unwrap();
             pair.assert_written(&blocks);
@@ -189,6 +189,66 @@ async fn writes_to_several_regions_go_in_one_call() {
     for block in blocks {
         let memory = if block.to.region == second { &other } else { &pair.target };
         assert!(bytes_at(memory, block.to.offset as usize, 1000) == pattern(77 + block.from, 1000));
+    }
+}
+
+/// Each change of the region is a request of its own. Answers that nobody takes would fill the sockets, and then the
+/// owner would take nothing more.
+#[tokio::test]
+async fn a_write_of_many_requests_waits_for_their_answers() {
+    let proxy = Proxy::start().await;
+    let owner = AgentOptions { advertise: Some(proxy.address), ..over_tcp(OWNER) };
+    let pair = pair_with(owner, over_tcp("prefill-3"), Some(&proxy), 1 << 20).await;
+    let other = memory(1 << 20);
+    let regions = [pair.region, pair.owner.agent.register(other.clone()).unwrap()];
+    let to = |index: usize| Descriptor { region: regions[index % 2], offset: index as u64 * 16, len: 16 };
+    let blocks: Vec<BlockWrite> = (0..3000).map(|at| BlockWrite { from: at * 16, to: to(at) }).collect();
+    pair.owner.agent.grant_write(HANDOFF, &blocks.iter().map(|block| block.to).collect::<Vec<_>>());
+    proxy.set(Mode::Hold(0));
+    let write = pair.write(&blocks);
+    tokio::pin!(write);
+    let taken = || pair.owner.agent.stats().taken_bytes().0;
+    let some_are_taken = async {
+        while taken() == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        // What was sent is taken by then.
+        tokio::time::sleep(Duration::from_millis(300)).await;
+    };
+    tokio::select! {
+        biased;
+        outcome = &mut write => panic!("nothing was answered: {outcome:?}"),
+        () = some_are_taken => {}
+    }
+    assert!(taken() < 3000 * 16, "everything was sent");
+    proxy.set(Mode::Relay);
+    write.await.unwrap();
+    for (at, block) in blocks.iter().enumerate() {
+        let memory = if at % 2 == 0 { &pair.target } else { &other };
+        assert!(bytes_at(memory, at * 16, 16) == pattern(77 + block.from, 16), "block {at}");
+    }
+    assert_eq!(taken(), 3000 * 16);
+}
+
+/// The owner copies a write from this host itself: it stops when the grant ends.
+#[tokio::test]
+async fn a_write_that_is_revoked_while_it_is_copied_goes_no_further() {
+    for backend in [BackendKind::Shm, BackendKind::Cma] {
+        let with = |worker: &str| AgentOptions { backends: vec![backend], ..AgentOptions::new(name(worker)) };
+        let pair = pair_with(with(OWNER), with("prefill-3"), None, 32 << 20).await;
+        let blocks = pair.granted(12, 1 << 20);
+        let write = pair.session.write(HANDOFF, &blocks, &pair.source, deadline());
+        tokio::pin!(write);
+        let first = blocks[0].to.offset as usize;
+        while bytes_at(&pair.target, first, 1) != pattern(77, 1) {
+            assert!(futures_util::poll!(write.as_mut()).is_pending(), "{backend}: it is done already");
+            tokio::task::yield_now().await;
+        }
+        timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
+        pair.target.write(0, &vec![0xee; 32 << 20]);
+        let outcome = write.await;
+        assert!(matches!(outcome, Err(TransferError::Link { .. })), "{backend}: {outcome:?}");
+        assert!(bytes_at(&pair.target, 0, 32 << 20).iter().all(|byte| *byte == 0xee), "{backend}");
     }
 }
 
@@ -431,4 +491,9 @@ async fn a_write_to_a_later_life_is_stale() {
     assert!(matches!(stale, Err(TransferError::Stale { .. })), "{stale:?}");
     let stale = pair.session.notify(HANDOFF, b"", deadline()).await;
     assert!(matches!(stale, Err(TransferError::Stale { .. })), "{stale:?}");
+    pair.writer.disconnect(&name(OWNER));
+    let later = Epoch(EPOCH.0 + 1);
+    let session = pair.writer.connect(&name(OWNER), later, &pair.owner.metadata).await.unwrap();
+    let outcome = session.write(HANDOFF, &blocks, &pair.source, deadline()).await;
+    assert_eq!(refusal(outcome.map(|_| ())), Refusal::NotGranted, "grants end with their life");
 }

@@ -16,6 +16,10 @@ use crate::session::BlockWrite;
 use crate::wire::control::Write;
 use crate::wire::{Header, Kind, MAX_READ_BLOCKS};
 
+/// Requests sent ahead of their answers: few enough that the answers fit every socket. With a full one the peer would
+/// take no more blocks.
+const UNANSWERED_MAX: u64 = 64;
+
 impl TcpLink {
     /// Writes; done when the peer has verified every block.
     pub(crate) async fn write(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
@@ -51,15 +55,19 @@ impl Stream {
     }
 
     async fn write(&mut self, job: &WriteJob<'_>, stripe: Range<usize>, pair: &Pair) -> Result<(), Fault> {
-        let first_seq = self.next_seq;
+        let mut answered = self.next_seq;
         let mut start = stripe.start;
         while start < stripe.end {
+            // The peer's answers are a header each: some may wait in the socket while blocks are sent.
+            if self.next_seq - answered == UNANSWERED_MAX {
+                self.acknowledged(answered, pair).await?;
+                answered += 1;
+            }
             let end = request_end(job.blocks, start..stripe.end);
             self.send(job, start..end, pair).await?;
             start = end;
         }
-        // The peer's answers are a header each: they wait in the socket while blocks are sent.
-        for seq in first_seq..self.next_seq {
+        for seq in answered..self.next_seq {
             self.acknowledged(seq, pair).await?;
         }
         Ok(())
