@@ -3,7 +3,7 @@ use std::sync::Condvar;
 use std::sync::atomic::{AtomicUsize, Ordering};
 use std::task::Poll;
 
-use baton_config::{Dtype, KvLayout};
+use baton_config::{Dtype, KvLayout, Scales, Shard};
 
 use super::*;
 use crate::agent::AgentOptions;
@@ -222,12 +222,16 @@ async fn a_handoff_released_while_it_is_exported_publishes_nothing() {
     tokio::pin!(publishing);
     until_copying(&device, publishing.as_mut()).await;
     exporter.release(HANDOFF).await;
+    // The same name again is another life: nothing of the one before is granted in it.
+    let others = blocks(4..6);
+    let again = exporter.publish(HANDOFF, EPOCH, &others, soon());
+    tokio::pin!(again);
+    assert!(futures_util::poll!(again.as_mut()).is_pending());
     device.open();
     assert!(matches!(publishing.await, Err(ExportError::Released)));
-    assert_eq!((exporter.published(), exporter.audit().unwrap().free), (0, 8));
-
-    // The same name again is another life.
-    assert_eq!(exporter.publish(HANDOFF, EPOCH, &asked, soon()).await.unwrap().len(), 4);
+    assert_eq!(exporter.published(), 0);
+    assert_eq!(again.await.unwrap().len(), 2);
+    assert_eq!((exporter.published(), exporter.audit().unwrap().free), (2, 6));
     exporter.close().await;
 }
 
@@ -242,10 +246,10 @@ async fn a_publish_that_is_dropped_publishes_nothing_and_gives_its_slots_back() 
         until_copying(&device, publishing.as_mut()).await;
     }
     assert!(exporter.audit().unwrap().filling > 0, "a slot that is being written is not free");
+    assert!(exporter.0.books().handoffs.is_empty(), "nothing is kept of it");
     device.open();
     exporter.close().await;
     assert_eq!((exporter.published(), exporter.audit().unwrap().free), (0, 8));
-    assert!(exporter.0.books().handoffs.is_empty());
 }
 
 #[tokio::test]
@@ -282,11 +286,33 @@ async fn a_lease_without_a_sign_of_life_ends() {
     tokio::time::advance(lease / 2).await;
     assert_eq!(exporter.sweep(Instant::now()).await, [HANDOFF]);
     assert_eq!(exporter.published(), 2);
+    tokio::time::advance(lease / 4).await;
     exporter.acked(other, [2]);
-    tokio::time::advance(lease).await;
+    tokio::time::advance(lease * 3 / 4).await;
+    assert!(exporter.sweep(Instant::now()).await.is_empty(), "an acknowledgement is a sign of life");
+    tokio::time::advance(lease / 4).await;
     assert_eq!(exporter.sweep(Instant::now()).await, [other]);
     exporter.close().await;
     assert_eq!(exporter.audit().unwrap().free, 8);
+}
+
+#[tokio::test(start_paused = true)]
+async fn an_export_that_takes_longer_than_the_lease_is_not_swept() {
+    let device = GatedDevice::new(arena_len(), true, false);
+    let (exporter, _) = exporter(ArenaMemory::Device(device.clone()), 8).await;
+    let lease = exporter.0.options.lease;
+    let asked = blocks(0..4);
+    let publishing = exporter.publish(HANDOFF, EPOCH, &asked, Instant::now() + lease * 10);
+    tokio::pin!(publishing);
+    until_copying(&device, publishing.as_mut()).await;
+    tokio::time::advance(lease * 2).await;
+    assert!(exporter.sweep(Instant::now()).await.is_empty());
+    device.open();
+    assert_eq!(publishing.await.unwrap().len(), 4);
+    // Nobody can have shown life before there was anything to ask for.
+    assert!(exporter.sweep(Instant::now()).await.is_empty());
+    assert_eq!(exporter.published(), 4);
+    exporter.close().await;
 }
 
 #[tokio::test]
@@ -297,6 +323,9 @@ async fn a_block_published_again_takes_the_place_of_the_first() {
     assert_ne!(first[1].offset, again[0].offset);
     check(&slab_memory(&exporter), HANDOFF, &again, &noise);
     assert_eq!((exporter.published(), exporter.audit().unwrap().free), (3, 5));
+    let serving = |ticket| exporter.0.agent.serving(HANDOFF, &[descriptor(ticket)]);
+    assert!(serving(&first[0]).is_ok() && serving(&again[0]).is_ok());
+    assert!(serving(&first[1]).is_err(), "its slot is another's from here on");
     exporter.release(HANDOFF).await;
     assert_eq!(exporter.audit().unwrap().free, 8);
 }
@@ -313,13 +342,8 @@ async fn of_a_block_named_twice_the_last_is_granted() {
     let twice = [ExportBlock { index: 3, block: 1 }, ExportBlock { index: 3, block: 2 }];
     let tickets = exporter.publish(HANDOFF, EPOCH, &twice, soon()).await.unwrap();
     assert_eq!((exporter.published(), exporter.audit().unwrap().free), (1, 15));
-    let place = |ticket: &TicketBlock| Descriptor {
-        region: RegionId(ticket.region),
-        offset: ticket.offset,
-        len: GEOMETRY.block_bytes() as u32,
-    };
-    assert!(exporter.0.agent.serving(HANDOFF, &[place(&tickets[1])]).is_ok());
-    assert!(exporter.0.agent.serving(HANDOFF, &[place(&tickets[0])]).is_err());
+    assert!(exporter.0.agent.serving(HANDOFF, &[descriptor(&tickets[1])]).is_ok());
+    assert!(exporter.0.agent.serving(HANDOFF, &[descriptor(&tickets[0])]).is_err());
 }
 
 #[tokio::test]
@@ -409,6 +433,59 @@ async fn blocks_of_many_chunks_and_many_blocks_of_a_chunk_are_staged_whole() {
             let seed = DigestSeed { handoff: HANDOFF, epoch: EPOCH, index: ticket.index };
             assert_eq!(ticket.digest, block_digest(seed, &bytes));
         }
+        exporter.close().await;
+    }
+}
+
+/// Who reads a block digests all of it.
+#[tokio::test]
+async fn what_pads_the_numbers_of_a_scattered_block_is_digested_too() {
+    let fp8 = KvGeometry { dtype: Dtype::Fp8E4m3, scales: Scales::Head, layers: 1, kv_heads: 1, ..GEOMETRY };
+    let geometry = KvGeometry { head_dim: 3, block_tokens: 1, layout: KvLayout::L2bNhd, ..fp8 };
+    assert_ne!(geometry.numbers_bytes(), geometry.scales_offset());
+    let memory = EmulatedDevice::new(4 * geometry.block_bytes(), None).unwrap();
+    memory.write(0, &reference::blocks(&geometry, 4, 5).concat());
+    let options = ExportOptions { slots: 8, ..ExportOptions::default() };
+    let memory = ArenaMemory::Device(Arc::new(memory));
+    let exporter = Exporter::new(agent().await, memory, geometry, options).unwrap();
+    slab_memory(&exporter).write(0, &vec![0xaa; slab_memory(&exporter).len()]);
+    let all: Vec<ExportBlock> = (0..4).map(|index| ExportBlock { index, block: 3 - index }).collect();
+    for ticket in exporter.publish(HANDOFF, EPOCH, &all, soon()).await.unwrap() {
+        let mut bytes = vec![0; geometry.block_bytes()];
+        slab_memory(&exporter).read(ticket.offset as usize, &mut bytes);
+        let seed = DigestSeed { handoff: HANDOFF, epoch: EPOCH, index: ticket.index };
+        assert_eq!(ticket.digest, block_digest(seed, &bytes));
+    }
+    exporter.close().await;
+}
+
+/// Packing costs a copy and a slot: only who needs little pays for it.
+#[tokio::test]
+async fn blocks_are_packed_for_who_needs_little_and_in_half_of_the_slots() {
+    let memory = || ArenaMemory::Host(HostMemory::allocate(arena_len(), "arena").unwrap());
+    let (exporter, _) = exporter(memory(), 8).await;
+    let reader = KvGeometry { layout: KvLayout::Hnd, ..GEOMETRY };
+    let (wire, tickets) = exporter.publish_for(reader, HANDOFF, EPOCH, &blocks(0..20), soon()).await.unwrap();
+    assert_eq!((wire, exporter.audit().unwrap().total()), (GEOMETRY, 0), "they are where they were");
+    assert_eq!(tickets[1].offset, u64::from(blocks(1..2)[0].block) * GEOMETRY.block_bytes() as u64);
+    let shard = Shard::Tensor { rank: 1, degree: 2, heads: 2 };
+    let reader = KvGeometry { kv_heads: 1, shard, ..reader };
+    let error = exporter.publish_for(reader, HANDOFF, EPOCH, &blocks(0..5), soon()).await.unwrap_err();
+    assert!(matches!(error, ExportError::Staging(SlabError::TooMany { asked: 5, slots: 4 })), "{error:?}");
+    let (wire, _) = exporter.publish_for(reader, HANDOFF, EPOCH, &blocks(0..4), soon()).await.unwrap();
+    assert_eq!((wire, exporter.audit().unwrap().published), (reader, 4));
+    exporter.close().await;
+
+    // Long runs are packed only where they are verified: without, they are read straight to their places.
+    let long = KvGeometry { block_tokens: 64, layout: KvLayout::Hnd, head_dim: 256, kv_heads: 4, ..GEOMETRY };
+    let reader = KvGeometry { kv_heads: 2, shard: Shard::Tensor { rank: 1, degree: 2, heads: 4 }, ..long };
+    for (integrity, expected) in [(Integrity::Off, long), (Integrity::Digest, reader)] {
+        let memory = HostMemory::allocate(2 * long.block_bytes(), "arena").unwrap();
+        let options = ExportOptions { slots: 8, integrity, ..ExportOptions::default() };
+        let exporter = Exporter::new(agent().await, ArenaMemory::Host(memory), long, options).unwrap();
+        let one = [ExportBlock { index: 0, block: 1 }];
+        let (wire, _) = exporter.publish_for(reader, HANDOFF, EPOCH, &one, soon()).await.unwrap();
+        assert_eq!(wire, expected, "{integrity:?}");
         exporter.close().await;
     }
 }
