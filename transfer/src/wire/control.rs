@@ -484,9 +484,6 @@ impl Take {
         let mut fields = Fields(bytes);
         let [number] = fields.take()?;
         let count = fields.u32()? as usize;
-        if count > MAX_READ_BLOCKS {
-            return Err(WireError::Long);
-        }
         let from = (0..count).map(|_| fields.u64()).collect::<Result<Vec<_>, _>>()?;
         let write = Write::decode(fields.rest())?;
         match number < MAX_LENT && write.blocks.len() == count {

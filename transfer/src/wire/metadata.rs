@@ -74,11 +74,7 @@ impl Metadata {
         let host = fields.u128()?;
         let address = fields.text()?.parse().map_err(|_| WireError::Field)?;
         let [count] = fields.take()?;
-        // Each offer has two bytes at least: a count that promises more than there is allocates nothing.
-        if usize::from(count) * 2 > fields.rest_len() {
-            return Err(WireError::Short);
-        }
-        let mut offers = Vec::with_capacity(usize::from(count));
+        let mut offers = Vec::new();
         for _ in 0..count {
             let [code] = fields.take()?;
             let wire = fields.text()?;

@@ -2,6 +2,8 @@ mod fuzz;
 
 use proptest::prelude::*;
 
+use super::ask::{Ask, answer_head, decode_answer_head};
+use super::control::{Attached, KeyIs, Lend, MAX_LENT, MAX_WINDOWS, OpenWindow, Pack, Take, WindowIs, Write};
 use super::*;
 use crate::agent::BackendKind;
 use crate::session::Descriptor;
@@ -90,6 +92,96 @@ fn reads_that_make_no_sense_are_refused() {
     assert_eq!(read(&[Descriptor { len: 0, ..block }]), Err(WireError::Field));
     assert_eq!(read(&[Descriptor { offset: u64::MAX, ..block }]), Err(WireError::Field));
     assert_eq!(read(&[Descriptor { len: u32::MAX, ..block }]), Err(WireError::Long));
+}
+
+fn at(offset: u64, len: u32) -> Descriptor {
+    Descriptor { region: RegionId(1), offset, len }
+}
+
+#[test]
+fn keys_and_windows_that_reach_past_all_memory_or_are_too_many_are_refused() {
+    let key = |base, len| KeyIs::decode(&KeyIs { len, base, key: vec![1; KEY_MAX_BYTES] }.encode());
+    assert!(key(u64::MAX - 2, 2).is_ok());
+    assert_eq!(key(u64::MAX - 1, 2), Err(WireError::Field));
+    let longer = [KeyIs { len: 1, base: 0, key: vec![1; KEY_MAX_BYTES] }.encode(), vec![1]].concat();
+    assert_eq!(KeyIs::decode(&longer), Err(WireError::Long));
+    let longer = [Attached { ticket: 1, address: vec![1; ADDRESS_MAX_BYTES] }.encode(), vec![1]].concat();
+    assert_eq!(Attached::decode(&longer), Err(WireError::Long));
+
+    let window = |base| OpenWindow { window: 7, range: at(0, 16), base, key: vec![1; KEY_MAX_BYTES] };
+    let answer = |blocks, windows| WindowIs { blocks, windows }.encode();
+    assert!(WindowIs::decode(&answer(1, vec![window(u64::MAX - 16)])).is_ok());
+    assert_eq!(WindowIs::decode(&answer(1, vec![window(u64::MAX - 15)])), Err(WireError::Field));
+    assert_eq!(WindowIs::decode(&answer(0, vec![window(0)])), Err(WireError::Field));
+    assert_eq!(WindowIs::decode(&answer(1, vec![])), Err(WireError::Field));
+    let mut many = answer(1, vec![window(0); MAX_WINDOWS]);
+    assert!(WindowIs::decode(&many).is_ok());
+    many.extend_from_slice(&answer(1, vec![window(0)])[4..]);
+    assert_eq!(WindowIs::decode(&many), Err(WireError::Long));
+    let mut longer = answer(1, vec![window(0)]);
+    let len_at = longer.len() - KEY_MAX_BYTES - 4;
+    longer[len_at..len_at + 4].copy_from_slice(&(KEY_MAX_BYTES as u32 + 1).to_le_bytes());
+    longer.push(1);
+    assert_eq!(WindowIs::decode(&longer), Err(WireError::Long));
+}
+
+#[test]
+fn writes_and_lendings_that_make_no_sense_are_refused() {
+    let write = |first, count| Write {
+        handoff: HandoffId(1),
+        first,
+        blocks: vec![at(64, 16); count],
+        digests: vec![],
+        windows: vec![],
+    };
+    let decode = |write: Write| Write::decode(&write.encode()).map(|_| ());
+    assert_eq!(decode(write(u32::MAX - 1, 1)), Ok(()));
+    assert_eq!(decode(write(u32::MAX, 1)), Err(WireError::Field), "a position that there is not");
+    assert_eq!(decode(write(0, 0)), Err(WireError::Short));
+    assert_eq!(decode(write(0, MAX_READ_BLOCKS)), Ok(()));
+    let mut many = write(0, MAX_READ_BLOCKS).encode();
+    many.extend_from_slice(&write(0, 1).encode()[22..]);
+    assert_eq!(Write::decode(&many), Err(WireError::Long), "more blocks than a request may have");
+    let mut windows = write(0, 1).encode();
+    windows[21] = MAX_WINDOWS as u8 + 1;
+    windows.splice(22..22, vec![0; 8 * (MAX_WINDOWS + 1)]);
+    assert_eq!(Write::decode(&windows), Err(WireError::Long));
+
+    let take = |number| Take { number, from: vec![0], write: write(0, 1) }.encode();
+    assert!(Take::decode(&take(MAX_LENT - 1)).is_ok());
+    assert_eq!(Take::decode(&take(MAX_LENT)), Err(WireError::Field));
+    let lend = Lend { number: 0, has_file: false, address: 1, len: 1, witness_at: 0, witness: 5 };
+    let good = Lend { number: MAX_LENT - 1, address: u64::MAX - 1, ..lend };
+    assert_eq!(Lend::decode(&good.encode()), Ok(good));
+    for bad in [Lend { number: MAX_LENT, ..lend }, Lend { len: 0, ..lend }, Lend { len: u64::MAX, ..lend }] {
+        assert_eq!(Lend::decode(&bad.encode()), Err(WireError::Field), "{bad:?}");
+    }
+}
+
+#[test]
+fn requests_over_a_fabric_are_whole_and_name_one_answer() {
+    let payload = Pack::encode(BackendKind::Ucx, 99, HandoffId(1), [at(0, 16)].into_iter());
+    let ask = |code, seq| {
+        let header = Header { kind: Kind::Pack, code, len: payload.len() as u32, epoch: Epoch(4), seq };
+        [&7u128.to_le_bytes()[..], &header.encode(&payload), &payload].concat()
+    };
+    let good = ask(0, 99);
+    assert!(Ask::decode(&good).is_ok());
+    assert_eq!(Ask::decode(&ask(1, 99)), Err(WireError::Kind));
+    assert_eq!(Ask::decode(&ask(0, 98)), Err(WireError::Field), "two numbers for one answer");
+    let head = answer_head(Kind::Data, 4096, Epoch(4), 99);
+    assert!(decode_answer_head(&head, 99).is_ok());
+    // Whatever names its sender is not covered: nobody has another's.
+    for at in 16..good.len() {
+        let mut bad = good.clone();
+        bad[at] ^= 1;
+        assert!(Ask::decode(&bad).is_err(), "byte {at}");
+    }
+    for at in 0..HEADER_BYTES {
+        let mut bad = head;
+        bad[at] ^= 1;
+        assert!(decode_answer_head(&bad, 99).is_err(), "byte {at}");
+    }
 }
 
 fn metadata() -> Metadata {
