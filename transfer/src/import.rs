@@ -264,8 +264,7 @@ impl Importer {
             (memory, _) => reader.read_to_arena(&blocks, memory, progress).await,
         };
         if progress.upto < pull.tokens.end && !plan.may_start_at(progress.upto) {
-            let block_start = progress.upto - progress.upto % self.geometry.block_tokens;
-            progress.upto = block_start.max(pull.tokens.start);
+            progress.upto -= progress.upto % self.geometry.block_tokens;
         }
         done
     }

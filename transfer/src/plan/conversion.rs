@@ -36,7 +36,7 @@ impl Conversion {
     pub(super) fn is_move(self, source: &KvGeometry, dest: &KvGeometry) -> bool {
         match self {
             Self::Copy => true,
-            Self::Carry => source.scales == dest.scales || (source.scale_count() == dest.scale_count()),
+            Self::Carry => source.scale_count() == dest.scale_count(),
             Self::Convert | Self::Requantize => false,
         }
     }

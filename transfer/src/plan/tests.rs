@@ -366,6 +366,9 @@ fn direct_means_byte_for_byte() {
     assert!(!plan.into_arena(7).is_direct(), "in the arena they are not");
     let fp8 = KvGeometry { dtype: Dtype::Fp8E4m3, scales: Scales::Block, ..nhd };
     assert!(direct(fp8, fp8));
+    let layer = KvGeometry { layers: 1, layout: KvLayout::Lb2Nhd, ..fp8 };
+    let plan = RelayoutPlan::new(layer, layer).unwrap();
+    assert!(plan.is_direct() && !plan.into_arena(7).is_direct(), "scales lie behind all blocks of the arena");
     assert!(!direct(fp8, KvGeometry { scales: Scales::Head, ..fp8 }));
 }
 
