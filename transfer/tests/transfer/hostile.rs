@@ -57,7 +57,11 @@ impl<S: AsyncRead + AsyncWrite + Unpin> Stranger<S> {
     }
 
     async fn say(&mut self, kind: Kind, seq: u64, payload: &[u8]) {
-        self.0.write_all(&encode_frame(kind, EPOCH, seq, payload)).await.unwrap();
+        self.say_in(EPOCH, kind, seq, payload).await;
+    }
+
+    async fn say_in(&mut self, epoch: Epoch, kind: Kind, seq: u64, payload: &[u8]) {
+        self.0.write_all(&encode_frame(kind, epoch, seq, payload)).await.unwrap();
     }
 
     /// The header that comes next; nothing when the connection was closed. What follows it is skipped.
@@ -166,7 +170,8 @@ async fn writes_that_lie_leave_nothing_outside_their_grant() {
     let target = memory(1 << 20);
     let region = owner.agent.register(target.clone()).unwrap();
     let granted = at(region, 8192, 4096);
-    owner.agent.grant_write(HANDOFF, &[granted]);
+    let second = owner.agent.register(memory(4096)).unwrap();
+    owner.agent.grant_write(HANDOFF, &[granted, at(second, 0, 4096)]);
     let announce = |blocks: Vec<Descriptor>| Write {
         handoff: HANDOFF,
         first: 0,
@@ -183,6 +188,8 @@ async fn writes_that_lie_leave_nothing_outside_their_grant() {
         (vec![granted, at(region, 0, 16)], Refusal::OutsideGrant),
         (vec![at(region, 8192, 64), at(region, 8200, 64)], Refusal::Overlap),
         (vec![at(owner.region, 0, 64)], Refusal::OutsideGrant),
+        // Each granted, but one frame goes to one region.
+        (vec![at(second, 0, 64), at(region, 8192, 64)], Refusal::Malformed),
     ] {
         let mut stranger = Stranger::meet(&owner).await;
         let len = blocks.iter().map(|block| block.len).sum();
@@ -221,6 +228,43 @@ async fn writes_that_lie_leave_nothing_outside_their_grant() {
     assert_eq!((owner.agent.stats().taken_bytes().0, owner.agent.stats().checksum_mismatches), (4096, 1));
 }
 
+/// Whoever was let in in this life is not served what it asks of another.
+#[tokio::test]
+async fn requests_of_another_life_are_stale_on_every_connection() {
+    let owner = Owner::start(4096).await;
+    let blocks: Vec<Descriptor> = owner.granted(1, 64).iter().map(|block| block.source).collect();
+    let target = memory(4096);
+    let place = at(owner.agent.register(target.clone()).unwrap(), 0, 64);
+    owner.agent.grant_write(HANDOFF, &[place]);
+    let write = Write { handoff: HANDOFF, first: 0, blocks: vec![place], digests: vec![], windows: vec![] };
+    let lent = [0xaa_u8; 64];
+    let witness = 77u128.to_le_bytes();
+    let lend = Lend {
+        number: 0,
+        has_file: false,
+        address: lent.as_ptr().addr() as u64,
+        len: 64,
+        witness_at: witness.as_ptr().addr() as u64,
+        witness: 77,
+    };
+    for other in [Epoch(EPOCH.0 - 1), Epoch(EPOCH.0 + 1)] {
+        let mut stranger = Stranger::meet(&owner).await;
+        stranger.say_in(other, Kind::Read, 1, &read(&blocks)).await;
+        assert_eq!(decode_refusal(&stranger.hear().await.unwrap()), Err(Some(EPOCH)));
+        stranger.say_in(other, Kind::Write, 2, &write.encode()).await;
+        let data = Header { kind: Kind::Data, code: 0, len: 64, epoch: other, seq: 2 };
+        stranger.0.write_all(&[&data.encode(&[])[..], &lent].concat()).await.unwrap();
+        assert_eq!(decode_refusal(&stranger.hear().await.unwrap()), Err(Some(EPOCH)));
+        let mut beside = Stranger::beside(&owner).await;
+        beside.say(Kind::Lend, 1, &lend.encode()).await;
+        assert_eq!(beside.hear().await.unwrap().kind, Kind::Lent);
+        let take = Take { number: 0, from: vec![0], write: write.clone() };
+        beside.say_in(other, Kind::Write, 2, &take.encode()).await;
+        assert_eq!(decode_refusal(&beside.hear().await.unwrap()), Err(Some(EPOCH)));
+    }
+    assert!(bytes_at(&target, 0, 4096).iter().all(|byte| *byte == 0), "nothing was written");
+}
+
 /// Of two blocks in one place both would have their digests when they were copied, and one would not be there.
 #[tokio::test]
 async fn lent_memory_is_not_copied_to_one_place_twice() {
@@ -255,6 +299,10 @@ async fn lent_memory_is_not_copied_to_one_place_twice() {
             assert_eq!(refused, Some(Refusal::Overlap), "{first} {second}");
         }
     }
+    let outside = Take { from: vec![0, 65], ..Take::decode(&take(4096, 4160, false)).unwrap() };
+    assert_eq!(stranger.refused(Kind::Write, &outside.encode()).await, Some(Refusal::Malformed), "not lent");
+    let another = Take { number: 1, ..Take::decode(&take(4096, 4160, false)).unwrap() };
+    assert_eq!(stranger.refused(Kind::Write, &another.encode()).await, Some(Refusal::Malformed), "not lent");
     assert!(bytes_at(&target, 0, 1 << 16).iter().all(|byte| *byte == 0), "nothing was written");
     assert_eq!(stranger.refused(Kind::Write, &take(0, 64, false)).await, Some(Refusal::OutsideGrant));
     let counted = |reason| owner.agent.stats().refused(reason);
@@ -262,6 +310,14 @@ async fn lent_memory_is_not_copied_to_one_place_twice() {
     stranger.say(Kind::Write, 2, &take(4096, 4160, true)).await;
     assert_eq!(stranger.hear().await.unwrap().kind, Kind::Written);
     assert_eq!(bytes_at(&target, 4096, 128), lent);
+    // Digests are bound to the places in the whole write, and those that do not fit are said to be corrupt.
+    let good = Take::decode(&take(4096, 4160, true)).unwrap();
+    let later = Take { write: Write { first: 1, ..good.write.clone() }, ..good };
+    assert_eq!(stranger.refused(Kind::Write, &later.encode()).await, Some(Refusal::Corrupt));
+    assert_eq!(owner.agent.stats().checksum_mismatches, 2);
+    // Memory that is not where it is said to be is not taken.
+    let elsewhere = Lend { number: 3, witness: 1, ..lend };
+    assert_eq!(stranger.refused(Kind::Lend, &elsewhere.encode()).await, Some(Refusal::Unreachable));
 }
 
 /// A peer that stops in the middle, whatever the owner waits for, does not keep it.
@@ -361,7 +417,17 @@ fn lies(len: u32) -> Vec<(&'static str, Vec<u8>)> {
     vec![
         ("another length", data(len + 1, EPOCH, 1)),
         ("the answer to another request", data(len, EPOCH, 2)),
+        ("another life", data(len, Epoch(EPOCH.0 + 1), 1)),
         ("another kind", encode_frame(Kind::Written, EPOCH, 1, &[])),
+        ("another kind of that length", {
+            let read = Header { kind: Kind::Read, code: 0, len, epoch: EPOCH, seq: 1 };
+            read.encode(&[]).to_vec()
+        }),
+        ("a head that fails its check", {
+            let mut head = data(len, EPOCH, 1);
+            head[12] ^= 1;
+            head
+        }),
         ("a hello", encode_frame(Kind::Hello, EPOCH, 1, &[0; 60])),
         ("no frame", vec![0x55; HEADER_BYTES]),
         ("a frame longer than any", {
@@ -400,6 +466,10 @@ async fn a_listener_that_lies_breaks_its_own_link_only() {
             .read(HANDOFF, &blocks, Destination::Sink(&|_: usize, _: &[u8]| panic!("delivered")), deadline())
             .await;
         match outcome {
+            Err(TransferError::Stale { current, .. }) if lie == "another life" => {
+                assert_eq!(current, Some(Epoch(EPOCH.0 + 1)));
+                continue;
+            }
             Err(TransferError::Link { source: LinkError::Protocol(error), .. }) => {
                 assert!(!matches!(error, WireError::Version(_) | WireError::Forged), "{lie}: {error}");
             }

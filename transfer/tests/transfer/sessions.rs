@@ -2,6 +2,7 @@
 
 use std::collections::BTreeSet;
 use std::sync::Mutex;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
 use baton_config::{Epoch, HandoffId};
 use baton_transfer::wire::{Metadata, Offer};
@@ -11,7 +12,8 @@ use baton_transfer::{
 };
 
 use crate::support::{
-    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, deadline, each, memory, name, pattern, reader, reader_with,
+    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, each, memory, name, pattern, reader,
+    reader_with,
 };
 
 async fn read(session: &Session, blocks: &[BlockRead]) -> Result<u64, TransferError> {
@@ -277,10 +279,72 @@ async fn wrong_bytes_are_named_and_never_delivered() {
             Err(TransferError::Integrity { index: 3, corrupt, .. }) => assert_eq!(corrupt, [3, 39]),
             other => panic!("{other:?}"),
         }
-        assert_eq!(strict.stats().checksum_mismatches, 4);
+        // Long ones are digested as they come, piece by piece.
+        let mut long = owner.granted(2, 1 << 20);
+        long[1].expected.as_mut().unwrap().digest ^= 1;
+        for read_of in [&long[..], &long[1..]] {
+            match read(&session, read_of).await {
+                Err(TransferError::Integrity { corrupt, .. }) => assert_eq!(corrupt, [read_of.len() - 1]),
+                other => panic!("{backend}: {other:?}"),
+            }
+        }
+        assert_eq!(strict.stats().checksum_mismatches, 6);
         let trusting = reader_with(backend, Integrity::Off).await;
         let session = owner.session(&trusting).await.unwrap();
         assert_eq!(read(&session, &blocks).await.unwrap(), 800_000);
+    }
+}
+
+/// Mapped memory is copied without a word with its owner: what ends in the meantime ends the read.
+#[tokio::test]
+async fn what_is_copied_after_its_grant_or_its_life_has_ended_is_not_delivered() {
+    for backend in [BackendKind::Shm, BackendKind::Cma] {
+        let owner = Owner::start(4 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        for is_life in [false, true] {
+            // So long that each is copied by itself.
+            let blocks = owner.granted(3, 300_000);
+            let seen = AtomicUsize::new(0);
+            let sink = |_: usize, _: &[u8]| {
+                seen.fetch_add(1, Ordering::SeqCst);
+                match is_life {
+                    false => drop(owner.agent.revoke(HANDOFF)),
+                    true => owner.agent.set_epoch(Epoch(9)),
+                }
+            };
+            let outcome = session.read(HANDOFF, &blocks, Destination::Sink(&sink), deadline()).await;
+            match outcome {
+                Err(TransferError::Refused { refusal: Refusal::NotGranted, .. }) if !is_life => {}
+                Err(TransferError::Stale { current: Some(Epoch(9)), .. }) if is_life => {}
+                other => panic!("{backend}: {other:?}"),
+            }
+            assert_eq!(seen.into_inner(), 1, "{backend}");
+        }
+    }
+}
+
+#[tokio::test]
+async fn the_answer_to_a_read_that_was_given_up_is_not_taken_for_that_to_the_next() {
+    for backend in [BackendKind::Shm, BackendKind::Cma] {
+        let owner = Owner::start(1 << 16).await;
+        let other = memory(1 << 16);
+        other.write(0, &[0xee; 1 << 16]);
+        let region = owner.agent.register(other).unwrap();
+        let first = owner.granted(1, 4096);
+        let second =
+            [BlockRead { source: Descriptor { region, offset: 1, len: 4096 }, to: 0, expected: None }];
+        owner.agent.grant(HANDOFF, vec![second[0].source]);
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let into = memory(4096);
+        {
+            let given_up = session.read(HANDOFF, &first, Destination::Memory(&into), deadline());
+            assert!(futures_util::poll!(std::pin::pin!(given_up)).is_pending(), "it asks for the region");
+        }
+        session.read(HANDOFF, &second, Destination::Memory(&into), deadline()).await.unwrap();
+        assert!(bytes_at(&into, 0, 4096).iter().all(|byte| *byte == 0xee), "{backend}");
+        assert_eq!(read(&session, &first).await.unwrap(), 4096);
     }
 }
 

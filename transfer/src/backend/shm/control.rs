@@ -141,6 +141,13 @@ mod tests {
         assert!(!peer.is_shown(&shown) && peer.find(id).is_none());
     }
 
+    #[test]
+    fn a_control_memory_that_is_too_short_is_none() {
+        let memory = HostMemory::allocate(CONTROL_BYTES / 2, "short").unwrap();
+        let file = memory.file().unwrap().try_clone_to_owned().unwrap();
+        assert!(PeerControl::new(PeerMemory::map(file, memory.len(), "peer").unwrap()).is_none());
+    }
+
     /// Handoffs that differ in one bit, and small numbers, are as good as random ones.
     #[test]
     fn handoffs_that_look_alike_are_told_apart() {

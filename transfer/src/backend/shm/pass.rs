@@ -130,3 +130,49 @@ fn receive_once(socket: BorrowedFd<'_>, bytes: &mut [u8], file: &mut Option<Owne
     }
     Ok(message.bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use baton_config::Epoch;
+    use tokio::io::AsyncWriteExt;
+
+    use super::*;
+    use crate::memory::HostMemory;
+    use crate::wire::encode_frame;
+
+    /// What comes of an answer that is sent with or without a file.
+    async fn hear(frame: &[u8], file: Option<&HostMemory>) -> Result<Passed, WireError> {
+        let (mut owner, reader) = UnixStream::pair().unwrap();
+        match file.and_then(HostMemory::file) {
+            Some(file) => send(&owner, frame, file).await.unwrap(),
+            None => owner.write_all(frame).await.unwrap(),
+        }
+        match receive(&reader, &[Kind::Welcome, Kind::Mapped, Kind::Located]).await.map(|(_, passed)| passed)
+        {
+            Ok(Ok(passed)) => Ok(passed),
+            Err(Fault::Link(LinkError::Protocol(error))) => Err(error),
+            Ok(Err(fault)) | Err(fault) => panic!("{fault:?}"),
+        }
+    }
+
+    #[tokio::test]
+    async fn answers_that_lie_are_not_believed() {
+        let memory = HostMemory::allocate(4096, "passed").unwrap();
+        let say = |kind, payload: &[u8]| encode_frame(kind, Epoch(1), 5, payload);
+        let mapped = say(Kind::Mapped, &4096u64.to_le_bytes());
+        assert!(matches!(hear(&mapped, Some(&memory)).await, Ok(Passed::File(_, 4096))));
+        assert_eq!(hear(&mapped, None).await.err(), Some(WireError::Short), "the file is missing");
+        let place = |address, len| say(Kind::Located, &encode_place(RemoteRange { address, len }));
+        let last = RemoteRange { address: usize::MAX - 16, len: 16 };
+        let heard = hear(&place(last.address, last.len), None).await;
+        assert!(matches!(heard, Ok(Passed::Place(place)) if place == last));
+        assert_eq!(hear(&place(usize::MAX - 15, 16), None).await.err(), Some(WireError::Field));
+        assert_eq!(hear(&say(Kind::Written, &[]), None).await.err(), Some(WireError::Kind), "not asked for");
+        assert_eq!(hear(&say(Kind::Welcome, &[0; 32]), None).await.err(), Some(WireError::Kind));
+        for at in [12, 16, 24, HEADER_BYTES] {
+            let mut changed = mapped.clone();
+            changed[at] ^= 1;
+            assert_eq!(hear(&changed, Some(&memory)).await.err(), Some(WireError::Check), "byte {at}");
+        }
+    }
+}
