@@ -190,9 +190,11 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>) -> Result<Answer
         Does::SilentAfter(count) => (count, Duration::ZERO, Last::Silence),
         Does::Endless => (usize::MAX, Duration::ZERO, Last::Closes),
     };
-    let chunks = futures_util::stream::iter(0..count).then(move |i| async move {
+    // What has no end comes in pieces that fill buffers soon.
+    let at_once = if count == usize::MAX { 64 } else { 1 };
+    let chunks = futures_util::stream::iter((0..count).step_by(at_once)).then(move |i| async move {
         tokio::time::sleep(pause).await;
-        Ok(chunk(i))
+        Ok((i..i + at_once).map(chunk).collect::<String>())
     });
     let end = futures_util::stream::once(async move {
         match last {
