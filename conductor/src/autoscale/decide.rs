@@ -2,7 +2,8 @@
 //!
 //! A pool grows as soon as a signal has been over its target for `up_after`, by as much as the excess asks for but at
 //! most to twice the ready workers, and not again while some of those asked for have not come. It shrinks, by a quarter
-//! at most, when fewer would have done during all of `down_after`, nobody is draining, and everybody has answered.
+//! at most, when fewer would have done during all of `down_after`, nobody is draining, and everybody has answered. Those
+//! who never come, or never get ready, keep it from that for [`JOIN_PATIENCE`].
 //! What a number of workers once did not manage is remembered: the pool does not shrink to it under the same load.
 //!
 //! Pools are looked at together: a pool that only prefills neither grows nor shrinks while decode has no room, because
@@ -149,6 +150,8 @@ struct PoolMemory {
     changed: Option<Instant>,
     /// Since when each worker has been joining; one that is away for a moment between two lives keeps its place.
     joining: BTreeMap<WorkerId, Instant>,
+    /// Since when fewer are ready than were decided.
+    short_since: Option<Instant>,
     over_since: Option<Instant>,
     /// The least load under which a number of workers did not manage, by signal and number.
     lessons: BTreeMap<(Signal, u32), (Instant, f64)>,
@@ -267,6 +270,7 @@ impl Case<'_> {
             let reason = format!("{current} is outside of {min} to {max} -> {desired}");
             return Verdict { kind: Kind::Adopted, desired, reason };
         }
+        kept.note_short(self.now, self.counts.ready < current);
         let known = kept.meter.mean().zip(kept.meter.latest());
         let Some((mean, latest)) = known else {
             kept.note(self, current);
@@ -413,12 +417,16 @@ impl Case<'_> {
             kept.flaps = 0;
         }
         let held = kept.hold(down_after);
-        let lower = kept.most(self.now, held).map(|most| most.max(min));
+        // Those who have not come, or not got ready, for so long are not waited for. Nor are they counted on to be those
+        // who go: as many as would have done stay ready in any case.
+        let gives_up = kept.is_short(self.now) && !self.scale.dry_run;
+        let given_up = if gives_up { current.saturating_sub(ready) } else { 0 };
+        let lower = kept.most(self.now, held).map(|most| most.max(min).saturating_add(given_up));
         let rested = kept.changed.is_none_or(|at| self.now >= at + self.scale.up_after.max(DOWN_STEP_GAP));
         // In a dry run nobody comes or goes: the fleet says nothing about the number that was decided.
         let left = kept.changed.is_none_or(|at| self.now >= at + JOIN_PATIENCE);
-        let there = ready == current || (ready > current && left);
-        let calm = self.scale.dry_run || (draining == 0 && joining == 0 && there);
+        let there = joining == 0 && (ready == current || (ready > current && left));
+        let calm = self.scale.dry_run || (draining == 0 && (there || given_up > 0));
         let Some(most) = lower.filter(|most| *most < current && rested && calm) else {
             return self.steady(current, readings);
         };
@@ -524,6 +532,17 @@ impl PoolMemory {
         let since = |worker: &WorkerInput| self.joining.get(&worker.worker).copied();
         let mut joining = case.pool.workers.iter().filter(|worker| worker.state == WorkerState::Joining);
         joining.any(|worker| since(worker).is_none_or(|since| case.now < since + JOIN_PATIENCE))
+    }
+
+    /// Notes whether fewer are ready than were decided.
+    fn note_short(&mut self, now: Instant, short: bool) {
+        self.short_since = self.short_since.filter(|_| short).or(short.then_some(now));
+    }
+
+    /// Whether fewer have been ready than were decided for so long, under this number, that the rest will not come.
+    fn is_short(&self, now: Instant) -> bool {
+        let began = self.short_since.map(|since| self.changed.map_or(since, |changed| since.max(changed)));
+        began.is_some_and(|began| now >= began + JOIN_PATIENCE)
     }
 
     /// Somebody else decides: what was seen before says nothing about afterwards.

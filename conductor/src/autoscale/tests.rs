@@ -196,3 +196,35 @@ async fn a_dry_run_is_told_but_changes_no_target() {
     assert_eq!(bench.decided().map(|scaled| (scaled.desired, scaled.dry_run)), Some((3, true)));
     assert_eq!(bench.targets()[1], (2, crate::api::TargetSource::Document));
 }
+
+#[tokio::test]
+async fn a_dry_run_carries_out_what_an_operator_wants() {
+    let tasks = TaskTracker::new();
+    let scale = Autoscale { dry_run: true, ..Autoscale::new(Role::Prefill, 3, 8) };
+    let mut bench = Bench::new(scale, &tasks).await;
+    let key = "intents/replicas/prefill".to_owned();
+    let ops = vec![Op::Put { key, value: b"5".as_slice().into(), lease: None }];
+    bench.store.txn(Txn { compares: vec![], ops }).await.unwrap();
+    bench.settle().await;
+    bench.turn().await.unwrap();
+    bench.settle().await;
+    assert_eq!(bench.decided().map(|scaled| (scaled.desired, scaled.dry_run)), Some((5, false)));
+}
+
+#[tokio::test]
+async fn decisions_are_known_before_the_mirror_shows_them_and_wishes_to_drain_before_they_are_done() {
+    let tasks = TaskTracker::new();
+    let mut bench = Bench::new(Autoscale::new(Role::Prefill, 3, 8), &tasks).await;
+    let mut before = bench.mirror.fleet();
+    bench.turn().await.unwrap();
+    let decided = |bench: &Bench, fleet: &Fleet| {
+        let inputs = bench.autoscaler.inputs(fleet);
+        inputs.pools.iter().find(|pool| pool.name.as_str() == "prefill").unwrap().clone()
+    };
+    assert_eq!(decided(&bench, &before).decided, Some(3), "not decided twice");
+    let w = record("w", "127.0.0.1:1".to_owned(), 1);
+    before.workers.insert(w.worker.clone(), w.clone());
+    assert_eq!(decided(&bench, &before).workers[0].state, WorkerState::Ready);
+    before.drain.insert(w.worker.clone());
+    assert_eq!(decided(&bench, &before).workers[0].state, WorkerState::Draining, "it takes no more requests");
+}

@@ -158,6 +158,37 @@ fn who_joins_is_waited_for_and_who_never_gets_ready_not_for_ever() {
     assert!(lab.run(20, 4, but_one_is_joining) > decided);
 }
 
+/// Idle, but for one that never gets ready.
+fn never_ready(name: &str) -> impl Fn(&mut WorkerInput) {
+    move |worker| {
+        if worker.worker.as_str() == name {
+            (worker.state, worker.sample) = (WorkerState::Joining, None);
+        }
+    }
+}
+
+#[test]
+fn who_never_gets_ready_keeps_the_pool_from_shrinking_only_for_a_while() {
+    let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 8);
+    assert_eq!(lab.run(299, 8, never_ready("w-0")), 8, "it may still get ready");
+    assert_eq!(lab.run(10, 8, never_ready("w-0")), 6, "a quarter");
+    assert_eq!(lab.run(290, 6, never_ready("w-0")), 6, "slowly: there is time to find out who is missing");
+    assert_eq!(lab.run(20, 6, never_ready("w-0")), 5);
+    lab.run(2_000, 3, never_ready("w-0"));
+    assert_eq!(
+        lab.run(2_000, 2, never_ready("w-0")),
+        2,
+        "the one that works is not given for the one that doesn't"
+    );
+    assert_eq!(lab.run(70, 2, pending(0)), 1, "it got ready after all");
+    // Nor does it matter whether who is missing ever showed up.
+    let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 8);
+    assert_eq!(lab.run(299, 3, pending(0)), 8);
+    assert_eq!(lab.run(3, 3, pending(0)), 6);
+    assert_eq!(lab.run(290, 3, pending(0)), 6);
+    assert_eq!(lab.run(20, 3, pending(0)), 5);
+}
+
 #[test]
 fn a_pool_shrinks_slowly_and_only_after_the_hold_down() {
     let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 8);
@@ -188,6 +219,34 @@ fn workers_that_do_not_answer_keep_the_pool_as_it_is() {
     lab.told.clear();
     assert_eq!(lab.run(600, 0, pending(0)), 3, "nobody is there: nothing is known");
     assert_eq!(lab.kinds(), [Kind::Silent]);
+}
+
+#[test]
+fn a_signal_that_is_not_known_is_no_reason_to_shrink() {
+    let mut policy = scale(Role::Prefill, 1, 8);
+    policy.target.itl = Some(Duration::from_millis(50));
+    let mut lab = Lab::new(Role::Prefill, policy, 4);
+    // How long the queue is in seconds nobody can tell; the other signal is well.
+    let slow = |worker: &mut WorkerInput| {
+        if let Some(sample) = &mut worker.sample {
+            (sample.pending_tokens, sample.prefill_tokens_per_s) = (50, None);
+        }
+    };
+    assert_eq!(lab.run(600, 4, slow), 4);
+    assert_eq!(lab.run(59, 4, pending(0)), 4, "nor is it afterwards");
+    assert_eq!(lab.run(10, 4, pending(0)), 3);
+}
+
+#[test]
+fn those_who_answer_speak_for_those_who_do_not() {
+    let mut lab = Lab::new(Role::Decode, scale(Role::Decode, 1, 8), 2);
+    let half = |worker: &mut WorkerInput| {
+        holding(1000, 2)(worker);
+        if worker.worker.as_str() == "w-1" {
+            worker.sample = None;
+        }
+    };
+    assert_eq!(lab.run(10, 2, half), 3, "{:?}", lab.told);
 }
 
 #[test]
@@ -267,6 +326,7 @@ fn a_first_token_that_computing_alone_makes_late_is_no_reason_to_grow() {
 #[test]
 fn an_operator_has_the_last_word_and_gives_it_back() {
     let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 2);
+    lab.run(30, 2, pending(0));
     lab.pool.pinned = Some(5);
     assert_eq!(lab.run(2, 2, pending(0)), 5, "at once");
     assert_eq!(lab.run(600, 5, pending(90_000)), 5);
@@ -330,7 +390,7 @@ fn a_dry_run_tells_what_it_would_do_and_does_not_run_away() {
     let policy = Autoscale { dry_run: true, ..scale(Role::Prefill, 1, 8) };
     let mut lab = Lab::new(Role::Prefill, policy, 2);
     assert_eq!(lab.run(600, 2, pending(90_000)), 4, "two workers ask for at most four");
-    assert_eq!(lab.run(200, 2, pending(0)), 1);
+    assert_eq!(lab.run(90, 1, pending(0)), 1, "nobody is missing whom nobody has started");
     assert!(lab.kinds().iter().all(|kind| matches!(kind, Kind::Up | Kind::Down)), "{:?}", lab.kinds());
 }
 
