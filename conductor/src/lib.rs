@@ -29,6 +29,7 @@ mod mirror;
 mod reconcile;
 pub mod record;
 mod registry;
+mod seldom;
 pub mod server;
 pub mod store;
 #[cfg(test)]
@@ -38,5 +39,6 @@ mod tls;
 pub use client::{Client, ClientOptions, View};
 pub use membership::{JoinError, Membership, MembershipOptions, Registration};
 pub use record::{Load, WorkerRecord, WorkerState};
+pub use seldom::Seldom;
 pub use server::{ConductorOptions, PoolOptions, ServeError, StoreOptions, serve};
 pub use tls::{ServerCertificates, TlsError};

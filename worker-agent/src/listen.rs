@@ -6,6 +6,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
+use baton_conductor::Seldom;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
@@ -35,6 +36,7 @@ pub(crate) fn serve(listener: TcpListener, routes: Router, tasks: &TaskTracker, 
     let connections = tasks.clone();
     tasks.spawn(async move {
         let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let mut failures = Seldom::default();
         loop {
             let next = async {
                 let permit = Arc::clone(&room).acquire_owned().await.ok()?;
@@ -50,7 +52,9 @@ pub(crate) fn serve(listener: TcpListener, routes: Router, tasks: &TaskTracker, 
                     });
                 }
                 Some((Err(error), _)) => {
-                    tracing::warn!(%error, "a connection could not be accepted");
+                    if failures.is_due() {
+                        tracing::warn!(%error, "connections cannot be accepted");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }

@@ -19,6 +19,7 @@ use super::HttpLimits;
 use super::auth::Peer;
 use super::metrics::Metrics;
 use super::tls::{Certificates, Opened};
+use crate::seldom::Seldom;
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 16_384;
@@ -48,7 +49,8 @@ pub(super) async fn serve(listener: TcpListener, door: Door, stop: CancellationT
     let connections = TaskTracker::new();
     let abort = CancellationToken::new();
     let (room, door) = (Arc::new(Semaphore::new(CONNECTIONS_MAX)), Arc::new(door));
-    while let Some((stream, permit)) = accept(&listener, &room, &stop).await {
+    let mut failures = Seldom::default();
+    while let Some((stream, permit)) = accept(&listener, &room, &stop, &mut failures).await {
         let connection = door.clone().open(stream, stop.clone(), permit);
         connections.spawn(abort.clone().run_until_cancelled_owned(connection));
     }
@@ -65,6 +67,7 @@ async fn accept(
     listener: &TcpListener,
     room: &Arc<Semaphore>,
     stop: &CancellationToken,
+    failures: &mut Seldom,
 ) -> Option<(TcpStream, OwnedSemaphorePermit)> {
     loop {
         let next = async {
@@ -74,10 +77,10 @@ async fn accept(
         match stop.run_until_cancelled(next).await?? {
             (Ok((stream, _)), permit) => return Some((stream, permit)),
             (Err(error), _) => {
-                tracing::warn!(
-                    error = &error as &dyn std::error::Error,
-                    "a connection could not be accepted"
-                );
+                if failures.is_due() {
+                    let error = &error as &dyn std::error::Error;
+                    tracing::warn!(error, "connections cannot be accepted");
+                }
                 stop.run_until_cancelled(tokio::time::sleep(ACCEPT_PAUSE)).await?;
             }
         }
