@@ -57,7 +57,7 @@ pub(crate) struct ScaledSeen {
     pub(crate) since: Instant,
 }
 
-/// The history does not reach back so far.
+/// The history does not reach back so far, or is another one.
 #[derive(Debug, PartialEq, Eq)]
 pub(crate) struct Forgotten {
     pub(crate) revision: Revision,
@@ -186,7 +186,6 @@ impl Mirror {
         let mut fresh = State {
             fleet: Fleet { instance, revision, ..Fleet::default() },
             oldest: revision,
-            leaving: std::mem::take(&mut state.leaving),
             expired: state.expired,
             ..State::default()
         };
@@ -373,7 +372,8 @@ impl Mirror {
         metadata: bool,
     ) -> Result<(Vec<Bytes>, Revision), Forgotten> {
         let state = self.lock();
-        if since < state.oldest {
+        // A store that was restored from a backup goes back: what it does from there on is another history.
+        if since < state.oldest || since > state.fleet.revision {
             return Err(Forgotten { revision: state.fleet.revision });
         }
         let start = state.lines.partition_point(|line| line.revision <= since);
@@ -383,7 +383,7 @@ impl Mirror {
             _ => state.fleet.revision,
         };
         let bytes = |line: &Line| if metadata { line.full.clone() } else { line.slim.clone() };
-        Ok((chosen.into_iter().map(bytes).collect(), upto.max(since)))
+        Ok((chosen.into_iter().map(bytes).collect(), upto))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -513,3 +513,6 @@ pub(crate) fn encode_line(line: &WatchLine) -> Bytes {
         Err(error) => unreachable!("a watch line without a JSON form: {error}"),
     }
 }
+
+#[cfg(test)]
+mod tests;

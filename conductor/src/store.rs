@@ -13,6 +13,8 @@ use futures_util::stream::BoxStream;
 pub mod embedded;
 pub mod etcd;
 pub(crate) mod memory;
+#[cfg(test)]
+pub(crate) mod overtaken;
 mod state_file;
 #[cfg(test)]
 pub(crate) mod suite;

@@ -198,3 +198,40 @@ pub(crate) fn leader(kv: &KeyValue) -> Leader {
 fn unanswered(error: StoreError) {
     tracing::debug!(error = &error as &dyn std::error::Error, "the store did not answer a candidate");
 }
+
+#[cfg(test)]
+mod tests {
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+    use crate::store::embedded::{Embedded, EmbeddedOptions};
+    use crate::store::overtaken::Overtaken;
+
+    #[tokio::test(start_paused = true)]
+    async fn a_term_ends_in_time_also_while_the_store_does_not_answer() {
+        let tasks = TaskTracker::new();
+        let embedded = Embedded::start(EmbeddedOptions::default(), &tasks).await.unwrap();
+        let store = Arc::new(Overtaken::new(embedded));
+        let mirror = Arc::new(Mirror::new(&[]));
+        mirror.list(&*store).await.unwrap();
+        let stop = CancellationToken::new();
+        let follow = mirror.clone().follow(store.clone());
+        tasks.spawn(stop.clone().run_until_cancelled_owned(follow));
+        let record =
+            ConductorRecord { name: "one".to_owned(), url: String::new(), pid: 1, version: String::new() };
+        let (candidate, leadership) = Candidate::new(store.clone(), mirror, record);
+        tasks.spawn(candidate.run(stop.clone()));
+        let mut term = leadership.term();
+        term.wait_for(Option::is_some).await.unwrap();
+        tokio::time::sleep(5 * LEASE_TTL).await;
+        assert!(leadership.leads(), "it is kept alive");
+        store.hang(true);
+        let hung = Instant::now();
+        let ended = tokio::time::timeout(5 * LEASE_TTL, term.wait_for(Option::is_none)).await.is_ok();
+        assert!(ended && hung.elapsed() <= LEASE_TTL, "{:?}", hung.elapsed());
+        store.hang(false);
+        let again = tokio::time::timeout(5 * LEASE_TTL, term.wait_for(Option::is_some)).await.is_ok();
+        assert!(again, "and begins anew");
+        stop.cancel();
+    }
+}

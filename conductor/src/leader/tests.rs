@@ -111,3 +111,22 @@ fn seeded_faults_never_give_two_leaders_and_always_one_in_the_end() {
         assert!(world.writes > 0, "seed {seed}: nobody ever wrote");
     }
 }
+
+#[test]
+fn a_term_counts_from_when_the_lease_was_asked_for_and_outlives_a_mirror_that_is_behind() {
+    let (asked, ttl) = (Instant::now(), Duration::from_secs(2));
+    let mut election = Election::new(asked, Dice::seeded(1));
+    assert_eq!(election.step(asked), Step::Grant);
+    let now = asked + Duration::from_millis(500);
+    election.granted(asked, now, Some((LeaseId(1), ttl)));
+    election.announced(now, Written::At(5));
+    election.claimed(now, Written::At(6));
+    assert_eq!(election.term_ends(), Some(asked + ttl), "another may lead from then on");
+    let other = Leader { name: "other".to_owned(), lease: Some(LeaseId(2)), revision: 3 };
+    for (revision, leader) in [(4, Some(&other)), (5, None)] {
+        election.saw(now, revision, leader);
+        assert_eq!(election.term(now), Some(Fence::new(6)), "that was before the claim");
+    }
+    election.saw(now, 6, None);
+    assert_eq!(election.term(now), None);
+}

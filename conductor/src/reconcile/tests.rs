@@ -249,3 +249,73 @@ async fn leftovers_are_removed_and_not_by_a_deposed_leader() {
     let listed = keys(world.store.list("", None, 10).await.unwrap());
     assert_eq!(listed, ["intents/drain/held", "leader", "workers/held"]);
 }
+
+/// A worker as it is stored.
+fn worker(name: &str, lease: Option<crate::store::LeaseId>) -> Op {
+    let value = format!(
+        r#"{{"record":{{"worker":"{name}","epoch":0,"pool":"p","role":"both","model":"m","engine":"sim","kv":null,
+        "address":"127.0.0.1:1","transfer":"","state":"ready","pid":1}},"incarnation":"i"}}"#
+    );
+    Op::Put { key: format!("workers/{name}"), value: value.into_bytes().into(), lease }
+}
+
+#[tokio::test(start_paused = true)]
+async fn whoever_came_back_in_between_is_still_to_drain() {
+    let world = World::new().await;
+    let fence = world.lead().await;
+    world.put("intents/drain/w").await;
+    let mut wishes = DrainWishes::default();
+    let there = async |there: bool| {
+        let op = if there { worker("w", None) } else { Op::Delete { key: "workers/w".to_owned() } };
+        let reply = world.store.txn(Txn { compares: vec![], ops: vec![op] }).await.unwrap();
+        world.mirror.reached(reply.revision, PATIENCE).await;
+    };
+    for (present, minutes) in [(false, 9), (true, 1), (false, 9)] {
+        there(present).await;
+        for _ in 0..=minutes {
+            let fleet = world.mirror.fleet();
+            let turn = Turn { now: Instant::now(), fleet: &fleet, store: &*world.store, fence };
+            wishes.reconcile(turn).await.unwrap();
+            tokio::time::sleep(Duration::from_secs(54)).await;
+        }
+    }
+    assert!(world.store.get("intents/drain/w").await.unwrap().is_some(), "it was away for nine minutes");
+}
+
+#[tokio::test(start_paused = true)]
+async fn who_registers_while_its_leftovers_are_removed_keeps_them() {
+    let tasks = TaskTracker::new();
+    let embedded = Embedded::start(EmbeddedOptions::default(), &tasks).await.unwrap();
+    let store = Arc::new(crate::store::overtaken::Overtaken::new(embedded.clone()));
+    let leader = Op::Put { key: LEADER_KEY.to_owned(), value: b"x".as_slice().into(), lease: None };
+    let wish = Op::Put { key: "intents/drain/v".to_owned(), value: b"{}".as_slice().into(), lease: None };
+    let ops = vec![leader, worker("w", None), wish];
+    let fence = Fence::new(store.txn(Txn { compares: vec![], ops }).await.unwrap().revision);
+    let mirror = Arc::new(Mirror::new(&[]));
+    mirror.list(&*store).await.unwrap();
+    assert_eq!(mirror.unleased().len(), 1);
+    let lease = store.grant(Duration::from_secs(100_000)).await.unwrap().id;
+    let register = |name: &'static str| {
+        let embedded = embedded.clone();
+        store.before_txn(async move {
+            let ops = vec![worker(name, Some(lease))];
+            embedded.txn(Txn { compares: vec![], ops }).await.unwrap();
+        });
+    };
+    register("w");
+    let fleet = mirror.fleet();
+    let turn = Turn { now: Instant::now(), fleet: &fleet, store: &*store, fence };
+    UnleasedWorkers { mirror: mirror.clone() }.reconcile(turn).await.unwrap();
+    assert!(store.get("workers/w").await.unwrap().is_some(), "it is held anew");
+
+    let mut wishes = DrainWishes::default();
+    for name in ["nobody", "v"] {
+        let turn = Turn { now: Instant::now(), fleet: &fleet, store: &*store, fence };
+        if name == "v" {
+            register(name);
+        }
+        wishes.reconcile(turn).await.unwrap();
+        tokio::time::sleep(Duration::from_secs(601)).await;
+    }
+    assert!(store.get("intents/drain/v").await.unwrap().is_some(), "it came back after all");
+}

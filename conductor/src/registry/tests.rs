@@ -1,76 +1,15 @@
 //! What happens between the reads and the write of another.
 
 use baton_config::Role;
-use futures_util::future::BoxFuture;
-use futures_util::stream::BoxStream;
 use tokio_util::sync::{CancellationToken, DropGuard};
 use tokio_util::task::TaskTracker;
 
 use super::*;
 use crate::store::embedded::{Embedded, EmbeddedOptions};
-use crate::store::{Batch, Lease, Page, Revision, TxnReply, WatchError};
+use crate::store::overtaken::Overtaken;
 
 const ONE: &str = "11111111111111111111111111111111";
 const TWO: &str = "22222222222222222222222222222222";
-
-/// A store that lets somebody else write first, once.
-struct Overtaken {
-    store: Embedded,
-    before_txn: Mutex<Option<BoxFuture<'static, ()>>>,
-}
-
-impl Store for Overtaken {
-    fn kind(&self) -> &'static str {
-        self.store.kind()
-    }
-
-    fn health(&self) -> StoreHealth {
-        self.store.health()
-    }
-
-    fn instance(&self) -> BoxFuture<'_, Result<String, StoreError>> {
-        self.store.instance()
-    }
-
-    fn list<'a>(
-        &'a self,
-        prefix: &'a str,
-        after: Option<&'a str>,
-        limit: usize,
-    ) -> BoxFuture<'a, Result<Page, StoreError>> {
-        self.store.list(prefix, after, limit)
-    }
-
-    fn get<'a>(&'a self, key: &'a str) -> BoxFuture<'a, Result<Option<KeyValue>, StoreError>> {
-        self.store.get(key)
-    }
-
-    fn txn(&self, txn: Txn) -> BoxFuture<'_, Result<TxnReply, StoreError>> {
-        let first = self.before_txn.lock().unwrap().take();
-        Box::pin(async move {
-            if let Some(first) = first {
-                first.await;
-            }
-            self.store.txn(txn).await
-        })
-    }
-
-    fn grant(&self, ttl: Duration) -> BoxFuture<'_, Result<Lease, StoreError>> {
-        self.store.grant(ttl)
-    }
-
-    fn keep_alive(&self, lease: LeaseId) -> BoxFuture<'_, Result<Option<Duration>, StoreError>> {
-        self.store.keep_alive(lease)
-    }
-
-    fn revoke(&self, lease: LeaseId) -> BoxFuture<'_, Result<(), StoreError>> {
-        self.store.revoke(lease)
-    }
-
-    fn watch(&self, prefix: &str, since: Revision) -> BoxStream<'static, Result<Batch, WatchError>> {
-        self.store.watch(prefix, since)
-    }
-}
 
 /// Two conductors on one store; the second one may be overtaken by the first.
 struct World {
@@ -89,7 +28,7 @@ impl World {
         let stop = CancellationToken::new();
         let follow = mirror.clone().follow(Arc::new(store.clone()));
         tasks.spawn(stop.clone().run_until_cancelled_owned(follow));
-        let overtaken = Arc::new(Overtaken { store: store.clone(), before_txn: Mutex::default() });
+        let overtaken = Arc::new(Overtaken::new(store.clone()));
         let registry = |store: Arc<dyn Store>| {
             let pool = PoolOptions { name: pool(), role: Role::Decode, replicas: 1, min: 1, max: 8 };
             Registry::new(store, mirror.clone(), vec![pool], Rules::default(), Duration::from_secs(10))
@@ -100,7 +39,7 @@ impl World {
 
     /// Before the next write by the second conductor, this happens.
     fn before(&self, what: impl Future<Output = ()> + Send + 'static) {
-        *self.overtaken.before_txn.lock().unwrap() = Some(Box::pin(what));
+        self.overtaken.before_txn(what);
     }
 
     /// The life that is asked to drain, if any.
@@ -176,4 +115,51 @@ async fn a_wish_to_drain_stays_with_its_process() {
     assert_eq!(world.drains().await, None);
     let kept = Keepalive { epoch: next.epoch, seq: 1, state: WorkerState::Ready, load: None };
     assert!(!world.first.keep_alive(&worker(), kept).await.unwrap().drain);
+}
+
+#[tokio::test]
+async fn a_state_is_never_written_into_the_life_of_a_successor() {
+    let world = World::new().await;
+    let old = world.second.register(process(ONE)).await.unwrap();
+    // The name is taken over, and its former lease has not ended yet.
+    let store = world.overtaken.store.clone();
+    world.before(async move {
+        let kv = store.get(&worker_key(&worker())).await.unwrap().unwrap();
+        let mut stored = decode(&kv).unwrap();
+        (stored.record.epoch, stored.incarnation) = (Epoch(0), TWO.to_owned());
+        let ops = vec![put(kv.key, &stored, None).unwrap()];
+        store.txn(Txn { compares: vec![], ops }).await.unwrap();
+    });
+    let drains = Keepalive { epoch: old.epoch, seq: 1, state: WorkerState::Draining, load: None };
+    let refused = world.second.keep_alive(&worker(), drains).await.unwrap_err();
+    assert!(matches!(refused, RegistryError::StaleEpoch { given, .. } if given == old.epoch), "{refused}");
+    let kv = world.overtaken.store.get(&worker_key(&worker())).await.unwrap().unwrap();
+    let stored = decode(&kv).unwrap();
+    assert_eq!((stored.record.state, stored.incarnation.as_str()), (WorkerState::Ready, TWO));
+}
+
+#[tokio::test]
+async fn one_lease_is_left_of_a_name_that_others_fought_for_and_none_of_one_that_left() {
+    let world = World::new().await;
+    let told = |epoch| Keepalive { epoch, seq: 1, state: WorkerState::Joining, load: None };
+    let old = world.second.register(process(ONE)).await.unwrap();
+    let first = world.first.clone();
+    world.before(async move {
+        first.register(process(TWO)).await.unwrap();
+    });
+    let new = world.second.register(process(ONE)).await.unwrap();
+    let kv = world.overtaken.store.get(&worker_key(&worker())).await.unwrap().unwrap();
+    assert_eq!(world.overtaken.leases().await, kv.lease.into_iter().collect::<Vec<_>>());
+    world.second.keep_alive(&worker(), told(new.epoch)).await.unwrap();
+    assert!(world.second.keep_alive(&worker(), told(old.epoch)).await.is_err());
+    let kv = world.overtaken.store.get(&worker_key(&worker())).await.unwrap().unwrap();
+    assert_eq!(
+        world.overtaken.leases().await,
+        kv.lease.into_iter().collect::<Vec<_>>(),
+        "also with a new state"
+    );
+    world.second.deregister(&worker(), new.epoch).await.unwrap();
+    assert_eq!(world.overtaken.leases().await, []);
+    world.second.forget_absent();
+    assert!(world.second.told().is_empty(), "nor is anything remembered of it");
 }

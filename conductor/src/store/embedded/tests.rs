@@ -145,3 +145,48 @@ async fn time_in_which_the_process_stood_still_costs_no_lease() {
     }
     assert!(granted.elapsed() >= Duration::from_secs(12), "in running time it ends as ever");
 }
+
+/// The ceiling that a conductor would find after a crash now.
+fn ceiling(path: &Path) -> u64 {
+    let copy = path.with_extension("copy");
+    std::fs::copy(path, &copy).unwrap();
+    StateFile::open(&copy, "a test").unwrap().1.unwrap().ceiling
+}
+
+#[tokio::test]
+async fn no_revision_is_given_out_twice_though_the_clock_is_set_back() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("state");
+    let tasks = TaskTracker::new();
+    // Of a life whose clock was an hour ahead.
+    let ahead = unix_micros() + 3_600_000_000;
+    let (file, _) = StateFile::open(&path, "a test").unwrap();
+    file.write(&Durable { ceiling: ahead, intents: BTreeMap::new() }).unwrap();
+    drop(file);
+    let store = open(&path, &tasks).await.unwrap();
+    let mut last = ahead;
+    for i in 0..3 * CEILING_STEP {
+        let given = store.txn(put("workers/a", &i.to_string())).await.unwrap().revision;
+        assert!(given > last, "{given} after {last}");
+        last = given;
+        if i % 100 == 0 {
+            assert!(ceiling(&path) >= given, "{given} is not covered by what is on the disk");
+        }
+    }
+    end(store, tasks).await;
+}
+
+#[tokio::test(start_paused = true)]
+async fn the_end_of_a_lease_is_told_when_it_comes() {
+    let tasks = TaskTracker::new();
+    let store = store(&tasks).await;
+    let lease = store.grant(Duration::from_millis(100)).await.unwrap();
+    let mut txn = put("workers/a", "1");
+    let Op::Put { lease: hangs_on, .. } = &mut txn.ops[0] else { panic!("a put") };
+    *hangs_on = Some(lease.id);
+    let since = store.txn(txn).await.unwrap().revision;
+    let begun = Instant::now();
+    store.watch("", since).next().await.unwrap().unwrap();
+    let took = begun.elapsed();
+    assert!(took >= lease.ttl && took < lease.ttl + Duration::from_millis(10), "{took:?}");
+}

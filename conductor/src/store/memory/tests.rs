@@ -243,3 +243,20 @@ fn a_watch_cannot_begin_in_the_future() {
     assert_eq!(store.changes("", BASE, 9), Ok((vec![], BASE)));
     assert_eq!(store.changes("", BASE - 1, 9), Err(WatchError::Compacted { oldest: BASE }));
 }
+
+#[test]
+fn the_bytes_of_a_history_are_bounded_and_what_is_forgotten_makes_room() {
+    let mut memory = Memory::new(0, []);
+    let value: Arc<[u8]> = vec![b'x'; 100_000].into();
+    for round in 1..=1_000_u64 {
+        let op = Op::Put { key: "k".to_owned(), value: value.clone(), lease: None };
+        memory.txn(Txn { compares: vec![], ops: vec![op] }).unwrap();
+        let bytes: usize = memory.history.iter().map(batch_bytes).sum();
+        assert!(bytes <= HISTORY_MAX_BYTES);
+        // The last 30 MB, at least.
+        let (batches, upto) = memory.changes("", round.saturating_sub(300), usize::MAX).unwrap();
+        assert_eq!((batches.len() as u64, upto), (round.min(300), round));
+    }
+    let oldest = memory.compacted;
+    assert_eq!(memory.changes("", oldest - 1, 1), Err(WatchError::Compacted { oldest }));
+}
