@@ -468,3 +468,6 @@ fn lease_answer(error: &CallError) -> KeepAnswer {
         _ => KeepAnswer::None,
     }
 }
+
+#[cfg(test)]
+mod tests;

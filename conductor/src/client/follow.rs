@@ -139,13 +139,12 @@ impl Follower {
         let same = listing.instance == self.instance && listing.revision >= self.revision;
         let believed = same && !self.doubts(now);
         let mut old = std::mem::take(&mut self.workers);
-        let mut carried = std::mem::take(&mut self.carried);
+        let carried = std::mem::take(&mut self.carried);
         for listed in listing.workers {
             let record = match old.remove(&listed.record.worker) {
                 Some(known) if *known == *listed.record => known,
                 _ => listed.record,
             };
-            carried.remove(&record.worker);
             self.workers.insert(record.worker.clone(), record);
         }
         // The rest is gone, unless this is a store that cannot know: there they have one ttl to register anew.

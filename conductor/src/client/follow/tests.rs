@@ -426,15 +426,115 @@ fn a_conductor_without_its_store_makes_the_view_stale_and_old_and_is_left_for_an
         view_age_ms,
         settling: false,
     };
+    run.now += Duration::from_secs(2);
     run.follower.line(run.now, beat(run.server.revision, 1_200));
     let view = run.follower.take_view().expect("staleness is news");
     assert!(view.stale && view.workers.len() == 1, "stale, not empty");
+    let age = view.contact.age(run.now).as_millis();
+    assert!((1_199..=1_201).contains(&age), "as old as what the conductor knows: {age} ms");
     assert!(matches!(run.follower.step(run.now), Step::Read { .. }), "a short absence moves nobody");
     run.follower.line(run.now, beat(run.server.revision, 0));
+    assert_eq!(view.contact.age(run.now), Duration::ZERO);
     assert!(!run.follower.take_view().expect("freshness is news").stale);
 
     let endpoint = run.follower.endpoint;
     run.follower.line(run.now, beat(run.server.revision, 3_100));
     assert_ne!(run.follower.endpoint, endpoint, "another conductor may reach the store");
     assert!(run.follower.take_view().expect("news").stale);
+}
+
+/// With an open watch, after a heartbeat that says whether the store has just come back.
+fn watching(seed: u64, settling: bool) -> Run {
+    let mut run = Run::new(seed);
+    run.server.put(1);
+    while run.open.is_none() {
+        run.step(false);
+    }
+    run.follower.step(run.now);
+    let revision = run.server.revision;
+    let beat = WatchLine::Heartbeat { instance: "0".to_owned(), revision, view_age_ms: 0, settling };
+    run.follower.line(run.now, beat);
+    run
+}
+
+/// Who is known once nobody has more time to come back.
+fn left_in_the_end(run: &mut Run) -> Vec<WorkerId> {
+    run.follower.opened(run.now);
+    for _ in 0..2 {
+        run.now += Duration::from_millis(TTL_MS);
+        run.follower.opened(run.now);
+        run.follower.tick(run.now);
+    }
+    run.follower.workers.keys().cloned().collect()
+}
+
+#[test]
+fn what_is_told_again_is_not_done_again() {
+    let mut run = watching(6, false);
+    let again = |revision| {
+        let changes = vec![Change::Delete { worker: name(0), expired: false }];
+        WatchLine::Changes { revision, changes }
+    };
+    run.follower.line(run.now, again(run.server.revision));
+    assert_eq!(run.follower.workers.len(), 2);
+    run.follower.line(run.now, again(run.server.revision + 1));
+    assert_eq!(run.follower.workers.len(), 1);
+}
+
+#[test]
+fn a_listing_that_cannot_know_takes_nobody_away_and_one_that_names_somebody_keeps_it_for_good() {
+    // In doubt: one lease has ended for want of the store, as the watch or as a listing tells it.
+    for listed in [false, true] {
+        let mut run = watching(7, true);
+        run.server.delete(1);
+        if listed {
+            run.follower.listed(run.now, run.server.listing());
+        } else {
+            let changes = vec![Change::Delete { worker: name(1), expired: true }];
+            run.follower.line(run.now, WatchLine::Changes { revision: run.server.revision, changes });
+        }
+        assert_eq!(run.follower.workers.len(), 2, "it has a ttl to come back");
+        let mut returned = run.server.listing();
+        assert_eq!(left_in_the_end(&mut run), [name(0)]);
+        // The same, but a later listing names it.
+        let mut run = watching(7, true);
+        run.follower.listed(run.now, returned.clone());
+        run.server.put(1);
+        returned = run.server.listing();
+        run.follower.listed(run.now, returned);
+        assert_eq!(left_in_the_end(&mut run), [name(0), name(1)]);
+    }
+    // A store that went back does not know who came since.
+    let mut run = watching(8, false);
+    let mut backup = run.server.listing();
+    backup.workers.retain(|listed| listed.record.worker == name(0));
+    backup.revision -= 1;
+    run.follower.listed(run.now, backup);
+    assert_eq!(run.follower.workers.len(), 2);
+    assert_eq!(left_in_the_end(&mut run), [name(0)]);
+}
+
+#[test]
+fn a_revision_that_is_not_served_is_not_asked_for_again() {
+    let mut run = watching(9, false);
+    run.follower.failed(run.now, Failure::Away);
+    run.now += Duration::from_secs(2);
+    assert!(matches!(run.follower.step(run.now), Step::Watch { .. }));
+    run.follower.failed(run.now, Failure::Revision);
+    run.now += Duration::from_secs(2);
+    assert!(matches!(run.follower.step(run.now), Step::List { .. }));
+}
+
+#[test]
+fn the_only_conductor_is_not_left_for_its_store() {
+    let mut run = watching(10, false);
+    let mut follower = Follower::new(1, TIMING, Dice::seeded(1), Arc::new(Contact::new(run.now)));
+    follower.listed(run.now, run.server.listing());
+    follower.opened(run.now);
+    run.now += Duration::from_secs(1);
+    let revision = run.server.revision;
+    let beat =
+        WatchLine::Heartbeat { instance: "0".to_owned(), revision, view_age_ms: 60_000, settling: true };
+    follower.line(run.now, beat);
+    assert!(matches!(follower.step(run.now), Step::Read { .. }), "nobody else could do better");
 }

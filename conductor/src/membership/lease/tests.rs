@@ -224,3 +224,18 @@ fn a_thousand_that_lose_their_lease_at_once_come_back_spread_out() {
     let (early, late) = (starts[250], starts[750]);
     assert!(early > REJOIN_SPREAD_MAX / 5 && late > REJOIN_SPREAD_MAX * 3 / 5, "{early:?} {late:?}");
 }
+
+#[test]
+fn a_lease_counts_from_when_it_was_asked_for_and_of_its_own_life_only() {
+    let sent = Instant::now();
+    let mut lease = Lease::new(sent, 1, Dice::seeded(1));
+    lease.registered(sent, Epoch(7), TTL, TTL / 3);
+    let late = sent + TTL / 2;
+    assert_eq!(lease.kept(late, late, Epoch(6), KeepAnswer::Lost(LostReason::Gone)), None);
+    assert_eq!(lease.kept(late, late, Epoch(6), KeepAnswer::Kept { ttl: TTL }), None);
+    let mut turn = None;
+    lease.step(sent + TTL - Duration::from_millis(1), &mut turn);
+    assert_eq!(turn, None);
+    lease.step(sent + TTL, &mut turn);
+    assert_eq!(turn, Some(Turn::Lost(Epoch(7), LostReason::Silence)));
+}

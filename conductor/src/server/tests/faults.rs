@@ -178,3 +178,20 @@ async fn a_first_join_without_a_conductor_ends_with_a_reason() {
     assert!(error.to_string().contains(&closed.to_string()), "{error}");
     assert!(client.view().stale && client.view().workers.is_empty() && !client.view().known());
 }
+
+#[tokio::test]
+async fn a_client_that_comes_from_another_store_with_a_longer_history_lists_anew() {
+    let ttl = Duration::from_secs(10);
+    // Revisions begin with the clock: those of the first are lower for ever.
+    let (behind, ahead) = (Server::fresh(ttl).await, Server::fresh(ttl).await);
+    let host = Host::new();
+    let worker = join(&behind.client(), "w", &host.address()).await.unwrap();
+    let client = Client::start(ClientOptions::new(vec![ahead.url(), behind.url()])).unwrap();
+    let seen = wait(&client, "the first conductor", |v| !v.stale).await;
+    ahead.stop().await;
+    let view = wait(&client, "the second conductor", |v| v.workers.len() == 1 && !v.stale).await;
+    assert!(view.instance != seen.instance && view.revision < seen.revision);
+    worker.leave().await;
+    wait(&client, "its changes, too", |v| v.workers.is_empty()).await;
+    behind.stop().await;
+}
