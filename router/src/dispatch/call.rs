@@ -177,6 +177,8 @@ pub(super) async fn accepted(response: Response<Incoming>) -> Result<Incoming, C
         (Ok(error), _) => error.code,
         (Err(_), StatusCode::TOO_MANY_REQUESTS) => FailureCode::Overloaded,
         (Err(_), StatusCode::SERVICE_UNAVAILABLE | StatusCode::CONFLICT) => FailureCode::Unavailable,
+        // No worker is there any more, but somebody else, who says nothing about the request.
+        (Err(_), StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED) => FailureCode::Unavailable,
         (Err(_), status) if status.is_client_error() => FailureCode::Refused,
         (Err(_), _) => FailureCode::Engine,
     };

@@ -14,8 +14,9 @@ use hyper::Request;
 use serde_json::{Value, json};
 
 use crate::api::text;
+use crate::fake_server::{Does, FakeServer};
 use crate::fake_worker::{Act, FakeWorker, oracle};
-use crate::harness::{Harness, PATIENCE, sse};
+use crate::harness::{Harness, PATIENCE, nowhere, sse};
 use crate::model_dir::{EOS, VOCAB};
 
 fn ask(stream: bool) -> Value {
@@ -164,11 +165,10 @@ async fn a_view_that_is_behind_is_waited_for_in_a_fleet_of_any_size() {
 async fn what_no_worker_took_is_a_503() {
     let worker = FakeWorker::start("decode-0", Role::Decode).await;
     let harness = Harness::start(&[&worker], alone).await;
-    let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let (_socket, address) = nowhere();
     let mut member = worker.member.clone();
     member.worker = "decode-1".parse().expect("a name");
-    member.address = gone.local_addr().expect("an address").to_string();
-    drop(gone);
+    member.address = address;
     let roster = Roster { members: vec![member], age: Duration::from_secs(60) };
     harness.members.send_replace(Arc::new(roster));
     harness
@@ -180,6 +180,33 @@ async fn what_no_worker_took_is_a_503() {
         assert_eq!(answer.json()["error"]["code"], "no_worker", "{}", answer.text);
     }
     harness.finish().await;
+}
+
+/// The view may be behind for as long as the conductor is away, and addresses are given out again.
+#[tokio::test]
+async fn who_listens_where_a_worker_was_decides_about_no_request() {
+    let stranger = FakeServer::start("server-0").await;
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    let mut gone = worker.member.clone();
+    gone.worker = "decode-1".parse().expect("a name");
+    gone.address = stranger.url.trim_start_matches("http://").to_owned();
+    for status in [404, 405] {
+        stranger.always(Does::Refuses(status, "<html>"));
+        let harness = Harness::start(&[&worker], alone).await;
+        for (members, age, status) in
+            [(vec![gone.clone(), worker.member.clone()], 60, 200), (vec![gone.clone()], 120, 503)]
+        {
+            harness.members.send_replace(Arc::new(Roster { members, age: Duration::from_secs(age) }));
+            let shown = async || harness.metric("baton_router_view_age_seconds").await > age as f64 - 0.5;
+            harness.until("the view arrived", shown).await;
+            for _ in 0..3 {
+                let answer = harness.chat(&ask(true)).await;
+                assert_eq!(answer.status, status, "{}", answer.text);
+            }
+        }
+        harness.finish().await;
+    }
+    assert!(stranger.got().iter().any(|got| got.path == "/v1/generate"), "it was asked");
 }
 
 #[tokio::test]
@@ -420,12 +447,13 @@ async fn a_host_that_dies_with_all_its_workers_loses_no_request() {
         harness.until("the view arrived", shown).await;
     };
     for round in 0..4 {
-        let mut left = vec![living.member.clone()];
+        let (mut left, mut kept) = (vec![living.member.clone()], Vec::new());
         for i in 0..8 {
-            let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+            let (socket, address) = nowhere();
+            kept.push(socket);
             let mut member = living.member.clone();
             member.worker = format!("gone-{round}-{i}").parse().expect("a name");
-            member.address = gone.local_addr().expect("an address").to_string();
+            member.address = address;
             left.push(member);
         }
         // A stream that has begun, on a worker that stops; the view still has the others of its host.
@@ -564,11 +592,10 @@ async fn a_stream_waits_for_its_only_worker_to_come_back() {
 #[tokio::test]
 async fn a_worker_that_refuses_connections_is_avoided() {
     let (first, _second, harness) = two_workers().await;
-    let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
+    let (_socket, address) = nowhere();
     let mut member = first.member.clone();
     member.worker = "decode-2".parse().expect("a name");
-    member.address = gone.local_addr().expect("an address").to_string();
-    drop(gone);
+    member.address = address;
     let members = vec![member, first.member.clone()];
     harness.members.send_replace(Arc::new(Roster { members, age: Duration::ZERO }));
     for _ in 0..4 {
@@ -583,6 +610,7 @@ async fn prefill_trouble_never_fails_a_request() {
         let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
         let decode = FakeWorker::start("decode-0", Role::Decode).await;
         let harness = Harness::start(&[&prefill, &decode], |_| {}).await;
+        let (_socket, address) = nowhere();
         match trouble {
             "status" => {
                 prefill.fail_prefill(500);
@@ -591,11 +619,9 @@ async fn prefill_trouble_never_fails_a_request() {
                 prefill.hang_prefill();
             }
             _ => {
-                let gone = tokio::net::TcpListener::bind("127.0.0.1:0").await.expect("a port");
                 let mut members = vec![prefill.member.clone(), decode.member.clone()];
-                members[0].address = gone.local_addr().expect("an address").to_string();
+                members[0].address.clone_from(&address);
                 members[0].epoch = Epoch(9);
-                drop(gone);
                 harness.members.send_replace(Arc::new(Roster { members, age: Duration::ZERO }));
             }
         }

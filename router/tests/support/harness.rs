@@ -112,6 +112,14 @@ pub(crate) fn without_end(options: &mut RouterOptions) {
     std::fs::write(&path, config.to_string()).expect("written");
 }
 
+/// An address where nobody listens, and where nobody else will while the socket is kept.
+pub(crate) fn nowhere() -> (TcpSocket, String) {
+    let socket = TcpSocket::new_v4().expect("a socket");
+    socket.bind(([127, 0, 0, 1], 0).into()).expect("a port");
+    let address = socket.local_addr().expect("an address").to_string();
+    (socket, address)
+}
+
 impl Harness {
     /// Asks for an answer over a connection of its own, which takes little that is not read.
     pub(crate) async fn sleeper(&self, path: &str, body: &Value) -> TcpStream {
