@@ -234,6 +234,22 @@ async fn a_request_that_servers_of_others_die_with_does_not_reach_a_third() {
 }
 
 #[tokio::test]
+async fn a_server_that_dies_after_the_first_event_died_with_the_request() {
+    let (mut servers, harness) = servers().await;
+    let body = ask("deadly after its beginning");
+    for server in &servers {
+        server.always(Does::SilentAfter(1));
+    }
+    for _ in 0..2 {
+        let (answer, ()) = tokio::join!(harness.chat(&body), kill_server(&mut servers, &harness));
+        assert!(answer.text.contains("worker_lost"), "{}", answer.text);
+    }
+    let again = harness.chat(&body).await;
+    assert_eq!((again.status, got(&servers)), (500, 0), "{}", again.text);
+    harness.finish().await;
+}
+
+#[tokio::test]
 async fn a_server_that_fails_a_request_before_it_is_gone_died_with_it() {
     const DEAD: &str = "{\"error\":{\"message\":\"the engine is dead\"}}";
     for gone in [true, false] {
