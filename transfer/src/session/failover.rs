@@ -210,3 +210,36 @@ impl Rest {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use baton_config::HandoffId;
+
+    use super::*;
+    use crate::agent::RegionId;
+    use crate::session::Descriptor;
+
+    /// A block noted under another's place would never be read, and nobody would know.
+    #[test]
+    fn what_a_further_path_has_done_is_noted_under_the_places_in_the_read() {
+        let block = |offset| {
+            let source = Descriptor { region: RegionId(1), offset, len: 16 };
+            BlockRead { source, to: 0, expected: None }
+        };
+        let blocks: Vec<BlockRead> = (0..5).map(block).collect();
+        let progress = Progress::new(blocks.len());
+        [0, 3].into_iter().for_each(|done| progress.finish(done));
+        progress.add(32);
+        let sink = |_: usize, _: &[u8]| {};
+        let into = Destination::Sink(&sink);
+        let job = ReadJob { handoff: HandoffId(1), blocks: &blocks, into, verify: true, progress: &progress };
+        let rest = Rest::of(&job);
+        assert_eq!(rest.places, [1, 2, 4]);
+        assert_eq!(rest.blocks, [blocks[1], blocks[2], blocks[4]]);
+        let again = Progress::new(rest.blocks.len());
+        again.finish(1);
+        again.add(16);
+        rest.account(&progress, &again);
+        assert_eq!((Rest::of(&job).places, progress.moved()), (vec![1, 4], 48));
+    }
+}

@@ -247,20 +247,24 @@ async fn requests_of_another_life_are_stale_on_every_connection() {
         witness_at: witness.as_ptr().addr() as u64,
         witness: 77,
     };
+    let assert_stale = |heard: Option<Header>| {
+        let header = heard.unwrap();
+        assert_eq!((header.kind, decode_refusal(&header)), (Kind::Refused, Err(Some(EPOCH))));
+    };
     for other in [Epoch(EPOCH.0 - 1), Epoch(EPOCH.0 + 1)] {
         let mut stranger = Stranger::meet(&owner).await;
         stranger.say_in(other, Kind::Read, 1, &read(&blocks)).await;
-        assert_eq!(decode_refusal(&stranger.hear().await.unwrap()), Err(Some(EPOCH)));
+        assert_stale(stranger.hear().await);
         stranger.say_in(other, Kind::Write, 2, &write.encode()).await;
         let data = Header { kind: Kind::Data, code: 0, len: 64, epoch: other, seq: 2 };
         stranger.0.write_all(&[&data.encode(&[])[..], &lent].concat()).await.unwrap();
-        assert_eq!(decode_refusal(&stranger.hear().await.unwrap()), Err(Some(EPOCH)));
+        assert_stale(stranger.hear().await);
         let mut beside = Stranger::beside(&owner).await;
         beside.say(Kind::Lend, 1, &lend.encode()).await;
         assert_eq!(beside.hear().await.unwrap().kind, Kind::Lent);
         let take = Take { number: 0, from: vec![0], write: write.clone() };
         beside.say_in(other, Kind::Write, 2, &take.encode()).await;
-        assert_eq!(decode_refusal(&beside.hear().await.unwrap()), Err(Some(EPOCH)));
+        assert_stale(beside.hear().await);
     }
     assert!(bytes_at(&target, 0, 4096).iter().all(|byte| *byte == 0), "nothing was written");
 }

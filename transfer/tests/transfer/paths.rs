@@ -6,7 +6,8 @@ use std::time::Duration;
 
 use baton_transfer::wire::HEADER_BYTES;
 use baton_transfer::{
-    Agent, AgentOptions, BackendKind, Choose, Descriptor, Destination, PathInfo, Session, TransferError,
+    Agent, AgentOptions, BackendKind, BlockWrite, Choose, Descriptor, Destination, PathInfo, Session,
+    TransferError,
 };
 use tokio::time::Instant;
 
@@ -122,6 +123,37 @@ async fn a_path_that_breaks_in_the_middle_costs_the_read_nothing_but_time() {
         read_once_each(&session, &blocks).await;
     }
     assert_eq!(pair.reader.stats().path_failovers, 1);
+}
+
+#[tokio::test]
+async fn blocks_that_fail_on_another_path_are_named_by_their_places_in_the_read() {
+    let pair = Pair::start(|options| options.retry = Duration::from_secs(600)).await;
+    let mut blocks = pair.owner.granted(BLOCKS, LEN);
+    let session = pair.session().await;
+    blocks[BLOCKS - 1].expected.as_mut().unwrap().digest ^= 1;
+    pair.proxy.set(Mode::Cut(HEADER_BYTES * 2 + 3 * LEN as usize + 5));
+    let into = memory(16 << 20);
+    match session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline()).await {
+        Err(TransferError::Integrity { corrupt, .. }) => assert_eq!(corrupt, [BLOCKS - 1]),
+        other => panic!("{other:?}"),
+    }
+    assert_in_place(&into, &blocks[..BLOCKS - 1]);
+}
+
+/// What has left may still arrive: who writes it again elsewhere could not tell which of the two was last.
+#[tokio::test]
+async fn a_write_whose_bytes_have_left_is_not_repeated_over_another_path() {
+    let pair = Pair::start(|_| {}).await;
+    let region = pair.owner.agent.register(memory(4096)).unwrap();
+    let to = Descriptor { region, offset: 0, len: 64 };
+    pair.owner.agent.grant_write(HANDOFF, &[to]);
+    let session = pair.session().await;
+    // The bytes pass, the answer does not.
+    pair.proxy.set(Mode::Cut(0));
+    let outcome = session.write(HANDOFF, &[BlockWrite { from: 0, to }], &memory(4096), deadline()).await;
+    assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
+    // None has left of the next: it goes another way.
+    session.write(HANDOFF, &[BlockWrite { from: 0, to }], &memory(4096), deadline()).await.unwrap();
 }
 
 #[tokio::test]
