@@ -10,7 +10,7 @@
 //!                 +- resume - paused +
 //! ```
 //!
-//! - Who waits is served in order of submission; who is preempted keeps its place in that order.
+//! - Who waits is served in order of submission, but for what waits for a peer: see `admission`; who is preempted keeps its place in that order.
 //! - A sequence has blocks for its whole prompt from its admission on, and gets one more when its output needs it. When
 //!   there is none, the youngest running sequence gives its blocks back and is computed again later, with the same
 //!   tokens: nothing is emitted twice, and nothing differs. Exports and imports keep theirs.
@@ -155,12 +155,24 @@ impl Engine {
         }
     }
 
+    /// Export: the peer has room for the blocks, which it reserves until it has them. Ignored for anything else.
+    ///
+    /// Until then it gets blocks of half of them at most, and none where imports come to the same engine.
+    pub fn wanted(&mut self, id: SeqId) {
+        if let Some(sequence) =
+            self.sequences.get_mut(&id).filter(|sequence| sequence.purpose == Purpose::Export)
+        {
+            sequence.met = true;
+        }
+    }
+
     /// Import: KV of the prompt's tokens `[0, upto)` is in place and verified, and nobody writes there any more.
     ///
     /// Their full blocks enter the prefix cache. Ignored unless the sequence is being imported.
     pub fn imported(&mut self, id: SeqId, upto: u32) {
         let (block_tokens, publish) = (self.block_tokens(), self.publish());
         let Some(sequence) = self.importing(id) else { return };
+        sequence.met = true;
         sequence.computed = sequence.computed.max(upto.min(sequence.prompt));
         // The block of the last token stays private: if the first token is lost, that one is computed again.
         let settled = sequence.computed.min(sequence.prompt - 1) / block_tokens;

@@ -43,6 +43,43 @@ async fn answer(client: &Client, index: usize, name: &str, prompt: &Prompt) -> A
     client.complete(prompt, 12, &extra(index)).await.unwrap_or_else(|error| panic!("{name}: {error:#}"))
 }
 
+/// Each of two workers hands over to the other: blocks full of what waits for the other's would wait for ever.
+#[tokio::test]
+async fn two_workers_that_hand_over_to_each_other_do_not_wait_for_each_other() {
+    fn pool(replicas: u32, memory: &str) -> FleetOptions {
+        FleetOptions::tiny(&format!(
+            "  - {{ name: all, role: both, replicas: {replicas}, kv: {{ memory: {memory} }} }}\n"
+        ))
+    }
+    async fn ask(options: FleetOptions, count: u32, tokens: u32) -> Vec<Answer> {
+        let fleet = Fleet::start(options).await;
+        let client = fleet.client();
+        let one = |index: u32| {
+            let prompt = (0..tokens).map(|at| 10 + (index * 31 + at * (index + 7)) % 180).collect();
+            let client = &client;
+            async move { client.complete(&Prompt::Tokens(prompt), 4, &json!({"ignore_eos": true})).await.unwrap() }
+        };
+        let all = futures_util::stream::iter((0..count).map(one)).buffered(64).collect::<Vec<_>>();
+        let answers =
+            tokio::time::timeout(Duration::from_secs(60), all).await.expect("nobody waits for ever");
+        fleet.eventually_nothing_held(FREED_WITHIN).await;
+        fleet.stop().await;
+        answers
+    }
+    // Four of these prompts fill a worker; of the others one needs more than half of it.
+    for (count, tokens, modes) in [(120, 500, &["auto", "always"][..]), (8, 1200, &["always"])] {
+        let expected = ask(pool(1, "64MiB"), count, tokens).await;
+        for mode in modes {
+            let mut options = pool(2, "2MiB");
+            options.document =
+                options.document.replace("router: {", &format!("router: {{ disaggregation: {mode},"));
+            let got = ask(options, count, tokens).await;
+            let same = expected.iter().zip(&got).filter(|(want, got)| want.proof() == got.proof()).count();
+            assert_eq!(same, expected.len(), "{mode}, {tokens} tokens");
+        }
+    }
+}
+
 async fn answers(client: &Client, at_once: usize) -> Vec<(String, Answer)> {
     futures_util::stream::iter(prompts::all().into_iter().enumerate())
         .map(|(index, (name, prompt))| async move {

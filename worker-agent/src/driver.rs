@@ -16,11 +16,11 @@ use baton_transfer::Agent;
 use baton_transfer::export::Exporter;
 use baton_transfer::import::Importer;
 use tokio::sync::{mpsc, oneshot, watch};
-use tokio::time::Instant;
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
-use crate::engine_thread::EngineHandle;
+use crate::engine_thread::{EngineHandle, EngineView};
 use crate::handoff::decode::{DecodeEnd, ImportReport};
 use crate::handoff::{Action, Answer, DecodeEvent, Desk, Limits, OpenError, Opening, PrefillEvent, Waiter};
 use crate::metadata_cache::MetadataCache;
@@ -37,6 +37,8 @@ pub use handle::{DecodeNews, Handoffs, Open, OpenFailure};
 
 /// Commands waiting for the owner at most; senders wait beyond that.
 const COMMANDS_MAX: usize = 4096;
+/// How often the engine is looked at in the time that it may be blocked.
+const LOOKS: u32 = 4;
 
 /// What handoffs need of the rest of the worker.
 pub struct Io {
@@ -85,6 +87,7 @@ impl Handoffs {
             waiters: HashMap::new(),
             next_waiter: 0,
             seen: io.fleet.view(),
+            blocked: Blocked::default(),
             open: publish,
             io: Arc::clone(&io),
         };
@@ -126,6 +129,28 @@ impl DecodeLeg {
     }
 }
 
+/// An engine that was found blocked.
+#[derive(Default)]
+struct Blocked {
+    seen: Option<EngineView>,
+    /// How often it was found as it had been found before.
+    times: u32,
+}
+
+impl Blocked {
+    /// Takes a look; whether nothing has changed for so many of them.
+    fn is_for_long(&mut self, view: EngineView) -> bool {
+        let same = view.blocked && self.seen.as_ref() == Some(&view);
+        self.times = if same { self.times + 1 } else { 0 };
+        self.seen = view.blocked.then_some(view);
+        let long = self.times == LOOKS;
+        if long {
+            self.times = 0;
+        }
+        long
+    }
+}
+
 struct Owner {
     desk: Desk,
     io: Arc<Io>,
@@ -136,12 +161,15 @@ struct Owner {
     next_waiter: u64,
     /// The view as of the last look.
     seen: Arc<View>,
+    blocked: Blocked,
     open: watch::Sender<Open>,
 }
 
 impl Owner {
     async fn run(mut self, mut commands: mpsc::Receiver<Command>, stop: CancellationToken) {
         let mut views = self.io.fleet.changed();
+        let mut looks = tokio::time::interval(self.desk.limits().blocked / LOOKS);
+        looks.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             let deadline = self.desk.deadline().map(Instant::from_std);
             let timer = async {
@@ -161,6 +189,11 @@ impl Owner {
                     self.view_changed(view, &mut actions);
                 }
                 () = timer => self.desk.tick(now(), &mut actions),
+                _ = looks.tick(), if self.desk.prefills() + self.desk.decodes() > 0 => {
+                    if self.blocked.is_for_long(self.io.engine.view()) {
+                        self.desk.blocked(now(), &mut actions);
+                    }
+                }
             }
             self.carry_out(actions).await;
             self.publish();

@@ -44,6 +44,8 @@ pub struct EngineView {
     pub prompt_tokens: Option<f64>,
     /// How busy it is.
     pub load: EngineLoad,
+    /// Nothing can be computed, and somebody waits for room.
+    pub blocked: bool,
     /// Measured prefill speed.
     pub prefill_tokens_per_s: Option<f64>,
     /// Measured time between tokens of a stream.
@@ -82,6 +84,7 @@ pub enum AuditFailure {
 enum Command {
     Submit { spec: Box<SequenceSpec>, taken: oneshot::Sender<Result<Sequence, SubmitError>> },
     SubmitTo { spec: Box<SequenceSpec>, port: Port, taken: oneshot::Sender<Result<SeqId, SubmitError>> },
+    Wanted(SeqId),
     Imported(SeqId, u32),
     StartDecode(SeqId, FirstToken),
     PrefillLocally(SeqId),
@@ -155,6 +158,7 @@ impl EngineHandle {
             prefilled_tokens: 0,
             prompt_tokens: None,
             load: engine.load(),
+            blocked: false,
             prefill_tokens_per_s: None,
             itl_ms: None,
             ended: None,
@@ -206,6 +210,11 @@ impl EngineHandle {
         let (taken, answer) = oneshot::channel();
         self.send(Command::SubmitTo { spec: Box::new(spec), port, taken }).await?;
         Ok(answer.await.map_err(|_| EngineGone)??)
+    }
+
+    /// See [`Engine::wanted`].
+    pub async fn wanted(&self, id: SeqId) {
+        self.tell(Command::Wanted(id)).await;
     }
 
     /// See [`Engine::imported`].
@@ -363,7 +372,7 @@ impl Thread {
                 return;
             }
             self.dispatch(&mut events, began);
-            self.publish();
+            self.publish(idle);
         }
     }
 
@@ -396,6 +405,7 @@ impl Thread {
         match command {
             Command::Submit { spec, taken } => self.submit(*spec, taken),
             Command::SubmitTo { spec, port, taken } => self.submit_to(*spec, port, taken),
+            Command::Wanted(id) => self.engine.wanted(id),
             Command::Imported(id, upto) => self.engine.imported(id, upto),
             Command::StartDecode(id, first) => self.engine.start_decode(id, first),
             Command::PrefillLocally(id) => self.engine.prefill_locally(id),
@@ -525,13 +535,15 @@ impl Thread {
         self.kv_log.push(self.engine.take_kv_events());
     }
 
-    fn publish(&self) {
+    fn publish(&self, idle: bool) {
+        let load = self.engine.load();
         let view = EngineView {
             counts: self.engine.counts(),
             evictable: self.engine.evictable(),
             prefilled_tokens: self.prefilled,
             prompt_tokens: self.prompt_tokens.get(),
-            load: self.engine.load(),
+            load,
+            blocked: idle && load.waiting > 0,
             prefill_tokens_per_s: self.prefill_speed.get(),
             itl_ms: self.itl.get(),
             ended: None,

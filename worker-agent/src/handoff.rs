@@ -66,6 +66,8 @@ pub struct Limits {
     pub unknown_grace: Duration,
     /// How long an import may take in all.
     pub import_max: Duration,
+    /// How long an engine may compute nothing for want of blocks before one of those that wait for a peer is given up.
+    pub blocked: Duration,
     /// How long an aborted read may take to be confirmed gone.
     pub abort_max: Duration,
     /// Tickets held until those before them arrive, and blocks each may carry.
@@ -105,6 +107,7 @@ impl Default for Limits {
             stall: Duration::from_secs(10),
             unknown_grace: Duration::from_secs(2),
             import_max: Duration::from_secs(300),
+            blocked: Duration::from_secs(2),
             abort_max: Duration::from_secs(5),
             held_max: 1024,
             pull_blocks_max: 256,

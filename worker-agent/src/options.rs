@@ -194,12 +194,17 @@ impl WorkerOptions {
             }
             _ => return Err(other()),
         };
-        let limits = pool.engine.limits().map_or_else(EngineLimits::default, |limits| EngineLimits {
-            prefill_chunk_tokens: limits.prefill_chunk,
-            max_batch_sequences: limits.max_batch,
-            max_waiting_sequences: limits.max_waiting,
-            prefix_cache: limits.prefix_cache,
-        });
+        let mixed = pool.role == Role::Both;
+        let limits = match pool.engine.limits() {
+            None => EngineLimits { mixed, ..EngineLimits::default() },
+            Some(limits) => EngineLimits {
+                prefill_chunk_tokens: limits.prefill_chunk,
+                max_batch_sequences: limits.max_batch,
+                max_waiting_sequences: limits.max_waiting,
+                prefix_cache: limits.prefix_cache,
+                mixed,
+            },
+        };
         let geometry = geometry(&model_info, pool.kv.block_tokens, pool.kv.layout, pool.kv.dtype);
         let device = device_of(pool, replica);
         Ok(Self {

@@ -61,12 +61,37 @@ impl Engine {
     }
 
     /// Gives blocks to those who wait, in order, until one finds no room.
+    ///
+    /// An export that its peer has room for passes those that wait for a peer themselves, and all others while nothing is
+    /// computed: the peer's blocks are reserved for it, and come free only after it.
     pub(super) fn admit(&mut self, now: Instant, events: &mut Vec<EngineEvent>) {
-        while let Some((order, id)) = self.waiting.first_key_value().map(|(order, id)| (*order, *id)) {
-            let Some(cached_blocks) = self.room_for(id) else { return };
+        let mut share = None;
+        let (mut after, mut only_wanted) = (0, false);
+        while let Some((order, id)) = self.waiting.range(after..).next().map(|(order, id)| (*order, *id)) {
+            after = order + 1;
+            let block_tokens = self.block_tokens();
+            let Some(sequence) = self.sequences.get(&id) else { return };
+            let is_export = sequence.purpose == Purpose::Export;
+            let (wanted, unwanted) = (is_export && sequence.met, is_export && !sequence.met);
+            if only_wanted && !wanted || self.limits.mixed && unwanted {
+                continue;
+            }
+            let (waits, blocks) = (self.waits_for_peer(sequence), sequence.len().div_ceil(block_tokens));
+            if waits && !share.get_or_insert_with(|| Share::of(self)).has_room(blocks, is_export) {
+                continue;
+            }
+            let Some(cached_blocks) = self.room_for(id) else {
+                if self.running.is_empty() {
+                    only_wanted = true;
+                    continue;
+                }
+                return;
+            };
+            if let Some(share) = share.as_mut().filter(|_| waits) {
+                share.held += blocks;
+            }
             self.waiting.remove(&order);
             self.place(id, cached_blocks);
-            let block_tokens = self.block_tokens();
             let Some(sequence) = self.sequences.get_mut(&id) else { return };
             if !sequence.announced {
                 sequence.announced = true;
@@ -79,6 +104,12 @@ impl Engine {
                 });
             }
         }
+    }
+
+    /// Whether its blocks come free only after a peer has found room: one of [`Share`].
+    fn waits_for_peer(&self, sequence: &Sequence) -> bool {
+        let kind = if self.limits.mixed { Purpose::Import } else { Purpose::Export };
+        sequence.purpose == kind && !sequence.met
     }
 
     /// Whether a waiting sequence can start now: the number of its leading blocks that are cached, `None` without room.
@@ -128,5 +159,34 @@ impl Engine {
             sequence.phase = Phase::Running;
             self.running.insert(sequence.order, id);
         }
+    }
+}
+
+/// The blocks of those who wait for a peer: no more than half of all.
+///
+/// An export keeps its blocks until its peer has room for them, and an import keeps blocks until its peer has computed it.
+/// Engines full of the ones whose peers are full of the others would wait for each other for ever. So the rest of the blocks
+/// is for exports that the peer has room for: they are over soon, and the imports with them. Where imports come to the
+/// same engine, the share is theirs, and exports wait until the peer has room.
+struct Share {
+    most: u32,
+    held: u32,
+    /// The next of them does not fit: nor is another one to pass it.
+    is_full: bool,
+}
+
+impl Share {
+    fn of(engine: &Engine) -> Self {
+        // Those that wait for room have no blocks. A shared one counts for each that has it: rather too many than too few.
+        let waiting = engine.sequences.values().filter(|sequence| engine.waits_for_peer(sequence));
+        let held = waiting.map(|sequence| sequence.blocks.len() as u32).sum();
+        Self { most: engine.arena.blocks() / 2, held, is_full: false }
+    }
+
+    /// An import that is the only one may have more than half. Such an export comes when its peer has room.
+    fn has_room(&mut self, blocks: u32, is_export: bool) -> bool {
+        let alone = self.held == 0 && !is_export;
+        self.is_full |= self.held + blocks > self.most && !alone;
+        !self.is_full
     }
 }

@@ -49,6 +49,8 @@ pub(super) struct Sequence {
     pub(super) history: History,
     pub(super) digest: Digest,
     pub(super) submitted: Instant,
+    /// Of an export: its peer has room for it. Of an import: some of it has come.
+    pub(super) met: bool,
     /// Whether the owner was told of the admission.
     pub(super) announced: bool,
     /// Prompt tokens the owner was told to be in place.
@@ -78,6 +80,7 @@ impl Sequence {
             sampling: spec.sampling,
             digest: if spec.logits_digest { Digest::On(None) } else { Digest::Off },
             submitted: now,
+            met: false,
             announced: false,
             reported: 0,
             computed: 0,

@@ -58,6 +58,9 @@ pub struct EngineLimits {
     pub max_waiting_sequences: u32,
     /// Whether finished blocks are kept for later prompts that start the same.
     pub prefix_cache: bool,
+    /// Whether imports come here besides exports: exports then wait until their peer has room, and imports for which
+    /// nothing has come hold no more than half of the blocks, as exports without room at their peer do elsewhere.
+    pub mixed: bool,
 }
 
 impl Default for EngineLimits {
@@ -67,6 +70,7 @@ impl Default for EngineLimits {
             max_batch_sequences: 64,
             max_waiting_sequences: 1024,
             prefix_cache: true,
+            mixed: false,
         }
     }
 }

@@ -14,6 +14,7 @@ impl Owner {
     pub(super) async fn prefill_action(&mut self, id: HandoffId, action: PrefillAction) {
         let Some(leg) = self.prefills.get_mut(&id) else { return };
         match action {
+            PrefillAction::Wanted => self.io.engine.wanted(leg.seq).await,
             PrefillAction::Export { blocks } => {
                 let table = &leg.blocks;
                 let named =

@@ -121,6 +121,19 @@ impl Decode {
         }
     }
 
+    /// Whether the engine has no room for it yet.
+    pub fn is_queued(&self) -> bool {
+        matches!(self.phase, Phase::Queued { .. })
+    }
+
+    /// Since when it has had blocks, if nothing has come for them yet.
+    pub fn waits_since(&self) -> Option<Instant> {
+        match &self.phase {
+            Phase::Importing(import) if self.next_seq == 0 && self.held.is_empty() => Some(import.since),
+            _ => None,
+        }
+    }
+
     /// The phase, for people.
     pub fn phase(&self) -> String {
         match &self.phase {
@@ -163,6 +176,11 @@ impl Decode {
             DecodeEvent::OwnEpochChanged => self.give_up(now, GiveUp::OwnEpoch, limits, out),
             DecodeEvent::Deleted => self.give_up(now, GiveUp::Deleted, limits, out),
             DecodeEvent::Cancel => self.cancel(out),
+            DecodeEvent::Blocked => {
+                if self.waits_since().is_some() {
+                    self.give_up(now, GiveUp::Stalled, limits, out);
+                }
+            }
             DecodeEvent::Tick => self.tick(now, limits, out),
         }
     }
@@ -255,7 +273,8 @@ impl Decode {
         out: &mut Vec<DecodeAction>,
     ) {
         let Phase::Importing(_) = self.phase else { return };
-        // A want that got lost costs only the offer of blocks nobody needs, so it is not sent again.
+        // A want that got lost is not sent again: the next question says as much, and till then blocks may be offered that
+        // nobody needs, or the prompt waits for them.
         match answer {
             Ok(()) | Err(PeerFault::Unknown | PeerFault::Busy | PeerFault::Unreachable) => {}
             Err(PeerFault::Stale) => self.give_up(now, GiveUp::PeerGone, limits, out),

@@ -391,6 +391,25 @@ impl Desk {
         self.settle(now, Side::Decode, id, out);
     }
 
+    /// The engine computes nothing, and has had no room for those who wait for a while: ends one wait for a peer.
+    ///
+    /// First that of the oldest import for which nothing has come: the engine computes its prompt. Where there is none, but
+    /// imports wait for room, the largest export that its peer has no room for gives up its blocks: the peer might wait
+    /// for just those imports.
+    pub fn blocked(&mut self, now: Instant, out: &mut Vec<Action>) {
+        let imports = self.decodes.iter().filter_map(|(id, decode)| Some((decode.waits_since()?, *id)));
+        if let Some((_, id)) = imports.min() {
+            return self.decode(now, id, DecodeEvent::Blocked, out);
+        }
+        let exports =
+            self.prefills.iter().filter_map(|(id, prefill)| Some((prefill.unwanted_tokens()?, *id)));
+        if let Some((_, id)) = exports.max()
+            && self.decodes.values().any(Decode::is_queued)
+        {
+            self.prefill(now, id, PrefillEvent::Cancel, out);
+        }
+    }
+
     /// Runs every timer that is due.
     pub fn tick(&mut self, now: Instant, out: &mut Vec<Action>) {
         let expired = self.parked_tickets.expire(now).into_iter().chain(self.parked_wants.expire(now));

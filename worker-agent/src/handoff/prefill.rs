@@ -48,6 +48,8 @@ pub enum PrefillEvent {
 /// What the driver is to do.
 #[derive(Debug, Clone, PartialEq)]
 pub enum PrefillAction {
+    /// The peer has room: the engine may give all its blocks to this prompt.
+    Wanted,
     /// Bring these blocks (indices in the sequence) where the peer can read them, with their digests.
     Export {
         /// Indices.
@@ -143,6 +145,11 @@ impl Prefill {
         &self.peer
     }
 
+    /// Tokens of the prompt, if all of them are computed and the peer has not shown yet that it has room for them.
+    pub fn unwanted_tokens(&self) -> Option<u32> {
+        (self.ended.is_none() && !self.wanted && self.computed == self.prompt).then_some(self.prompt)
+    }
+
     /// How it ended, once it has.
     pub fn ended(&self) -> Option<HandoffOutcome> {
         self.ended
@@ -200,7 +207,7 @@ impl Prefill {
             }
             PrefillEvent::Want { from_token } => {
                 self.contact = now;
-                self.wanted = true;
+                self.want(out);
                 // The peer always needs the last token, whatever it says.
                 self.from_token = self.from_token.max(from_token.min(self.prompt - 1));
                 // There is room now: what was put off is answered as soon as it was read.
@@ -213,13 +220,19 @@ impl Prefill {
             PrefillEvent::Answered { seq, result } => self.answered(now, seq, result, limits, out),
             PrefillEvent::Asked => {
                 self.contact = now;
-                self.wanted = true;
+                self.want(out);
                 self.advance(now, limits, out);
             }
             PrefillEvent::PeerGone => self.end(HandoffOutcome::Cancelled, false, out),
             PrefillEvent::Cancel => self.end(HandoffOutcome::Cancelled, true, out),
             PrefillEvent::EngineFailed => self.end(HandoffOutcome::Cancelled, true, out),
             PrefillEvent::Tick => self.tick(now, limits, out),
+        }
+    }
+
+    fn want(&mut self, out: &mut Vec<PrefillAction>) {
+        if !std::mem::replace(&mut self.wanted, true) {
+            out.push(PrefillAction::Wanted);
         }
     }
 
@@ -321,7 +334,7 @@ impl Prefill {
                 if !blocks.is_empty() {
                     out.push(PrefillAction::ReleaseStaged { blocks });
                 }
-                self.wanted = true;
+                self.want(out);
                 if self.first_posted && self.posted.is_empty() {
                     self.end(HandoffOutcome::Done, false, out);
                 } else {

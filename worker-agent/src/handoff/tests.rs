@@ -129,6 +129,7 @@ fn everything() -> Faults {
         stuck_read: 200,
         client_leaves: 150,
         router_cancels: 60,
+        blocked: 100,
         never_admitted: 40,
         slow_admission: 20,
         prefill_stuck: 30,

@@ -315,11 +315,7 @@ fn admission_is_in_order_and_limited_by_batch_and_blocks() {
         engine.submit(SeqId(id), SequenceSpec { sampling: on, ..spec(tokens, 6) }, Instant::now()).unwrap();
     }
     let events = run_events(&mut engine);
-    let order: Vec<u64> = events
-        .iter()
-        .filter_map(|event| if let EngineEvent::Admitted { id, .. } = event { Some(id.0) } else { None })
-        .collect();
-    assert_eq!(order, [1, 2, 3, 4]);
+    assert_eq!(order_of_admission(&events), [1, 2, 3, 4]);
     let mut alive = 0i32;
     for event in &events {
         match event {
@@ -329,6 +325,86 @@ fn admission_is_in_order_and_limited_by_batch_and_blocks() {
         }
         assert!(alive <= 2);
     }
+}
+
+fn order_of_admission(events: &[EngineEvent]) -> Vec<u64> {
+    let admitted =
+        |event: &EngineEvent| if let EngineEvent::Admitted { id, .. } = event { Some(id.0) } else { None };
+    events.iter().filter_map(admitted).collect()
+}
+
+/// What waits for a peer with more than half of the blocks could wait for what waits here.
+#[test]
+fn who_waits_for_a_peer_leaves_half_of_the_blocks_to_those_it_has_room_for() {
+    let submit = |engine: &mut Engine, id: u64, purpose, len| {
+        let tokens = (0..len).map(|at| (at + 7 * id as u32) % VOCAB).collect();
+        engine.submit(SeqId(id), SequenceSpec { purpose, ..spec(tokens, 1) }, Instant::now()).unwrap();
+    };
+    let comes = |engine: &mut Engine| order_of_admission(&run_events(engine));
+    // Three blocks each, and the last of them two.
+    let mut engine = Shape { blocks: 20, ..WIDE }.engine();
+    (1..=5).for_each(|id| submit(&mut engine, id, Purpose::Export, 12));
+    submit(&mut engine, 6, Purpose::Export, 8);
+    assert_eq!(comes(&mut engine), [1, 2, 3]);
+    submit(&mut engine, 7, Purpose::Generate, 3);
+    assert_eq!(comes(&mut engine), [7], "it waits for no peer");
+    engine.wanted(SeqId(5));
+    assert_eq!(comes(&mut engine), [5], "it waits for none any more");
+    engine.wanted(SeqId(1));
+    assert_eq!(comes(&mut engine), [4], "nor does the first; in order");
+    engine.release(SeqId(2));
+    assert_eq!(comes(&mut engine), [6]);
+    engine.audit().unwrap();
+
+    let limits = EngineLimits { mixed: true, ..WIDE.limits };
+    let mut engine = Shape { limits, blocks: 20, ..WIDE }.engine();
+    (1..=4).for_each(|id| submit(&mut engine, id, Purpose::Import, 12));
+    submit(&mut engine, 5, Purpose::Import, 8);
+    submit(&mut engine, 6, Purpose::Export, 12);
+    assert_eq!(comes(&mut engine), [1, 2, 3]);
+    engine.wanted(SeqId(6));
+    assert_eq!(comes(&mut engine), [6]);
+    engine.imported(SeqId(2), 4);
+    assert_eq!(comes(&mut engine), [4], "one has its peer at work");
+    engine.prefill_locally(SeqId(1));
+    assert_eq!(comes(&mut engine), [5], "one has no peer any more");
+    engine.audit().unwrap();
+
+    // An import that is the only one may have more than half; an export that large comes when it is wanted.
+    let mut engine = Shape { limits, blocks: 20, ..WIDE }.engine();
+    submit(&mut engine, 1, Purpose::Import, 60);
+    submit(&mut engine, 2, Purpose::Import, 4);
+    assert_eq!(comes(&mut engine), [1]);
+    let mut engine = Shape { blocks: 20, ..WIDE }.engine();
+    submit(&mut engine, 1, Purpose::Export, 60);
+    submit(&mut engine, 2, Purpose::Export, 4);
+    assert!(comes(&mut engine).is_empty(), "none of its kind passes it");
+    engine.wanted(SeqId(1));
+    assert_eq!(comes(&mut engine), [1, 2]);
+
+    // Where all are imports, they wait for engines that are none of theirs.
+    let mut engine = Shape { blocks: 20, ..WIDE }.engine();
+    (1..=6).for_each(|id| submit(&mut engine, id, Purpose::Import, 12));
+    assert_eq!(comes(&mut engine), [1, 2, 3, 4, 5, 6]);
+}
+
+/// The peer keeps its blocks for it, and whoever waits for those may be what the first in line here waits for.
+#[test]
+fn while_nothing_is_computed_an_export_that_is_wanted_passes_whoever_has_no_room() {
+    let mut engine = Shape { blocks: 20, ..WIDE }.engine();
+    let submit = |engine: &mut Engine, id: u64, purpose, len| {
+        let tokens = (0..len).map(|at| (at + 7 * id as u32) % VOCAB).collect();
+        engine.submit(SeqId(id), SequenceSpec { purpose, ..spec(tokens, 1) }, Instant::now()).unwrap();
+        engine.wanted(SeqId(id));
+    };
+    submit(&mut engine, 1, Purpose::Export, 48);
+    submit(&mut engine, 2, Purpose::Generate, 36);
+    submit(&mut engine, 3, Purpose::Generate, 4);
+    submit(&mut engine, 4, Purpose::Export, 12);
+    assert_eq!(order_of_admission(&run_events(&mut engine)), [1, 4]);
+    engine.release(SeqId(1));
+    assert_eq!(order_of_admission(&run_events(&mut engine)), [2, 3]);
+    engine.audit().unwrap();
 }
 
 #[test]

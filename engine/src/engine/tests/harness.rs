@@ -51,6 +51,7 @@ pub(super) const WIDE: Shape = Shape {
         max_batch_sequences: 64,
         max_waiting_sequences: 64,
         prefix_cache: true,
+        mixed: false,
     },
 };
 

@@ -59,6 +59,7 @@ fn shapes(dtype: Dtype) -> Vec<Shape> {
             max_batch_sequences: batch,
             max_waiting_sequences: 64,
             prefix_cache,
+            mixed: false,
         },
     };
     vec![

@@ -89,6 +89,7 @@ impl World {
                 max_batch_sequences: rng.between(1, 8) as u32,
                 max_waiting_sequences: rng.between(2, 10) as u32,
                 prefix_cache: rng.chance(80),
+                mixed: rng.chance(50),
             },
         };
         let (p, d) = (shape((8, 40)).engine(), shape((8, 40)).engine());
@@ -290,6 +291,7 @@ impl World {
                 handoff.to = Some(blocks.clone());
                 handoff.imported = *cached_tokens;
                 self.stats.cached_tokens += u64::from(*cached_tokens);
+                self.p.wanted(id);
             }
             self.apply(event);
         }

@@ -48,6 +48,8 @@ pub enum DecodeEvent {
     Deleted,
     /// The request is over: its client left, or its engine failed.
     Cancel,
+    /// The engine computes nothing for want of blocks: an import for which nothing has come yet is computed here.
+    Blocked,
     /// Time passed.
     Tick,
 }

@@ -230,7 +230,8 @@ fn what_came_too_early_is_taken_by_the_request_it_belongs_to() {
     let mut scene = Scene::prefill();
     assert_eq!(scene.ask(want()), []);
     scene.open_prefill().unwrap();
-    assert_eq!((scene.take(), scene.desk.parked()), (vec![answer(2, Answer::Noted)], 0));
+    let wanted = Action::Prefill(ID, PrefillAction::Wanted);
+    assert_eq!((scene.take(), scene.desk.parked()), (vec![wanted, answer(2, Answer::Noted)], 0));
     scene.desk.prefill(scene.now, ID, PrefillEvent::Computed { upto: PROMPT }, &mut scene.out);
     assert_eq!(
         scene.take(),
@@ -311,6 +312,56 @@ fn late_messages_hear_how_it_ended_for_as_long_as_it_is_remembered() {
     scene.desk.decode(scene.now, ID, pulled, &mut scene.out);
     assert_eq!(ended(&scene.out), [&Action::DecodeEnded(ID, DecodeEnd::Imported)]);
     assert_eq!(scene.post(ticket()), [answer(1, Answer::Ack(TicketAck::Taken))], "its answer got lost");
+}
+
+/// An engine whose blocks are full of what waits for a peer, which may wait for this very engine.
+#[test]
+fn an_engine_that_is_blocked_ends_one_wait_after_the_other() {
+    fn blocked(scene: &mut Scene) -> Vec<Action> {
+        scene.take();
+        scene.desk.blocked(scene.now, &mut scene.out);
+        scene.take()
+    }
+    let mut scene = Scene::decode();
+    for id in 1..=4 {
+        let opening = Opening { id: HandoffId(id), ..opening(D.1, P) };
+        scene.desk.open_decode(scene.now, opening, &mut scene.out).unwrap();
+    }
+    // The one that was admitted first has its blocks coming, the last has no room.
+    for id in [3, 2, 1] {
+        let admitted = DecodeEvent::Admitted { cached: 0, local_below: 0 };
+        scene.desk.decode(scene.now, HandoffId(id), admitted, &mut scene.out);
+        scene.now += Duration::from_millis(1);
+    }
+    scene.desk.ticket(scene.now, HandoffId(3), ticket(), Waiter(1), &mut scene.out);
+    for id in [2, 1] {
+        let out = blocked(&mut scene);
+        let local = Action::DecodeEnded(HandoffId(id), DecodeEnd::Local(GiveUp::Stalled));
+        assert_eq!(ended(&out), [&local], "the oldest for which nothing came");
+        assert!(out.contains(&Action::Decode(HandoffId(id), DecodeAction::DeleteAtPeer)));
+    }
+    assert_eq!(blocked(&mut scene), []);
+    // Exports: of one that is being computed, one that the peer wants, and two that it has no room for.
+    for (id, prompt) in [(11, BLOCK), (12, 3 * BLOCK), (13, 9 * BLOCK), (14, 9 * BLOCK)] {
+        let opening = Opening { id: HandoffId(id), prompt, ..opening(D.1, P) };
+        scene.desk.open_prefill(scene.now, opening, geometry(), &mut scene.out).unwrap();
+        let computed = PrefillEvent::Computed { upto: if id == 13 { BLOCK } else { prompt } };
+        scene.desk.prefill(scene.now, HandoffId(id), computed, &mut scene.out);
+    }
+    let want = PrefillEvent::Want { from_token: 0 };
+    scene.desk.prefill(scene.now, HandoffId(14), want, &mut scene.out);
+    for id in [12, 11] {
+        let out = blocked(&mut scene);
+        let cancelled = Action::PrefillEnded(HandoffId(id), HandoffOutcome::Cancelled);
+        assert_eq!(ended(&out), [&cancelled], "the largest that nobody has room for");
+        assert!(out.contains(&Action::Prefill(HandoffId(id), PrefillAction::DeleteAtPeer)));
+    }
+    assert_eq!(blocked(&mut scene), []);
+    // Without imports that wait here, peers may take their time.
+    let mut scene = Scene::prefill();
+    scene.open_prefill().unwrap();
+    scene.desk.prefill(scene.now, ID, PrefillEvent::Computed { upto: PROMPT }, &mut scene.out);
+    assert_eq!(blocked(&mut scene), []);
 }
 
 #[test]

@@ -152,7 +152,7 @@ fn what_was_taken_makes_room_and_the_end_takes_back_the_rest() {
     let mut scene = Scene::posted();
     scene.event(PrefillEvent::Computed { upto: 2 * BLOCK });
     let out = scene.event(PrefillEvent::Answered { seq: 0, result: Ok(TicketAck::Taken) });
-    assert_eq!(out, [PrefillAction::ReleaseStaged { blocks: vec![0] }]);
+    assert_eq!(out, [PrefillAction::ReleaseStaged { blocks: vec![0] }, PrefillAction::Wanted]);
     let first = FirstToken { token: 1, logprob: None, logits_digest: None };
     scene.event(PrefillEvent::First(first));
     assert_eq!(posts(&scene.event(PrefillEvent::Exported(Ok(blocks(1..2))))), [1]);

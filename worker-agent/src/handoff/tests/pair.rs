@@ -42,6 +42,7 @@ enum Event {
     ClientLeaves,
     RouterCancels,
     Crash(Side),
+    Blocked,
     Restart(Side),
     Rejoin(Side),
     View { at: Side, peer: Option<Epoch> },
@@ -272,6 +273,10 @@ impl Pair {
             let after = offset + self.dice.micros(0..2_000_000);
             self.at(after, id, None, Event::RouterCancels);
         }
+        if self.dice.permille(faults.blocked) {
+            let after = offset + self.dice.micros(0..2_000_000);
+            self.at(after, id, None, Event::Blocked);
+        }
     }
 
     fn delay(&mut self) -> Duration {
@@ -367,6 +372,16 @@ impl Pair {
                     let worker = self.worker(side);
                     if worker.alive {
                         worker.desk.delete(now, id, &mut out);
+                        self.carry_out(side, out);
+                    }
+                }
+            }
+            Event::Blocked => {
+                for side in [Side::Prefill, Side::Decode] {
+                    let mut out = Vec::new();
+                    let worker = self.worker(side);
+                    if worker.alive {
+                        worker.desk.blocked(now, &mut out);
                         self.carry_out(side, out);
                     }
                 }

@@ -48,6 +48,8 @@ pub(in crate::handoff::tests) struct Faults {
     pub(in crate::handoff::tests) stuck_read: u64,
     pub(in crate::handoff::tests) client_leaves: u64,
     pub(in crate::handoff::tests) router_cancels: u64,
+    /// Engines that are found blocked.
+    pub(in crate::handoff::tests) blocked: u64,
     pub(in crate::handoff::tests) never_admitted: u64,
     /// Decode workers that have no room for three to four leases.
     pub(in crate::handoff::tests) slow_admission: u64,

@@ -54,6 +54,7 @@ impl Pair {
         let seed = self.seed;
         let request = self.requests.get_mut(&id).unwrap();
         match action {
+            PrefillAction::Wanted => assert!(!request.p_free, "seed {seed}: of a prompt that is over"),
             PrefillAction::Export { blocks } => {
                 assert!(!request.p_free, "seed {seed}: export of freed blocks");
                 assert!(!blocks.is_empty() && blocks.len() <= 4);
