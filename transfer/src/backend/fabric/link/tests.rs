@@ -357,7 +357,7 @@ async fn one_read(pair: &Pair, seed: u64, blocks: &[BlockRead]) -> Option<Result
         outcome
     };
     let took = start.elapsed();
-    assert!(took < Duration::from_secs(5), "it took {took:?}");
+    assert!(took < Duration::from_secs(20), "it took {took:?}");
     match &outcome {
         Ok(Ok(_)) => assert!(blocks.iter().all(|block| in_place(&into, block))),
         Ok(Err(TransferError::Integrity { corrupt, .. })) => {
