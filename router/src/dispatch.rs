@@ -43,10 +43,6 @@ const DEFAULT_BANDWIDTH: f64 = 1e9;
 /// Between two looks for a replacement worker, besides changes of the view.
 const RETRY_EVERY: std::time::Duration = std::time::Duration::from_millis(200);
 
-/// How long the view of the fleet may lag behind its workers: a conductor whose store is in trouble asks each of its members
-/// before it sees who has registered anew.
-const VIEW_LAG: std::time::Duration = std::time::Duration::from_secs(3);
-
 /// What all generations share.
 #[derive(Debug)]
 pub(crate) struct Dispatcher {
@@ -483,7 +479,7 @@ impl Generation {
         }
         // Workers that are in another life than the view says may be in view again in a moment, whatever became of the others.
         let since = *self.waits_since.get_or_insert(now);
-        if self.is_outdated() && now < since + VIEW_LAG {
+        if self.is_outdated() && now < since + self.dispatcher.timeouts.view_lag {
             return Ok(());
         }
         Err(self.exhausted())

@@ -202,6 +202,10 @@ pub struct Timeouts {
     pub frozen: Duration,
     /// For a replacement worker to appear when a stream lost its own.
     pub replacement: Duration,
+    /// For the view of the fleet and its workers to agree again: a conductor whose store is in trouble asks each of its members
+    /// before it sees who has registered anew, and a worker whose registration was done, but not answered, tries again as
+    /// another life. As long as a lease: nobody in view is away for longer.
+    pub view_lag: Duration,
     /// A stream without a byte, before a comment keeps it alive.
     pub keep_alive: Duration,
     /// Between readiness going off and the listener closing.
@@ -226,6 +230,7 @@ impl Default for Timeouts {
             // Noticed within three seconds, looked for every quarter of one.
             frozen: Duration::from_millis(2500),
             replacement: s(5),
+            view_lag: s(10),
             keep_alive: defaults::KEEP_ALIVE,
             settle: defaults::DRAIN_SETTLE,
             grace: defaults::DRAIN_GRACE,

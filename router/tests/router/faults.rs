@@ -192,7 +192,11 @@ async fn who_listens_where_a_worker_was_decides_about_no_request() {
     gone.address = stranger.url.trim_start_matches("http://").to_owned();
     for status in [404, 405] {
         stranger.always(Does::Refuses(status, "<html>"));
-        let harness = Harness::start(&[&worker], alone).await;
+        let harness = Harness::start(&[&worker], |options| {
+            alone(options);
+            options.timeouts.view_lag = Duration::from_millis(300);
+        })
+        .await;
         for (members, age, status) in
             [(vec![gone.clone(), worker.member.clone()], 60, 200), (vec![gone.clone()], 120, 503)]
         {
