@@ -10,6 +10,7 @@ pub mod client;
 pub mod etcd;
 pub mod fleet;
 pub mod load;
+pub mod part;
 pub mod process;
 pub mod prompts;
 pub mod scenario;
@@ -17,3 +18,4 @@ pub mod tamper;
 
 pub use client::{Answer, Client, Prompt};
 pub use fleet::{Fleet, FleetOptions};
+pub use part::Part;

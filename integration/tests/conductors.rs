@@ -1,15 +1,13 @@
 //! Three conductors on one etcd, killed, frozen and thawed under load: one leads, no request fails, no epoch changes.
 #![cfg(test)]
 
-use std::net::TcpListener;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use baton_integration::client::Client;
 use baton_integration::etcd::Etcd;
-use baton_integration::process::{eventually, signal};
-use baton_integration::{Prompt, binary, prompts};
+use baton_integration::process::eventually;
+use baton_integration::{Part, Prompt, binary, prompts};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::sync::watch;
@@ -18,62 +16,17 @@ const PATIENCE: Duration = Duration::from_secs(30);
 /// The conductors' lease, what etcd takes to end one, and a loaded machine.
 const TAKEOVER: Duration = Duration::from_secs(3 + 1 + 4);
 
-/// A part of the fleet; ends with this value.
-struct Part {
-    name: String,
-    child: Child,
-    url: String,
+fn conductor(fleet: &Path, name: &str) -> Part {
+    Part::start(fleet, name, &["conductor", "--name", name])
 }
 
-impl Part {
-    fn start(fleet: &Path, name: &str, arguments: &[&str]) -> Self {
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a free port");
-        let child = Command::new(binary::baton())
-            .args(arguments)
-            .args(["--config", &fleet.display().to_string(), "--listen", &address.to_string()])
-            .stdin(Stdio::null())
-            .stdout(Stdio::null())
-            .spawn()
-            .expect("baton starts");
-        Self { name: name.to_owned(), child, url: format!("http://{address}") }
-    }
-
-    fn conductor(fleet: &Path, name: &str) -> Self {
-        Self::start(fleet, name, &["conductor", "--name", name])
-    }
-
-    fn signal(&self, what: Signal) {
-        signal(self.child.id(), what);
-    }
-
-    async fn get(&self, path: &str) -> Option<String> {
-        let request = baton_conductor::http::client().get(format!("{}{path}", self.url));
-        let answer = request.timeout(Duration::from_secs(1)).send().await.ok()?;
-        if answer.status().is_success() { answer.text().await.ok() } else { None }
-    }
-
-    async fn listing(&self) -> Option<Value> {
-        serde_json::from_str(&self.get("/v1/workers").await?).ok()
-    }
-
-    async fn until_ready(&self) {
-        eventually(&format!("{} is ready", self.name), PATIENCE, async || {
-            self.get("/readyz").await.map(|_| ())
-        })
-        .await;
-    }
-}
-
-impl Drop for Part {
-    fn drop(&mut self) {
-        let _ = self.child.kill();
-        let _ = self.child.wait();
-    }
+async fn listing(part: &Part) -> Option<Value> {
+    serde_json::from_str(&part.get("/v1/workers").await?).ok()
 }
 
 /// Whom a conductor takes for the leader, if it is exactly one.
 async fn leader_by(part: &Part) -> Option<String> {
-    let listing = part.listing().await?;
+    let listing = listing(part).await?;
     let conductors = listing["conductors"].as_array()?;
     let leaders: Vec<&Value> = conductors.iter().filter(|it| it["leader"] == true).collect();
     assert!(leaders.len() <= 1, "{conductors:?}");
@@ -115,9 +68,9 @@ async fn leaders_come_and_go_and_no_request_fails() {
         etcd.endpoint(0)
     );
     std::fs::write(&fleet, document).expect("written");
-    let mut parts: Vec<Part> = ["one", "two", "three"].map(|name| Part::conductor(&fleet, name)).into();
+    let mut parts: Vec<Part> = ["one", "two", "three"].map(|name| conductor(&fleet, name)).into();
     for part in &parts {
-        part.until_ready().await;
+        part.until_ready(PATIENCE).await;
     }
     let urls = parts.iter().map(|part| part.url.clone()).collect::<Vec<_>>().join(",");
     let worker = |index: &'static str| {
@@ -128,15 +81,15 @@ async fn leaders_come_and_go_and_no_request_fails() {
     let workers = [worker("0"), worker("1")];
     let router = Part::start(&fleet, "router", &["router", "--conductor", &urls]);
     for part in &workers {
-        part.until_ready().await;
+        part.until_ready(PATIENCE).await;
     }
-    router.until_ready().await;
+    router.until_ready(PATIENCE).await;
     let ready = |listing: &Value| {
         let workers =
             listing["workers"].as_array().map_or(0, |it| it.iter().filter(|w| w["state"] == "ready").count());
         workers == 2
     };
-    let before = eventually("two workers", PATIENCE, async || parts[0].listing().await.filter(ready)).await;
+    let before = eventually("two workers", PATIENCE, async || listing(&parts[0]).await.filter(ready)).await;
 
     // Requests without a pause until the end; the first that fails ends them.
     let (stop, stopped) = watch::channel(false);
@@ -180,7 +133,7 @@ async fn leaders_come_and_go_and_no_request_fails() {
     .await;
 
     // All that happened is nothing to workers and clients.
-    let after = eventually("the listing of the last one", PATIENCE, async || frozen.listing().await).await;
+    let after = eventually("the listing of the last one", PATIENCE, async || listing(&frozen).await).await;
     assert_eq!(epochs(&after), epochs(&before), "a worker lost its epoch");
     stop.send_replace(true);
     let requests = load.join_next().await.expect("one task").expect("no panic").expect("no request failed");
@@ -192,7 +145,7 @@ async fn leaders_come_and_go_and_no_request_fails() {
     assert_eq!(replicas.send().await.expect("answers").status(), 200);
     workers[1].signal(Signal::TERM);
     eventually("one worker left", PATIENCE, async || {
-        let listing = frozen.listing().await?;
+        let listing = listing(&frozen).await?;
         (epochs(&listing).len() == 1 && listing["pools"][0]["desired"] == 3).then_some(())
     })
     .await;
