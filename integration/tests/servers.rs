@@ -297,13 +297,15 @@ async fn a_request_that_kills_servers_is_kept_from_the_third() {
 async fn a_request_that_kills_a_server_in_two_lives_does_not_get_a_third() {
     let mut server = Mortal::start(0).await;
     let front = in_front_of_urls(&[&server.url()]).await;
-    for (life, code) in [(1, "worker_lost"), (2, "request_failed_repeatedly")] {
+    for life in [1, 2] {
         eventually("it serves", NOTICED_WITHIN, async || {
             (ask(&front, "harmless").await.0 == 200).then_some(())
         })
         .await;
+        // One that is dying may still take a connection: whether anybody listens is then asked after the answer.
+        let codes = [json!("worker_lost"), json!("request_failed_repeatedly")];
         let (_, answer) = ask(&front, "deadly").await;
-        assert_eq!(answer["error"]["code"], code, "life {life}");
+        assert!(codes[..life].contains(&answer["error"]["code"]), "life {life}: {answer}");
         let died = tokio::time::timeout(NOTICED_WITHIN, server.process.wait()).await;
         assert!(died.is_ok(), "it died in life {life}");
         server = Mortal::start(server.port).await;

@@ -22,6 +22,8 @@ const DEATHS: usize = 2;
 const BARRED_FOR: Duration = Duration::from_secs(600);
 /// Cases kept; the oldest makes room.
 const CASES_MAX: usize = 1024;
+/// So soon after its end no server is back, unless it has answered something.
+const DYING: Duration = Duration::from_secs(1);
 /// For a worker to say that it lives. Who says nothing at all may be cut off, which is nobody's fault.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -60,6 +62,8 @@ pub(crate) struct Death {
     pub(crate) sent_at: Instant,
     /// and when it failed.
     pub(crate) at: Instant,
+    /// Good answers of it until then.
+    answered: u64,
     /// It is known to be dead, not only out of reach for a moment.
     certain: bool,
 }
@@ -67,13 +71,15 @@ pub(crate) struct Death {
 impl Death {
     /// One that is not certain.
     pub(crate) fn of(worker: &Arc<Worker>, sent_at: Instant, at: Instant) -> Self {
-        Self { worker: Arc::clone(worker), sent_at, at, certain: false }
+        Self { worker: Arc::clone(worker), sent_at, at, answered: worker.answered(), certain: false }
     }
 
     /// Whether it is of the same life as `later`. A worker has another epoch in another life; the server beside one just goes
-    /// on, and what was sent to it after it broke was sent to another life of it, if it did die.
+    /// on, and what was sent to it after it broke was sent to another life of it, if it did die: but one that is dying
+    /// still takes connections for a moment, without answering anything.
     fn same_life(&self, later: &Self) -> bool {
-        self.same_worker(later) && (self.worker.member.server.is_none() || later.sent_at < self.at)
+        let dying = later.sent_at < self.at + DYING && later.answered == self.answered;
+        self.same_worker(later) && (self.worker.member.server.is_none() || later.sent_at < self.at || dying)
     }
 
     fn same_worker(&self, other: &Self) -> bool {
@@ -169,7 +175,7 @@ impl Suspects {
         let mut cases = self.cases();
         let Some(case) = cases.get_mut(&print).filter(|case| !case.is_closed()) else { return };
         if died {
-            let same = case.deaths.iter_mut().filter(|known| known.is(death));
+            let same = case.deaths.iter_mut().filter(|known| known.is(death) || known.same_life(death));
             same.for_each(|known| known.certain = true);
         } else {
             case.deaths.retain(|known| !known.is(death));

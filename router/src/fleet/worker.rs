@@ -34,6 +34,7 @@ pub(crate) struct Health {
     epoch: Epoch,
     identity: u64,
     requests: AtomicU32,
+    answered: AtomicU64,
     prefill_tokens: AtomicU64,
     known: Known,
     pairs: Pairs,
@@ -83,6 +84,7 @@ impl Worker {
             epoch: member.epoch,
             identity: identity(&member.worker),
             requests: AtomicU32::new(0),
+            answered: AtomicU64::new(0),
             prefill_tokens: AtomicU64::new(0),
             known: Known::new(member.kv.as_ref().map(|kv| kv.block_tokens)),
             pairs: Pairs::default(),
@@ -155,6 +157,16 @@ impl Worker {
     /// Requests of this router on it.
     pub(crate) fn own_requests(&self) -> u32 {
         self.health.requests.load(Ordering::Relaxed)
+    }
+
+    /// Notes that it began a good answer.
+    pub(crate) fn answers(&self) {
+        self.health.answered.fetch_add(1, Ordering::Relaxed);
+    }
+
+    /// How many good answers of it this router has seen begin.
+    pub(crate) fn answered(&self) -> u64 {
+        self.health.answered.load(Ordering::Relaxed)
     }
 
     /// Notes that a connection to it failed.

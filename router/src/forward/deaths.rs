@@ -9,6 +9,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use http::Uri;
+use tokio::io::AsyncReadExt as _;
 use tokio::net::TcpStream;
 use tokio::time::{Instant, timeout};
 
@@ -20,6 +21,8 @@ use crate::reply::Refusal;
 
 /// For a connection, and for a worker to say how its server is. Who says nothing at all may be cut off, which is nobody's fault.
 const PATIENCE: Duration = Duration::from_millis(500);
+/// For a connection to a process that is ending to break.
+const DYING: Duration = Duration::from_millis(200);
 /// A server whose engine has died is given so long to end.
 const ENDS_WITHIN: Duration = Duration::from_secs(15);
 
@@ -108,8 +111,14 @@ fn address(url: &str) -> Option<(String, u16)> {
 }
 
 async fn nobody_listens((host, port): &(String, u16)) -> bool {
-    let connected = timeout(PATIENCE, TcpStream::connect((host.as_str(), *port))).await;
-    matches!(connected, Ok(Err(error)) if error.kind() == ErrorKind::ConnectionRefused)
+    match timeout(PATIENCE, TcpStream::connect((host.as_str(), *port))).await {
+        Ok(Ok(mut connection)) => {
+            // A process that ends may take connections until its last moment; one that lives waits for a request on them.
+            matches!(timeout(DYING, connection.read(&mut [0])).await, Ok(Ok(0) | Err(_)))
+        }
+        Ok(Err(error)) => error.kind() == ErrorKind::ConnectionRefused,
+        Err(_) => false,
+    }
 }
 
 #[cfg(test)]
@@ -126,10 +135,15 @@ mod tests {
     }
 
     #[tokio::test]
-    async fn only_a_refused_connection_tells_that_nobody_listens() {
+    async fn a_connection_that_is_refused_or_ended_tells_that_nobody_listens() {
         let listener = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
         let address = ("127.0.0.1".to_owned(), listener.local_addr().unwrap().port());
         assert!(!nobody_listens(&address).await);
+        let dying = async {
+            let _first = listener.accept().await.unwrap();
+            drop(listener.accept().await.unwrap());
+        };
+        assert!(tokio::join!(nobody_listens(&address), dying).0);
         drop(listener);
         assert!(nobody_listens(&address).await);
         assert!(!nobody_listens(&("no-such-host.invalid".to_owned(), 80)).await);

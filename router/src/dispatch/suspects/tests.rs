@@ -57,8 +57,25 @@ async fn one_life_ends_once() {
     suspects.broke(PRINT, Death::of(&beside, now, now + secs(2)));
     suspects.broke(PRINT, Death::of(&beside, now + secs(1), now + secs(3)));
     assert_eq!(doubts(&suspects, now + secs(3)), 0);
-    suspects.broke(PRINT, Death::of(&beside, now + secs(4), now + secs(5)));
+    // Neither is the connection that one takes while it dies another life of it.
+    suspects.broke(PRINT, Death::of(&beside, now + Duration::from_millis(2999), now + secs(4)));
+    assert_eq!(doubts(&suspects, now + secs(4)), 0);
+    suspects.broke(PRINT, Death::of(&beside, now + secs(3), now + secs(5)));
     assert_eq!(doubts(&suspects, now + secs(5)), 2);
+    // Whoever finds it dead then has found out about its life.
+    let suspects = Suspects::default();
+    suspects.broke(PRINT, Death::of(&beside, now, now + secs(2)));
+    let dying = Death::of(&beside, now + secs(2), now + secs(2));
+    suspects.broke(PRINT, dying.clone());
+    suspects.settle(PRINT, &dying, true);
+    suspects.broke(PRINT, Death::of(&worker("b", 1, None), now + secs(4), now + secs(5)));
+    assert_eq!(doubts(&suspects, now + secs(5)), 1);
+    // One that is back at once, and has answered, is another life.
+    let suspects = Suspects::default();
+    suspects.broke(PRINT, Death::of(&beside, now, now + secs(2)));
+    beside.answers();
+    suspects.broke(PRINT, Death::of(&beside, now + secs(2), now + secs(3)));
+    assert_eq!(doubts(&suspects, now + secs(3)), 2);
 }
 
 #[tokio::test(start_paused = true)]
