@@ -62,8 +62,8 @@ pub(crate) struct Death {
     pub(crate) sent_at: Instant,
     /// and when it failed.
     pub(crate) at: Instant,
-    /// Good answers of it until then.
-    answered: u64,
+    /// When its server had answered anything last.
+    answered: Option<Instant>,
     /// It is known to be dead, not only out of reach for a moment.
     certain: bool,
 }
@@ -71,14 +71,14 @@ pub(crate) struct Death {
 impl Death {
     /// One that is not certain.
     pub(crate) fn of(worker: &Arc<Worker>, sent_at: Instant, at: Instant) -> Self {
-        Self { worker: Arc::clone(worker), sent_at, at, answered: worker.answered(), certain: false }
+        Self { worker: Arc::clone(worker), sent_at, at, answered: *worker.answered(), certain: false }
     }
 
     /// Whether it is of the same life as `later`. A worker has another epoch in another life; the server beside one just goes
     /// on, and what was sent to it after it broke was sent to another life of it, if it did die: but one that is dying
     /// still takes connections for a moment, without answering anything.
     fn same_life(&self, later: &Self) -> bool {
-        let dying = later.sent_at < self.at + DYING && later.answered == self.answered;
+        let dying = later.sent_at < self.at + DYING && later.answered.is_none_or(|last| last < self.at);
         self.same_worker(later) && (self.worker.member.server.is_none() || later.sent_at < self.at || dying)
     }
 

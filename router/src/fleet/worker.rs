@@ -1,7 +1,7 @@
 //! One worker: what the conductor says of it, what it last said of itself, what this router has on it.
 
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU32, AtomicU64, Ordering};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use baton_config::prefix::BlockHash;
@@ -34,7 +34,7 @@ pub(crate) struct Health {
     epoch: Epoch,
     identity: u64,
     requests: AtomicU32,
-    answered: AtomicU64,
+    answered: Mutex<Option<Instant>>,
     prefill_tokens: AtomicU64,
     known: Known,
     pairs: Pairs,
@@ -84,7 +84,7 @@ impl Worker {
             epoch: member.epoch,
             identity: identity(&member.worker),
             requests: AtomicU32::new(0),
-            answered: AtomicU64::new(0),
+            answered: Mutex::default(),
             prefill_tokens: AtomicU64::new(0),
             known: Known::new(member.kv.as_ref().map(|kv| kv.block_tokens)),
             pairs: Pairs::default(),
@@ -159,14 +159,14 @@ impl Worker {
         self.health.requests.load(Ordering::Relaxed)
     }
 
-    /// Notes that it began a good answer.
-    pub(crate) fn answers(&self) {
-        self.health.answered.fetch_add(1, Ordering::Relaxed);
+    /// Notes that the server beside it began a good answer.
+    pub(crate) fn answers(&self, now: Instant) {
+        *self.answered() = Some(now);
     }
 
-    /// How many good answers of it this router has seen begin.
-    pub(crate) fn answered(&self) -> u64 {
-        self.health.answered.load(Ordering::Relaxed)
+    /// When the server beside it began a good answer last.
+    pub(crate) fn answered(&self) -> MutexGuard<'_, Option<Instant>> {
+        self.health.answered.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Notes that a connection to it failed.

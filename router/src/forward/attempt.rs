@@ -124,7 +124,7 @@ pub(super) async fn open(forwarder: &Forwarder, asked: &Asked, placement: Placem
     let beginning = begin(server.send(asked).ok_or_else(strange)?);
     let patience = Patience::before_the_answer(asked, forwarder.timeouts());
     let answer = patience.wait(&worker, beginning).await?;
-    worker.answers();
+    worker.answers(Instant::now());
     occupied.prefilled();
     if let Some(predicted) = predicted.filter(|_| asked.request.stream) {
         worker.calibrate(predicted.prefill_s, placed.elapsed().as_secs_f64());

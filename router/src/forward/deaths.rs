@@ -116,7 +116,7 @@ async fn nobody_listens((host, port): &(String, u16)) -> bool {
             // A process that ends may take connections until its last moment; one that lives waits for a request on them.
             matches!(timeout(DYING, connection.read(&mut [0])).await, Ok(Ok(0) | Err(_)))
         }
-        Ok(Err(error)) => error.kind() == ErrorKind::ConnectionRefused,
+        Ok(Err(error)) => matches!(error.kind(), ErrorKind::ConnectionRefused | ErrorKind::ConnectionReset),
         Err(_) => false,
     }
 }

@@ -73,7 +73,7 @@ async fn one_life_ends_once() {
     // One that is back at once, and has answered, is another life.
     let suspects = Suspects::default();
     suspects.broke(PRINT, Death::of(&beside, now, now + secs(2)));
-    beside.answers();
+    beside.answers(now + secs(2));
     suspects.broke(PRINT, Death::of(&beside, now + secs(2), now + secs(3)));
     assert_eq!(doubts(&suspects, now + secs(3)), 2);
 }
