@@ -35,7 +35,7 @@ pub enum Next {
     Batch(KvEventBatch),
     /// Nothing yet.
     Wait,
-    /// The ring does not reach back that far: a snapshot is needed.
+    /// The ring does not reach back that far, or the worker is in another life: a snapshot is needed.
     Gap,
 }
 
@@ -70,9 +70,11 @@ impl KvLog {
         self.news.subscribe()
     }
 
-    /// What follows event number `since`.
-    pub fn after(&self, since: u64) -> Next {
-        let epoch = self.news.borrow().0;
+    /// What follows event number `since` of the life `epoch`.
+    pub fn after(&self, epoch: Epoch, since: u64) -> Next {
+        if epoch != self.news.borrow().0 {
+            return Next::Gap;
+        }
         let ring = self.ring();
         let oldest = ring.last - ring.events.len() as u64 + 1;
         if since > ring.last || since + 1 < oldest {
@@ -128,13 +130,13 @@ mod tests {
         for round in 0..300u64 {
             log.push((0..round % 4).map(|i| removed(round * 10 + i)).collect());
             if round % 7 == 0 {
-                while let Next::Batch(batch) = log.after(since) {
+                while let Next::Batch(batch) = log.after(Epoch(7), since) {
                     assert_eq!((batch.epoch, batch.snapshot), (Epoch(7), false));
                     assert_eq!(batch.seq, since + batch.events.len() as u64);
                     since = batch.seq;
                     seen.extend(batch.events);
                 }
-                assert_eq!(log.after(since), Next::Wait);
+                assert_eq!(log.after(Epoch(7), since), Next::Wait);
             }
         }
         let all: Vec<_> =
@@ -145,12 +147,18 @@ mod tests {
     #[test]
     fn who_fell_behind_or_comes_from_another_life_gets_a_snapshot() {
         let log = KvLog::new(16, 10);
+        let (former, present) = (Epoch(7), Epoch(8));
+        log.set_epoch(former);
         log.push((0..25).map(removed).collect());
-        assert_eq!(log.after(14), Next::Gap);
-        assert!(matches!(log.after(15), Next::Batch(batch) if batch.events.len() == 10 && batch.seq == 25));
-        assert_eq!(log.after(26), Next::Gap, "a number this life has not reached");
+        assert_eq!(log.after(former, 14), Next::Gap);
+        assert!(
+            matches!(log.after(former, 15), Next::Batch(batch) if batch.events.len() == 10 && batch.seq == 25)
+        );
+        assert_eq!(log.after(former, 26), Next::Gap, "a number this life has not reached");
+        log.set_epoch(present);
+        assert_eq!([15, 25].map(|since| log.after(former, since)), [Next::Gap, Next::Gap]);
         let snapshot = log.snapshot(vec![removed(1)]);
-        assert_eq!((snapshot.seq, snapshot.snapshot), (25, true));
-        assert_eq!(log.after(snapshot.seq), Next::Wait);
+        assert_eq!((snapshot.epoch, snapshot.seq, snapshot.snapshot), (present, 25, true));
+        assert_eq!(log.after(present, snapshot.seq), Next::Wait);
     }
 }

@@ -53,9 +53,9 @@ async fn follow(shared: Arc<Shared>, params: Params, out: mpsc::Sender<Bytes>) {
     let mut epoch = params.epoch.map_or(news.borrow().0, Epoch);
     let mut rested = Instant::now();
     loop {
-        let current = news.borrow_and_update().0;
-        let next = if current == epoch { shared.kv_log.after(since) } else { Next::Gap };
-        let batch = match next {
+        // What is new after this wakes it again.
+        news.mark_unchanged();
+        let batch = match shared.kv_log.after(epoch, since) {
             Next::Batch(batch) => batch,
             Next::Gap => match shared.engine.kv_snapshot().await {
                 Ok(snapshot) => snapshot,
