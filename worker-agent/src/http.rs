@@ -35,7 +35,7 @@ use tokio_util::task::TaskTracker;
 
 use crate::driver::Handoffs;
 use crate::engine_thread::EngineHandle;
-use crate::in_flight::InFlight;
+use crate::in_flight::{InFlight, NoPlace, Permit};
 use crate::kv_log::KvLog;
 use crate::metrics::Metrics;
 use crate::path::Paths;
@@ -139,6 +139,16 @@ pub(crate) struct Shared {
 }
 
 impl Shared {
+    /// A place for a request. It is taken before it is asked whether any are given: whoever drains this worker then either
+    /// waits for it, or has refused it.
+    pub(crate) fn admit(&self) -> Result<Permit, NoPlace> {
+        let permit = self.in_flight.enter();
+        if !self.phase.borrow().accepts() {
+            return Err(NoPlace::Closed);
+        }
+        permit.ok_or(NoPlace::Full)
+    }
+
     /// Remembers what went wrong last, for people.
     pub(crate) fn note_error(&self, error: &str) {
         let mut last = self.last_error.lock().unwrap_or_else(PoisonError::into_inner);

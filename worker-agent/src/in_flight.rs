@@ -2,6 +2,17 @@
 
 use tokio::sync::watch;
 
+/// Why a request gets no place; the text is for whoever sent it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
+pub(crate) enum NoPlace {
+    /// The worker does not take requests yet, or any more.
+    #[error("this worker takes no new requests now")]
+    Closed,
+    /// There are as many as it takes.
+    #[error("as many requests as this worker takes are in flight")]
+    Full,
+}
+
 /// Counts requests; at most so many at once.
 #[derive(Debug)]
 pub(crate) struct InFlight {

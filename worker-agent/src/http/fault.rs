@@ -13,6 +13,7 @@ use serde::de::DeserializeOwned;
 use crate::driver::OpenFailure;
 use crate::engine_thread::TakeError;
 use crate::handoff::{Answer, OpenError};
+use crate::in_flight::NoPlace;
 use crate::validate::Invalid;
 
 /// An error answer.
@@ -86,6 +87,15 @@ impl From<TakeError> for Fault {
             }
             TakeError::Submit(_) => Self::refused(message),
             TakeError::Gone(_) => Self::unavailable(message),
+        }
+    }
+}
+
+impl From<NoPlace> for Fault {
+    fn from(why: NoPlace) -> Self {
+        match why {
+            NoPlace::Closed => Self::unavailable(why.to_string()),
+            NoPlace::Full => Self::overloaded(why.to_string()),
         }
     }
 }

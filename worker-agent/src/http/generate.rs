@@ -47,11 +47,7 @@ async fn begin(
 ) -> Result<mpsc::Receiver<Bytes>, Fault> {
     let request: GenerateRequest = parse(body)?;
     validate::generate(&request, &shared.model)?;
-    if !shared.phase.borrow().accepts() {
-        return Err(Fault::unavailable("this worker takes no new requests now"));
-    }
-    let full = || Fault::overloaded("as many requests as this worker takes are in flight");
-    let permit = shared.in_flight.enter().ok_or_else(full)?;
+    let permit = shared.admit()?;
     let (out, lines) = mpsc::channel(LINES_MAX);
     let (started, answer) = oneshot::channel();
     let task_shared = Arc::clone(shared);

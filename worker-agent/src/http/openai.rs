@@ -90,12 +90,7 @@ async fn begin(
     {
         return Err(Refusal::no_model(name));
     }
-    if !shared.phase.borrow().accepts() {
-        return Err(Refusal::new(StatusCode::SERVICE_UNAVAILABLE, "this worker takes no new requests now"));
-    }
-    let full =
-        || Refusal::new(StatusCode::TOO_MANY_REQUESTS, "as many requests as this worker takes are in flight");
-    let permit = shared.in_flight.enter().ok_or_else(full)?;
+    let permit = shared.admit()?;
     let tokens = prompt_of(&request, Some(kind), model.vocab)?;
     let prompt = u32::try_from(tokens.len()).unwrap_or(u32::MAX);
     let spec = SequenceSpec {

@@ -48,11 +48,7 @@ pub(super) async fn prefill(
 async fn begin(shared: &Arc<Shared>, body: Result<Bytes, BytesRejection>) -> Result<PrefillReply, Fault> {
     let request: PrefillRequest = parse(body)?;
     validate::prefill(&request, &shared.model)?;
-    if !shared.phase.borrow().accepts() {
-        return Err(Fault::unavailable("this worker takes no new requests now"));
-    }
-    let full = || Fault::overloaded("as many requests as this worker takes are in flight");
-    let permit = shared.in_flight.enter().ok_or_else(full)?;
+    let permit = shared.admit()?;
     let (reply, answer) = oneshot::channel();
     let (task_shared, task_metrics) = (Arc::clone(shared), shared.metrics.clone());
     shared.tasks.spawn(async move {

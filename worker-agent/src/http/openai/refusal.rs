@@ -8,6 +8,7 @@ use serde_json::json;
 
 use super::super::lines;
 use crate::engine_thread::TakeError;
+use crate::in_flight::NoPlace;
 
 /// Why a request gets no answer.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -55,6 +56,16 @@ impl From<TakeError> for Refusal {
             TakeError::Gone(_) => StatusCode::SERVICE_UNAVAILABLE,
         };
         Self::new(status, error.to_string())
+    }
+}
+
+impl From<NoPlace> for Refusal {
+    fn from(why: NoPlace) -> Self {
+        let status = match why {
+            NoPlace::Closed => StatusCode::SERVICE_UNAVAILABLE,
+            NoPlace::Full => StatusCode::TOO_MANY_REQUESTS,
+        };
+        Self::new(status, why.to_string())
     }
 }
 

@@ -407,7 +407,7 @@ fn begin(
     check_life(shared, epoch)?;
     let request = open.request().map_err(|error| Fault::refused(error.to_string()))?;
     validate::generate(&request, &shared.model)?;
-    let permit = start::admit(shared)?;
+    let permit = shared.admit()?;
     let reading = if request.whole { Reading::Together } else { Reading::Each };
     shared.tasks.spawn(start::run(Arc::clone(shared), Arc::clone(inbox), open.id, request));
     Ok((permit, reading))

@@ -12,7 +12,6 @@ use super::super::fault::Fault;
 use super::super::prompt_cost::PromptCost;
 use crate::driver::OpenFailure;
 use crate::handoff::{GiveUp, OpenError, Opening};
-use crate::in_flight::Permit;
 use crate::inbox::{self, Item, Key, Port};
 use baton_config::frames::StreamId;
 
@@ -54,15 +53,6 @@ pub(super) async fn run(shared: Arc<Shared>, inbox: Arc<Inbox>, id: StreamId, re
     if let Err(Item::Started(Ok(Started { held, .. }))) = inbox.send(key, Item::Started(started)) {
         held.let_go(&shared).await;
     }
-}
-
-/// A place for a request, unless none are given now.
-pub(super) fn admit(shared: &Shared) -> Result<Permit, Fault> {
-    if !shared.phase.borrow().accepts() {
-        return Err(Fault::unavailable("this worker takes no new requests now"));
-    }
-    let full = || Fault::overloaded("as many requests as this worker takes are in flight");
-    shared.in_flight.enter().ok_or_else(full)
 }
 
 async fn start(
