@@ -559,4 +559,4 @@ impl Thread {
 }
 
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;

@@ -1,5 +1,6 @@
 //! The life of a worker: build, join, serve, drain, leave.
 
+use std::convert::Infallible;
 use std::net::SocketAddr;
 use std::path::PathBuf;
 use std::sync::{Arc, Mutex};
@@ -18,7 +19,7 @@ use baton_transfer::import::{ImportOptions, Importer};
 use baton_transfer::{Agent, ArenaMemory, MemoryError, StartError};
 use tokio::net::TcpListener;
 use tokio::sync::watch;
-use tokio::time::{Instant, Interval};
+use tokio::time::{Instant, MissedTickBehavior};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -162,10 +163,20 @@ struct Worker {
 
 impl Worker {
     async fn build(options: WorkerOptions, listener: TcpListener, stop: Stop) -> Result<Self, RunError> {
+        let executor = load(options.engine.clone());
+        Self::build_around(executor, options, listener, stop).await
+    }
+
+    async fn build_around(
+        executor: impl Future<Output = Result<Box<dyn Executor>, RunError>>,
+        options: WorkerOptions,
+        listener: TcpListener,
+        stop: Stop,
+    ) -> Result<Self, RunError> {
         let address = listener.local_addr().map_err(RunError::system("address"))?;
         let metrics = Metrics::new().map_err(RunError::system("metrics"))?;
         let (memory, arena) = arena::build(&options.arena)?;
-        let executor = load(options.engine.clone()).await?;
+        let executor = executor.await?;
         let model = executor.model().clone();
         let engine = Engine::new(executor, arena, options.limits)?;
         let kv_log = Arc::new(KvLog::new(options.arena.geometry.block_tokens, KV_LOG_EVENTS));
@@ -227,35 +238,81 @@ impl Worker {
         Ok(member::join(&self.io.fleet, registration, options.join_timeout, &self.stop.drain).await?)
     }
 
-    /// Serves until told to stop, then drains.
+    /// Serves until told to stop, then drains; the second signal ends either.
     async fn serve(&self, membership: &Membership) -> Result<(), RunError> {
-        let mut upkeep = Upkeep::new(self, membership);
-        let first = *upkeep.epochs.borrow_and_update();
+        let mut epochs = membership.epoch();
+        let first = *epochs.borrow_and_update();
         self.enter(first).await;
+        tokio::select! {
+            biased;
+            () = self.stop.now.cancelled() => Ok(()),
+            () = self.serve_and_drain(membership) => Ok(()),
+            why = engine_ended(self.shared.engine.clone()) => Err(RunError::EngineEnded { why }),
+            never = self.keep_up(membership, epochs) => match never {},
+        }
+    }
+
+    async fn serve_and_drain(&self, membership: &Membership) {
+        let worker = &self.options.worker;
         self.phase.send_replace(Phase::Ready);
         membership.set_state(WorkerState::Ready);
-        tracing::info!(worker = %self.options.worker, address = %self.address, arena = self.memory.kind(), "ready");
-        let Some(asked_by) = upkeep.until(self.drain_asked(membership)).await? else { return Ok(()) };
+        tracing::info!(%worker, address = %self.address, arena = self.memory.kind(), "ready");
+        let asked_by = self.drain_asked(membership).await;
         let since = Instant::now();
         let drain = Drain { since, until: since + self.options.drain_grace };
         self.phase.send_replace(Phase::Leaving(drain));
         membership.set_state(WorkerState::Draining);
-        tracing::info!(worker = %self.options.worker, asked_by, grace = ?self.options.drain_grace, "draining");
-        let settled =
-            tokio::time::timeout(SETTLE_TIMEOUT, seen_leaving(&self.io.fleet, &self.options.worker));
-        if upkeep.until(settled).await?.is_none() {
-            return Ok(());
-        }
+        tracing::info!(%worker, asked_by, grace = ?self.options.drain_grace, "draining");
+        // Without a conductor it is not seen to leave: then that was time enough.
+        let _ = tokio::time::timeout(SETTLE_TIMEOUT, seen_leaving(&self.io.fleet, worker)).await;
         self.phase.send_replace(Phase::Draining(drain));
-        match upkeep.until(tokio::time::timeout_at(drain.until, self.idle())).await? {
-            None => {}
-            Some(Ok(())) => tracing::info!(after = ?since.elapsed(), "drained: nothing is left to do"),
-            Some(Err(_)) => {
+        match tokio::time::timeout_at(drain.until, self.idle()).await {
+            Ok(()) => tracing::info!(after = ?since.elapsed(), "drained: nothing is left to do"),
+            Err(_) => {
                 let left = drain_status(&self.shared);
                 tracing::warn!(?left, "the time to drain is over with requests in flight");
             }
         }
-        Ok(())
+    }
+
+    /// What goes on for as long as a worker lives, serving or draining. Each by itself: an engine that hangs keeps its audit
+    /// from ending, and nothing else.
+    async fn keep_up(&self, membership: &Membership, epochs: watch::Receiver<Option<Epoch>>) -> Infallible {
+        tokio::select! {
+            never = self.follow(epochs) => never,
+            never = self.audit_for_ever() => never,
+            never = self.tell_load(membership) => never,
+        }
+    }
+
+    /// Enters each life that the fleet gives this worker.
+    async fn follow(&self, mut epochs: watch::Receiver<Option<Epoch>>) -> Infallible {
+        while epochs.changed().await.is_ok() {
+            let epoch = *epochs.borrow_and_update();
+            self.enter(epoch).await;
+        }
+        // There will be no other: the membership has ended.
+        std::future::pending().await
+    }
+
+    async fn audit_for_ever(&self) -> Infallible {
+        let mut audits = tokio::time::interval(AUDIT_INTERVAL);
+        audits.set_missed_tick_behavior(MissedTickBehavior::Delay);
+        loop {
+            audits.tick().await;
+            if let Some(waits_for) = drain_status(&self.shared) {
+                tracing::info!(?waits_for, "draining");
+            }
+            self.audit().await;
+        }
+    }
+
+    async fn tell_load(&self, membership: &Membership) -> Infallible {
+        let mut loads = tokio::time::interval(LOAD_INTERVAL);
+        loop {
+            loads.tick().await;
+            membership.set_load(self.load());
+        }
     }
 
     /// Done when this worker shall drain; says who asked. All ways lead here: an operator's wish that the conductor
@@ -288,12 +345,17 @@ impl Worker {
     }
 
     async fn audit(&self) {
-        let stuck = self.shared.engine.stuck_for();
-        if stuck >= UNREADY_AFTER {
-            self.shared.note_error(&format!("the engine made no progress for {stuck:?}"));
-            return;
-        }
-        let failed = match self.shared.engine.audit().await {
+        let engine = &self.shared.engine;
+        // One that hangs is asked no more: whoever asks it waits in its queue.
+        let audited = match engine.stuck_for() < UNREADY_AFTER {
+            true => tokio::time::timeout(UNREADY_AFTER, engine.audit()).await.ok(),
+            false => None,
+        };
+        let Some(audited) = audited else {
+            let stuck = engine.stuck_for();
+            return self.shared.note_error(&format!("the engine made no progress for {stuck:?}"));
+        };
+        let failed = match audited {
             Ok(()) => self.io.exporter.audit().err().map(|error| error.to_string()),
             Err(AuditFailure::Audit(error)) => Some(error.to_string()),
             Err(AuditFailure::Gone(_)) => None,
@@ -353,48 +415,6 @@ impl Worker {
             join.await
         };
         in_time("the engine", tokio::time::timeout(CLOSE_TIMEOUT, ended).await.is_ok());
-    }
-}
-
-/// What goes on for as long as a worker lives, whatever else it waits for: serving or draining.
-struct Upkeep<'a> {
-    worker: &'a Worker,
-    membership: &'a Membership,
-    epochs: watch::Receiver<Option<Epoch>>,
-    audits: Interval,
-    loads: Interval,
-}
-
-impl<'a> Upkeep<'a> {
-    fn new(worker: &'a Worker, membership: &'a Membership) -> Self {
-        let (audits, loads) = (tokio::time::interval(AUDIT_INTERVAL), tokio::time::interval(LOAD_INTERVAL));
-        Self { worker, membership, epochs: membership.epoch(), audits, loads }
-    }
-
-    /// Keeps the worker going until something is done; `None` after the second signal.
-    async fn until<T>(&mut self, done: impl Future<Output = T>) -> Result<Option<T>, RunError> {
-        let worker = self.worker;
-        let engine = engine_ended(worker.shared.engine.clone());
-        tokio::pin!(done, engine);
-        loop {
-            tokio::select! {
-                biased;
-                () = worker.stop.now.cancelled() => return Ok(None),
-                out = &mut done => return Ok(Some(out)),
-                why = &mut engine => return Err(RunError::EngineEnded { why }),
-                Ok(()) = self.epochs.changed() => {
-                    let epoch = *self.epochs.borrow_and_update();
-                    worker.enter(epoch).await;
-                }
-                _ = self.audits.tick() => {
-                    worker.audit().await;
-                    if let Some(waits_for) = drain_status(&worker.shared) {
-                        tracing::info!(?waits_for, "draining");
-                    }
-                }
-                _ = self.loads.tick() => self.membership.set_load(worker.load()),
-            }
-        }
     }
 }
 

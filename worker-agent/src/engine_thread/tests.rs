@@ -124,15 +124,16 @@ impl Executor for Gated {
     }
 }
 
-fn gated() -> (Box<Gated>, Receiver<()>, SyncSender<bool>) {
+/// An executor, what tells that a pass has begun, and what lets one go on.
+pub(crate) fn gated(sim: Sim) -> (Box<dyn Executor>, Receiver<()>, SyncSender<bool>) {
     let (entered, inside) = sync_channel(8);
     let (open, go) = sync_channel(8);
-    (Box::new(Gated { sim: sim(1.0), entered, go }), inside, open)
+    (Box::new(Gated { sim, entered, go }), inside, open)
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_step_that_hangs_shows() {
-    let (executor, inside, open) = gated();
+    let (executor, inside, open) = gated(sim(1.0));
     let (engine, _thread) = start(executor);
     assert_eq!(engine.stuck_for(), Duration::ZERO);
     let mut sequence = engine.submit(spec(1)).await.unwrap();
@@ -150,7 +151,7 @@ async fn a_step_that_hangs_shows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_ends_the_engine_and_every_stream() {
-    let (executor, inside, open) = gated();
+    let (executor, inside, open) = gated(sim(1.0));
     let (engine, thread) = start(executor);
     let mut sequence = engine.submit(spec(1)).await.unwrap();
     inside.recv().unwrap();

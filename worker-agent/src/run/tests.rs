@@ -432,6 +432,22 @@ fn a_drain_ends_with_its_grace() {
 }
 
 #[test]
+fn an_engine_that_hangs_keeps_its_worker_neither_from_a_new_life_nor_from_its_end() {
+    let mut fleet = Fleet::start(Setup::sim());
+    let (d, _hangs) = fleet.stuck("d-0", Duration::from_millis(300));
+    let before = d.epoch();
+    fleet.stop_conductor();
+    fleet.start_conductor();
+    fleet.block_on(async {
+        let _waits = fleet.start_generate_alone(&d, &fleet.request(vec![1], 4));
+        until("it is in a new life", || d.epoch() > before).await;
+        assert_eq!(fleet.post_text(&d, "/v1/drain", "").await.status().as_u16(), 202);
+        d.ended().await;
+        fleet.wait_gone("d-0").await;
+    });
+}
+
+#[test]
 fn a_drained_prefill_worker_keeps_what_it_handed_out_until_it_is_read() {
     let fleet = Fleet::start(Setup::sim());
     let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));

@@ -3,6 +3,7 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::Path;
+use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -13,8 +14,9 @@ use baton_config::protocol::{
     PrefillReply, PrefillReport, PrefillRequest, Sampling, Ticket, TicketBlock, WorkerStatus,
 };
 use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvGeometry, KvLayout, Role, WorkerId};
-use baton_engine::sim::SimConfig;
-use baton_engine::{EngineLimits, ModelInfo};
+use baton_engine::engine::{Purpose, SequenceSpec};
+use baton_engine::sim::{Sim, SimConfig};
+use baton_engine::{EngineLimits, Executor, ModelInfo};
 use baton_transfer::{ArenaMemory, BackendKind, Choose, Descriptor, DigestSeed, HostMemory, block_digest};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -23,6 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::super::{Stop, Worker};
 use super::Tamper;
 use crate::driver::Handoffs;
+use crate::engine_thread::tests::gated;
 use crate::handoff::{self, Opening};
 use crate::options::{
     ArenaOptions, DeviceKind, DeviceOptions, EngineChoice, STALLED, TransferOptions, WorkerOptions, geometry,
@@ -317,12 +320,52 @@ impl Fleet {
         self.run(name, self.options(name, role, blocks, device))
     }
 
+    /// A worker whose engine is at a step that does not end before what comes with it is dropped.
+    pub(super) fn stuck(&self, name: &str, grace: Duration) -> (Running, SyncSender<bool>) {
+        let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
+        options.drain_grace = grace;
+        let (executor, inside, open) = gated(Sim::new(self.sim().unwrap(), self.model()));
+        let GenerateRequest { tokens, max_tokens, sampling, .. } = self.request(vec![1, 2, 3], 4);
+        let spec = SequenceSpec {
+            tokens,
+            generated: 0,
+            max_tokens,
+            sampling,
+            cache_salt: 0,
+            logits_digest: false,
+            purpose: Purpose::Generate,
+        };
+        let running = self.run_around(name, options, Some(executor), async |worker| {
+            worker.shared.engine.submit(spec).await.unwrap();
+            inside.recv().unwrap();
+        });
+        (running, open)
+    }
+
     fn run(&self, name: &str, options: WorkerOptions) -> Running {
+        self.run_around(name, options, None, async |_| {})
+    }
+
+    fn run_around(
+        &self,
+        name: &str,
+        options: WorkerOptions,
+        executor: Option<Box<dyn Executor>>,
+        first: impl AsyncFnOnce(&Worker),
+    ) -> Running {
         let runtime = runtime();
         let (worker, serving, address) = runtime.block_on(async {
             let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
             let address = listener.local_addr().unwrap();
-            let worker = Arc::new(Worker::build(options, listener, Stop::default()).await.unwrap());
+            let built = match executor {
+                None => Worker::build(options, listener, Stop::default()).await,
+                Some(executor) => {
+                    let executor = std::future::ready(Ok(executor));
+                    Worker::build_around(executor, options, listener, Stop::default()).await
+                }
+            };
+            let worker = Arc::new(built.unwrap());
+            first(&worker).await;
             let membership = worker.join().await.unwrap().unwrap();
             let serving = tokio_util::task::TaskTracker::new().spawn({
                 let worker = Arc::clone(&worker);
