@@ -108,14 +108,19 @@ async fn call(request: RequestBuilder) -> Result<reqwest::Response, PeerFault> {
 
 /// Nothing listens: the process is gone. Anything else may pass.
 fn fault_of(error: &reqwest::Error) -> PeerFault {
+    if is_refused(error) { PeerFault::Refused } else { PeerFault::Unreachable }
+}
+
+/// Whether nobody listens where the call went.
+pub(crate) fn is_refused(error: &reqwest::Error) -> bool {
     let mut source: Option<&(dyn std::error::Error + 'static)> = Some(error);
     while let Some(error) = source {
         if let Some(io) = error.downcast_ref::<std::io::Error>()
             && io.kind() == std::io::ErrorKind::ConnectionRefused
         {
-            return PeerFault::Refused;
+            return true;
         }
         source = error.source();
     }
-    PeerFault::Unreachable
+    false
 }

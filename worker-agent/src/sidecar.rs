@@ -268,15 +268,15 @@ impl Sidecar {
         }
     }
 
-    /// Done when the server says that it has no request. Of one that does not tell, nothing is waited for: requests do
-    /// not depend on this process.
+    /// Done when the server says that it has no request, or is gone. Of one that does not tell, nothing is waited for:
+    /// requests do not depend on this process.
     async fn idle(&self) {
         let mut seen = self.shared.seen.clone();
         let since = Instant::now();
         let idle = |seen: &Seen| {
-            // What was seen before the routers heard may have been followed by more.
+            // What it told before the routers heard may have been followed by more.
             let fresh = seen.at.is_some_and(|at| at > since);
-            fresh && seen.gauges.is_none_or(|gauges| gauges.running + gauges.waiting == 0)
+            seen.gone || (fresh && seen.gauges.is_none_or(|gauges| gauges.requests() == 0))
         };
         if seen.wait_for(idle).await.is_err() {
             std::future::pending::<()>().await;

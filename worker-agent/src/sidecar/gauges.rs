@@ -12,6 +12,35 @@ pub(super) struct Gauges {
     pub(super) tokens: Option<u64>,
 }
 
+impl Gauges {
+    /// Requests that have not ended.
+    pub(super) fn requests(&self) -> u32 {
+        self.running.saturating_add(self.waiting)
+    }
+}
+
+/// What a look learnt of how busy a server is.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Busy {
+    /// It told.
+    Told(Gauges),
+    /// It does not tell.
+    Untold,
+    /// It tells, but not this time: what it told before may still be so or not.
+    Missed,
+}
+
+impl Busy {
+    /// What it told, if that says how many requests there are; `tells` of a server that did so before.
+    pub(super) fn of(metrics: Option<&str>, tells: bool) -> Self {
+        match metrics.and_then(read) {
+            Some(gauges) => Self::Told(gauges),
+            None if tells => Self::Missed,
+            None => Self::Untold,
+        }
+    }
+}
+
 /// The metrics of one kind of server.
 struct Names {
     running: &'static str,
@@ -50,7 +79,7 @@ const KNOWN: [Names; 5] = [
 ];
 
 /// Reads the text exposition format; `None` when nothing in it tells how many requests there are.
-pub(super) fn read(text: &str) -> Option<Gauges> {
+fn read(text: &str) -> Option<Gauges> {
     let names = KNOWN.iter().find(|names| sum(text, names.running).is_some())?;
     let count = |name| sum(text, name).map_or(0, |value| value.clamp(0.0, f64::from(u32::MAX)) as u32);
     let totals = names.tokens.map(|name| sum(text, name));

@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use tokio::time::Instant;
 
-use super::gauges::Gauges;
+use super::gauges::Busy;
 
 /// Looks in a row without an answer that mean something.
 pub(super) const FAILURES_MAX: u32 = 3;
@@ -76,13 +76,18 @@ impl Health {
         self.gone_at
     }
 
+    /// Whether nobody listened at the last look that told: it works on nothing.
+    pub(super) fn is_gone(&self) -> bool {
+        self.gone
+    }
+
     /// Takes in a look; whether a canary should be sent now.
-    pub(super) fn looked(&mut self, now: Instant, look: Result<Option<Gauges>, Failure>) -> bool {
+    pub(super) fn looked(&mut self, now: Instant, look: Result<Busy, Failure>) -> bool {
         match look {
-            Ok(gauges) => {
+            Ok(busy) => {
                 self.failures = 0;
                 self.gone = false;
-                let doubt = self.doubt(now, gauges);
+                let doubt = self.doubt(now, busy);
                 self.verdict = match &self.stuck {
                     Some(why) => Verdict::Unwell(why.clone()),
                     None => Verdict::Well,
@@ -128,9 +133,14 @@ impl Health {
     }
 
     /// Whether requests stand still for so long that a canary is due.
-    fn doubt(&mut self, now: Instant, gauges: Option<Gauges>) -> bool {
-        let busy = gauges.filter(|gauges| gauges.running + gauges.waiting > 0);
-        let Some(tokens) = busy.and_then(|gauges| gauges.tokens) else {
+    fn doubt(&mut self, now: Instant, busy: Busy) -> bool {
+        let tokens = match busy {
+            Busy::Told(gauges) if gauges.requests() > 0 => gauges.tokens,
+            Busy::Told(_) | Busy::Untold => None,
+            // Neither a token nor that there was none.
+            Busy::Missed => return false,
+        };
+        let Some(tokens) = tokens else {
             // One that has nothing to do shows by a canary whether it could, if there was doubt.
             self.still = None;
             return self.stuck.is_some() && self.is_due(now);
@@ -158,13 +168,14 @@ impl Health {
 
 #[cfg(test)]
 mod tests {
+    use super::super::gauges::Gauges;
     use super::*;
 
-    fn busy(tokens: u64) -> Result<Option<Gauges>, Failure> {
-        Ok(Some(Gauges { running: 1, waiting: 0, tokens: Some(tokens) }))
+    fn busy(tokens: u64) -> Result<Busy, Failure> {
+        Ok(Busy::Told(Gauges { running: 1, waiting: 0, tokens: Some(tokens) }))
     }
 
-    fn bad() -> Result<Option<Gauges>, Failure> {
+    fn bad() -> Result<Busy, Failure> {
         Err(Failure::Bad("no answer".to_owned()))
     }
 
@@ -177,7 +188,7 @@ mod tests {
         let now = Instant::now();
         let mut health = Health::default();
         assert_eq!(*health.verdict(), Verdict::Starting);
-        health.looked(now, Ok(None));
+        health.looked(now, Ok(Busy::Untold));
         assert_eq!(*health.verdict(), Verdict::Well);
         for _ in 1..FAILURES_MAX {
             health.looked(now, bad());
@@ -185,7 +196,7 @@ mod tests {
         }
         health.looked(now, bad());
         assert!(is_unwell(&health));
-        health.looked(now, Ok(None));
+        health.looked(now, Ok(Busy::Untold));
         assert_eq!(*health.verdict(), Verdict::Well);
         health.looked(now, Err(Failure::Refused("nobody listens".to_owned())));
         assert_eq!(*health.verdict(), Verdict::Unwell("nobody listens".to_owned()));
@@ -197,14 +208,14 @@ mod tests {
         let at = |s| start + Duration::from_secs(s);
         let refused = || Err(Failure::Refused("nobody listens".to_owned()));
         let mut health = Health::default();
-        health.looked(at(0), Ok(None));
+        health.looked(at(0), Ok(Busy::Untold));
         health.looked(at(1), bad());
         assert_eq!(health.gone_at(), None, "silence is no absence");
         health.looked(at(2), refused());
         health.looked(at(3), bad());
         health.looked(at(4), refused());
         assert_eq!(health.gone_at(), Some(at(2)));
-        health.looked(at(5), Ok(None));
+        health.looked(at(5), Ok(Busy::Untold));
         assert_eq!(health.gone_at(), Some(at(2)), "that it came back does not change what was");
         health.looked(at(9), refused());
         assert_eq!(health.gone_at(), Some(at(9)));
@@ -239,7 +250,7 @@ mod tests {
         health.looked(at(0), busy(7));
         assert!(health.looked(at(10), busy(7)));
         health.canary(Canary::Dead("timed out".to_owned()));
-        let idle = || Ok(Some(Gauges { running: 0, waiting: 0, tokens: Some(7) }));
+        let idle = || Ok(Busy::Told(Gauges { running: 0, waiting: 0, tokens: Some(7) }));
         assert!(!health.looked(at(11), idle()));
         assert!(is_unwell(&health), "nothing says that it can do more now");
         assert!(health.looked(at(20), idle()));

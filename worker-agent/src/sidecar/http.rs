@@ -79,7 +79,7 @@ fn drain_status(shared: &Shared) -> Option<DrainStatus> {
     Some(DrainStatus {
         since_ms: millis(drain.since.elapsed()),
         grace_left_ms: millis(drain.until.saturating_duration_since(Instant::now())),
-        requests: gauges.running.saturating_add(gauges.waiting),
+        requests: gauges.requests(),
         requests_running: gauges.running,
         requests_waiting: gauges.waiting,
         handoffs: 0,

@@ -11,9 +11,10 @@ use baton_config::secret::{SecretFault, Token, read_api_key};
 use http::StatusCode;
 use reqwest::{RequestBuilder, Response};
 
-use super::gauges::{self, Gauges};
+use super::gauges::Busy;
 use super::health::{Canary, Failure};
 use super::{SidecarError, SidecarOptions};
+use crate::peer::is_refused;
 
 /// For a connection.
 const CONNECT_TIMEOUT: Duration = Duration::from_millis(500);
@@ -25,6 +26,8 @@ const CANARY_TIMEOUT: Duration = Duration::from_secs(20);
 const ANSWER_MAX_BYTES: usize = 4 << 20;
 /// Looks after which a server that told no gauges is asked for them again.
 const GAUGES_AGAIN: u32 = 30;
+/// Looks in a row at which a server that told gauges may fail to.
+const MISSES_MAX: u32 = 30;
 /// Where a server that has no path for it shows that it is well.
 const MODELS_PATH: &str = "/v1/models";
 
@@ -41,6 +44,8 @@ pub(super) struct Prober {
     key: Mutex<Option<Token>>,
     /// Looks until gauges are asked for.
     gauges_in: u32,
+    /// Looks at which it need not tell gauges before it counts as one that does not: none for who never told.
+    misses_left: u32,
 }
 
 impl Prober {
@@ -62,11 +67,21 @@ impl Prober {
             key_file: options.api_key_file.clone(),
             key: Mutex::new(key),
             gauges_in: 0,
+            misses_left: 0,
         })
     }
 
     /// Whether the server answers, and how busy it is if it tells.
-    pub(super) async fn look(&mut self) -> Result<Option<Gauges>, Failure> {
+    pub(super) async fn look(&mut self) -> Result<Busy, Failure> {
+        let look = self.ask().await;
+        if let Err(Failure::Refused(_)) = &look {
+            // Whoever comes back may be another server.
+            (self.gauges_in, self.misses_left) = (0, 0);
+        }
+        look
+    }
+
+    async fn ask(&mut self) -> Result<Busy, Failure> {
         let mut answer = self.get(&self.path).await?;
         let has_no_such_path =
             matches!(answer.status(), StatusCode::NOT_FOUND | StatusCode::METHOD_NOT_ALLOWED);
@@ -77,9 +92,7 @@ impl Prober {
         }
         let status = answer.status();
         if !status.is_success() {
-            if matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
-                self.read_key_again().await;
-            }
+            self.note_refusal(status).await;
             return Err(Failure::Bad(format!("GET {} is answered with {status}", self.path)));
         }
         // To its end, so that the connection can be used again.
@@ -87,20 +100,22 @@ impl Prober {
         Ok(self.gauges().await)
     }
 
-    async fn gauges(&mut self) -> Option<Gauges> {
+    async fn gauges(&mut self) -> Busy {
         if self.gauges_in > 0 {
             self.gauges_in -= 1;
-            return None;
+            return Busy::Untold;
         }
         let told = match self.get("/metrics").await {
             Ok(answer) if answer.status().is_success() => text(answer).await,
             Ok(_) | Err(_) => None,
         };
-        let gauges = told.as_deref().and_then(gauges::read);
-        if gauges.is_none() {
-            self.gauges_in = GAUGES_AGAIN;
+        let busy = Busy::of(told.as_deref(), self.misses_left > 0);
+        match busy {
+            Busy::Told(_) => self.misses_left = MISSES_MAX,
+            Busy::Untold => self.gauges_in = GAUGES_AGAIN,
+            Busy::Missed => self.misses_left -= 1,
         }
-        gauges
+        busy
     }
 
     /// Asks for one token.
@@ -113,7 +128,10 @@ impl Prober {
                 Some(_) => Canary::Sang,
                 None => Canary::Dead("its answer broke off".to_owned()),
             },
-            Ok(answer) if answer.status().is_client_error() => Canary::Mute,
+            Ok(answer) if answer.status().is_client_error() => {
+                self.note_refusal(answer.status()).await;
+                Canary::Mute
+            }
             Ok(answer) => Canary::Dead(format!("answered with {}", answer.status())),
             Err(error) => Canary::Dead(why(&error)),
         }
@@ -131,12 +149,9 @@ impl Prober {
                 Some(fault) => format!("{} {fault}", self.server),
                 None => format!("{}: {}", self.server, why(&error)),
             };
-            // A connection that takes too long to come about may be one of many to a busy host.
-            if error.is_connect() && !error.is_timeout() {
-                Failure::Refused(text)
-            } else {
-                Failure::Bad(text)
-            }
+            // What else may keep a connection from coming about says nothing of who listens: names that are not resolved,
+            // certificates, a busy host, want of file descriptors here.
+            if is_refused(&error) { Failure::Refused(text) } else { Failure::Bad(text) }
         })
     }
 
@@ -148,7 +163,10 @@ impl Prober {
     }
 
     /// The key may have been changed.
-    async fn read_key_again(&self) {
+    async fn note_refusal(&self, status: StatusCode) {
+        if !matches!(status, StatusCode::UNAUTHORIZED | StatusCode::FORBIDDEN) {
+            return;
+        }
         let Some(path) = self.key_file.clone() else { return };
         let read = tokio::task::spawn_blocking(move || read_api_key(&path)).await;
         let read: Result<Token, SecretFault> = match read {

@@ -5,7 +5,7 @@ use std::time::Duration;
 use tokio::sync::watch;
 use tokio::time::Instant;
 
-use super::gauges::Gauges;
+use super::gauges::{Busy, Gauges};
 use super::health::{Canary, Health, Verdict};
 use super::metrics::Metrics;
 use super::probe::Prober;
@@ -20,9 +20,12 @@ const RETURN_INTERVAL: Duration = Duration::from_millis(250);
 #[derive(Debug, Clone, Default)]
 pub(super) struct Seen {
     pub(super) verdict: Verdict,
+    /// What it last told of how busy it is, if it tells.
     pub(super) gauges: Option<Gauges>,
-    /// When it last answered.
+    /// When that was learnt.
     pub(super) at: Option<Instant>,
+    /// Nobody listens: it works on nothing.
+    pub(super) gone: bool,
     /// When nobody was found to listen, whether somebody does again or not.
     pub(super) gone_at: Option<Instant>,
     pub(super) last_error: Option<Mishap>,
@@ -41,33 +44,38 @@ impl Watcher {
     pub(super) async fn run(mut self) {
         let mut health = Health::default();
         loop {
+            let began = Instant::now();
             let look = self.prober.look().await;
             self.metrics.looked(look.is_ok());
             let failure = look.as_ref().err().map(ToString::to_string);
-            let gauges = look.as_ref().ok().copied();
+            let busy = look.as_ref().ok().map(|busy| (began, *busy));
             let canary_due = health.looked(Instant::now(), look);
-            self.tell(&health, gauges, failure);
+            self.tell(&health, busy, failure);
             if canary_due {
                 let canary = self.prober.canary().await;
                 self.metrics.canary(!matches!(canary, Canary::Dead(_)));
                 health.canary(canary);
-                self.tell(&health, gauges, None);
+                self.tell(&health, None, None);
             }
             let well = *health.verdict() == Verdict::Well;
             tokio::time::sleep(if well { LOOK_INTERVAL } else { RETURN_INTERVAL }).await;
         }
     }
 
-    /// `gauges` is there if the server answered.
-    fn tell(&self, health: &Health, gauges: Option<Option<Gauges>>, failure: Option<String>) {
+    /// `busy` is there if the server answered, with when it was asked: it may have told at once and taken on more since.
+    fn tell(&self, health: &Health, busy: Option<(Instant, Busy)>, failure: Option<String>) {
         let verdict = health.verdict().clone();
-        let mut news = false;
+        let (mut news, mut gauges) = (false, None);
         self.seen.send_modify(|seen| {
             news = seen.verdict != verdict;
-            if let Some(gauges) = gauges {
-                seen.gauges = gauges;
-                seen.at = Some(Instant::now());
+            seen.gone = health.is_gone();
+            match busy {
+                Some((asked, Busy::Told(gauges))) => (seen.gauges, seen.at) = (Some(gauges), Some(asked)),
+                Some((asked, Busy::Untold)) => (seen.gauges, seen.at) = (None, Some(asked)),
+                None if seen.gone => seen.gauges = None,
+                Some((_, Busy::Missed)) | None => {}
             }
+            gauges = seen.gauges;
             let what = match &verdict {
                 Verdict::Unwell(why) => Some(why.clone()),
                 Verdict::Starting | Verdict::Well => failure.clone(),
@@ -78,7 +86,7 @@ impl Watcher {
             seen.gone_at = health.gone_at();
             seen.verdict = verdict.clone();
         });
-        self.metrics.set(verdict == Verdict::Well, gauges.flatten());
+        self.metrics.set(verdict == Verdict::Well, gauges);
         if !news {
             return;
         }
