@@ -1,6 +1,6 @@
 //! All handoffs of one worker: finds the one a message is for, checks epochs, parks what comes too early.
 
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::time::Instant;
 
 use baton_config::protocol::{HandoffOutcome, HandoffStatus, PeerRef, Ticket, TicketAck, Want};
@@ -89,14 +89,14 @@ impl Parked {
     }
 }
 
-/// The handoffs of one worker.
+/// The handoffs of one worker. What is gone through is in the order of the ids: the same events have the same consequences.
 #[derive(Debug)]
 pub struct Desk {
     own: WorkerId,
     epoch: Option<Epoch>,
     limits: Limits,
-    prefills: HashMap<HandoffId, Prefill>,
-    decodes: HashMap<HandoffId, Decode>,
+    prefills: BTreeMap<HandoffId, Prefill>,
+    decodes: BTreeMap<HandoffId, Decode>,
     parked_tickets: Parking<Parked>,
     parked_wants: Parking<Parked>,
     ended: Ended<End>,
@@ -110,8 +110,8 @@ impl Desk {
         Self {
             own,
             epoch: None,
-            prefills: HashMap::new(),
-            decodes: HashMap::new(),
+            prefills: BTreeMap::new(),
+            decodes: BTreeMap::new(),
             parked_tickets: Parking::new(),
             parked_wants: Parking::new(),
             ended: Ended::new(&limits),

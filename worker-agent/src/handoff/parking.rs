@@ -1,6 +1,6 @@
 //! Messages that arrived before the request they belong to, and the memory of handoffs that ended.
 
-use std::collections::{HashMap, VecDeque};
+use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::time::{Duration, Instant};
 
 use baton_config::HandoffId;
@@ -10,13 +10,13 @@ use super::{Limits, Side};
 /// Messages of handoffs not known yet, each kept for a bounded time.
 #[derive(Debug)]
 pub(super) struct Parking<T> {
-    waiting: HashMap<HandoffId, Vec<(Instant, T)>>,
+    waiting: BTreeMap<HandoffId, Vec<(Instant, T)>>,
     count: usize,
 }
 
 impl<T> Parking<T> {
     pub(super) fn new() -> Self {
-        Self { waiting: HashMap::new(), count: 0 }
+        Self { waiting: BTreeMap::new(), count: 0 }
     }
 
     /// Keeps `message` until `until`, or until the first one of its handoff is over: posting again buys no time.

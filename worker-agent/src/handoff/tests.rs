@@ -139,6 +139,11 @@ fn everything() -> Faults {
     }
 }
 
+#[test]
+fn a_seed_replays_the_same_course() {
+    assert_eq!(many(5000..5050, everything()), many(5000..5050, everything()));
+}
+
 /// Seeds that once found a defect, in the machines or in this model of the world.
 #[test]
 fn seeds_that_failed_before() {

@@ -96,7 +96,7 @@ struct Request {
 }
 
 /// What a run came to, for tests that want to see that something did happen.
-#[derive(Debug, Default, Clone)]
+#[derive(Debug, Default, Clone, PartialEq, Eq)]
 pub(super) struct Tally {
     pub(super) steps: u64,
     pub(super) imported: u64,
