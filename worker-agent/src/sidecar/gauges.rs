@@ -120,6 +120,7 @@ mod tests {
             vllm:num_requests_waiting_by_reason{engine=\"0\"} 9.0\n\
             vllm:prompt_tokens_total{engine=\"0\"} 1e3\nvllm:generation_tokens_total{engine=\"0\"} 24\n";
         assert_eq!(read(vllm), Some(Gauges { running: 4, waiting: 2, tokens: Some(1024) }));
+        assert_eq!(read(vllm).map(|gauges| gauges.requests()), Some(6));
         let llama = "llamacpp:requests_processing 1\nllamacpp:requests_deferred 0\n";
         assert_eq!(read(llama), Some(Gauges { running: 1, waiting: 0, tokens: None }));
         let baton =

@@ -198,8 +198,29 @@ mod tests {
         assert!(is_unwell(&health));
         health.looked(now, Ok(Busy::Untold));
         assert_eq!(*health.verdict(), Verdict::Well);
+        // One look in three says nothing, however long that goes on.
+        for _ in 0..2 * FAILURES_MAX {
+            health.looked(now, bad());
+            health.looked(now, Ok(Busy::Untold));
+            assert_eq!(*health.verdict(), Verdict::Well);
+        }
         health.looked(now, Err(Failure::Refused("nobody listens".to_owned())));
         assert_eq!(*health.verdict(), Verdict::Unwell("nobody listens".to_owned()));
+    }
+
+    #[test]
+    fn only_requests_that_were_seen_to_stand_still_are_doubted() {
+        let start = Instant::now();
+        let at = |s| start + Duration::from_secs(s);
+        let idle = || Ok(Busy::Told(Gauges { running: 0, waiting: 0, tokens: Some(7) }));
+        let mut health = Health::default();
+        assert!(!health.looked(at(0), busy(7)));
+        assert!(!health.looked(at(5), idle()));
+        assert!(!health.looked(at(30), idle()), "who has nothing to do does nothing");
+        assert!(!health.looked(at(31), busy(7)), "of these nothing was seen yet");
+        assert!(!health.looked(at(35), Ok(Busy::Missed)), "nor now");
+        assert!(!health.looked(at(42), Ok(Busy::Missed)));
+        assert!(health.looked(at(43), busy(7)), "but they have stood still since");
     }
 
     #[test]

@@ -12,6 +12,7 @@ use baton_conductor::server::PoolOptions;
 use baton_config::fleet::ConductorAccess;
 use baton_config::protocol::WorkerStatus;
 use baton_config::{Epoch, Role, WorkerId};
+use gauges::Busy;
 use health::{Canary, Failure};
 
 use super::*;
@@ -209,6 +210,45 @@ async fn nobody_is_waited_for_long_and_only_who_refuses_is_not_there() {
     }
 }
 
+#[tokio::test]
+async fn a_server_may_miss_some_looks_and_one_that_does_not_tell_is_seldom_asked() {
+    let folder = key_file("looks", "sk-engine");
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = format!("http://{}", listener.local_addr().unwrap());
+    let (mood, tasks, stop) = (Arc::new(Mood::default()), TaskTracker::new(), CancellationToken::new());
+    tasks.spawn(stop.clone().run_until_cancelled_owned(serve(listener, Arc::clone(&mood))));
+    let options = options(server, Some(folder.join("key")));
+    let mut prober = Prober::new(&options).unwrap();
+    mood.is(|mood| &mood.mute, true);
+    for _ in 0..10 {
+        assert_eq!(prober.look().await, Ok(Busy::Untold));
+    }
+    assert_eq!(mood.asked.load(Ordering::SeqCst), 1);
+    mood.is(|mood| &mood.mute, false);
+    let told = async |prober: &mut Prober| matches!(prober.look().await, Ok(Busy::Told(_)));
+    let mut looks = 0;
+    while !told(&mut prober).await {
+        looks += 1;
+        assert!(looks < 100, "it is asked again");
+    }
+    mood.is(|mood| &mood.mute, true);
+    let mut missed = 0;
+    while prober.look().await == Ok(Busy::Missed) {
+        missed += 1;
+        assert!(missed < 100, "it has ceased to tell");
+    }
+    assert!(missed > 10, "{missed}");
+    // Where it was said where to look, nothing else is.
+    let options = SidecarOptions { health_path: Some("/health".to_owned()), ..options };
+    let look = Prober::new(&options).unwrap().look().await;
+    assert!(
+        matches!(&look, Err(Failure::Bad(why)) if why.contains("/health is answered with 404")),
+        "{look:?}"
+    );
+    stop.cancel();
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
 /// A conductor, a server, and a sidecar beside it.
 struct Stage {
     conductor: SocketAddr,
@@ -312,13 +352,12 @@ async fn a_server_joins_when_it_is_well_and_leaves_when_an_operator_says_so_and_
     let first = stage.is(WorkerState::Joining).await;
     let (told, ready) = stage.told().await;
     assert_eq!((told.state.as_str(), ready), ("joining", 503));
-    stage.mood.is(|mood| &mood.busy, true);
     stage.serve().await;
     assert_eq!(stage.is(WorkerState::Ready).await, first);
     let (told, ready) = stage.told().await;
     assert_eq!(
         (told.state.as_str(), ready, told.epoch, told.requests_running),
-        ("ready", 200, Some(first), 1)
+        ("ready", 200, Some(first), 0)
     );
     assert!(told.server_gone_ms.is_some(), "there was none at first");
     // Another life, of which it knows when others do.
@@ -328,11 +367,13 @@ async fn a_server_joins_when_it_is_well_and_leaves_when_an_operator_says_so_and_
     let view = tokio::time::timeout(PATIENCE, anew).await.expect("it joins again");
     let second = view.worker(&name).map(|record| (record.epoch, record.state));
     assert_eq!(stage.told().await.0.epoch.map(|epoch| (epoch, WorkerState::Ready)), second);
+    // It was idle when it was last looked at, and is not any more.
+    stage.mood.looks().await;
+    stage.mood.is(|mood| &mood.busy, true);
     stage.drain().await;
     stage.is(WorkerState::Draining).await;
     let (told, ready) = stage.told().await;
     assert_eq!((told.state.as_str(), ready), ("draining", 503));
-    assert_eq!(told.drain.map(|drain| drain.requests), Some(1));
     // Longer than anything but its request is waited for.
     tokio::time::sleep(SETTLE_TIMEOUT).await;
     stage.mood.looks().await;
@@ -340,6 +381,7 @@ async fn a_server_joins_when_it_is_well_and_leaves_when_an_operator_says_so_and_
     stage.mood.looks().await;
     stage.mood.looks().await;
     assert!(!stage.ended.is_finished(), "its request goes on");
+    assert_eq!(stage.told().await.0.drain.map(|drain| drain.requests), Some(1));
     stage.mood.is(|mood| &mood.mute, false);
     stage.mood.is(|mood| &mood.busy, false);
     stage.over().await;
