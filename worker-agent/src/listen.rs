@@ -170,4 +170,33 @@ mod tests {
         let asked = b"POST / HTTP/1.1\r\nhost: a\r\nconnection: close\r\ncontent-length: 3\r\n\r\nabc";
         assert!(heard(asked).await.0.ends_with("\r\n\r\n3"));
     }
+
+    #[tokio::test]
+    async fn a_client_that_sends_slowly_is_waited_for_and_an_idle_one_holds_up_no_end() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let routes = Router::new().route("/", post(|body: Bytes| async move { body.len().to_string() }));
+        serve(listener, routes, &tasks, stop.clone());
+        let mut client = TcpStream::connect(address).await.unwrap();
+        client.write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\n").await.unwrap();
+        // Each byte comes in time, all of them together do not.
+        tokio::time::pause();
+        for byte in b"abc" {
+            // It is read before the clock goes on.
+            client.write_all(&[*byte]).await.unwrap();
+            for _ in 0..1000 {
+                tokio::task::yield_now().await;
+            }
+            tokio::time::advance(BODY_TIMEOUT * 2 / 3).await;
+        }
+        tokio::time::resume();
+        let mut answer = vec![0; 1024];
+        let bytes = client.read(&mut answer).await.unwrap();
+        assert!(answer[..bytes].ends_with(b"\r\n\r\n3"), "{}", String::from_utf8_lossy(&answer[..bytes]));
+        // Its connection could take another request.
+        stop.cancel();
+        tasks.close();
+        tokio::time::timeout(HEAD_TIMEOUT / 2, tasks.wait()).await.expect("nobody is at a request");
+    }
 }

@@ -71,3 +71,31 @@ pub(crate) async fn seen_leaving(fleet: &Client, worker: &WorkerId) {
         std::future::pending::<()>().await;
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use futures_util::FutureExt as _;
+
+    use super::*;
+
+    #[test]
+    fn others_are_told_where_to_reach_a_worker() {
+        let told = |advertise, address: &str| told_address(advertise, address.parse().unwrap());
+        assert_eq!(told(None, "127.0.0.1:7500"), "127.0.0.1:7500");
+        assert_eq!(told(None, "[::1]:7500"), "[::1]:7500");
+        assert_eq!(told(Some("node-3.fleet.local"), "0.0.0.0:7500"), "node-3.fleet.local:7500");
+        assert_eq!(told(Some("fd00::3"), "[::]:7500"), "[fd00::3]:7500");
+        assert!(this_process() != 0 && this_process() == this_process() && this_process() < 1 << 53);
+    }
+
+    #[test]
+    fn the_end_of_a_membership_is_no_wish_to_drain() {
+        let (ask, wish) = watch::channel(false);
+        assert_eq!(asked(wish.clone()).now_or_never(), None);
+        ask.send_replace(true);
+        assert_eq!(asked(wish.clone()).now_or_never(), Some(()));
+        ask.send_replace(false);
+        drop(ask);
+        assert_eq!(asked(wish).now_or_never(), None);
+    }
+}

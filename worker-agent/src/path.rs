@@ -130,3 +130,44 @@ fn fell_back(from: &[(BackendKind, String)]) -> Option<String> {
     let each: Vec<String> = from.iter().map(|(backend, why)| format!("{backend}: {why}")).collect();
     (!each.is_empty()).then(|| each.join("; ").chars().take(REASON_MAX_CHARS).collect())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn name(text: &str) -> WorkerId {
+        text.parse().unwrap()
+    }
+
+    #[test]
+    fn what_failed_is_told_until_its_peer_leaves() {
+        let (paths, own) = (Paths::default(), name("d-0"));
+        paths.failed(&name("p-0"), &"no ".repeat(REASON_MAX_CHARS));
+        paths.round_trip(&name("p-1"), Duration::from_millis(1));
+        let told = paths.status(&own);
+        assert_eq!(told.len(), 1, "of a peer that only answered there is nothing to tell");
+        assert_eq!(
+            (&told[0].prefill, &told[0].decode, told[0].backend.as_str()),
+            (&name("p-0"), &own, "none")
+        );
+        assert_eq!(told[0].reason.chars().count(), REASON_MAX_CHARS);
+        paths.retain(|peer| (*peer == name("p-0")).then_some(Epoch(1)));
+        assert_eq!((paths.status(&own).len(), paths.paths().len()), (1, 1));
+        paths.retain(|_| None);
+        assert_eq!(paths.status(&own), []);
+    }
+
+    #[test]
+    fn only_so_many_peers_are_remembered_and_no_wait_for_a_request_counts() {
+        let paths = Paths::default();
+        for n in 0..PEERS_MAX + 10 {
+            paths.round_trip(&name(&format!("p-{n}")), ROUND_TRIP_MAX);
+        }
+        assert_eq!(paths.paths().len(), PEERS_MAX);
+        let known = name("p-0");
+        paths.round_trip(&known, Duration::from_millis(10));
+        paths.round_trip(&known, ROUND_TRIP_MAX + Duration::from_millis(1));
+        assert_eq!(paths.paths()[&known].round_trip_s.get(), Some(0.01));
+        assert_eq!(paths.costs(&known, 1.0, 1.0), None, "no read was measured");
+    }
+}

@@ -124,3 +124,73 @@ pub(crate) fn is_refused(error: &reqwest::Error) -> bool {
     }
     false
 }
+
+#[cfg(test)]
+mod tests {
+    use axum::Router;
+    use axum::extract::{Path, State};
+    use axum::response::{IntoResponse as _, Response};
+    use axum::routing::get;
+    use baton_config::Epoch;
+    use tokio::net::TcpListener;
+    use tokio_util::sync::CancellationToken;
+    use tokio_util::task::TaskTracker;
+
+    use super::*;
+
+    /// Answers a status with as many spaces before it as the id of the handoff has thousands, in the status that the rest is.
+    async fn status(State(good): State<HandoffStatus>, Path(id): Path<String>) -> Response {
+        let id = id.parse::<HandoffId>().unwrap().0 as usize;
+        let mut body = " ".repeat(id / 1000 * 1000);
+        body.push_str(&serde_json::to_string(&good).unwrap());
+        (StatusCode::from_u16((id % 1000) as u16).unwrap(), body).into_response()
+    }
+
+    #[tokio::test]
+    async fn an_answer_means_what_it_says() {
+        let (worker, phase) = ("p-0".parse().unwrap(), "prefill/queued".to_owned());
+        let good = HandoffStatus { worker, epoch: Epoch(1), phase, pending: Vec::new() };
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap().to_string();
+        let routes = Router::new().route("/v1/handoffs/{id}", get(status)).with_state(good.clone());
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        crate::listen::serve(listener, routes, &tasks, stop.clone());
+        let peers = PeerClient::new().unwrap();
+        let ask = async |id| peers.fetch_status(&address, HandoffId(id)).await;
+        assert_eq!(ask(200).await, Ok(good.clone()));
+        for (status, fault) in [
+            (404, PeerFault::Unknown),
+            (409, PeerFault::Stale),
+            (410, PeerFault::Ended),
+            (400, PeerFault::Ended),
+            (429, PeerFault::Busy),
+            (503, PeerFault::Busy),
+            (500, PeerFault::Unreachable),
+        ] {
+            assert_eq!(ask(status).await, Err(fault), "{status}");
+        }
+        // As large as an answer may be, nearly, and larger.
+        let long = (ANSWER_MAX_BYTES as u128 / 1000 - 1) * 1000;
+        assert_eq!(ask(long + 200).await, Ok(good));
+        assert_eq!(ask(long + 2200).await, Err(PeerFault::Unreachable));
+        stop.cancel();
+        tasks.close();
+        tasks.wait().await;
+        assert_eq!(ask(200).await, Err(PeerFault::Refused), "nobody listens any more");
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_peer_that_does_not_answer_is_not_waited_for() {
+        let frozen = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = frozen.local_addr().unwrap().to_string();
+        let (peers, id) = (PeerClient::new().unwrap(), HandoffId(1));
+        let begun = tokio::time::Instant::now();
+        let (worker, epoch) = ("d-0".parse().unwrap(), Epoch(1));
+        let want = Want { worker, epoch, to_epoch: epoch, from_token: 0 };
+        assert_eq!(peers.fetch_status(&address, id).await, Err(PeerFault::Unreachable));
+        assert_eq!(peers.delete(&address, id).await, Err(PeerFault::Unreachable));
+        assert!(begun.elapsed() < Duration::from_secs(3), "a frozen worker is noticed in time");
+        assert_eq!(peers.post_want(&address, id, &want).await, Err(PeerFault::Unreachable));
+        assert!(begun.elapsed() < Duration::from_secs(10));
+    }
+}

@@ -127,9 +127,6 @@ pub fn ticket(ticket: &Ticket, model: &ModelInfo) -> Result<(), Invalid> {
     }
     let g = &ticket.geometry;
     let numbers = [g.layers, g.kv_heads, g.head_dim, g.block_tokens];
-    if numbers.contains(&0) {
-        return Err(Invalid::Ticket("has blocks that hold nothing"));
-    }
     if numbers.iter().any(|number| *number > GEOMETRY_MAX) {
         return Err(Invalid::Ticket("has blocks larger than any memory"));
     }

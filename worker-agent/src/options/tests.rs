@@ -77,6 +77,40 @@ fn the_patience_of_transfers_is_that_of_the_file() {
     assert_eq!(transfer(asked), (250, 7000));
 }
 
+#[test]
+fn a_worker_gets_the_limits_of_the_file_and_each_replica_its_port() {
+    let options = options_of(
+        "engine: { kind: sim, max_batch: 3, max_waiting: 4, prefill_chunk: 5, prefix_cache: false }, \
+         limits: { in_flight: 7, body: 2MiB, drain_grace_ms: 1500 }, transfer: { port: 7600, integrity: off }",
+        2,
+    );
+    let limits = &options.limits;
+    assert_eq!((limits.max_batch_sequences, limits.max_waiting_sequences), (3, 4));
+    assert_eq!((limits.prefill_chunk_tokens, limits.prefix_cache, limits.mixed), (5, false, true));
+    assert_eq!((options.in_flight_max, options.body_max.0), (7, 2 << 20));
+    assert_eq!(options.drain_grace, Duration::from_millis(1500));
+    assert_eq!(options.transfer.listen.port(), 7602);
+    assert_eq!(options.transfer.integrity, baton_transfer::Integrity::Off);
+    let usual = options_of("engine: { kind: sim }", 2).transfer;
+    assert_eq!((usual.listen.port(), usual.integrity), (0, baton_transfer::Integrity::Digest));
+}
+
+#[test]
+fn a_token_that_the_file_names_is_used_or_nothing_starts() {
+    let file = std::env::temp_dir().join(format!("baton-transfer-token-{}", std::process::id()));
+    let key = format!("transfer: {{ auth: {{ token_file: {} }} }}", file.display());
+    let agent = || options_of(&key, 0).transfer.agent("all-0".parse().unwrap());
+    std::fs::write(&file, "0123456789abcdef0123456789abcdef\n").unwrap();
+    assert!(agent().unwrap().auth.is_some());
+    std::fs::write(&file, "short").unwrap();
+    assert!(matches!(agent(), Err(TokenFault::Token { .. })));
+    std::fs::remove_file(&file).unwrap();
+    assert!(matches!(agent(), Err(TokenFault::Read { .. })));
+    assert!(
+        options_of("accelerator: cpu", 0).transfer.agent("all-0".parse().unwrap()).unwrap().auth.is_none()
+    );
+}
+
 /// Machines with a GPU or a Neuron device have no reason to tell.
 #[test]
 fn a_machine_without_the_device_is_told_what_helps() {

@@ -1,3 +1,5 @@
+use baton_config::KvGeometry;
+
 use super::*;
 
 fn model() -> ModelInfo {
@@ -73,13 +75,14 @@ fn every_impossible_value_is_named() {
 
 #[test]
 fn no_number_at_all_is_refused_too() {
-    for field in 0..5 {
+    for field in 0..6 {
         let mut s = Sampling::default();
         let target = match field {
             0 => &mut s.temperature,
             1 => &mut s.top_p,
             2 => &mut s.min_p,
             3 => &mut s.presence_penalty,
+            4 => &mut s.frequency_penalty,
             _ => &mut s.repetition_penalty,
         };
         *target = f32::NAN;
@@ -110,5 +113,75 @@ fn an_address_can_not_smuggle_anything_into_a_url() {
         let patch = format!(r#"{{"handoff":{}}}"#, HANDOFF.replace("ADDRESS", address));
         let result = generate(&parse(&patch), &model());
         assert!(matches!(result, Err(Invalid::Address { .. })), "{address:?}: {result:?}");
+    }
+}
+
+/// A ticket with these fields instead of good ones.
+fn ticket_with(patch: &str) -> Ticket {
+    let geometry = KvGeometry { layers: 1, kv_heads: 1, head_dim: 8, block_tokens: 16, ..KvGeometry::PLAIN };
+    let mut value = serde_json::json!({
+        "worker": "p", "epoch": 1, "to_epoch": 2, "seq": 0, "geometry": geometry, "tokens": 64, "blocks": [],
+        "first": { "token": 99, "logprob": null, "logits_digest": null },
+    });
+    for (path, new) in serde_json::from_str::<serde_json::Map<_, _>>(patch).unwrap() {
+        *value.pointer_mut(&path).unwrap() = new;
+    }
+    serde_json::from_value(value).unwrap()
+}
+
+#[test]
+fn a_ticket_that_cannot_be_is_refused_before_anybody_reckons_with_it() {
+    ticket(&ticket_with("{}"), &model()).unwrap();
+    ticket(&ticket_with(r#"{"/first":null}"#), &model()).unwrap();
+    let blocks = |count| {
+        serde_json::json!(vec![serde_json::json!({"index":0,"region":0,"offset":0,"digest":0}); count])
+    };
+    let top = |count| serde_json::json!({ "logprob": -1.0, "top": vec![(1, -1.0); count] });
+    ticket(&ticket_with(&format!(r#"{{"/blocks":{}}}"#, blocks(TICKET_BLOCKS_MAX))), &model()).unwrap();
+    ticket(&ticket_with(&format!(r#"{{"/first/logprob":{}}}"#, top(FIRST_TOP_MAX))), &model()).unwrap();
+    for (patch, message) in [
+        (format!(r#"{{"/blocks":{}}}"#, blocks(TICKET_BLOCKS_MAX + 1)), "blocks has 4097"),
+        (r#"{"/geometry/head_dim":0}"#.to_owned(), "every count must be at least 1"),
+        (r#"{"/geometry/layers":0}"#.to_owned(), "every count must be at least 1"),
+        (r#"{"/geometry/layers":16385}"#.to_owned(), "larger than any memory"),
+        (
+            r#"{"/geometry/layers":16384,"/geometry/head_dim":16384,"/geometry/kv_heads":16384}"#.to_owned(),
+            "every count",
+        ),
+        (r#"{"/tokens":65}"#.to_owned(), "65 tokens do not fit"),
+        (r#"{"/first/token":100}"#.to_owned(), "first holds token 100"),
+        (format!(r#"{{"/first/logprob":{}}}"#, top(FIRST_TOP_MAX + 1)), "first.logprob.top has 21"),
+    ] {
+        let error = ticket(&ticket_with(&patch), &model()).unwrap_err().to_string();
+        assert!(error.contains(message), "{patch}: {error}");
+    }
+}
+
+#[test]
+fn whatever_is_listed_has_an_end() {
+    let ids = |count: usize| vec![1; count];
+    let biases = |count: usize| vec![(1, 0.5); count];
+    for (patch, max) in [
+        (format!(r#"{{"sampling":{{"stop_tokens":{:?}}}}}"#, ids(STOP_TOKENS_MAX)), None),
+        (
+            format!(r#"{{"sampling":{{"stop_tokens":{:?}}}}}"#, ids(STOP_TOKENS_MAX + 1)),
+            Some(STOP_TOKENS_MAX),
+        ),
+        (format!(r#"{{"sampling":{{"logit_bias":{}}}}}"#, serde_json::json!(biases(100))), None),
+        (format!(r#"{{"sampling":{{"logit_bias":{}}}}}"#, serde_json::json!(biases(101))), Some(100)),
+    ] {
+        match (generate(&parse(&patch), &model()), max) {
+            (Ok(()), None) => {}
+            (Err(Invalid::TooMany { max, .. }), Some(expected)) => assert_eq!(max, expected),
+            (result, _) => panic!("{result:?}"),
+        }
+    }
+    for (length, good) in [(ADDRESS_MAX_BYTES, true), (ADDRESS_MAX_BYTES + 1, false)] {
+        let address = format!("{}:1", "a".repeat(length - 2));
+        let handoff = HANDOFF.replace("ADDRESS", &address);
+        let result = generate(&parse(&format!(r#"{{"handoff":{handoff}}}"#)), &model());
+        assert_eq!(result.is_ok(), good, "{length} bytes");
+        let body = format!(r#"{{"request_id":"r","tokens":[1],"handoff":{handoff}}}"#);
+        assert_eq!(prefill(&serde_json::from_str(&body).unwrap(), &model()).is_ok(), good, "{length} bytes");
     }
 }
