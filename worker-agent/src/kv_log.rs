@@ -145,6 +145,19 @@ mod tests {
     }
 
     #[test]
+    fn a_line_has_so_many_events_and_the_next_one_goes_on_after_them() {
+        let log = KvLog::new(16, 1000);
+        log.push((0..600).map(removed).collect());
+        let mut since = 0;
+        for (seq, first, len) in [(256, 0, 256), (512, 256, 256), (600, 512, 88)] {
+            let Next::Batch(batch) = log.after(Epoch(0), since) else { panic!("there are more") };
+            assert_eq!((batch.seq, batch.events.len(), &batch.events[0]), (seq, len, &removed(first)));
+            since = batch.seq;
+        }
+        assert_eq!(log.after(Epoch(0), since), Next::Wait);
+    }
+
+    #[test]
     fn who_fell_behind_or_comes_from_another_life_gets_a_snapshot() {
         let log = KvLog::new(16, 10);
         let (former, present) = (Epoch(7), Epoch(8));

@@ -100,11 +100,20 @@ async fn a_cancel_does_not_wait_for_modelled_time() {
     assert!(sequence.events.recv().await.is_none());
 }
 
+/// How a pass ends.
+pub(crate) enum Pass {
+    Well,
+    /// What was computed is no good.
+    Badly,
+    /// A bug of the engine.
+    InPanic,
+}
+
 /// An executor whose passes wait for the test.
 struct Gated {
     sim: Sim,
     entered: SyncSender<()>,
-    go: Receiver<bool>,
+    go: Receiver<Pass>,
 }
 
 impl Executor for Gated {
@@ -119,31 +128,42 @@ impl Executor for Gated {
         out: &mut Forward,
     ) -> Result<(), ExecuteError> {
         self.entered.send(()).unwrap();
-        assert!(self.go.recv().unwrap(), "a bug of the engine");
-        self.sim.forward(arena, batch, out)
+        match self.go.recv().unwrap() {
+            Pass::Well => self.sim.forward(arena, batch, out),
+            Pass::Badly => Err(ExecuteError::Broken { reason: "no good".to_owned() }),
+            Pass::InPanic => panic!("a bug of the engine"),
+        }
     }
 }
 
-/// An executor, what tells that a pass has begun, and what lets one go on.
-pub(crate) fn gated(sim: Sim) -> (Box<dyn Executor>, Receiver<()>, SyncSender<bool>) {
-    let (entered, inside) = sync_channel(8);
+/// What a test has of the passes of an executor.
+pub(crate) struct Passes {
+    /// One has begun.
+    pub(crate) begun: Receiver<()>,
+    /// How one ends.
+    pub(crate) go: SyncSender<Pass>,
+}
+
+/// An executor whose passes wait for the test.
+pub(crate) fn gated(sim: Sim) -> (Box<dyn Executor>, Passes) {
+    let (entered, begun) = sync_channel(8);
     let (open, go) = sync_channel(8);
-    (Box::new(Gated { sim, entered, go }), inside, open)
+    (Box::new(Gated { sim, entered, go }), Passes { begun, go: open })
 }
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_step_that_hangs_shows() {
-    let (executor, inside, open) = gated(sim(1.0));
+    let (executor, passes) = gated(sim(1.0));
     let (engine, _thread) = start(executor);
     assert_eq!(engine.stuck_for(), Duration::ZERO);
     let mut sequence = engine.submit(spec(1)).await.unwrap();
-    inside.recv().unwrap();
+    passes.begun.recv().unwrap();
     let deadline = Instant::now() + Duration::from_secs(20);
     while engine.stuck_for() < Duration::from_millis(20) {
         assert!(Instant::now() < deadline);
         tokio::task::yield_now().await;
     }
-    open.send(true).unwrap();
+    passes.go.send(Pass::Well).unwrap();
     assert_eq!(tokens(&mut sequence).await, 1);
     until(&engine, |view| view.load.running == 0).await;
     assert_eq!(engine.stuck_for(), Duration::ZERO);
@@ -151,11 +171,11 @@ async fn a_step_that_hangs_shows() {
 
 #[tokio::test(flavor = "multi_thread")]
 async fn a_panic_ends_the_engine_and_every_stream() {
-    let (executor, inside, open) = gated(sim(1.0));
+    let (executor, passes) = gated(sim(1.0));
     let (engine, thread) = start(executor);
     let mut sequence = engine.submit(spec(1)).await.unwrap();
-    inside.recv().unwrap();
-    open.send(false).unwrap();
+    passes.begun.recv().unwrap();
+    passes.go.send(Pass::InPanic).unwrap();
     thread.join().unwrap();
     assert_eq!(tokens(&mut sequence).await, 0);
     assert!(engine.view().ended.unwrap().contains("panicked"));

@@ -15,6 +15,8 @@ use baton_config::{Epoch, HandoffId, KvLayout};
 use baton_engine::sim::oracle;
 use baton_transfer::{ArenaMemory, BackendKind};
 
+use crate::engine_thread::tests::Pass;
+use crate::handoff::Limits;
 use fleet::{Fleet, Setup, prompt, until};
 use tamper::Tamper;
 
@@ -141,7 +143,15 @@ fn only_what_is_not_cached_moves() {
         assert_eq!((apart.report.cached_tokens, apart.report.imported_tokens), (128, 40));
         // Blocks of 32 tokens at the source: 40 tokens lie in two of them.
         assert_eq!(apart.report.imported_bytes, 2 * 32 * bytes_per_token);
-        assert_eq!(reply.unwrap().cached_tokens, 128);
+        let reply = reply.unwrap();
+        assert_eq!((reply.cached_tokens, reply.computed_tokens), (128, 40));
+        for (worker, cached, computed, imported) in [(&p, 128, 168, 0), (&d, 128, 0, 168)] {
+            let text = worker.text("/metrics").await;
+            for (kind, tokens) in [("cached", cached), ("computed", computed), ("imported", imported)] {
+                let line = format!("baton_agent_tokens_total{{kind=\"{kind}\"}} {tokens}\n");
+                assert!(text.contains(&line), "{line} in {text}");
+            }
+        }
         assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &longer, 4));
     });
 }
@@ -328,6 +338,14 @@ fn messages_of_another_life_are_refused_and_counted() {
         assert_eq!(fleet.post(&p, &path, &want).await.unwrap().status().as_u16(), 409);
         assert!(d.text("/metrics").await.contains("baton_stale_epoch_refused_total 1"));
         assert!(p.text("/metrics").await.contains("baton_stale_epoch_refused_total 1"));
+        let mut opening = serde_json::to_value(&body).unwrap();
+        opening
+            .as_object_mut()
+            .unwrap()
+            .retain(|key, _| ["request_id", "tokens", "handoff"].contains(&key.as_str()));
+        assert_eq!(fleet.post(&d, "/v1/prefill", &opening).await.unwrap().status().as_u16(), 409);
+        // By the end of this one the engine has seen the others.
+        fleet.generate(&d, &request).await;
         until("what was begun before it was refused is back", || d.in_use() == 0).await;
     });
 }
@@ -383,10 +401,11 @@ fn a_drained_worker_finishes_what_it_has_and_leaves() {
         let waits_for = status.drain.expect("what it waits for");
         assert_eq!((waits_for.requests, waits_for.requests_running, waits_for.handoffs), (1, 1, 0));
         assert!(waits_for.blocks_held > 0 && waits_for.grace_left_ms <= 20_000, "{waits_for:?}");
+        d.ended().await;
+        assert_eq!(d.in_flight(), 0, "it was waited for");
         let done = running.await.unwrap();
         assert_eq!(done.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 60));
         assert_eq!(done.reason, Some(FinishReason::Length));
-        d.ended().await;
         fleet.wait_gone("d-0").await;
     });
 }
@@ -448,6 +467,121 @@ fn an_engine_that_hangs_keeps_its_worker_neither_from_a_new_life_nor_from_its_en
 }
 
 #[test]
+fn a_worker_whose_engine_dies_says_so_and_ends() {
+    let fleet = Fleet::start(Setup::sim());
+    let (d, passes) = fleet.stuck("d-0", Duration::from_secs(3600));
+    fleet.block_on(async {
+        let waits = fleet.start_post(d.address(), "/v1/generate", &fleet.request(vec![1], 4));
+        until("it is in flight", || d.in_flight() == 1).await;
+        assert_eq!(d.get("/livez").await.status().as_u16(), 200);
+        // A bug of the engine.
+        passes.go.send(Pass::InPanic).unwrap();
+        let end = d.end().await;
+        assert!(matches!(end, Err(super::RunError::EngineEnded { .. })), "{end:?}");
+        let told = waits.await.unwrap().unwrap();
+        assert!(told.contains("unavailable"), "{told}");
+        assert_eq!(d.status().await.state, "unhealthy");
+        for path in ["/livez", "/readyz"] {
+            let answer = d.get(path).await;
+            assert_eq!(answer.status().as_u16(), 503, "{path}");
+            assert!(answer.text().await.unwrap().contains("engine"), "{path}");
+        }
+    });
+}
+
+#[test]
+fn a_prefill_ends_with_its_engine_and_with_its_router() {
+    let fleet = Fleet::start(Setup::sim());
+    // Its decode side takes connections and never says a word: only the lease would end it.
+    let silent = fleet.block_on(tokio::net::TcpListener::bind("127.0.0.1:0")).unwrap();
+    let prefill = |p: &fleet::Running, id| {
+        serde_json::json!({
+            "request_id": "r", "tokens": [1, 2, 3], "handoff": {
+                "id": HandoffId(id), "own_epoch": p.epoch(),
+                "peer": { "worker": "d-9", "epoch": 1, "address": silent.local_addr().unwrap() },
+            },
+        })
+    };
+    for (pass, next) in [(Pass::Well, Pass::InPanic), (Pass::Well, Pass::Badly)] {
+        let name = if matches!(next, Pass::Badly) { "p-1" } else { "p-0" };
+        let (p, passes) = fleet.stuck(name, Duration::ZERO);
+        fleet.block_on(async {
+            let reply = fleet.start_post(p.address(), "/v1/prefill", &prefill(&p, 1));
+            until("it is taken", || p.in_flight() == 1).await;
+            // It waits for the end of the pass under way; the next one is its own.
+            tokio::time::sleep(Duration::from_millis(200)).await;
+            for pass in [pass, next] {
+                passes.go.send(pass).unwrap();
+            }
+            let reply =
+                tokio::time::timeout(fleet::PATIENCE, reply).await.expect("it ends").unwrap().unwrap();
+            assert!(reply.contains("cancelled") || reply.contains("unavailable"), "{reply}");
+            until("nothing is in flight", || p.in_flight() == 0 && p.leases() == 0).await;
+        });
+    }
+    let p = fleet.prefill("p-2");
+    fleet.block_on(async {
+        let reply = fleet.start_post(p.address(), "/v1/prefill", &prefill(&p, 1));
+        until("its blocks are handed out", || p.leases() == 1 && p.in_use() > 0).await;
+        reply.abort();
+        until("nothing is held", || p.in_flight() == 0 && p.leases() == 0 && p.in_use() == 0).await;
+        p.audit().await;
+    });
+}
+
+#[test]
+fn an_operator_drains_a_worker_by_the_conductor_who_knows_how_busy_it_is() {
+    let fleet = Fleet::start(Setup { decode_us: 10_000.0, ..Setup::sim() });
+    let d = fleet.decode("d-0");
+    fleet.block_on(async {
+        let request = fleet.request(prompt(1, 20, fleet.vocab()), 300);
+        let running = fleet.start_generate_alone(&d, &request);
+        let deadline = std::time::Instant::now() + fleet::PATIENCE;
+        while fleet.told("d-0").await["load"]["requests_running"] != 1 {
+            assert!(std::time::Instant::now() < deadline, "never told: {}", fleet.told("d-0").await);
+            tokio::time::sleep(Duration::from_millis(20)).await;
+        }
+        assert_eq!(d.get("/readyz").await.status().as_u16(), 200);
+        fleet.wish_drain("d-0").await;
+        until("it says so", || d.readyz() == 503).await;
+        assert_eq!(d.get("/readyz").await.text().await.unwrap(), "draining\n");
+        d.ended().await;
+        assert_eq!(running.await.unwrap().tokens.len(), 300);
+    });
+}
+
+#[test]
+fn what_was_forgotten_is_found_and_counted() {
+    let fleet = Fleet::start(Setup::sim());
+    let limits = Limits { lease: Duration::from_millis(20), ..Limits::default() };
+    let p = fleet.prefill_with_limits("p-0", limits);
+    fleet.block_on(async {
+        assert_eq!(p.forget_an_export().await, 0, "it was taken back");
+        assert!(p.text("/metrics").await.contains("baton_agent_audit_failures_total 1"));
+    });
+    assert_eq!(
+        [(0, 100), (1_000, 100), (10_000, 0)].map(|(s, b)| super::staging_slots(s, b)),
+        [8, 10, 10_000]
+    );
+}
+
+#[test]
+fn a_client_that_leaves_ends_its_request_before_its_first_token_and_after() {
+    let fleet = Fleet::start(Setup { us_per_token: 12_000.0, decode_us: 20_000.0, ..Setup::sim() });
+    let d = fleet.alone("d-0");
+    fleet.block_on(async {
+        // Half a minute until its first token, and the same until its last.
+        for (length, tokens) in [(1900, 4), (1, 1900)] {
+            let request = fleet.request(prompt(1, length, fleet.vocab()), tokens);
+            let running = fleet.start_generate_alone(&d, &request);
+            until("it runs", || d.in_use() > 0).await;
+            drop(running);
+            until("it is given up", || d.in_flight() == 0 && d.in_use() == 0).await;
+        }
+    });
+}
+
+#[test]
 fn a_drained_prefill_worker_keeps_what_it_handed_out_until_it_is_read() {
     let fleet = Fleet::start(Setup::sim());
     let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
@@ -461,6 +595,8 @@ fn a_drained_prefill_worker_keeps_what_it_handed_out_until_it_is_read() {
             until("it takes no more", || p.refuses()).await;
             let waits_for = p.status().await.drain.expect("what it waits for");
             assert_eq!((waits_for.requests, waits_for.leases, waits_for.handoffs), (1, 1, 1));
+            tokio::time::sleep(Duration::from_millis(300)).await;
+            assert!(!p.has_ended(), "it was not read yet");
             let apart = fleet.generate_from(&d, &p, &request, 1).await;
             assert_eq!((apart.report.fallback, apart.report.imported_tokens), (None, 200));
             assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 4));
@@ -477,6 +613,7 @@ fn kv_events_can_be_followed_and_taken_up_again() {
     let fleet = Fleet::start(Setup { prefix_cache: true, ..Setup::sim() });
     let d = fleet.decode("d-0");
     fleet.block_on(async {
+        let tasks = d.tasks();
         let mut follower = d.follow(0).await;
         let request = fleet.request(prompt(1, 64, fleet.vocab()), 2);
         fleet.generate(&d, &request).await;
@@ -507,6 +644,9 @@ fn kv_events_can_be_followed_and_taken_up_again() {
         // So does a number of another life, be it one that this life has reached.
         let of_another = d.follow_after(Epoch(d.epoch().0 - 1), seq).await.next().await;
         assert_eq!((of_another.snapshot, of_another.epoch, of_another.seq), (true, d.epoch(), snapshot.seq));
+        // Nobody writes for those who have left.
+        drop((follower, again));
+        until("all followers are gone", || d.tasks() <= tasks + 1).await;
     });
 }
 
@@ -527,9 +667,16 @@ fn a_lost_conductor_is_not_missed_and_found_again() {
         fleet.wait_ready("p-0", p.epoch()).await;
         fleet.wait_ready("d-0", d.epoch()).await;
         until("each sees the other", || p.sees(&d) && d.sees(&p)).await;
+        // What led to the former life is gone, and what leads to this one is found.
+        let deadline = std::time::Instant::now() + fleet::PATIENCE;
+        while !d.status().await.paths.is_empty() {
+            assert!(std::time::Instant::now() < deadline, "the session with a former life is kept");
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
         let request = fleet.request(prompt(2, 100, fleet.vocab()), 4);
         let (apart, _) = fleet.hand_over(&p, &d, &request, 2).await;
         assert_eq!(apart.report.fallback, None);
+        assert_eq!(d.status().await.paths.len(), 1);
         assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 4));
     });
 }
@@ -539,19 +686,25 @@ fn a_short_prompt_is_prefilled_where_it_is_decoded_once_that_is_known_to_be_quic
     let fleet = Fleet::start(Setup { local_prefill: true, us_per_token: 5.0, ..Setup::sim() });
     let (p, d) = (fleet.prefill("p-0"), fleet.decode("d-0"));
     fleet.block_on(async {
-        // Measures the link, then the own prefill.
+        // Measures the link, then the own prefill; what took long on a busy machine is no measure, so it may take several.
         let long = fleet.request(prompt(1, 400, fleet.vocab()), 2);
-        let (apart, _) = fleet.hand_over(&p, &d, &long, 1).await;
-        assert_eq!(apart.report.fallback, None, "nothing was measured yet");
-        fleet.generate(&d, &fleet.request(prompt(2, 400, fleet.vocab()), 2)).await;
         let short = fleet.request(prompt(3, 2, fleet.vocab()), 4);
-        let (apart, reply) = fleet.hand_over(&p, &d, &short, 2).await;
-        // A choice, nothing that went wrong.
-        assert_eq!((apart.report.fallback, apart.report.imported_tokens), (None, 0));
+        for round in 0.. {
+            let (apart, _) = fleet.hand_over(&p, &d, &long, 2 * round + 1).await;
+            assert!(apart.report.fallback.is_none() && (round > 0 || apart.report.imported_tokens == 400));
+            fleet.generate(&d, &fleet.request(prompt(2, 400, fleet.vocab()), 2)).await;
+            let (apart, reply) = fleet.hand_over(&p, &d, &short, 2 * round + 2).await;
+            assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &short.tokens, 4));
+            if apart.report.imported_tokens == 0 {
+                // A choice, nothing that went wrong.
+                assert_eq!(apart.report.fallback, None);
+                assert_eq!(reply.unwrap().outcome, HandoffOutcome::Cancelled);
+                break;
+            }
+            assert!(round < 50, "never known to be quicker");
+        }
         let text = d.text("/metrics").await;
         assert!(text.contains("baton_agent_local_prefill_total{reason=\"short\"} 1"), "{text}");
-        assert_eq!(reply.unwrap().outcome, HandoffOutcome::Cancelled);
-        assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &short.tokens, 4));
         until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
     });
 }

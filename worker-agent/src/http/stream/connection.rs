@@ -240,7 +240,8 @@ impl Connection {
                 }
             },
             (Stage::Starting(early), item) => early.push((key, item)),
-            (Stage::Over(_), item) => self.let_go(item),
+            // Nothing that was begun is left of it.
+            (Stage::Over(_), _) => {}
             (Stage::Running { .. }, item) => self.go_on(key, item).await,
         }
     }

@@ -3,7 +3,6 @@
 use std::future::Future;
 use std::net::SocketAddr;
 use std::path::Path;
-use std::sync::mpsc::SyncSender;
 use std::sync::{Arc, Mutex};
 use std::time::{Duration, Instant};
 
@@ -17,6 +16,7 @@ use baton_config::{Bytes, Dtype, Epoch, HandoffId, KvGeometry, KvLayout, Role, W
 use baton_engine::engine::{Purpose, SequenceSpec};
 use baton_engine::sim::{Sim, SimConfig};
 use baton_engine::{EngineLimits, Executor, ModelInfo};
+use baton_transfer::export::ExportBlock;
 use baton_transfer::{ArenaMemory, BackendKind, Choose, Descriptor, DigestSeed, HostMemory, block_digest};
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -25,7 +25,7 @@ use tokio_util::sync::CancellationToken;
 use super::super::{Stop, Worker};
 use super::Tamper;
 use crate::driver::Handoffs;
-use crate::engine_thread::tests::gated;
+use crate::engine_thread::tests::{Passes, gated};
 use crate::handoff::{self, Opening};
 use crate::options::{
     ArenaOptions, DeviceKind, DeviceOptions, EngineChoice, STALLED, TransferOptions, WorkerOptions, geometry,
@@ -115,6 +115,14 @@ pub(super) struct Answer {
     pub(super) digests: Vec<Option<u64>>,
     pub(super) report: PrefillReport,
     pub(super) reason: Option<FinishReason>,
+}
+
+/// A worker as its process runs it.
+pub(super) struct Whole {
+    pub(super) address: SocketAddr,
+    pub(super) epoch: Epoch,
+    pub(super) stop: Stop,
+    pub(super) ended: tokio::task::JoinHandle<Result<(), super::super::RunError>>,
 }
 
 /// A worker on a runtime of its own.
@@ -320,11 +328,11 @@ impl Fleet {
         self.run(name, self.options(name, role, blocks, device))
     }
 
-    /// A worker whose engine is at a step that does not end before what comes with it is dropped.
-    pub(super) fn stuck(&self, name: &str, grace: Duration) -> (Running, SyncSender<bool>) {
+    /// A worker whose engine is at a step that does not end before what comes with it says how.
+    pub(super) fn stuck(&self, name: &str, grace: Duration) -> (Running, Passes) {
         let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
         options.drain_grace = grace;
-        let (executor, inside, open) = gated(Sim::new(self.sim().unwrap(), self.model()));
+        let (executor, passes) = gated(Sim::new(self.sim().unwrap(), self.model()));
         let GenerateRequest { tokens, max_tokens, sampling, .. } = self.request(vec![1, 2, 3], 4);
         let spec = SequenceSpec {
             tokens,
@@ -337,9 +345,9 @@ impl Fleet {
         };
         let running = self.run_around(name, options, Some(executor), async |worker| {
             worker.shared.engine.submit(spec).await.unwrap();
-            inside.recv().unwrap();
+            passes.begun.recv().unwrap();
         });
-        (running, open)
+        (running, passes)
     }
 
     fn run(&self, name: &str, options: WorkerOptions) -> Running {
@@ -389,6 +397,68 @@ impl Fleet {
             self.wait_ready(name, running.epoch()).await;
         });
         running
+    }
+
+    /// A worker as its process runs it, to the end; ready.
+    pub(super) fn whole(&self, name: &str, grace: Duration) -> Whole {
+        let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
+        options.drain_grace = grace;
+        let stop = Stop::default();
+        self.block_on(async {
+            let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let address = listener.local_addr().unwrap();
+            let ended = self.runtime.handle().spawn(super::super::run(options, listener, stop.clone()));
+            let name: WorkerId = name.parse().unwrap();
+            let ready = |view: &baton_conductor::View| {
+                let record = view.worker(&name)?;
+                (record.state == baton_conductor::WorkerState::Ready).then_some(record.epoch)
+            };
+            let wait = self.view.wait_for(|view| ready(view).is_some());
+            let view = tokio::time::timeout(PATIENCE, wait).await.expect("never ready");
+            let epoch = ready(&view).unwrap();
+            Whole { address, epoch, stop, ended }
+        })
+    }
+
+    /// What the conductor knows of a worker.
+    pub(super) async fn told(&self, name: &str) -> serde_json::Value {
+        let url = format!("http://{}/v1/workers", self.conductor);
+        let all: serde_json::Value = self.http.get(url).send().await.unwrap().json().await.unwrap();
+        let workers = all["workers"].as_array().expect("a list");
+        workers.iter().find(|worker| worker["worker"] == name).expect("it is known").clone()
+    }
+
+    /// An operator wishes that a worker drains.
+    pub(super) async fn wish_drain(&self, name: &str) {
+        let url = format!("http://{}/v1/workers/{name}/drain", self.conductor);
+        assert!(self.http.post(url).send().await.unwrap().status().is_success());
+    }
+
+    /// What the conductor counts.
+    pub(super) async fn conductor_metrics(&self) -> String {
+        let url = format!("http://{}/metrics", self.conductor);
+        self.http.get(url).send().await.unwrap().text().await.unwrap()
+    }
+
+    /// What is answered to a request, to its end.
+    pub(super) fn start_post<T: serde::Serialize>(
+        &self,
+        to: SocketAddr,
+        path: &str,
+        body: &T,
+    ) -> tokio::task::JoinHandle<reqwest::Result<String>> {
+        let send = self.http.post(format!("http://{to}{path}")).json(body).send();
+        self.runtime.handle().spawn(async move { send.await?.text().await })
+    }
+
+    /// The same of a `GET`.
+    pub(super) fn start_get(
+        &self,
+        to: SocketAddr,
+        path: &str,
+    ) -> tokio::task::JoinHandle<reqwest::Result<String>> {
+        let send = self.http.get(format!("http://{to}{path}")).send();
+        self.runtime.handle().spawn(async move { send.await?.text().await })
     }
 
     pub(super) async fn wait_ready(&self, name: &str, epoch: Epoch) {
@@ -682,6 +752,16 @@ impl Running {
         self.get(path).await.text().await.unwrap()
     }
 
+    /// Requests that have not ended.
+    pub(super) fn in_flight(&self) -> u32 {
+        self.worker.shared.in_flight.count()
+    }
+
+    /// Whether it has ended, drained or not.
+    pub(super) fn has_ended(&self) -> bool {
+        self.serving.lock().unwrap().as_ref().is_none_or(tokio::task::JoinHandle::is_finished)
+    }
+
     pub(super) fn readyz(&self) -> u16 {
         match *self.worker.shared.phase.borrow() {
             crate::http::Phase::Ready => 200,
@@ -755,8 +835,35 @@ impl Running {
 
     /// Waits until the worker has drained and left.
     pub(super) async fn ended(&self) {
+        self.end().await.unwrap();
+    }
+
+    /// How it ends.
+    pub(super) async fn end(&self) -> Result<(), super::super::RunError> {
         let serving = self.serving.lock().unwrap().take().unwrap();
-        tokio::time::timeout(PATIENCE, serving).await.expect("never ends").unwrap().unwrap();
+        tokio::time::timeout(PATIENCE, serving).await.expect("never ends").unwrap()
+    }
+
+    /// Offers a block that nobody will ask for, of a handoff that nobody knows, and has everything looked after.
+    pub(super) async fn forget_an_export(&self) -> usize {
+        let io = &self.worker.io;
+        let block = [ExportBlock { index: 0, block: 0 }];
+        let offered = io.exporter.publish(HandoffId(99), self.epoch(), &block, tokio::time::Instant::now());
+        assert_eq!(offered.await.unwrap().len(), 1);
+        // Until its lease is over.
+        for _ in 0..500 {
+            self.worker.audit().await;
+            if io.exporter.published() == 0 {
+                break;
+            }
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+        io.exporter.published()
+    }
+
+    /// Tasks that have not ended.
+    pub(super) fn tasks(&self) -> usize {
+        self.worker.shared.tasks.len()
     }
 }
 

@@ -8,7 +8,7 @@ use baton_config::frames::{self, News, Reader, StreamId};
 use baton_config::protocol::{FailureCode, FinishReason, GenerateEvent, GenerateRequest, PrefillReport};
 use baton_engine::sim::oracle;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
-use tokio::net::TcpStream;
+use tokio::net::{TcpSocket, TcpStream};
 
 use super::fleet::{Fleet, PATIENCE, Running, Setup, prompt, until};
 
@@ -31,7 +31,10 @@ struct Got {
 impl Wire {
     /// A connection, or the status of the refusal.
     async fn connect(to: &Running, epoch: Epoch) -> Result<Self, u16> {
-        let mut io = TcpStream::connect(to.address()).await.unwrap();
+        Self::upgrade(TcpStream::connect(to.address()).await.unwrap(), epoch).await
+    }
+
+    async fn upgrade(mut io: TcpStream, epoch: Epoch) -> Result<Self, u16> {
         io.set_nodelay(true).unwrap();
         let head = format!(
             "GET {}?epoch={} HTTP/1.1\r\nhost: a\r\nconnection: upgrade\r\nupgrade: {}\r\n\r\n",
@@ -101,13 +104,21 @@ fn plain(fleet: &Fleet, seed: u64, max_tokens: u32) -> GenerateRequest {
     GenerateRequest { logits_digest: false, ..fleet.request(tokens, max_tokens) }
 }
 
+/// Generations that were given up.
+async fn cancelled(worker: &Running) -> u32 {
+    let text = worker.text("/metrics").await;
+    let name = "baton_agent_requests_total{end=\"cancelled\",kind=\"generate\"} ";
+    text.lines().find_map(|line| line.strip_prefix(name)).expect("exported").parse().unwrap()
+}
+
 #[test]
 fn a_generation_that_nobody_takes_is_given_up_and_says_so() {
-    let fleet = Fleet::start(Setup { blocks: 600, ..Setup::sim() });
+    let fleet = Fleet::start(Setup { blocks: 600, decode_us: 20_000.0, ..Setup::sim() });
     let worker = fleet.alone_for_the_quick("lone", Duration::from_millis(400));
     fleet.block_on(async {
         let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
-        wire.open(1, 3, &plain(&fleet, 1, 30)).await;
+        // It would not end by itself in time.
+        wire.open(1, 3, &plain(&fleet, 1, 1900)).await;
         wire.read_until(|got| got.get(&1).is_some_and(|got| got.failed.is_some())).await;
         let got = &wire.got[&1];
         assert_eq!((got.tokens.len(), got.failed, got.finished), (3, Some(FailureCode::Engine), None));
@@ -221,7 +232,15 @@ fn a_handoff_over_frames_is_one_over_http() {
         wire.read_until(|got| got.get(&9).is_some_and(|got| got.finished.is_some())).await;
         assert_eq!(wire.got[&9].report.as_ref().unwrap().fallback.as_deref(), Some("peer_ended"));
         assert_eq!(wire.got[&9].tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 8));
+        // One for another life of this worker gets nothing and leaves nothing.
+        let mut stale = fleet.generate_with(&d, &p, &request, 10);
+        stale.handoff.as_mut().unwrap().own_epoch = Epoch(d.epoch().0 + 100);
+        wire.open(10, 100, &stale).await;
+        wire.read_until(|got| got.get(&10).is_some_and(|got| got.failed.is_some())).await;
+        assert_eq!(wire.got[&10].failed, Some(FailureCode::Unavailable));
+        assert!(d.text("/metrics").await.contains("baton_stale_epoch_refused_total 1"));
         until("all blocks back", || p.in_use() == 0 && d.in_use() == 0).await;
+        d.audit().await;
     });
 }
 
@@ -232,17 +251,40 @@ fn what_is_cancelled_or_cut_off_gives_everything_back() {
     fleet.block_on(async {
         let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
         for id in 0..3 {
-            wire.open(id, 1000, &plain(&fleet, u64::from(id), 400)).await;
+            wire.open(id, 1000, &plain(&fleet, u64::from(id), 1900)).await;
         }
         wire.read_until(|got| got.values().filter(|got| !got.tokens.is_empty()).count() == 3).await;
         for id in 0..3 {
             wire.say(|out| frames::cancel(out, StreamId(id))).await;
         }
         until("cancelled, all blocks back", || worker.in_use() == 0).await;
-        wire.open(7, 1000, &plain(&fleet, 7, 400)).await;
+        wire.open(7, 1000, &plain(&fleet, 7, 1900)).await;
         wire.read_until(|got| got.contains_key(&7)).await;
         drop(wire);
         until("cut off, all blocks back", || worker.in_use() == 0).await;
+        // The same for those that have only just begun. None of them would end by itself in time.
+        for cut_off in [false, true] {
+            let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
+            let before = cancelled(&worker).await;
+            wire.say(|out| {
+                for id in 0..30 {
+                    frames::open(out, StreamId(id), 10, &plain(&fleet, u64::from(id), 1900)).unwrap();
+                    if !cut_off {
+                        frames::cancel(out, StreamId(id));
+                    }
+                }
+            })
+            .await;
+            let wire = (!cut_off).then_some(wire);
+            while cancelled(&worker).await < before + 30 {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+            // By the end of this one the engine has been told of all of them.
+            fleet.generate(&worker, &plain(&fleet, 1, 3)).await;
+            until("all blocks back", || worker.in_use() == 0 && worker.in_flight() == 0).await;
+            assert_eq!(worker.status().await.requests_waiting, 0);
+            drop(wire);
+        }
         worker.audit().await;
     });
 }
@@ -291,4 +333,104 @@ fn what_must_not_be_is_refused_and_costs_at_most_the_connection() {
         until("all blocks back", || worker.in_use() == 0).await;
         worker.audit().await;
     });
+}
+
+#[test]
+fn what_was_begun_in_a_former_life_goes_on_and_nothing_new_is() {
+    let mut fleet = Fleet::start(Setup { decode_us: 20_000.0, ..Setup::sim() });
+    let worker = fleet.alone("lone");
+    let former = worker.epoch();
+    let mut wire = fleet.block_on(async {
+        let mut wire = Wire::connect(&worker, former).await.unwrap();
+        wire.open(1, 400, &plain(&fleet, 1, 300)).await;
+        wire.read_until(|got| got.contains_key(&1)).await;
+        wire
+    });
+    fleet.stop_conductor();
+    fleet.start_conductor();
+    fleet.block_on(async {
+        until("it is in a new life", || worker.epoch() > former).await;
+        wire.open(2, 10, &plain(&fleet, 2, 5)).await;
+        wire.read_until(|got| got.get(&2).is_some_and(|got| got.failed.is_some())).await;
+        assert_eq!((wire.got[&2].failed, wire.got[&2].tokens.len()), (Some(FailureCode::Unavailable), 0));
+        assert!(worker.text("/metrics").await.contains("baton_stale_epoch_refused_total 1"));
+        wire.read_until(|got| got[&1].finished.is_some()).await;
+        let wanted = oracle(&fleet.sim().unwrap(), &fleet.model(), &plain(&fleet, 1, 300).tokens, 300);
+        assert_eq!(wire.got[&1].tokens, wanted);
+    });
+}
+
+#[test]
+fn a_router_that_reads_nothing_is_cut_off_and_a_slow_one_is_not() {
+    let fleet = Fleet::start(Setup { decode_us: 1.0, blocks: 5_000, ..Setup::sim() });
+    let worker = fleet.alone_for_the_quick("lone", Duration::from_millis(600));
+    fleet.block_on(async {
+        for reads in [true, false] {
+            let socket = TcpSocket::new_v4().unwrap();
+            socket.set_recv_buffer_size(4096).unwrap();
+            let io = socket.connect(worker.address()).await.unwrap();
+            let mut wire = Wire::upgrade(io, worker.epoch()).await.unwrap();
+            // More than the system keeps of it: some megabytes.
+            let rich = |id| GenerateRequest { logits_digest: true, ..plain(&fleet, id, 1900) };
+            for id in 0..40 {
+                wire.open(id, 1900, &rich(u64::from(id))).await;
+            }
+            if reads {
+                let over = |wire: &Wire| wire.got.values().filter(|got| got.finished.is_some()).count() == 40;
+                while !over(&wire) {
+                    assert!(wire.read().await, "it is cut off");
+                    tokio::time::sleep(Duration::from_millis(1)).await;
+                }
+                assert!(wire.got.values().all(|got| got.tokens.len() == 1900));
+            }
+            until("nothing is in flight", || worker.in_flight() == 0).await;
+        }
+        assert_eq!(cancelled(&worker).await, 40);
+        worker.audit().await;
+    });
+}
+
+#[test]
+fn a_worker_whose_time_is_over_says_so_to_everybody() {
+    let fleet = Fleet::start(Setup { decode_us: 20_000.0, ..Setup::sim() });
+    for second_signal in [false, true] {
+        let grace = if second_signal { Duration::from_secs(3600) } else { Duration::from_millis(300) };
+        let name = format!("whole-{}", u8::from(second_signal));
+        let worker = fleet.whole(&name, grace);
+        fleet.block_on(async {
+            let io = TcpStream::connect(worker.address).await.unwrap();
+            let mut wire = Wire::upgrade(io, worker.epoch).await.unwrap();
+            let request = plain(&fleet, 1, 1500);
+            wire.open(1, 2000, &request).await;
+            wire.read_until(|got| got.get(&1).is_some_and(|got| !got.tokens.is_empty())).await;
+            let lines = fleet.start_post(worker.address, "/v1/generate", &request);
+            // Its decode side takes connections and never says a word.
+            let peer = tokio::net::TcpListener::bind("127.0.0.1:0").await.unwrap();
+            let prefill = serde_json::json!({
+                "request_id": "r", "tokens": request.tokens, "handoff": {
+                    "id": baton_config::HandoffId(7), "own_epoch": worker.epoch,
+                    "peer": { "worker": "d-9", "epoch": 1, "address": peer.local_addr().unwrap() },
+                },
+            });
+            let reply = fleet.start_post(worker.address, "/v1/prefill", &prefill);
+            let follower = fleet.start_get(worker.address, "/v1/kv/events");
+            let (_asks, _) = peer.accept().await.unwrap();
+            worker.stop.drain.cancel();
+            if second_signal {
+                worker.stop.now.cancel();
+            }
+            wire.read_until(|got| got[&1].failed.is_some()).await;
+            assert_eq!(wire.got[&1].failed, Some(FailureCode::Unavailable));
+            while wire.read().await {}
+            let lines = lines.await.unwrap().unwrap();
+            assert!(lines.lines().last().is_some_and(|line| line.contains("unavailable")), "{lines}");
+            let reply = reply.await.unwrap().unwrap();
+            assert!(reply.contains("\"outcome\":\"cancelled\""), "{reply}");
+            follower.await.unwrap().expect("events end as they should");
+            tokio::time::timeout(PATIENCE, worker.ended).await.expect("it ends").unwrap().unwrap();
+            fleet.wait_gone(&name).await;
+            let metrics = fleet.conductor_metrics().await;
+            assert!(metrics.contains("conductor_lease_expired_total 0"), "it said goodbye: {metrics}");
+        });
+    }
 }
