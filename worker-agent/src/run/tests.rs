@@ -145,6 +145,9 @@ fn only_what_is_not_cached_moves() {
         assert_eq!(apart.report.imported_bytes, 2 * 32 * bytes_per_token);
         let reply = reply.unwrap();
         assert_eq!((reply.cached_tokens, reply.computed_tokens), (128, 40));
+        until("nobody references what is cached", || p.in_use() == 0 && d.in_use() == 0).await;
+        let told = d.status().await;
+        assert!(told.kv_evictable > 0 && told.kv_evictable == told.kv_blocks.shared, "{told:?}");
         for (worker, cached, computed, imported) in [(&p, 128, 168, 0), (&d, 128, 0, 168)] {
             let text = worker.text("/metrics").await;
             for (kind, tokens) in [("cached", cached), ("computed", computed), ("imported", imported)] {
@@ -397,7 +400,7 @@ fn a_drained_worker_finishes_what_it_has_and_leaves() {
         let refused = fleet.post(&d, "/v1/generate", &request).await.unwrap();
         assert_eq!(refused.status().as_u16(), 503);
         let status = d.status().await;
-        assert_eq!(status.state, "draining");
+        assert_eq!((status.state.as_str(), status.epoch), ("draining", Some(d.epoch())));
         let waits_for = status.drain.expect("what it waits for");
         assert_eq!((waits_for.requests, waits_for.requests_running, waits_for.handoffs), (1, 1, 0));
         assert!(waits_for.blocks_held > 0 && waits_for.grace_left_ms <= 20_000, "{waits_for:?}");
@@ -421,6 +424,7 @@ fn a_drain_without_a_conductor_ends_all_the_same_and_requests_of_those_who_have_
         assert_eq!(fleet.post_text(&d, "/v1/drain", "").await.status().as_u16(), 202);
         until("it says so", || d.readyz() == 503).await;
         // Nobody can hear that it leaves: what comes in the first second is still served.
+        tokio::time::sleep(Duration::from_millis(200)).await;
         match fleet.start_generate_alone(&d, &request).await {
             Ok(taken) => {
                 let expected = oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 30);

@@ -9,7 +9,7 @@ use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
 use baton_conductor::ConductorOptions;
 use baton_conductor::server::PoolOptions;
-use baton_config::fleet::ConductorAccess;
+use baton_config::fleet::{ConductorAccess, Fleet, Source};
 use baton_config::protocol::WorkerStatus;
 use baton_config::{Epoch, Role, WorkerId};
 use gauges::Busy;
@@ -31,6 +31,8 @@ struct Mood {
     mute: AtomicBool,
     /// How often it was asked that.
     asked: AtomicU32,
+    /// Tokens so far; not told while there is none.
+    tokens: AtomicU32,
     /// What requests are answered with; all is well with 0.
     answer: AtomicU16,
 }
@@ -69,7 +71,13 @@ async fn serve(listener: TcpListener, mood: Arc<Mood>) {
             return Err(StatusCode::SERVICE_UNAVAILABLE);
         }
         let running = u32::from(mood.busy.load(Ordering::SeqCst));
-        Ok(format!("vllm:num_requests_running{{engine=\"0\"}} {running}.0\nvllm:num_requests_waiting 0\n"))
+        let tokens = match mood.tokens.load(Ordering::SeqCst) {
+            0 => String::new(),
+            tokens => format!("vllm:generation_tokens_total {tokens}\n"),
+        };
+        Ok(format!(
+            "vllm:num_requests_running{{engine=\"0\"}} {running}.0\nvllm:num_requests_waiting 0\n{tokens}"
+        ))
     };
     let completions = async |State(mood): State<Arc<Mood>>, headers: HeaderMap, body: String| -> Response {
         match mood.answer.load(Ordering::SeqCst) {
@@ -249,6 +257,51 @@ async fn a_server_may_miss_some_looks_and_one_that_does_not_tell_is_seldom_asked
     std::fs::remove_dir_all(folder).unwrap();
 }
 
+#[tokio::test]
+async fn requests_that_stand_still_have_the_server_asked_for_one_more_token() {
+    let folder = key_file("still", "sk-engine");
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let server = format!("http://{}", listener.local_addr().unwrap());
+    let (mood, tasks, stop) = (Arc::new(Mood::default()), TaskTracker::new(), CancellationToken::new());
+    mood.is(|mood| &mood.busy, true);
+    mood.tokens.store(7, Ordering::SeqCst);
+    mood.answer.store(500, Ordering::SeqCst);
+    tasks.spawn(stop.clone().run_until_cancelled_owned(serve(listener, Arc::clone(&mood))));
+    let prober = Prober::new(&options(server, Some(folder.join("key")))).unwrap();
+    let (send, mut seen) = watch::channel(Seen::default());
+    let metrics = metrics::Metrics::new().unwrap();
+    let watcher = Watcher { prober, seen: send, metrics: metrics.clone() };
+    tasks.spawn(stop.clone().run_until_cancelled_owned(watcher.run()));
+    let stuck = |seen: &Seen| matches!(&seen.verdict, Verdict::Unwell(why) if why.contains("no progress"));
+    until(&mut seen, "that it makes no progress", stuck).await;
+    assert!(metrics.text().contains("baton_agent_server_canaries_total{result=\"failed\"} 1"));
+    mood.tokens.store(8, Ordering::SeqCst);
+    until(&mut seen, "that it goes on", |seen| seen.verdict == Verdict::Well).await;
+    stop.cancel();
+    std::fs::remove_dir_all(folder).unwrap();
+}
+
+#[test]
+fn a_sidecar_calls_the_model_and_looks_for_health_as_the_file_says() {
+    let from = |engine: &str| {
+        let text = format!(
+            "version: 1\nmodel: {{ id: llama }}\npools: [{{ name: gpus, role: both, limits: {{ drain_grace_ms: 1500 }}, \
+             engine: {{ kind: openai, urls: [\"http://a:1\", \"http://b:2\"]{engine} }} }}]\n"
+        );
+        let source = Source { name: "fleet.yaml".to_owned(), directory: None, environment: &|_| None };
+        let fleet = Fleet::parse(&text, &source).unwrap();
+        let pool = fleet.pools[0].name.clone();
+        let of = |replica| SidecarOptions::from_fleet(&fleet, &pool, "gpus-1".parse().unwrap(), replica);
+        assert!(matches!(of(2), Err(SidecarOptionsError::NoServer { servers: 2, replica: 2, .. })));
+        of(1).unwrap()
+    };
+    let told = from(", model: org/llama, health_path: /up");
+    assert_eq!((told.server.as_str(), told.server_model.as_str()), ("http://b:2", "org/llama"));
+    assert_eq!((told.health_path.as_deref(), told.drain_grace), (Some("/up"), Duration::from_millis(1500)));
+    let untold = from("");
+    assert_eq!((untold.server_model.as_str(), untold.health_path), ("llama", None));
+}
+
 /// A conductor, a server, and a sidecar beside it.
 struct Stage {
     conductor: SocketAddr,
@@ -417,13 +470,31 @@ async fn what_never_came_about_is_not_waited_for() {
     stage.is(WorkerState::Joining).await;
     stage.stop.drain.cancel();
     stage.over().await;
-    // A second signal ends a drain.
+    // A second signal ends a drain, whoever asked for that.
     let stage = Stage::set("second").await;
     stage.mood.is(|mood| &mood.busy, true);
     stage.serve().await;
     stage.is(WorkerState::Ready).await;
-    stage.drain().await;
-    stage.is(WorkerState::Draining).await;
+    let http = baton_conductor::http::client();
+    let workers = format!("http://{}/v1/workers", stage.conductor);
+    let told = async {
+        loop {
+            let all: serde_json::Value = http.get(&workers).send().await.unwrap().json().await.unwrap();
+            if all["workers"][0]["load"]["requests_running"] == 1 {
+                return;
+            }
+            tokio::time::sleep(Duration::from_millis(50)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, told).await.expect("the conductor is told how busy the server is");
+    let wish = http.post(format!("{workers}/servers-0/drain")).send().await.unwrap();
+    assert!(wish.status().is_success());
+    let drains = async {
+        while stage.told().await.0.drain.is_none() {
+            tokio::time::sleep(Duration::from_millis(10)).await;
+        }
+    };
+    tokio::time::timeout(PATIENCE, drains).await.expect("it hears of the wish");
     stage.stop.now.cancel();
     stage.over().await;
 }
