@@ -200,9 +200,10 @@ mod tests {
         assert_eq!(*health.verdict(), Verdict::Well);
         // One look in three says nothing, however long that goes on.
         for _ in 0..2 * FAILURES_MAX {
-            health.looked(now, bad());
-            health.looked(now, Ok(Busy::Untold));
-            assert_eq!(*health.verdict(), Verdict::Well);
+            for look in [bad(), Ok(Busy::Untold)] {
+                health.looked(now, look);
+                assert_eq!(*health.verdict(), Verdict::Well);
+            }
         }
         health.looked(now, Err(Failure::Refused("nobody listens".to_owned())));
         assert_eq!(*health.verdict(), Verdict::Unwell("nobody listens".to_owned()));
