@@ -4,6 +4,7 @@ use std::time::Duration;
 
 use ::http::{HeaderMap, StatusCode};
 use axum::Router;
+use axum::body::Body;
 use axum::extract::State;
 use axum::response::{IntoResponse as _, Response};
 use axum::routing::{get, post};
@@ -84,7 +85,18 @@ async fn serve(listener: TcpListener, mood: Arc<Mood>) {
             _ if !has_key(&headers) => StatusCode::UNAUTHORIZED.into_response(),
             0 if body.contains("\"tiny\"") => StatusCode::OK.into_response(),
             0 => StatusCode::NOT_FOUND.into_response(),
-            HALF => ([("content-length", "100")], "{").into_response(),
+            HALF => {
+                let pieces = futures_util::stream::unfold(0, async |n| match n {
+                    0 => Some((Ok("{"), 1)),
+                    // The first piece is on its way by then.
+                    1 => {
+                        tokio::time::sleep(Duration::from_millis(200)).await;
+                        Some((Err(std::io::Error::other("it broke")), 2))
+                    }
+                    _ => None,
+                });
+                Body::from_stream(pieces).into_response()
+            }
             status => StatusCode::from_u16(status).unwrap().into_response(),
         }
     };
@@ -191,10 +203,10 @@ async fn a_canary_dies_of_the_server_alone_and_sings_with_the_key_of_today() {
     assert_eq!(prober.canary().await, Canary::Sang, "the key was read again");
     mood.answer.store(429, Ordering::SeqCst);
     assert_eq!(prober.canary().await, Canary::Mute);
-    for dead in [HALF, 500] {
-        mood.answer.store(dead, Ordering::SeqCst);
-        assert!(matches!(prober.canary().await, Canary::Dead(_)), "{dead}");
-    }
+    mood.answer.store(500, Ordering::SeqCst);
+    assert!(matches!(prober.canary().await, Canary::Dead(_)));
+    mood.answer.store(HALF, Ordering::SeqCst);
+    assert_eq!(prober.canary().await, Canary::Dead("its answer broke off".to_owned()));
     stop.cancel();
     std::fs::remove_dir_all(folder).unwrap();
 }
@@ -222,9 +234,11 @@ async fn nobody_is_waited_for_long_and_only_who_refuses_is_not_there() {
 async fn a_server_may_miss_some_looks_and_one_that_does_not_tell_is_seldom_asked() {
     let folder = key_file("looks", "sk-engine");
     let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
-    let server = format!("http://{}", listener.local_addr().unwrap());
+    let address = listener.local_addr().unwrap();
+    let server = format!("http://{address}");
     let (mood, tasks, stop) = (Arc::new(Mood::default()), TaskTracker::new(), CancellationToken::new());
-    tasks.spawn(stop.clone().run_until_cancelled_owned(serve(listener, Arc::clone(&mood))));
+    let serving = stop.child_token();
+    tasks.spawn(serving.clone().run_until_cancelled_owned(serve(listener, Arc::clone(&mood))));
     let options = options(server, Some(folder.join("key")));
     let mut prober = Prober::new(&options).unwrap();
     mood.is(|mood| &mood.mute, true);
@@ -246,6 +260,20 @@ async fn a_server_may_miss_some_looks_and_one_that_does_not_tell_is_seldom_asked
         assert!(missed < 100, "it has ceased to tell");
     }
     assert!(missed > 10, "{missed}");
+    // Whoever comes after a while without anybody is another server.
+    mood.is(|mood| &mood.mute, false);
+    let mut looks = 0;
+    while !told(&mut prober).await {
+        looks += 1;
+        assert!(looks < 100, "it is asked again");
+    }
+    mood.is(|mood| &mood.mute, true);
+    serving.cancel();
+    let gone = async { while !matches!(prober.look().await, Err(Failure::Refused(_))) {} };
+    tokio::time::timeout(PATIENCE, gone).await.expect("nobody listens");
+    let listener = TcpListener::bind(address).await.unwrap();
+    tasks.spawn(stop.clone().run_until_cancelled_owned(serve(listener, Arc::clone(&mood))));
+    assert_eq!(prober.look().await, Ok(Busy::Untold));
     // Where it was said where to look, nothing else is.
     let options = SidecarOptions { health_path: Some("/health".to_owned()), ..options };
     let look = Prober::new(&options).unwrap().look().await;
