@@ -855,7 +855,8 @@ impl Running {
     pub(super) async fn forget_an_export(&self) -> usize {
         let io = &self.worker.io;
         let block = [ExportBlock { index: 0, block: 0 }];
-        let offered = io.exporter.publish(HandoffId(99), self.epoch(), &block, tokio::time::Instant::now());
+        let deadline = tokio::time::Instant::now() + PATIENCE;
+        let offered = io.exporter.publish(HandoffId(99), self.epoch(), &block, deadline);
         assert_eq!(offered.await.unwrap().len(), 1);
         // Until its lease is over.
         for _ in 0..500 {

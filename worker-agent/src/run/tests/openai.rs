@@ -69,17 +69,18 @@ fn chats_and_completions_are_answered_whole_and_as_streams() {
 
 #[test]
 fn a_client_that_leaves_ends_its_sequence() {
-    let fleet = Fleet::start(setup());
+    // Nothing of it would end by itself in time.
+    let fleet = Fleet::start(Setup { decode_us: 20_000.0, ..setup() });
     let worker = fleet.alone("sim-0");
     fleet.block_on(async {
         for stream in [true, false] {
-            let body = json!({ "prompt": "x", "max_tokens": 500, "stream": stream });
+            let body = json!({ "prompt": "x", "max_tokens": 1900, "stream": stream });
             let request = fleet.post(&worker, "/v1/completions", &body);
             let left = tokio::time::timeout(std::time::Duration::from_millis(50), async {
                 // Of a stream the head comes at once, of a whole answer nothing.
                 let answer = request.await.unwrap();
                 let text = answer.text().await;
-                panic!("500 tokens cannot be there yet: {text:?}");
+                panic!("1900 tokens cannot be there yet: {text:?}");
             });
             assert!(left.await.is_err());
         }
