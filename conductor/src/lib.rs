@@ -29,7 +29,6 @@ mod mirror;
 mod reconcile;
 pub mod record;
 mod registry;
-mod seldom;
 pub mod server;
 pub mod store;
 #[cfg(test)]
@@ -39,6 +38,5 @@ mod tls;
 pub use client::{Client, ClientOptions, View};
 pub use membership::{JoinError, Membership, MembershipOptions, Registration};
 pub use record::{Load, WorkerRecord, WorkerState};
-pub use seldom::Seldom;
 pub use server::{ConductorOptions, PoolOptions, ServeError, StoreOptions, serve};
 pub use tls::{ServerCertificates, TlsError};

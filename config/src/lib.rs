@@ -19,6 +19,7 @@ pub mod prefix;
 pub mod protocol;
 pub mod reader;
 pub mod secret;
+mod seldom;
 pub mod units;
 mod yaml;
 
@@ -28,4 +29,5 @@ pub use geometry::{
     SCALE_BYTES, Scales, Shard, ShardFault,
 };
 pub use names::{Accelerator, Epoch, HandoffId, NameError, PoolName, Role, WorkerId};
+pub use seldom::Seldom;
 pub use units::{ByteRate, Bytes, Tokens};

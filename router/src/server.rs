@@ -12,6 +12,7 @@ use std::thread::available_parallelism;
 use std::time::Duration;
 
 use baton_conductor::client::{Client, ClientError, ClientOptions};
+use baton_config::Seldom;
 use baton_config::fleet::Disaggregation;
 use futures_util::future::BoxFuture;
 use tokio::net::{TcpListener, TcpStream};
@@ -258,13 +259,16 @@ impl Server {
     }
 
     async fn accept(&self, listener: &TcpListener) {
+        let mut failures = Seldom::default();
         loop {
             // The permit first: what cannot be served yet waits in the kernel's queue.
             let Ok(permit) = Arc::clone(&self.connections).acquire_owned().await else { return };
             match listener.accept().await {
                 Ok((stream, _)) => self.start(stream, permit),
                 Err(error) => {
-                    tracing::warn!(%error, "accept failed");
+                    if failures.is_due(tokio::time::Instant::now().into_std()) {
+                        tracing::warn!(%error, "connections cannot be accepted");
+                    }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
                 }
             }

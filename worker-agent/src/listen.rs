@@ -6,7 +6,7 @@ use std::task::{Context, Poll, ready};
 use std::time::Duration;
 
 use axum::Router;
-use baton_conductor::Seldom;
+use baton_config::Seldom;
 use bytes::Bytes;
 use hyper::body::{Body, Frame, Incoming, SizeHint};
 use hyper::server::conn::http1;
@@ -15,7 +15,7 @@ use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::Semaphore;
-use tokio::time::Sleep;
+use tokio::time::{Instant, Sleep};
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -52,7 +52,7 @@ pub(crate) fn serve(listener: TcpListener, routes: Router, tasks: &TaskTracker, 
                     });
                 }
                 Some((Err(error), _)) => {
-                    if failures.is_due() {
+                    if failures.is_due(Instant::now().into_std()) {
                         tracing::warn!(%error, "connections cannot be accepted");
                     }
                     tokio::time::sleep(ACCEPT_PAUSE).await;
@@ -146,7 +146,7 @@ mod tests {
         serve(listener, routes, &tasks, stop.clone());
         let mut client = TcpStream::connect(address).await.unwrap();
         client.write_all(sent).await.unwrap();
-        let begun = tokio::time::Instant::now();
+        let begun = Instant::now();
         let mut answer = Vec::new();
         // A reset is an end, too.
         let _ = client.read_to_end(&mut answer).await;

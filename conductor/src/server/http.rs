@@ -4,6 +4,7 @@ use std::sync::Arc;
 use std::time::Duration;
 
 use axum::Router;
+use baton_config::Seldom;
 use hyper::body::Incoming;
 use hyper::server::conn::http1;
 use hyper::service::{Service, service_fn};
@@ -12,6 +13,7 @@ use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncWrite};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
+use tokio::time::Instant;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
 
@@ -19,7 +21,6 @@ use super::HttpLimits;
 use super::auth::Peer;
 use super::metrics::Metrics;
 use super::tls::{Certificates, Opened};
-use crate::seldom::Seldom;
 
 /// Connections at once; more wait in the kernel's queue.
 const CONNECTIONS_MAX: usize = 16_384;
@@ -77,7 +78,7 @@ async fn accept(
         match stop.run_until_cancelled(next).await?? {
             (Ok((stream, _)), permit) => return Some((stream, permit)),
             (Err(error), _) => {
-                if failures.is_due() {
+                if failures.is_due(Instant::now().into_std()) {
                     let error = &error as &dyn std::error::Error;
                     tracing::warn!(error, "connections cannot be accepted");
                 }

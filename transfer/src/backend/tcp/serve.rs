@@ -7,10 +7,11 @@ use std::os::fd::AsFd;
 use std::sync::Arc;
 use std::time::Duration;
 
+use baton_config::Seldom;
 use bytes::Bytes;
 use tokio::io::AsyncWriteExt;
 use tokio::net::{TcpListener, TcpStream};
-use tokio::time::timeout;
+use tokio::time::{Instant, timeout};
 
 use crate::agent::grants::Permit;
 use crate::agent::region::Region;
@@ -36,6 +37,7 @@ pub(crate) const ACCEPT_PAUSE: Duration = Duration::from_millis(50);
 
 /// Accepts connections until the agent stops.
 pub(crate) async fn listen(server: Arc<Server>, listener: TcpListener) {
+    let (mut failures, mut refusals) = (Seldom::default(), Seldom::default());
     loop {
         let accepted = tokio::select! {
             biased;
@@ -45,13 +47,17 @@ pub(crate) async fn listen(server: Arc<Server>, listener: TcpListener) {
         let (stream, peer) = match accepted {
             Ok(accepted) => accepted,
             Err(error) => {
-                tracing::warn!(%error, "cannot accept a transfer connection");
+                if failures.is_due(Instant::now().into_std()) {
+                    tracing::warn!(%error, "transfer connections cannot be accepted");
+                }
                 tokio::time::sleep(ACCEPT_PAUSE).await;
                 continue;
             }
         };
         let Ok(slot) = Arc::clone(&server.connections).try_acquire_owned() else {
-            tracing::warn!(%peer, "too many transfer connections, one was turned away");
+            if refusals.is_due(Instant::now().into_std()) {
+                tracing::warn!(%peer, "too many transfer connections, some are turned away");
+            }
             continue;
         };
         let connection = Connection::run(Arc::clone(&server), stream, server.strangers.enter());
