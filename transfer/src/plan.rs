@@ -120,8 +120,8 @@ pub struct RelayoutPlan {
     /// Common heads.
     heads: u32,
     conversion: Conversion,
-    /// Whether destination blocks are one run each.
-    is_dest_packed: bool,
+    /// See [`RelayoutPlan::is_direct`].
+    is_direct: bool,
 }
 
 impl RelayoutPlan {
@@ -148,7 +148,7 @@ impl RelayoutPlan {
             return Err(refused(reason));
         }
         let heads = common.end - common.start;
-        Ok(Self {
+        let plan = Self {
             source,
             dest,
             source_strides: source.strides(),
@@ -157,15 +157,17 @@ impl RelayoutPlan {
             dest_head: common.start - ours.start,
             heads,
             conversion: Conversion::between(&source, &dest, heads),
-            is_dest_packed: true,
-        })
+            is_direct: false,
+        };
+        let is_direct = plan.conversion.is_move(&source, &dest) && plan.is_one_run();
+        Ok(Self { is_direct, ..plan })
     }
 
     /// The same for destination blocks where they are in an arena of `blocks` blocks.
     #[must_use]
     pub fn into_arena(self, blocks: u32) -> Self {
-        let is_dest_packed = self.dest.layout.is_block_first();
-        Self { dest_strides: self.dest.arena_strides(blocks), is_dest_packed, ..self }
+        let is_direct = self.is_direct && self.dest.layout.is_block_first();
+        Self { dest_strides: self.dest.arena_strides(blocks), is_direct, ..self }
     }
 
     /// The geometry of the blocks to read.
@@ -182,17 +184,15 @@ impl RelayoutPlan {
     ///
     /// Orders are the same where the axes they swap have one step: NHD and HND with one head, or one token per block.
     pub fn is_direct(&self) -> bool {
-        let (source, dest) = (&self.source_strides, &self.dest_strides);
-        let same = |count: u32, source: usize, dest: usize| count == 1 || source == dest;
-        self.conversion.is_move(&self.source, &self.dest)
-            && self.is_dest_packed
-            && self.covers_dest()
-            && self.heads == self.source.kv_heads
-            && self.source.block_tokens == self.dest.block_tokens
-            && same(self.source.layers, source.layer, dest.layer)
-            && same(self.source.planes(), source.kv, dest.kv)
-            && same(self.heads, source.head, dest.head)
-            && same(self.source.block_tokens, source.token, dest.token)
+        self.is_direct
+    }
+
+    /// Whether one run is all of a source block and all of a destination block that is one run itself.
+    fn is_one_run(&self) -> bool {
+        let run = self.nest(0, 0, self.source.block_tokens).run_len() * self.source.dtype.size();
+        // As many numbers may also be fewer tokens of more heads.
+        self.source.block_tokens == self.dest.block_tokens
+            && [self.source, self.dest].iter().all(|geometry| geometry.numbers_bytes() == run)
     }
 
     /// Whether the plan covers all heads of a destination block.

@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use baton_config::{Dtype, KvGeometry, Scales};
+use baton_config::{KvGeometry, Scales};
 
 use super::RelayoutPlan;
 use super::conversion::Conversion;
@@ -71,18 +71,12 @@ impl RelayoutPlan {
             heads if heads == self.source.kv_heads => &self.source,
             _ => return None,
         };
-        let scales = match numbers.scales {
-            // One scale of the source may cover more heads than are packed; per head it fits any part.
-            Scales::Block if self.heads < self.source.kv_heads => Scales::Head,
-            scales => scales,
-        };
-        debug_assert!(scales == Scales::None || numbers.dtype == Dtype::Fp8E4m3);
         Some(KvGeometry {
             kv_heads: heads.kv_heads,
             shard: heads.shard,
             layout: self.dest.layout,
             dtype: numbers.dtype,
-            scales,
+            scales: numbers.scales,
             ..self.source
         })
     }

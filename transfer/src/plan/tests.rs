@@ -165,11 +165,30 @@ proptest! {
     }
 
     #[test]
-    fn a_direct_plan_is_the_same_bytes((source, dest) in pair(), seed in any::<u64>()) {
+    fn a_direct_plan_is_the_same_bytes(
+        (source, other) in pair(),
+        (tokens, heads, layout) in any::<(bool, bool, bool)>(),
+        seed in any::<u64>(),
+    ) {
         // Made alike, so that direct pairs come up.
-        let dest = KvGeometry { dtype: source.dtype, scales: source.scales, block_tokens: source.block_tokens,
-            shard: source.shard, kv_heads: source.kv_heads, ..dest };
-        let plan = RelayoutPlan::new(source, dest).unwrap();
+        let mut dest = KvGeometry { dtype: source.dtype, scales: source.scales, ..other };
+        if tokens {
+            dest.block_tokens = source.block_tokens;
+        }
+        if heads {
+            (dest.shard, dest.kv_heads) = (source.shard, source.kv_heads);
+        }
+        if layout {
+            dest.layout = source.layout;
+        }
+        let Ok(plan) = RelayoutPlan::new(source, dest) else { return Ok(()) };
+        if (source.block_tokens, source.kv_heads) != (dest.block_tokens, dest.kv_heads) {
+            prop_assert!(!plan.is_direct(), "{source} -> {dest} is no copy of a block");
+            return Ok(());
+        }
+        if source.shard.heads(source.kv_heads) != dest.shard.heads(dest.kv_heads) {
+            return Ok(());
+        }
         let from = blocks(&source, 1, seed);
         // The same bytes all over, so that padding counts too.
         let mut got = from[0].clone();
@@ -358,6 +377,16 @@ fn direct_means_byte_for_byte() {
     assert!(!direct(nhd, rank(nhd, 0, 2)));
     let one = |g| KvGeometry { kv_heads: 1, ..g };
     assert!(direct(one(nhd), one(hnd)), "with one head the two orders are the same");
+    // Where heads, or tokens, come first in a block, those of fewer are where they are in a longer one.
+    let heads = KvGeometry { layout: KvLayout::Bhlnc, ..nhd };
+    assert!(!direct(heads, rank(heads, 0, 2)) && !direct(rank(heads, 0, 2), heads));
+    let small = KvGeometry { layers: 1, kv_heads: 2, block_tokens: 2, ..hnd };
+    let shard = Shard::Tensor { rank: 0, degree: 2, heads: 2 };
+    let as_many = KvGeometry { kv_heads: 1, block_tokens: 4, shard, ..small };
+    assert!(!direct(as_many, small) && !direct(small, as_many), "as many bytes of other tokens");
+    let tokens = KvGeometry { layers: 1, layout: KvLayout::Blnhc, ..nhd };
+    let longer = KvGeometry { block_tokens: 32, ..tokens };
+    assert!(direct(tokens, tokens) && !direct(tokens, longer) && !direct(longer, tokens));
     let single = |g| KvGeometry { block_tokens: 1, ..g };
     assert!(direct(single(nhd), single(hnd)), "with one token per block the two orders are the same");
     let layers = KvGeometry { layout: KvLayout::L2bNhd, ..nhd };
@@ -369,7 +398,9 @@ fn direct_means_byte_for_byte() {
     let layer = KvGeometry { layers: 1, layout: KvLayout::Lb2Nhd, ..fp8 };
     let plan = RelayoutPlan::new(layer, layer).unwrap();
     assert!(plan.is_direct() && !plan.into_arena(7).is_direct(), "scales lie behind all blocks of the arena");
-    assert!(!direct(fp8, KvGeometry { scales: Scales::Head, ..fp8 }));
+    let by_head = KvGeometry { scales: Scales::Head, ..fp8 };
+    assert!(!direct(fp8, by_head));
+    assert!(direct(one(fp8), one(by_head)), "with one head the two scales are the same");
 }
 
 #[test]
@@ -384,6 +415,7 @@ fn the_way_follows_from_runs_and_from_what_is_needed() {
     assert_eq!(choice(nhd, halves, true), Choice::Staged, "a digest covers the whole block");
     let short = KvGeometry { block_tokens: 4, ..nhd };
     assert_eq!(choice(nhd, short, false), Choice::Staged, "runs of 8 KiB");
+    assert_eq!(choice(nhd, KvGeometry { dtype: F32, ..halves }, false), Choice::Staged, "numbers change");
     assert_eq!(choice(nhd, KvGeometry { layout: Hnd, ..nhd }, false), Choice::Staged);
     assert_eq!(choice(nhd, rank(nhd, 0, 2), false), Choice::Packed, "half of the heads, in runs of 1 KiB");
     assert_eq!(choice(KvGeometry { dtype: F32, ..nhd }, nhd, true), Choice::Packed, "half of the bytes");
@@ -419,7 +451,8 @@ fn plans_are_made_once_per_pair() {
     // Seventeen further kinds push the first one out, but not the one that is used all the time.
     for block_tokens in 100..117 {
         cache.plan(KvGeometry { block_tokens, ..g }).unwrap();
-        cache.plan(KvGeometry { block_tokens: 100, ..g }).unwrap();
+        let often = cache.plan(KvGeometry { block_tokens: 100, ..g }).unwrap();
+        assert_eq!(often.source().block_tokens, 100);
     }
     let before = cache.counts();
     cache.plan(KvGeometry { block_tokens: 100, ..g }).unwrap();
