@@ -438,6 +438,11 @@ impl<P: Peer> Reader<'_, P> {
         placed.indices.extend(indices);
     }
 
+    /// The end of a pull whose deadline passed after so many bytes.
+    fn late(&self, moved: u64) -> TransferError {
+        TransferError::Deadline { worker: self.session.worker().clone(), moved: Bytes(moved) }
+    }
+
     fn block_read(&self, block: &TicketBlock, to: usize) -> BlockRead {
         // Plans refuse blocks over `plan::BLOCK_MAX_BYTES`, which is less.
         let len = u32::try_from(self.plan.source().block_bytes()).unwrap_or(u32::MAX);

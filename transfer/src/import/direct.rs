@@ -5,7 +5,6 @@ use std::future::Future;
 use std::pin::Pin;
 use std::sync::Arc;
 
-use baton_config::Bytes;
 use baton_config::protocol::TicketBlock;
 use tokio::time::timeout_at;
 use tokio_util::task::TaskTracker;
@@ -46,9 +45,17 @@ pub(super) async fn pull<P: Peer>(
     if whole.is_empty() || (reader.session.verifies() && memory.device().kernels().is_err()) {
         return direct;
     }
-    if let Err(why) = reader.session.reaches(memory).await {
-        tracing::debug!(why, peer = %reader.session.worker(), "blocks are staged in host memory");
-        return direct;
+    // It may have to open a path first.
+    match timeout_at(reader.deadline, reader.session.reaches(memory)).await {
+        Ok(Ok(())) => {}
+        Ok(Err(why)) => {
+            tracing::debug!(why, peer = %reader.session.worker(), "blocks are staged in host memory");
+            return direct;
+        }
+        Err(_) => {
+            direct.done = Err(reader.late(0).into());
+            return direct;
+        }
     }
     let bytes = reader.plan.dest().block_bytes();
     let mut checking = None;
@@ -128,8 +135,7 @@ async fn settle<P: Peer>(
     let found = match digests {
         None => None,
         Some(digests) => {
-            let worker = || reader.session.worker().clone();
-            let late = |_| TransferError::Deadline { worker: worker(), moved: Bytes(placed.bytes) };
+            let late = |_| reader.late(placed.bytes);
             Some(timeout_at(reader.deadline, digests).await.map_err(late)?.ok_or(PullCause::Closed)??)
         }
     };

@@ -13,8 +13,9 @@ use crate::memory::HostMemory;
 use crate::plan::{Choice, RelayoutPlan};
 use crate::session::{BlockRead, BlockSink, Descriptor, Destination};
 
-/// Bytes of source blocks read at a time where blocks wait for each other: what waits is in memory.
-const WAITING_MAX_BYTES: usize = 64 << 20;
+/// Bytes of source blocks read at a time where blocks wait for each other: what waits is in memory. Those of tests are
+/// small, and come in several groups all the same.
+pub(super) const WAITING_MAX_BYTES: usize = if cfg!(test) { 2 << 10 } else { 64 << 20 };
 
 /// Where blocks go.
 #[derive(Clone, Copy)]
@@ -48,6 +49,7 @@ impl<P: Peer> Reader<'_, P> {
                 break;
             }
         }
+        debug_assert!(done.is_err() || lock(&sink.held).is_empty(), "blocks are held that nothing waits for");
         let indices = lock(&sink.placed).iter().copied().collect();
         self.note(placed, indices);
         done

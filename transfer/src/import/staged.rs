@@ -15,7 +15,6 @@ use tokio_util::task::TaskTracker;
 use super::fence::Fence;
 use super::{Peer, Placed, Progress, PullCause, Reader, Target};
 use crate::device::{Device, DeviceError};
-use crate::error::TransferError;
 use crate::jobs;
 use crate::plan::Packing;
 use crate::slab::{Slab, SlabError, Slot};
@@ -98,10 +97,9 @@ impl Budget {
         let of_block = |block: &TicketBlock| reader.plan.pieces(block.index, reader.tokens.clone()).count();
         let all: BTreeSet<u32> = blocks.iter().flat_map(|block| dest_of(reader, block)).collect();
         let widest = blocks.iter().map(of_block).max().unwrap_or(0);
-        // One group being read, one being copied, and the block between two groups; but no more than half the
-        // slab, so that another pull gets its turn, unless less would not do.
-        let least = (widest + 1).min(all.len());
-        let slots = all.len().min(slab.slots().div_ceil(2)).max(least);
+        // One group being read and one being copied; but no more than half the slab, so that another pull gets its
+        // turn, unless less would not do: then each waits for the other.
+        let slots = all.len().min(slab.slots().div_ceil(2)).max(widest);
         if slots > slab.slots() {
             return Err(SlabError::TooMany { asked: slots, slots: slab.slots() });
         }
@@ -255,8 +253,7 @@ impl<P: Peer> Stage<'_, P> {
     }
 
     fn late(&self) -> PullCause {
-        let (worker, moved) = (self.reader.session.worker().clone(), Bytes(self.placed.bytes));
-        TransferError::Deadline { worker, moved }.into()
+        self.reader.late(self.placed.bytes).into()
     }
 }
 

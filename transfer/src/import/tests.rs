@@ -9,10 +9,10 @@ use baton_config::{Dtype, KvLayout, Scales, Shard};
 use proptest::prelude::*;
 
 use super::*;
-use crate::device::{Device, EmulatedDevice, Submitted};
+use crate::device::{BlockKernels, Device, EmulatedDevice, Move, Submitted};
 use crate::digest::block_digest;
 use crate::error::{LinkError, Refusal};
-use crate::memory::HostMemory;
+use crate::memory::{HostMemory, MemorySpan};
 use crate::plan::reference;
 
 const HANDOFF: HandoffId = HandoffId(7);
@@ -28,6 +28,8 @@ struct FakePeer {
     fails_after: Option<usize>,
     /// Whether it reaches the memory of a device, and after how many reads it does no more.
     reaches: bool,
+    /// Whether it never says so.
+    ponders: bool,
     loses_reach_after: Option<usize>,
     device_reads: AtomicUsize,
     found_corrupt: AtomicUsize,
@@ -35,6 +37,8 @@ struct FakePeer {
     verified: bool,
     block_bytes: u64,
     reads: Mutex<Vec<u32>>,
+    /// Bytes of the longest read to a sink.
+    longest: AtomicUsize,
 }
 
 impl FakePeer {
@@ -45,12 +49,14 @@ impl FakePeer {
             corrupt: BTreeSet::new(),
             fails_after: None,
             reaches: true,
+            ponders: false,
             loses_reach_after: None,
             device_reads: AtomicUsize::new(0),
             found_corrupt: AtomicUsize::new(0),
             verified: true,
             block_bytes: source.block_bytes() as u64,
             reads: Mutex::default(),
+            longest: AtomicUsize::new(0),
         }
     }
 
@@ -82,6 +88,9 @@ impl Peer for FakePeer {
     }
 
     async fn reaches(&self, _memory: &DeviceMemory) -> Result<(), String> {
+        if self.ponders {
+            future::pending::<()>().await;
+        }
         if self.reaches { Ok(()) } else { Err("it copies to host memory".to_owned()) }
     }
 
@@ -94,6 +103,10 @@ impl Peer for FakePeer {
     ) -> Result<ReadReport, TransferError> {
         assert_eq!(handoff, HANDOFF);
         let mut bad = Vec::new();
+        if let Destination::Sink(_) = into {
+            let bytes: u64 = blocks.iter().map(|read| u64::from(read.source.len)).sum();
+            self.longest.fetch_max(bytes as usize, Ordering::SeqCst);
+        }
         if let Destination::Device(_) = into {
             let before = self.device_reads.fetch_add(1, Ordering::SeqCst);
             if self.loses_reach_after.is_some_and(|reads| reads <= before) {
@@ -256,7 +269,8 @@ proptest! {
         other in any_geometry(),
         same in any::<bool>(),
         (device, direct, reaches, verified) in any::<(bool, bool, bool, bool)>(),
-        slots in 22usize..60,
+        // The widest block has tokens of 20.
+        slots in 20usize..60,
         (a, b) in (0u32..90, 0u32..90),
         seed in any::<u64>(),
     ) {
@@ -286,6 +300,10 @@ proptest! {
         let straight = straight && dest.layout.is_block_first();
         prop_assert_eq!(peer.device_reads.load(Ordering::SeqCst) > 0, straight);
         prop_assert_eq!(reads, wanted, "every block with a wanted token is read once, no other is");
+        if importer.plan(source).unwrap().needs_whole_blocks() {
+            let most = lay_out::WAITING_MAX_BYTES.max(source.block_bytes());
+            prop_assert!(peer.longest.load(Ordering::SeqCst) <= most, "what waits is bounded");
+        }
         let counts = importer.audit().unwrap();
         prop_assert_eq!(counts.free, counts.total());
     }
@@ -390,7 +408,30 @@ fn geometries_and_lives_that_do_not_match_are_refused_before_anything_is_read() 
         panic!("{error:?}")
     };
     assert_eq!((ticket, current), (Epoch(2), Some(EPOCH)));
+
+    // One scale covers the tokens before, too, which nobody reads.
+    let scaled = KvGeometry { dtype: Dtype::Fp8E4m3, scales: Scales::Head, ..source };
+    for device in [false, true] {
+        let (memory, _) = arena(&scaled, 2, device);
+        let importer = Importer::new(memory, scaled, &ImportOptions::default()).unwrap();
+        let pull = pull_of(&peer, source, 3..16, vec![0, 1]);
+        let error = block_on(importer.pull_from(&peer, pull, soon())).unwrap_err();
+        assert!(matches!(error.cause, PullCause::Unaligned { start: 3, block_tokens: 8 }), "{error:?}");
+    }
     assert!(peer.reads.lock().unwrap().is_empty());
+}
+
+#[test]
+fn groups_behind_one_with_a_corrupt_block_are_not_read() {
+    let source = geometry(8, NHD, Dtype::F32);
+    assert!(2 * source.block_bytes() > lay_out::WAITING_MAX_BYTES, "each block is a group");
+    let dest = KvGeometry { dtype: Dtype::Fp8E4m3, scales: Scales::Head, ..source };
+    let peer = FakePeer { corrupt: BTreeSet::from([1]), ..FakePeer::new(&source, 32, 1) };
+    let (memory, _) = arena(&dest, 4, false);
+    let importer = Importer::new(memory, dest, &ImportOptions::default()).unwrap();
+    let error = block_on(importer.pull_from(&peer, pull_of(&peer, source, 0..32, (0..4).collect()), soon()));
+    assert_eq!(error.unwrap_err().upto, 8);
+    assert_eq!(*peer.reads.lock().unwrap(), [0, 1]);
 }
 
 #[tokio::test(start_paused = true)]
@@ -399,8 +440,12 @@ async fn a_pull_waits_for_staging_until_its_deadline() {
     let peer = FakePeer::new(&source, 64, 1);
     let (memory, _) = arena(&dest, 8, true);
     let importer = Importer::new(memory, dest, &staged(4)).unwrap();
-    let held = importer.slab.as_ref().unwrap().acquire(4, soon()).await.unwrap();
     let pull = || pull_of(&peer, source, 0..64, (0..8).collect());
+    let acquire = |slots| importer.slab.as_ref().unwrap().acquire(slots, soon());
+    let other = acquire(2).await.unwrap();
+    assert_eq!(importer.pull_from(&peer, pull(), soon()).await.unwrap().upto, 64, "half of it is enough");
+    drop(other);
+    let held = acquire(4).await.unwrap();
     let error = importer.pull_from(&peer, pull(), soon()).await.unwrap_err();
     assert!(matches!(error.cause, PullCause::Staging(SlabError::Exhausted { .. })), "{error:?}");
     drop(held);
@@ -481,18 +526,41 @@ fn whole_blocks_go_straight_into_a_device_and_are_verified_there() {
     assert_eq!(error.upto, 3, "the first block is staged after those read directly");
 }
 
-/// A device whose copies from the host wait at a gate, or fail.
+#[tokio::test(start_paused = true)]
+async fn a_path_that_never_says_what_it_reaches_costs_the_deadline() {
+    let g = geometry(8, NHD, Dtype::Bf16);
+    let peer = FakePeer { ponders: true, ..FakePeer::new(&g, 64, 1) };
+    let (memory, noise) = arena(&g, 8, true);
+    let importer = Importer::new(memory.clone(), g, &ImportOptions { slots: 8, direct: true }).unwrap();
+    let pull = importer.pull_from(&peer, pull_of(&peer, g, 0..64, (0..8).collect()), soon());
+    let error = tokio::time::timeout(Duration::from_secs(60), pull).await.unwrap().unwrap_err();
+    assert!(matches!(error.cause, PullCause::Transfer(TransferError::Deadline { .. })), "{error:?}");
+    assert_eq!((error.upto, contents(&memory)), (0, noise.concat()));
+}
+
+/// A device some of whose work waits at a gate, or whose copies from the host fail.
 #[derive(Debug)]
 struct GatedDevice {
     inner: EmulatedDevice,
     state: Mutex<Gate>,
     changed: Condvar,
+    gated: Gated,
     fails: bool,
+}
+
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Gated {
+    FromHost,
+    ToHost,
+    Digests,
 }
 
 #[derive(Debug, Default)]
 struct Gate {
     open: bool,
+    /// How many may pass although it is closed.
+    passes: usize,
+    /// Who has come to it.
     waiting: usize,
     copied: usize,
 }
@@ -500,14 +568,38 @@ struct Gate {
 impl GatedDevice {
     fn new(len: usize, fails: bool) -> Self {
         let inner = EmulatedDevice::new(len, None).unwrap();
-        Self { inner, state: Mutex::default(), changed: Condvar::new(), fails }
+        Self { inner, state: Mutex::default(), changed: Condvar::new(), gated: Gated::FromHost, fails }
     }
 
-    fn wait_for(&self, mut met: impl FnMut(&Gate) -> bool) {
+    /// Waits at the gate, if that is there.
+    fn pass(&self, gated: Gated) {
+        if gated == self.gated {
+            self.state.lock().unwrap().waiting += 1;
+            self.changed.notify_all();
+            self.wait_for(|gate| {
+                let passes = gate.open || gate.passes > 0;
+                gate.passes = gate.passes.saturating_sub(1);
+                passes
+            });
+        }
+    }
+
+    fn let_one_pass(&self) {
+        self.state.lock().unwrap().passes = 1;
+        self.changed.notify_all();
+    }
+
+    fn wait_for(&self, mut met: impl FnMut(&mut Gate) -> bool) {
         let state = self.state.lock().unwrap();
         let limit = Duration::from_secs(20);
         let (_state, timeout) = self.changed.wait_timeout_while(state, limit, |gate| !met(gate)).unwrap();
         assert!(!timeout.timed_out(), "the gate did not move");
+    }
+
+    /// How many copies have come to the gate, and how many have ended.
+    fn came(&self) -> (usize, usize) {
+        let state = self.state.lock().unwrap();
+        (state.waiting, state.copied)
     }
 
     fn open(&self) {
@@ -533,6 +625,14 @@ impl Device for GatedDevice {
         self.inner.write(offset, from);
     }
 
+    fn span(&self) -> Result<MemorySpan, String> {
+        self.inner.span()
+    }
+
+    fn kernels(&self) -> Result<&dyn BlockKernels, String> {
+        if self.gated == Gated::Digests { Ok(self) } else { Err("it has none".to_owned()) }
+    }
+
     fn submit_to_host(
         &self,
         at: usize,
@@ -540,6 +640,7 @@ impl Device for GatedDevice {
         to: usize,
         len: usize,
     ) -> Result<Submitted, DeviceError> {
+        self.pass(Gated::ToHost);
         self.inner.submit_to_host(at, host, to, len)
     }
 
@@ -554,9 +655,7 @@ impl Device for GatedDevice {
             let source = "the copy engine is on fire".into();
             return Err(DeviceError::Copy { kind: "gated", direction: "to", offset, len, source });
         }
-        self.state.lock().unwrap().waiting += 1;
-        self.changed.notify_all();
-        self.wait_for(|gate| gate.open);
+        self.pass(Gated::FromHost);
         self.inner.copy_from_host(offset, host, from, len)?;
         self.state.lock().unwrap().copied += 1;
         self.changed.notify_all();
@@ -564,8 +663,83 @@ impl Device for GatedDevice {
     }
 }
 
-#[tokio::test(flavor = "multi_thread", worker_threads = 1)]
-async fn dropping_a_pull_returns_only_when_nothing_writes_the_arena_any_more() {
+impl BlockKernels for GatedDevice {
+    fn digest_blocks(&self, blocks: &[(usize, DigestSeed)], len: usize) -> Result<Vec<u64>, DeviceError> {
+        self.pass(Gated::Digests);
+        self.inner.kernels().expect("it is reachable").digest_blocks(blocks, len)
+    }
+
+    fn relayout(&self, _moves: &[Move]) -> Result<(), DeviceError> {
+        unreachable!("imports move nothing within a device")
+    }
+}
+
+/// The pull ends with its deadline, and what it says is in place is; the work that is late may end later.
+#[tokio::test]
+async fn work_of_a_device_that_takes_too_long_costs_the_deadline() {
+    let g = geometry(8, NHD, Dtype::Bf16);
+    for gated in [Gated::FromHost, Gated::ToHost, Gated::Digests] {
+        let peer = FakePeer::new(&g, 64, 1);
+        let device = GatedDevice::new(8 * g.block_bytes(), false);
+        let device = Arc::new(GatedDevice { inner: device.inner.reachable(), gated, ..device });
+        let memory = ArenaMemory::Device(device.clone());
+        let importer = Importer::new(memory, g, &ImportOptions { slots: 16, direct: true }).unwrap();
+        let returned = Arc::new(AtomicBool::new(false));
+        let seen = returned.clone();
+        let opener = thread::spawn(move || {
+            device.wait_for(|gate| gate.waiting > 0);
+            // What writes the arena is waited for; what does not must not be.
+            let looks = if gated == Gated::FromHost { 6 } else { 100 };
+            let pause = || thread::park_timeout(Duration::from_millis(100));
+            (0..looks).take_while(|_| !seen.load(Ordering::SeqCst)).for_each(|_| pause());
+            device.open();
+            seen.load(Ordering::SeqCst)
+        });
+        // Beside whole blocks one of which other tokens must be kept.
+        let tokens = if gated == Gated::ToHost { 3..64 } else { 0..64 };
+        let deadline = Instant::now() + Duration::from_millis(200);
+        let pull = pull_of(&peer, g, tokens.clone(), (0..8).collect());
+        let error = importer.pull_from(&peer, pull, deadline).await.unwrap_err();
+        assert!(
+            matches!(error.cause, PullCause::Transfer(TransferError::Deadline { .. })),
+            "{gated:?}: {error:?}"
+        );
+        assert_eq!(error.upto, tokens.start, "{gated:?}");
+        returned.store(true, Ordering::SeqCst);
+        assert_eq!(opener.join().unwrap(), gated != Gated::FromHost, "{gated:?}");
+        importer.close().await;
+        assert!(importer.audit().is_ok_and(|counts| counts.free == counts.total()));
+    }
+}
+
+/// It computes no digests, though networks reach it: its blocks are looked at in host memory.
+#[tokio::test]
+async fn a_device_that_cannot_verify_gets_its_blocks_through_host_memory() {
+    let g = geometry(8, NHD, Dtype::Bf16);
+    for verified in [true, false] {
+        let peer = FakePeer { verified, ..FakePeer::new(&g, 64, 1) };
+        let device = GatedDevice::new(8 * g.block_bytes(), false);
+        let device = Arc::new(GatedDevice { inner: device.inner.reachable(), ..device });
+        device.open();
+        let memory = ArenaMemory::Device(device);
+        let importer = Importer::new(memory.clone(), g, &ImportOptions { slots: 8, direct: true }).unwrap();
+        assert_eq!(importer.why_staged(), None);
+        let pull = pull_of(&peer, g, 0..64, (0..8).collect());
+        assert_eq!(importer.pull_from(&peer, pull, soon()).await.unwrap().upto, 64);
+        assert_eq!(peer.device_reads.load(Ordering::SeqCst), usize::from(!verified));
+        assert!(contents(&memory) == peer.blocks.concat());
+    }
+}
+
+#[test]
+fn dropping_a_pull_returns_only_when_nothing_writes_the_arena_any_more() {
+    // One copy at a time: the others have not begun when the pull is dropped, and never do.
+    let mut runtime = tokio::runtime::Builder::new_multi_thread();
+    let runtime = runtime.worker_threads(1).max_blocking_threads(1).enable_time().build().unwrap();
+    runtime.block_on(drop_a_pull());
+}
+
+async fn drop_a_pull() {
     let g = geometry(8, NHD, Dtype::Bf16);
     let peer = FakePeer::new(&g, 64, 1);
     let device = Arc::new(GatedDevice::new(8 * g.block_bytes(), false));
@@ -583,19 +757,23 @@ async fn dropping_a_pull_returns_only_when_nothing_writes_the_arena_any_more() {
         stuck.await;
         let (opener, seen) = (device.clone(), dropped.clone());
         let opener = thread::spawn(move || {
-            // Nothing can prove that a drop blocks for ever; it must not have returned before the gate opens.
+            // Nothing can prove that a drop blocks for ever; it must not have returned before a copy passes.
             thread::park_timeout(Duration::from_millis(50));
             let early = seen.load(Ordering::SeqCst);
-            opener.open();
+            while !seen.load(Ordering::SeqCst) {
+                opener.let_one_pass();
+                thread::park_timeout(Duration::from_millis(20));
+            }
             early
         });
         drop(pull);
         dropped.store(true, Ordering::SeqCst);
-        let copied = device.state.lock().unwrap().copied;
+        let (came, copied) = device.came();
         assert!(copied >= 1, "the copy at the gate was let through");
         assert!(!opener.join().unwrap(), "the drop returned while a copy was writing the arena");
+        device.open();
         importer.close().await;
-        assert_eq!(device.state.lock().unwrap().copied, copied, "a copy started after the drop");
+        assert_eq!(device.came().0, came, "a copy began after the drop");
     }
     assert!(importer.audit().is_ok_and(|counts| counts.free == counts.total()));
 }
