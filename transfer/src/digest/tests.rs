@@ -11,6 +11,11 @@ fn pieces_of_any_size_give_the_digest_of_the_whole() {
             let mut digest = BlockDigest::new(SEED);
             bytes[..len].chunks(piece).for_each(|piece| digest.update(piece));
             assert_eq!(digest.finish(), whole, "{len} bytes in pieces of {piece}");
+            let mut again = BlockDigest::new(DigestSeed { index: 2, ..SEED });
+            again.update(&bytes[..len / 2 + 900]);
+            again.restart(SEED);
+            bytes[..len].chunks(piece).for_each(|piece| again.update(piece));
+            assert_eq!(again.finish(), whole, "{len} bytes in pieces of {piece}, in the place of others");
         }
     }
 }

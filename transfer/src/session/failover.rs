@@ -218,6 +218,7 @@ mod tests {
     use super::*;
     use crate::agent::RegionId;
     use crate::session::Descriptor;
+    use crate::session::timers::Timers;
 
     /// A block noted under another's place would never be read, and nobody would know.
     #[test]
@@ -241,5 +242,57 @@ mod tests {
         again.add(16);
         rest.account(&progress, &again);
         assert_eq!((Rest::of(&job).places, progress.moved()), (vec![1, 4], 48));
+    }
+
+    /// How long a read over a path is watched that has another beside it, while `work` goes on with it.
+    async fn watched(deadline_s: u64, work: impl AsyncFnOnce(&Progress)) -> (Stopped, Duration) {
+        let (progress, timers, start) = (Progress::new(1), Timers::default(), Instant::now());
+        let (stall, deadline) = (Duration::from_secs(2), start + Duration::from_secs(deadline_s));
+        let watch = async {
+            let stopped = watch(&progress, &mut timers.take(), deadline, Some(stall)).await;
+            (stopped, start.elapsed())
+        };
+        futures_util::future::join(watch, work(&progress)).await.0
+    }
+
+    #[tokio::test(start_paused = true)]
+    async fn a_read_stands_still_when_it_could_move_and_does_not() {
+        let pause = || tokio::time::sleep(Duration::from_secs(1));
+        let queued = watched(100, async |progress| {
+            progress.set_queued(true);
+            for _ in 0..10 {
+                pause().await;
+            }
+            progress.set_queued(false);
+        });
+        let (stopped, after) = queued.await;
+        assert!(matches!(stopped, Stopped::Stalled(_)) && (11..14).contains(&after.as_secs()), "{after:?}");
+        let moving = watched(10, async |progress| {
+            for _ in 0..20 {
+                pause().await;
+                progress.add(1);
+            }
+        });
+        let (stopped, after) = moving.await;
+        assert!(matches!(stopped, Stopped::Deadline) && after.as_secs() == 10, "{after:?}");
+        let (stopped, after) = watched(3, async |_| ()).await;
+        assert!(
+            matches!(stopped, Stopped::Stalled(_)) && after.as_secs() < 2,
+            "another needs time: {after:?}"
+        );
+    }
+
+    #[test]
+    fn what_another_path_may_answer_otherwise_is_of_the_path() {
+        let closed = || Fault::Link(LinkError::Closed);
+        for backend in BackendKind::ALL {
+            let of_path = |refusal| is_of_path(&Fault::Refused(refusal), backend);
+            let maps = matches!(backend, BackendKind::Shm | BackendKind::Cma);
+            assert!(is_of_path(&closed(), backend) && of_path(Refusal::Mismatch));
+            for refusal in [Refusal::NotGranted, Refusal::OutsideRegion, Refusal::Unavailable] {
+                assert_eq!(of_path(refusal), maps, "{refusal} over {backend}");
+            }
+            assert!(!of_path(Refusal::OutsideGrant) && !is_of_path(&Fault::Stale(None), backend));
+        }
     }
 }

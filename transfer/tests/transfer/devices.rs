@@ -1,19 +1,25 @@
 //! Memory of a device as a region: what network libraries cannot reach in place is copied for the peer.
 
 use std::sync::Arc;
+use std::time::Duration;
 
+use baton_transfer::wire::HEADER_BYTES;
 use baton_transfer::{
     Agent, AgentOptions, BackendKind, Destination, Device, DeviceMemory, EmulatedDevice, Expected, LinkError,
     Refusal, RegionId, TransferError,
 };
 
+use crate::proxy::{Mode, Proxy};
 use crate::support::{
-    EPOCH, HANDOFF, OWNER, assert_in_place, blocks, deadline, each, memory, name, pattern, reader,
+    EPOCH, HANDOFF, OWNER, assert_in_place, blocks, bytes_at, deadline, each, memory, name, pattern, reader,
 };
 
 /// An owner whose blocks are in the memory of a device, with every backend that works here.
 async fn owner(len: usize) -> (Agent, RegionId) {
-    let options = AgentOptions { backends: each().await, ..AgentOptions::new(name(OWNER)) };
+    owner_with(AgentOptions { backends: each().await, ..AgentOptions::new(name(OWNER)) }, len).await
+}
+
+async fn owner_with(options: AgentOptions, len: usize) -> (Agent, RegionId) {
     let agent = Agent::start(options).await.unwrap();
     agent.set_epoch(EPOCH);
     let device = EmulatedDevice::new(len, None).unwrap().reachable();
@@ -86,6 +92,40 @@ async fn fabrics_read_straight_from_one_device_into_another() {
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn revoking_ends_a_read_of_a_device_that_is_being_served() {
+    // More than the sockets in between can hold, in one request.
+    const LEN: u32 = 48 << 20;
+    let proxy = Proxy::start().await;
+    let (backends, advertise) = (vec![BackendKind::Tcp], Some(proxy.address));
+    let (owner, region) =
+        owner_with(AgentOptions { backends, advertise, ..AgentOptions::new(name(OWNER)) }, LEN as usize + 1)
+            .await;
+    proxy.lead_to(owner.local_address());
+    let reader = reader(BackendKind::Tcp).await;
+    let session = reader.connect(&name(OWNER), EPOCH, &owner.metadata()).await.unwrap();
+    let blocks = blocks(region, 1, LEN);
+    owner.grant(HANDOFF, vec![blocks[0].source]);
+    proxy.set(Mode::Hold(2 * HEADER_BYTES + 10));
+    let into = memory(LEN as usize);
+    let read = session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline());
+    tokio::pin!(read);
+    let started = async {
+        while bytes_at(&into, 0, 1) != pattern(1, 1) {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    };
+    tokio::select! {
+        biased;
+        outcome = &mut read => panic!("it was held back: {outcome:?}"),
+        () = started => {}
+    }
+    tokio::time::timeout(Duration::from_secs(10), owner.revoke(HANDOFF).settled()).await.unwrap();
+    proxy.set(Mode::Relay);
+    let outcome = read.await;
+    assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn what_is_outside_a_device_region_or_not_host_memory_is_refused() {
     let (owner, region) = owner(1 << 20).await;
     for (backend, block_at) in [(BackendKind::Tcp, 1 << 20), (BackendKind::Shm, 0)] {
@@ -120,6 +160,7 @@ async fn paths_that_copy_in_host_memory_say_that_they_do_not_reach_a_device() {
             panic!("{outcome:?}")
         };
         assert_eq!(reason, why);
+        assert!(session.is_usable(), "host memory is reached as before: {:?}", session.path());
     }
 }
 

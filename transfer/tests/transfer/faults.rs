@@ -7,7 +7,7 @@ use std::time::Duration;
 use baton_config::Epoch;
 use baton_transfer::wire::{HEADER_BYTES, Header, Kind};
 use baton_transfer::{
-    Agent, AgentOptions, BackendKind, BlockRead, Destination, LinkError, Session, TransferError,
+    Agent, AgentOptions, BackendKind, BlockRead, BlockWrite, Destination, LinkError, Session, TransferError,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -193,6 +193,27 @@ async fn revoking_ends_a_read_that_is_being_served() {
     proxy.set(Mode::Relay);
     let outcome = read.await;
     assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
+}
+
+#[tokio::test]
+async fn the_end_of_a_life_ends_what_waits_for_a_peer() {
+    let Broken { proxy, owner, reader, session } = broken().await;
+    let blocks = owner.granted(BLOCKS, LEN);
+    let to = blocks[0].source;
+    owner.agent.grant_write(HANDOFF, &[to]);
+    let (into, from, written) = (memory(16 << 20), memory(LEN as usize), [BlockWrite { from: 0, to }]);
+    proxy.set(Mode::Hold(WELCOME_BYTES));
+    let read = session.read(HANDOFF, &blocks, Destination::Memory(&into), deadline());
+    let write = session.write(HANDOFF, &written, &from, deadline());
+    let waiting = futures_util::future::join(read, write);
+    tokio::pin!(waiting);
+    let until = Instant::now() + Duration::from_millis(100);
+    assert!(tokio::time::timeout_at(until, waiting.as_mut()).await.is_err(), "nothing comes back");
+    reader.set_epoch(Epoch(7));
+    let (read, write) = tokio::time::timeout(Duration::from_secs(10), waiting).await.unwrap();
+    for outcome in [read, write] {
+        assert!(matches!(outcome, Err(TransferError::Link { source: LinkError::Closed, .. })), "{outcome:?}");
+    }
 }
 
 #[tokio::test]

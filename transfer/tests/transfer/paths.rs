@@ -154,6 +154,7 @@ async fn a_write_whose_bytes_have_left_is_not_repeated_over_another_path() {
     assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
     // None has left of the next: it goes another way.
     session.write(HANDOFF, &[BlockWrite { from: 0, to }], &memory(4096), deadline()).await.unwrap();
+    assert_eq!(session.path().backend, BackendKind::Shm, "the path that broke is left: {:?}", session.path());
 }
 
 #[tokio::test]

@@ -37,6 +37,8 @@ pub(crate) struct Proxy {
     open: watch::Receiver<usize>,
     flips: Arc<AtomicUsize>,
     accepted: Arc<AtomicUsize>,
+    /// Connections of lower numbers are ended.
+    ended: watch::Sender<usize>,
 }
 
 impl Proxy {
@@ -51,6 +53,7 @@ impl Proxy {
         let flips = Arc::new(AtomicUsize::new(0));
         let tasks = TaskTracker::new();
         let accepted = Arc::new(AtomicUsize::new(0));
+        let (ended, ends) = watch::channel(0);
         let (counted, numbers) = (Arc::clone(&flips), Arc::clone(&accepted));
         tasks.clone().spawn(async move {
             while let Ok((near, _)) = listener.accept().await {
@@ -59,13 +62,17 @@ impl Proxy {
                 let number = numbers.fetch_add(1, Ordering::SeqCst);
                 opened.send_modify(|open| *open += 1);
                 let (modes, opened, flips) = (modes.clone(), Arc::clone(&opened), Arc::clone(&counted));
+                let mut ends = ends.clone();
                 tasks.spawn(async move {
-                    relay(near, far, modes, &flips, number).await;
+                    tokio::select! {
+                        () = relay(near, far, modes, &flips, number) => {}
+                        _ = ends.wait_for(|end| number < *end) => {}
+                    }
                     opened.send_modify(|open| *open -= 1);
                 });
             }
         });
-        Self { address, mode, target, open, flips, accepted }
+        Self { address, mode, target, open, flips, accepted, ended }
     }
 
     pub(crate) fn lead_to(&self, target: SocketAddr) {
@@ -79,6 +86,12 @@ impl Proxy {
     /// Holds what is open now; what comes later passes.
     pub(crate) fn hold_open(&self) {
         self.set(Mode::HoldFirst(self.accepted.load(Ordering::SeqCst)));
+    }
+
+    /// Ends what is open now.
+    pub(crate) async fn end_open(&self) {
+        self.ended.send_replace(self.accepted.load(Ordering::SeqCst));
+        self.until_open(|open| *open == 0).await;
     }
 
     pub(crate) fn flips(&self) -> usize {

@@ -4,11 +4,11 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use baton_config::{Epoch, HandoffId};
-use baton_transfer::wire::{Metadata, Offer};
+use baton_config::{Bytes, Epoch, HandoffId};
+use baton_transfer::wire::{MAX_METADATA_BYTES, Metadata, Offer};
 use baton_transfer::{
     Agent, AgentOptions, BackendKind, BlockRead, ConnectError, Descriptor, Destination, ErrorKind, Integrity,
-    LinkError, Refusal, RegionId, Session, StartError, Token, TransferError,
+    LinkError, Refusal, RegionId, RegisterError, Session, StartError, Token, TransferError,
 };
 
 use crate::support::{
@@ -170,6 +170,7 @@ async fn an_older_life_of_the_reader_is_refused_and_its_sessions_close() {
         let zombie = self::reader(backend).await;
         let session = owner.session(&reader).await.unwrap();
         let blocks = owner.granted(4, 4096);
+        assert!(read(&session, &blocks).await.is_ok(), "what is mapped is at hand afterwards");
         reader.set_epoch(Epoch(8));
         let closed = read(&session, &blocks).await;
         assert!(matches!(closed, Err(TransferError::Link { source: LinkError::Closed, .. })), "{closed:?}");
@@ -288,7 +289,19 @@ async fn wrong_bytes_are_named_and_never_delivered() {
                 other => panic!("{backend}: {other:?}"),
             }
         }
-        assert_eq!(strict.stats().checksum_mismatches, 6);
+        // Short ones and long ones travel apart, and are named in the order of the read.
+        let mut mixed: Vec<_> =
+            [4096, 1 << 20, 4096].map(|len| crate::support::blocks(owner.region, 1, len)[0]).into();
+        for (block, to) in mixed.iter_mut().zip([0, 8192, 2 << 20]) {
+            block.to = to;
+            block.expected.as_mut().unwrap().digest ^= 1;
+        }
+        owner.agent.grant(HANDOFF, mixed.iter().map(|block| block.source).collect());
+        match read(&session, &mixed).await {
+            Err(TransferError::Integrity { corrupt, .. }) => assert_eq!(corrupt, [0, 1, 2], "over {backend}"),
+            other => panic!("{backend}: {other:?}"),
+        }
+        assert_eq!(strict.stats().checksum_mismatches, 9);
         let trusting = reader_with(backend, Integrity::Off).await;
         let session = owner.session(&trusting).await.unwrap();
         assert_eq!(read(&session, &blocks).await.unwrap(), 800_000);
@@ -364,4 +377,31 @@ async fn an_agent_nobody_could_reach_does_not_start() {
     assert!(matches!(Agent::start(options.clone()).await, Err(StartError::Bind { .. })));
     options.backends.clear();
     assert!(matches!(Agent::start(options).await, Err(StartError::NoBackend)));
+}
+
+/// What a peer needs to find an agent says nothing of its memory, however much there is.
+#[tokio::test]
+async fn registered_memory_is_bounded_and_not_published() {
+    let mut options = AgentOptions::new(name(OWNER));
+    options.limits.regions = 3;
+    options.limits.registered_bytes = Bytes(3 * 4096);
+    let agent = Agent::start(options).await.unwrap();
+    let published = agent.metadata();
+    assert!(published.len() <= MAX_METADATA_BYTES / 4, "{} bytes", published.len());
+    let region = agent.register(memory(8192)).unwrap();
+    let refused = agent.register(memory(8192)).unwrap_err();
+    let (wanted, registered, limit) = (Bytes(8192), Bytes(8192), Bytes(3 * 4096));
+    assert!(
+        matches!(refused, RegisterError::Bytes { wanted: w, registered: r, limit: l } if (w, r, l) == (wanted, registered, limit)),
+        "{refused:?}"
+    );
+    assert!(refused.to_string().contains("transfer.limits.registered"), "{refused}");
+    agent.register(memory(2048)).unwrap();
+    agent.register(memory(2048)).unwrap();
+    let refused = agent.register(memory(1)).unwrap_err();
+    assert!(matches!(refused, RegisterError::Full { limit: 3 }), "{refused:?}");
+    assert!(refused.to_string().contains("transfer.limits.regions"), "{refused}");
+    let one = |at: u64| Descriptor { region, offset: at % 8192, len: 1 };
+    agent.grant(HANDOFF, (0..100_000).map(one).collect());
+    assert_eq!(agent.metadata(), published);
 }

@@ -450,6 +450,54 @@ async fn a_prepared_read_is_posted_many_times_polled_and_awaited() {
     }
 }
 
+/// Nothing of a write is sent twice: a stream that has ended meanwhile must not get any of it.
+#[tokio::test]
+async fn a_write_does_not_use_a_stream_that_has_ended() {
+    let proxy = Proxy::start().await;
+    let owner = AgentOptions { advertise: Some(proxy.address), ..over_tcp(OWNER) };
+    let pair = pair_with(owner, over_tcp("prefill-3"), Some(&proxy), 1 << 20).await;
+    let blocks = pair.granted(8, 4096);
+    for _ in 0..5 {
+        pair.write(&blocks).await.unwrap();
+        proxy.end_open().await;
+    }
+    pair.assert_written(&blocks);
+}
+
+/// In the middle of a read, whatever carries it: what is under way lands nowhere.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_post_that_is_cancelled_writes_nothing_afterwards_over_any_path() {
+    const LEN: u32 = 1 << 20;
+    let into = memory(16 * LEN as usize);
+    let other = vec![0xee; into.len()];
+    for backend in each().await {
+        let owner = Owner::start(4 << 20).await;
+        let reader = reader(backend).await;
+        let session = owner.session(&reader).await.unwrap();
+        let source = owner.granted(1, LEN)[0];
+        let blocks: Vec<_> = (0..16).map(|at| BlockRead { to: at * LEN as usize, ..source }).collect();
+        let prepared = session.prepare_read(HANDOFF, blocks.clone(), Target::Memory(into.clone())).unwrap();
+        for round in 0..24u32 {
+            into.write(0, &other);
+            let mut posted = prepared.post(deadline());
+            // At different places: before the first byte, and behind some blocks. Giving a read up may have cost the
+            // connection, which the next one then finds out.
+            let place = round as usize % 8 * LEN as usize;
+            while round > 2 && bytes_at(&into, place, 1) == [0xee] && !posted.is_done() {
+                tokio::task::yield_now().await;
+            }
+            timeout(LONG, posted.cancel()).await.unwrap();
+            into.write(0, &other);
+            tokio::time::sleep(Duration::from_millis(5)).await;
+            assert!(bytes_at(&into, 0, into.len() as u32) == other, "over {backend}, round {round}");
+        }
+        if prepared.run(deadline()).await.is_err() {
+            prepared.run(deadline()).await.unwrap();
+        }
+        assert_in_place(&into, &blocks);
+    }
+}
+
 #[tokio::test]
 async fn a_cancelled_post_is_fenced() {
     let proxy = Proxy::start().await;
