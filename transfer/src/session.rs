@@ -224,7 +224,8 @@ impl Session {
     /// whatever result, or was dropped, nothing of this read writes the destination any more, and its blocks may be
     /// reused at once. A stream with bytes still under way is closed, so that they land nowhere.
     ///
-    /// Reads of one session run side by side up to its number of streams, and then in order of arrival.
+    /// Reads of one session run side by side; over `tcp` up to its number of streams, and then in order of arrival, but for
+    /// one at a time of at most 1 MiB, which waits for no longer one.
     ///
     /// # Errors
     /// Each variant of [`TransferError`] but `Geometry` says what to do next. Blocks that are empty, outside the

@@ -75,7 +75,7 @@ pub struct AgentOptions {
     pub choose: Choose,
     /// Whether reads verify digests.
     pub integrity: Integrity,
-    /// TCP streams per session, at least 1.
+    /// TCP streams per session, at least 1; one more is opened for short reads and writes when all of them are taken.
     pub streams: usize,
     /// How long a read may stand still before it goes on over another path.
     pub stall: Duration,

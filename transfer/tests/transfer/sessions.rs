@@ -12,8 +12,8 @@ use baton_transfer::{
 };
 
 use crate::support::{
-    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, each, memory, name, pattern, reader,
-    reader_with,
+    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, each, ends_first, memory, name,
+    pattern, reader, reader_with,
 };
 
 async fn read(session: &Session, blocks: &[BlockRead]) -> Result<u64, TransferError> {
@@ -91,6 +91,30 @@ async fn many_reads_share_a_session() {
             assert_eq!(outcome.unwrap(), 160_000);
         }
         assert_eq!(session.stats().bytes.0, 64 * 160_000);
+    }
+}
+
+/// Two handoffs at once: one block of the one does not wait for all the blocks of the other.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_short_read_does_not_wait_behind_a_long_one() {
+    const LONG_LEN: u32 = 2 << 20;
+    const SHORT: HandoffId = HandoffId(5);
+    let into = memory(64 * LONG_LEN as usize);
+    for backend in each().await {
+        let owner = Owner::start(8 << 20).await;
+        let reader = reader_with(backend, Integrity::Off).await;
+        let session = owner.session(&reader).await.unwrap();
+        let source = owner.granted(1, LONG_LEN)[0];
+        let long: Vec<_> = (0..64).map(|at| BlockRead { to: at * LONG_LEN as usize, ..source }).collect();
+        let short = crate::support::blocks(owner.region, 1, 4096);
+        owner.agent.grant(SHORT, vec![short[0].source]);
+        let place = memory(4096);
+        let was_first = ends_first(
+            || session.read(SHORT, &short, Destination::Memory(&place), deadline()),
+            || session.read(HANDOFF, &long, Destination::Memory(&into), deadline()),
+        );
+        assert!(was_first.await, "over {backend} it waited");
+        assert_in_place(&place, &short);
     }
 }
 

@@ -1,5 +1,7 @@
 //! An owner of blocks, readers of them, and what the blocks hold.
 
+use std::cell::Cell;
+use std::fmt::Debug;
 use std::time::Duration;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
@@ -37,6 +39,30 @@ pub(crate) async fn each() -> Vec<BackendKind> {
 /// Far enough that only a hang reaches it.
 pub(crate) fn deadline() -> Instant {
     Instant::now() + Duration::from_secs(20)
+}
+
+/// Whether `short` ends before `long`, which is started before it. Which of two that run side by side is the quicker one
+/// also depends on the machine, so they are tried again; who has to wait for the other is never the first.
+pub(crate) async fn ends_first<T, E: Debug, S, L>(short: impl Fn() -> S, long: impl Fn() -> L) -> bool
+where
+    S: Future<Output = Result<T, E>>,
+    L: Future<Output = Result<T, E>>,
+{
+    for _ in 0..20 {
+        let long_is_over = Cell::new(false);
+        let long = async {
+            long().await.unwrap();
+            long_is_over.set(true);
+        };
+        let short = async {
+            short().await.unwrap();
+            !long_is_over.get()
+        };
+        if futures_util::future::join(long, short).await.1 {
+            return true;
+        }
+    }
+    false
 }
 
 pub(crate) fn name(text: &str) -> WorkerId {

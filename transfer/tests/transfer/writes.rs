@@ -12,7 +12,8 @@ use tokio::time::{Instant, timeout};
 
 use crate::proxy::{Mode, Proxy};
 use crate::support::{
-    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, each, memory, name, pattern, reader,
+    EPOCH, HANDOFF, OWNER, Owner, assert_in_place, bytes_at, deadline, each, ends_first, memory, name,
+    pattern, reader,
 };
 
 const LONG: Duration = Duration::from_secs(10);
@@ -121,6 +122,25 @@ async fn blocks_are_written_over_everything_that_opens_here() {
             assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted, "{backend}");
             pair.target.write(0, &vec![0; 64 << 20]);
         }
+    }
+}
+
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_short_write_does_not_wait_behind_a_long_one() {
+    const LONG_LEN: u32 = 2 << 20;
+    for backend in each().await {
+        let with = |worker: &str| AgentOptions { backends: vec![backend], ..AgentOptions::new(name(worker)) };
+        let pair = pair_with(with(OWNER), with("prefill-3"), None, 192 << 20).await;
+        let to =
+            |at: usize, len| Descriptor { region: pair.region, offset: (at * LONG_LEN as usize) as u64, len };
+        let long: Vec<_> = (0..64).map(|at| BlockWrite { from: 0, to: to(at, LONG_LEN) }).collect();
+        let short = [BlockWrite { from: 7, to: to(80, 4096) }];
+        let granted = long.iter().chain(&short).map(|block| block.to);
+        pair.owner.agent.grant_write(HANDOFF, &granted.collect::<Vec<_>>());
+        let was_first = ends_first(|| pair.write(&short), || pair.write(&long)).await;
+        assert!(was_first, "over {backend} it waited");
+        pair.assert_written(&short);
+        pair.assert_written(&long[63..]);
     }
 }
 

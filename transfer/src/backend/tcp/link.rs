@@ -10,7 +10,7 @@ use std::time::Duration;
 
 use tokio::io::{AsyncWriteExt, Interest};
 use tokio::net::TcpStream;
-use tokio::sync::Semaphore;
+use tokio::sync::{Semaphore, SemaphorePermit};
 use tokio::time::Instant;
 
 use super::receive::Receiver;
@@ -25,6 +25,8 @@ use crate::wire::{self, Header, Kind, MAX_READ_BLOCKS, WireError};
 
 /// Bytes worth a stream of their own.
 const STRIPE_BYTES: u64 = 8 << 20;
+/// What has no more goes beside longer reads and writes where those have all streams.
+const SHORT_BYTES: u64 = 1 << 20;
 /// Bytes asked for at once; the next request is under way while they arrive.
 const REQUEST_BYTES: u64 = 8 << 20;
 /// How long a short answer from this host is looked for before the reader sleeps: about what waking up takes.
@@ -41,6 +43,8 @@ pub(crate) struct TcpLink {
     streams: usize,
     /// Permits to use a stream, given in the order they were asked for.
     slots: Semaphore,
+    /// The permit to use one more, for what is short: it waits for nothing long.
+    express: Semaphore,
     idle: Mutex<Vec<Stream>>,
 }
 
@@ -62,16 +66,28 @@ impl TcpLink {
         let streams = streams.clamp(1, 64);
         let first = Stream::open(&pair, &route).await?;
         let idle = Mutex::new(vec![first]);
-        Ok(Self { pair, route, streams, slots: Semaphore::new(streams), idle })
+        let (slots, express) = (Semaphore::new(streams), Semaphore::new(1));
+        Ok(Self { pair, route, streams, slots, express, idle })
+    }
+
+    /// Waits for the turn of what takes so many streams for so many bytes.
+    async fn turn(&self, streams: usize, bytes: u64) -> Result<SemaphorePermit<'_>, Fault> {
+        let permit = tokio::select! {
+            biased;
+            permit = self.slots.acquire_many(streams as u32) => permit,
+            permit = self.express.acquire(), if bytes <= SHORT_BYTES => permit,
+        };
+        // The semaphores are never closed; were they, the link would be.
+        permit.map_err(|_| LinkError::Closed.into())
     }
 
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
         let stripes = plan_stripes(job.blocks.iter().map(|read| read.source.len), self.streams);
+        let bytes = job.blocks.iter().map(|read| u64::from(read.source.len)).sum();
         job.progress.set_queued(true);
-        // The semaphore is never closed; were it, the link would be.
-        let slots = self.slots.acquire_many(stripes.len() as u32).await;
+        let turn = self.turn(stripes.len(), bytes).await;
         job.progress.set_queued(false);
-        let _slots = slots.map_err(|_| LinkError::Closed)?;
+        let _turn = turn?;
         match self.try_read(job, &stripes).await {
             // An idle stream can have died unnoticed. A new one tells why, or works.
             Err(Fault::Link(_)) if job.progress.moved() == 0 => {

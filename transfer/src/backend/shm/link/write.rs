@@ -56,10 +56,11 @@ impl ShmLink {
     /// Has the owner copy blocks; done when it has verified them.
     pub(crate) async fn write(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
         self.check_life(Instant::now())?;
-        let mut requests = self.requests.lock().await;
-        let number = self.lend(&mut requests, job.from).await?;
         let mut start = 0;
         while start < job.blocks.len() {
+            // Anew for every request, so that others have theirs in between.
+            let mut requests = self.requests.lock().await;
+            let number = self.lend(&mut requests, job.from).await?;
             let mut bytes = 0;
             let rest = &job.blocks[start..];
             let fits = rest.iter().take(MAX_READ_BLOCKS).take_while(|block| {

@@ -24,8 +24,8 @@ impl TcpLink {
     /// Writes; done when the peer has verified every block.
     pub(crate) async fn write(&self, job: &WriteJob<'_>) -> Result<(), Fault> {
         let stripes = plan_stripes(job.blocks.iter().map(|block| block.to.len), self.streams);
-        let slots = self.slots.acquire_many(stripes.len() as u32).await;
-        let _slots = slots.map_err(|_| LinkError::Closed)?;
+        let bytes = job.blocks.iter().map(|block| u64::from(block.to.len)).sum();
+        let _turn = self.turn(stripes.len(), bytes).await?;
         let writes = stripes.into_iter().map(|stripe| self.write_stripe(job, stripe));
         futures_util::future::try_join_all(writes).await?;
         Ok(())
