@@ -12,7 +12,7 @@ mod hello;
 mod metadata;
 mod read;
 #[cfg(test)]
-mod tests;
+pub(crate) mod tests;
 
 use baton_config::Epoch;
 use twox_hash::XxHash3_64;

@@ -1,4 +1,4 @@
-mod fuzz;
+pub(crate) mod fuzz;
 
 use proptest::prelude::*;
 

@@ -139,6 +139,7 @@ mod tests {
     use super::*;
     use crate::memory::HostMemory;
     use crate::wire::encode_frame;
+    use crate::wire::tests::fuzz::fuzz;
 
     /// What comes of an answer that is sent with or without a file.
     async fn hear(frame: &[u8], file: Option<&HostMemory>) -> Result<Passed, WireError> {
@@ -153,6 +154,18 @@ mod tests {
             Err(Fault::Link(LinkError::Protocol(error))) => Err(error),
             Ok(Err(fault)) | Err(fault) => panic!("{fault:?}"),
         }
+    }
+
+    #[test]
+    fn places_of_any_bytes_are_refused_or_end_within_all_memory() {
+        let decode = |bytes: &[u8]| {
+            decode_place(bytes).inspect(|place| assert!(place.address <= usize::MAX - place.len))
+        };
+        let good =
+            [RemoteRange { address: 1 << 40, len: 4096 }, RemoteRange { address: usize::MAX - 16, len: 16 }];
+        fuzz("place", &good.map(|place| encode_place(place).to_vec()), decode, |place| {
+            encode_place(*place).to_vec()
+        });
     }
 
     #[tokio::test]

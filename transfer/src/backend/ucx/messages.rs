@@ -178,7 +178,14 @@ impl Core {
     }
 
     /// Sends the header of a slot and `bytes`: of its job's registration or, with a read, of itself.
-    fn send(&self, ep: ucp_ep_h, id: u32, slot: &Slot, bytes: Place, flags: u32) -> Result<(), PostError> {
+    pub(super) fn send(
+        &self,
+        ep: ucp_ep_h,
+        id: u32,
+        slot: &Slot,
+        bytes: Place,
+        flags: u32,
+    ) -> Result<(), PostError> {
         let region = slot.job.get().and_then(|job| job.region).filter(|_| bytes.len > 0 && id != READ);
         let mut params = self.params(slot, region);
         params.op_attr_mask |= UCP_OP_ATTR_FIELD_FLAGS;

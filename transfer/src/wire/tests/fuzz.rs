@@ -79,10 +79,10 @@ impl Random {
 }
 
 /// Runs `decode`, which encodes what it decoded back, over mutations of `good`.
-fn fuzz<T: Debug>(
+pub(crate) fn fuzz<T: Debug, E: Debug>(
     name: &str,
     good: &[Vec<u8>],
-    decode: impl Fn(&[u8]) -> Result<T, WireError>,
+    decode: impl Fn(&[u8]) -> Result<T, E>,
     encode: impl Fn(&T) -> Vec<u8>,
 ) {
     let mut random = Random(SEED ^ XxHash3_64::oneshot(name.as_bytes()));
@@ -90,7 +90,7 @@ fn fuzz<T: Debug>(
     let mut outcomes: HashSet<String> = HashSet::new();
     let mut decoded = 0;
     for bytes in good {
-        decode(bytes).unwrap_or_else(|error| panic!("{name}: a good input: {error}"));
+        decode(bytes).unwrap_or_else(|error| panic!("{name}: a good input: {error:?}"));
     }
     for round in 0..ROUNDS {
         let mut bytes = corpus[random.below(corpus.len())].clone();
@@ -131,7 +131,7 @@ fn handshakes_and_metadata() {
         let first = Metadata::decode(bytes)?;
         assert_eq!(Metadata::decode(&first.encode()).as_ref(), Ok(&first));
         assert!(first.offers.len() <= bytes.len());
-        Ok((first, bytes.to_vec()))
+        Ok::<_, WireError>((first, bytes.to_vec()))
     };
     fuzz("metadata", &[metadata().encode()], again, |(_, bytes)| bytes.clone());
 }
@@ -229,7 +229,7 @@ fn headers() {
         let header = Header::decode(head)?;
         assert!(u64::from(header.len) <= header.kind.max_len());
         header.verify(head, &[])?;
-        Ok(header)
+        Ok::<_, WireError>(header)
     };
     let good = Header { len: 0, ..head }.encode(&[]).to_vec();
     // A check of 32 bits is rarely met by chance: the kind, the code, the numbers are changed and signed anew.

@@ -1,6 +1,7 @@
 use proptest::prelude::*;
 
 use super::*;
+use crate::wire::tests::fuzz::fuzz;
 
 fn socket(ip: [u8; 4], port: u16) -> Vec<u8> {
     let mut address = vec![0; 16];
@@ -96,20 +97,39 @@ fn impossible_keys_are_refused() {
     assert_eq!(Key::decode(&vec![1; KEY_MAX_BYTES + 1]), Err(BlobError::Length));
 }
 
-proptest! {
-    #[test]
-    fn whatever_is_taken_encodes_to_the_same_bytes(bytes in proptest::collection::vec(any::<u8>(), 0..300)) {
-        if let Ok(key) = Key::decode(&bytes) {
-            prop_assert_eq!(key.encode(), bytes.clone());
+#[test]
+fn whatever_becomes_of_good_blobs_is_refused_or_means_one_thing() {
+    let key = |rails: usize, keys: u64, virtual_addresses| {
+        let keys = (0..keys * rails as u64).collect::<Vec<_>>();
+        let len = keys.len() as u64 / rails as u64 * 100 - 30;
+        Key { len, base: 1 << 40, segment: 100, virtual_addresses, rails, keys }
+    };
+    let decode_key = |bytes: &[u8]| {
+        let key = Key::decode(bytes)?;
+        assert_eq!(key.keys.len(), key.segments() * key.rails);
+        for offset in [0, key.len / 2, key.len - 1] {
+            key.address(offset);
+            key.of(key.rails - 1, offset);
         }
-        let own = socket([127, 0, 0, 1], 9);
-        for format in [FI_SOCKADDR_IN, FI_ADDR_STR, FI_ADDR_EFA, 77] {
-            if let Ok(rails) = decode(&bytes, format, &own, true) {
-                prop_assert_eq!(encode_address(&rails), bytes.clone());
-            }
-        }
+        Ok::<_, BlobError>(key)
+    };
+    let good = [key(1, 1, false), key(2, 3, true), key(RAILS_MAX, 1, true)].map(|key| key.encode());
+    fuzz("libfabric key", &good, decode_key, Key::encode);
+    let of_six = [&AF_INET6.to_ne_bytes()[..], &[0, 9, 0, 0, 0, 0, 0x20, 1], &[7; 18]].concat();
+    for (format, own) in [
+        (FI_SOCKADDR_IN, socket([127, 0, 0, 1], 9)),
+        (FI_SOCKADDR_IN6, of_six),
+        (FI_ADDR_STR, b"fi_shm://12:0:3\0".to_vec()),
+        (FI_ADDR_EFA, vec![1; 32]),
+        (77, vec![5; 7]),
+    ] {
+        let good = [encode_address(std::slice::from_ref(&own)), encode_address(&vec![own.clone(); 3])];
+        let take = |bytes: &[u8]| decode(bytes, format, &own, false);
+        fuzz("libfabric address", &good, take, |rails| encode_address(rails));
     }
+}
 
+proptest! {
     #[test]
     fn truncated_blobs_are_refused(cut in 0_usize..60, flip in 0_usize..60) {
         let key = Key { len: 64, base: 0, segment: 32, virtual_addresses: false, rails: 2, keys: vec![1, 2, 3, 4] };

@@ -1,8 +1,11 @@
 //! Addresses and keys of peers that are damaged, invented, or meant for others.
 
-use baton_ucx_sys::UCS_OK;
+use baton_ucx_sys::{UCP_AM_SEND_FLAG_EAGER, UCP_AM_SEND_FLAG_REPLY, UCS_OK};
 
 use super::*;
+use crate::backend::ucx::messages::HANDLERS;
+use crate::backend::ucx::peer::Reach;
+use crate::backend::ucx::slots::Place;
 
 /// The same stream of numbers every time.
 struct Stream(u64);
@@ -154,4 +157,122 @@ fn answers_that_nobody_asked_for_change_nothing() {
     until(&mut [&mut link.near, &mut link.far], |ends| ends[1].driver.core.slots.busy().is_empty());
     assert_eq!(link.wait(1), Ok(4096));
     assert!(before != bytes(&link.here) && bytes(&link.here) == bytes(&link.there));
+}
+
+/// Sends the peer a message of any words and bytes.
+fn say(link: &mut Linked, kind: u32, header: [u64; 7], payload: &[u8]) {
+    link.here.write(0, payload);
+    let ep = link.near.driver.peers[&link.peer.0].ep;
+    let core = &link.near.driver.core;
+    let mut job = Job::new(Work::Serve, 0, None);
+    (job.region, job.address, job.len) = (Some(link.local.0), link.here.span().address(), payload.len());
+    let slot = core.start(job).unwrap();
+    slot.header.set(header.map(u64::to_le));
+    let place = Place { address: job.address, len: job.len };
+    core.send(ep, kind, slot, place, UCP_AM_SEND_FLAG_REPLY | UCP_AM_SEND_FLAG_EAGER).unwrap();
+    until(&mut [&mut link.near, &mut link.far], |ends| {
+        let busy = |end: &End| end.driver.core.slots.busy().iter().any(|(_, job)| job.work == Work::Serve);
+        !ends.iter().any(|end| busy(end))
+    });
+    while link.far.driver.take_request().is_some() {}
+}
+
+/// Messages of every kind whose words and bytes were good once. Who sends them may write one registration of the peer and
+/// knows nothing else of it.
+#[test]
+fn messages_of_any_words_write_nothing_but_what_may_be_written() {
+    const LEN: usize = 4096;
+    let (Some(near), Some(far)) = (End::open(false), End::open(false)) else { return };
+    let mut link = Linked::new(near, far, LEN, Access::RemoteWrite);
+    let others = memory(LEN, 9);
+    let (kept, _) = link.far.driver.register(&others.span(), Access::RemoteRead).unwrap();
+    let awaited = link.far.range(kept, 0, 64);
+    link.far.driver.receive(1 << 60, awaited, 7).unwrap();
+    let before = bytes(&others);
+    let Reach::Messages { region, secret } =
+        link.near.driver.peers[&link.peer.0].remotes[&link.remote.0].reach
+    else {
+        panic!("by messages")
+    };
+    let mut stream = Stream(5);
+    let edges = [
+        0,
+        1,
+        u64::from(u32::MAX),
+        1 << 32,
+        7 << 40,
+        9 << 40,
+        1 << 48,
+        u64::from(kept.0),
+        LEN as u64,
+        u64::MAX,
+    ];
+    for round in 0..4000u64 {
+        let len = 1 + stream.next() % 200;
+        let piece =
+            [u64::from(region), secret as u64, (secret >> 64) as u64, stream.next() % LEN as u64, len];
+        let mut header = [round, stream.next(), piece[0], piece[1], piece[2], piece[3], piece[4]];
+        let pieces = 1 + stream.next() % 9;
+        let mut words: Vec<u64> = (0..pieces).flat_map(|_| piece).collect();
+        for _ in 0..stream.next() % 3 {
+            let edge = edges[stream.next() as usize % edges.len()];
+            let at = stream.next() as usize % header.len();
+            if stream.next().is_multiple_of(2) {
+                header[at] = edge;
+            } else {
+                words[at % (5 * pieces as usize)] = edge;
+            }
+        }
+        let mut payload: Vec<u8> = words.iter().flat_map(|word| word.to_le_bytes()).collect();
+        payload.extend(stream.bytes(400));
+        payload.truncate(1 + stream.next() as usize % payload.len());
+        let kind = HANDLERS[stream.next() as usize % HANDLERS.len()].0;
+        say(&mut link, kind, header, &payload);
+    }
+    link.write(0, 0, 1, 1).unwrap();
+    assert_eq!(link.wait(1), Ok(1), "it comes behind all of them");
+    assert!(bytes(&link.there) != pattern(LEN, 2), "what may be written was");
+    assert!(bytes(&others) == before, "memory that is only to be read was written");
+    assert!(link.far.done.is_empty() && link.far.driver.dead.is_none(), "{:?}", link.far.done);
+    link.here.write(0, &pattern(LEN, 3));
+    link.write(0, 0, LEN, 2).unwrap();
+    assert_eq!(link.wait(2), Ok(LEN));
+    assert!(bytes(&link.there) == bytes(&link.here));
+}
+
+/// A write of bytes that are not as many as it names stores none of them.
+#[test]
+fn writes_of_other_lengths_than_they_name_are_refused() {
+    const LEN: usize = 100;
+    let (Some(near), Some(far)) = (End::open(false), End::open(false)) else { return };
+    let mut link = Linked::new(near, far, 4096, Access::RemoteWrite);
+    let Reach::Messages { region, secret } =
+        link.near.driver.peers[&link.peer.0].remotes[&link.remote.0].reach
+    else {
+        panic!("by messages")
+    };
+    let piece = [u64::from(region), secret as u64, (secret >> 64) as u64, 0, LEN as u64];
+    let named: Vec<u8> = piece.iter().flat_map(|word| word.to_le_bytes()).collect();
+    let before = bytes(&link.there);
+    let mut store = |kind: usize, len: usize| {
+        let name: &[u8] = if kind == 5 { &named } else { &[] };
+        let header = [1, 2, piece[0], piece[1], piece[2], piece[3], piece[4]];
+        say(&mut link, HANDLERS[kind].0, header, &[name, &vec![0xaa; len]].concat());
+        // Comes behind it, and elsewhere.
+        link.write(4000, 0, 1, 1).unwrap();
+        assert_eq!(link.wait(1), Ok(1));
+        bytes(&link.there)[..4000] != before[..4000]
+    };
+    for kind in [2, 5] {
+        for len in [LEN - 1, LEN + 1, 1] {
+            assert!(!store(kind, len), "{len} bytes instead of {LEN}");
+        }
+    }
+    assert!(store(5, LEN) && store(2, LEN));
+    // More pieces than a message may have, all of them there.
+    let many = [named.repeat(9), vec![0xbb; 9 * LEN]].concat();
+    say(&mut link, HANDLERS[5].0, [1 | 8 << 40, 2, 0, 0, 0, 0, 0], &many);
+    link.write(4000, 0, 1, 1).unwrap();
+    assert_eq!(link.wait(1), Ok(1));
+    assert_eq!(bytes(&link.there)[..LEN], [0xaa; LEN]);
 }
