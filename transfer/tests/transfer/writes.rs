@@ -125,6 +125,22 @@ async fn blocks_are_written_over_everything_that_opens_here() {
     }
 }
 
+/// One that has no other owner left makes room with the next write, on both sides.
+#[tokio::test]
+async fn memory_that_was_lent_is_not_kept() {
+    let with =
+        |worker: &str| AgentOptions { backends: vec![BackendKind::Shm], ..AgentOptions::new(name(worker)) };
+    let pair = pair_with(with(OWNER), with("prefill-3"), None, 1 << 20).await;
+    let blocks = pair.granted(8, 4096);
+    let is_mapped = || std::fs::read_to_string("/proc/self/maps").unwrap().contains("baton-lent once");
+    let lent = baton_transfer::HostMemory::allocate(1 << 20, "lent once").unwrap();
+    pair.session.write(HANDOFF, &blocks, &lent, deadline()).await.unwrap();
+    assert!(is_mapped());
+    drop(lent);
+    pair.write(&blocks).await.unwrap();
+    assert!(!is_mapped());
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_short_write_does_not_wait_behind_a_long_one() {
     const LONG_LEN: u32 = 2 << 20;
@@ -564,4 +580,18 @@ async fn a_write_to_a_later_life_is_stale() {
     let session = pair.writer.connect(&name(OWNER), later, &pair.owner.metadata).await.unwrap();
     let outcome = session.write(HANDOFF, &blocks, &pair.source, deadline()).await;
     assert_eq!(refusal(outcome.map(|_| ())), Refusal::NotGranted, "grants end with their life");
+    // Where the life can be seen, nothing has to be asked.
+    for backend in [BackendKind::Shm, BackendKind::Cma] {
+        let with = |worker: &str| AgentOptions { backends: vec![backend], ..AgentOptions::new(name(worker)) };
+        let pair = pair_with(with(OWNER), with("prefill-3"), None, 1 << 20).await;
+        let blocks = pair.granted(2, 4096);
+        pair.write(&blocks).await.unwrap();
+        pair.owner.agent.set_epoch(later);
+        let stale = pair.write(&blocks).await;
+        let current = match &stale {
+            Err(TransferError::Stale { current, .. }) => *current,
+            _ => None,
+        };
+        assert_eq!(current, Some(later), "{backend}: {stale:?}");
+    }
 }

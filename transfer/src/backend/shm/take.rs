@@ -107,7 +107,7 @@ impl Connection {
             Ok(allowed) => allowed,
             Err(denial) => return self.refuse(denial, header.seq).await,
         };
-        let corrupt = self.copy(life, &permit, usize::from(take.number), &blocks).await?;
+        let corrupt = self.copy(&permit, usize::from(take.number), &blocks).await?;
         drop(permit);
         if corrupt > 0 {
             self.server.counters.checksum_mismatches(corrupt);
@@ -142,13 +142,7 @@ impl Connection {
     }
 
     /// Copies; how many blocks failed their digest.
-    async fn copy(
-        &self,
-        life: &Life,
-        permit: &Permit,
-        number: usize,
-        blocks: &[Copied],
-    ) -> Result<u64, LinkError> {
+    async fn copy(&self, permit: &Permit, number: usize, blocks: &[Copied]) -> Result<u64, LinkError> {
         let Some(lent) = &self.lent.0[number] else { return Err(LinkError::Closed) };
         let (mut corrupt, mut rest) = (0, blocks);
         while !rest.is_empty() {
@@ -168,8 +162,8 @@ impl Connection {
             if !rest.is_empty() {
                 tokio::task::yield_now().await;
             }
-            // The memory is about to be reused: rather no answer than more bytes.
-            if permit.revoked.is_cancelled() || life.ended.is_cancelled() {
+            // The memory is about to be reused, also where a life has ended: rather no answer than more bytes.
+            if permit.revoked.is_cancelled() {
                 return Err(LinkError::Closed);
             }
         }

@@ -321,6 +321,21 @@ async fn a_destination_that_may_not_be_registered_is_reached_through_buffers() {
     // What nobody has any more makes room without being asked.
     fabric.registered(&memory(4).span(), Access::Local).await.unwrap();
     assert_eq!(world.registered(0), 1);
+    // What is registered for one write counts for as long as it is.
+    let limits = FabricLimits { registered_bytes: 10_000, regions: 2, ..FabricLimits::default() };
+    let few = side("v", &world, 2, Faults::default(), limits, Integrity::Digest).await;
+    let fabric = few.fabrics.get(BackendKind::Plugin).unwrap();
+    let places = [memory(1), memory(2), memory(6000), memory(5000)];
+    let [first, second, long, other] = places.each_ref().map(HostMemory::span);
+    for (once, then, remedy) in [
+        (vec![first, second], &other, "raise transfer.limits.regions"),
+        (vec![long], &other, "raise transfer.limits.registered"),
+    ] {
+        let windows = fabric.registered_once(&once, Access::RemoteWrite).await.unwrap();
+        assert_eq!(fabric.registered(then, Access::Local).await.err().unwrap().remedy, remedy);
+        drop(windows);
+        drop(fabric.registered(then, Access::Local).await.unwrap());
+    }
 }
 
 /// A read with a deadline or a sudden end at a random moment; what it says and what it did must agree.
