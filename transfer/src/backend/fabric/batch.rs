@@ -13,8 +13,11 @@ use super::driver::{LocalRange, RemoteId};
 use super::thread::{Fabric, Peer};
 use super::window::Work;
 
-/// How long an aborted batch may take to end by itself before its peer is disconnected.
+/// How long an aborted batch may take to end by itself before its peer is disconnected, which ends what others read from it
+/// as well: so much, and what its bytes take at a rate that any fabric has, but never long, for a thread waits.
 const ABORT_GRACE: Duration = Duration::from_millis(2);
+const ABORT_BYTES_PER_MS: u64 = 500_000;
+const ABORT_GRACE_MAX: Duration = Duration::from_millis(50);
 /// How often a fence that takes too long is told of.
 const FENCE_REPORT: Duration = Duration::from_secs(5);
 /// Bytes in place that are worth waking a task for before the batch is whole: they are still in a cache then.
@@ -212,8 +215,14 @@ impl Batch {
         self.state.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Waits for the end of everything posted, for `grace` or without a bound; whether it came.
-    fn wait_settled(&self, grace: Duration) -> bool {
+    /// How long it may take to end once it was given up.
+    fn grace(&self) -> Duration {
+        let bytes: u64 = self.transfers.iter().map(|transfer| transfer.local.len as u64).sum();
+        (ABORT_GRACE + Duration::from_millis(bytes / ABORT_BYTES_PER_MS)).min(ABORT_GRACE_MAX)
+    }
+
+    /// Waits for the end of everything posted, for so long; whether it came.
+    pub(super) fn wait_settled(&self, grace: Duration) -> bool {
         let until = Instant::now() + grace;
         let mut state = self.state();
         while !state.settled {
@@ -306,7 +315,7 @@ impl Running {
     }
 
     /// Makes the drop a fence: once it returns, nothing of the batch writes its local ranges any more. It blocks for
-    /// as long as the driver takes: [`ABORT_GRACE`] for what is posted to end, then a disconnect.
+    /// as long as the driver takes: a moment for what is posted to end, at most [`ABORT_GRACE_MAX`], then a disconnect.
     pub(crate) fn fenced(mut self) -> Self {
         self.fenced = self.batch.fills();
         self
@@ -413,7 +422,7 @@ impl Drop for Running {
             return;
         }
         self.fabric.abort(&self.batch);
-        if !self.fenced || self.batch.wait_settled(ABORT_GRACE) {
+        if !self.fenced || self.fabric.wait_for(&self.batch, self.batch.grace()) {
             return;
         }
         self.batch.peer.sever("a read was given up and its operations did not end");

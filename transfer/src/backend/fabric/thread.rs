@@ -21,6 +21,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
 use std::task::{Context, Poll, Wake, Waker};
 use std::thread::JoinHandle;
+use std::time::{Duration, Instant};
 
 use futures_util::{Stream, StreamExt};
 use tokio::sync::oneshot;
@@ -54,6 +55,8 @@ pub(super) const DATA_AT: usize = 64;
 pub(super) const HEAD_AT: usize = DATA_AT - HEADER_BYTES;
 /// Requests of this side on their way, and answers to those of the other sides without blocks.
 const NOTES: usize = 128;
+/// Of a thread that waits for the end of what was given up.
+const BETWEEN_TURNS: Duration = Duration::from_micros(100);
 
 /// A network library at work on a thread of its own; clones share it. With the last one the library is closed.
 #[derive(Clone)]
@@ -380,6 +383,23 @@ impl Fabric {
         self.0.queue.leave(command, Some(room)).map_err(|_| gone(self.0.kind))?;
         turns.take_new();
         Ok(())
+    }
+
+    /// Waits for the end of a batch that was given up, without a word to the runtime; whether it came in time. Where tasks
+    /// take turns at the driver, this one does.
+    pub(super) fn wait_for(&self, batch: &Batch, grace: Duration) -> bool {
+        let Some(turns) = &self.0.turns else { return batch.wait_settled(grace) };
+        let until = Instant::now() + grace;
+        loop {
+            turns.take_all();
+            let left = until.saturating_duration_since(Instant::now());
+            if batch.wait_settled(left.min(BETWEEN_TURNS)) {
+                return true;
+            }
+            if left.is_zero() {
+                return false;
+            }
+        }
     }
 
     /// Whether tasks take turns at the driver.

@@ -196,6 +196,29 @@ async fn a_frozen_peer_holds_up_a_drop_for_moments_only_and_no_other_peer() {
     healthy.read(&into, &[(7, 5000)]).await.unwrap().end().await.unwrap();
 }
 
+/// What is posted of a long read takes its time to come; that somebody gave it up costs no other read the connection.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_read_that_is_given_up_ends_by_itself() {
+    let blocks = vec![(0, LEN); 32];
+    // A machine that is busy may wake this test too late.
+    for seed in 20..25 {
+        let pair = pair(seed, Faults::default(), FabricLimits::default()).await;
+        pair.world.freeze(1, true);
+        let read = pair.read(&memory(), &blocks).await.unwrap();
+        while pair.world.peak(0).0 == 0 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        let dropped = tokio::task::spawn_blocking(move || drop(read));
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        pair.world.freeze(1, false);
+        dropped.await.unwrap();
+        if pair.peer.failure().is_none() {
+            return;
+        }
+    }
+    panic!("it cost the connection");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_connection_that_does_not_close_keeps_its_memory_until_it_does() {
     let pair = pair(6, Faults::default(), FabricLimits::default()).await;
