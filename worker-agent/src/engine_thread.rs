@@ -365,13 +365,15 @@ impl Thread {
             let step = self.engine.step(began, &mut events);
             self.pulse.end();
             idle = step == Step::Idle;
-            if let Step::Worked { modelled } = step
-                && !modelled.is_zero()
-                && self.wait_modelled(began, modelled) == Go::Stop
-            {
+            let modelled = match step {
+                Step::Worked { modelled } => modelled,
+                Step::Idle => Duration::ZERO,
+            };
+            if !modelled.is_zero() && self.wait_modelled(began, modelled) == Go::Stop {
                 return;
             }
-            self.dispatch(&mut events, began);
+            // One that makes up for a late one before it took less than the hardware would.
+            self.dispatch(&mut events, began.elapsed().max(modelled));
             self.publish(idle);
         }
     }
@@ -475,7 +477,7 @@ impl Thread {
     }
 
     /// Hands the events of a step to their sequences and measures.
-    fn dispatch(&mut self, events: &mut Vec<EngineEvent>, began: Instant) {
+    fn dispatch(&mut self, events: &mut Vec<EngineEvent>, took: Duration) {
         let now = Instant::now();
         let mut prefilled = 0;
         // One port of each inbox that was empty.
@@ -530,7 +532,7 @@ impl Thread {
         sleeping.iter().for_each(Port::wake);
         self.prefilled += u64::from(prefilled);
         if prefilled >= SPEED_MIN_TOKENS {
-            self.prefill_speed.add(f64::from(prefilled) / now.duration_since(began).as_secs_f64());
+            self.prefill_speed.add(f64::from(prefilled) / took.as_secs_f64());
         }
         self.kv_log.push(self.engine.take_kv_events());
     }

@@ -100,6 +100,22 @@ async fn a_cancel_does_not_wait_for_modelled_time() {
     assert!(sequence.events.recv().await.is_none());
 }
 
+#[tokio::test(flavor = "multi_thread")]
+async fn a_modelled_prompt_is_measured_no_faster_than_the_model_says() {
+    let (engine, thread) = start(Box::new(sim(1.0)));
+    // Steps of a millisecond, back to back: one that began late is made up for by the next.
+    for first in 0..40 {
+        let prompt = SequenceSpec { tokens: (0..500).map(|at| (first + at) % 100).collect(), ..spec(1) };
+        let mut sequence = engine.submit(prompt).await.unwrap();
+        assert_eq!(tokens(&mut sequence).await, 1);
+    }
+    until(&engine, |view| view.prefill_tokens_per_s.is_some()).await;
+    let speed = engine.view().prefill_tokens_per_s.unwrap();
+    assert!(speed <= 1e6, "1 us for each token, measured as {speed} a second");
+    engine.stop().await;
+    thread.join().unwrap();
+}
+
 /// How a pass ends.
 pub(crate) enum Pass {
     Well,
