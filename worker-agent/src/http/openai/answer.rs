@@ -12,6 +12,7 @@ use baton_engine::engine::Writers;
 use futures_util::Stream;
 use http::StatusCode;
 use serde_json::json;
+use tokio_util::sync::WaitForCancellationFutureOwned;
 
 use super::refusal::Refusal;
 use super::tokens;
@@ -154,6 +155,8 @@ pub(super) struct Answer {
     writer: Writer,
     usage: Usage,
     end: Option<RequestEnd>,
+    /// The worker ends what it has under way.
+    aborted: Pin<Box<WaitForCancellationFutureOwned>>,
 }
 
 impl Answer {
@@ -165,7 +168,8 @@ impl Answer {
         prompt: u32,
     ) -> Self {
         let usage = Usage { prompt, ..Usage::default() };
-        Self { shared, _permit: permit, sequence, writer, usage, end: None }
+        let aborted = Box::pin(shared.abort.clone().cancelled_owned());
+        Self { shared, _permit: permit, sequence, writer, usage, end: None, aborted }
     }
 
     fn admitted(&mut self, cached: u32) {
@@ -178,11 +182,10 @@ impl Answer {
     /// The whole answer, once it is there.
     pub(super) async fn whole(mut self) -> Result<Bytes, Refusal> {
         let mut text = Vec::new();
-        let abort = self.shared.abort.clone();
         let reason = loop {
             let event = tokio::select! {
                 biased;
-                () = abort.cancelled() => None,
+                () = &mut self.aborted => None,
                 event = self.sequence.events.recv() => event,
             };
             match event {
@@ -246,7 +249,13 @@ impl Stream for Answer {
         }
         let mut out = Vec::new();
         while out.is_empty() {
-            let event = std::task::ready!(self.sequence.events.poll_recv(cx));
+            let event = match self.sequence.events.poll_recv(cx) {
+                Poll::Ready(event) => event,
+                Poll::Pending => {
+                    std::task::ready!(self.aborted.as_mut().poll(cx));
+                    None
+                }
+            };
             out.reserve(256);
             self.event(event, &mut out);
         }

@@ -414,6 +414,9 @@ fn a_worker_whose_time_is_over_says_so_to_everybody() {
                 },
             });
             let reply = fleet.start_post(worker.address, "/v1/prefill", &prefill);
+            let endless = serde_json::json!({ "prompt": "x", "max_tokens": 1500, "stream": true });
+            let url = format!("http://{}/v1/completions", worker.address);
+            let streamed = baton_conductor::http::client().post(url).json(&endless).send().await.unwrap();
             let follower = fleet.start_get(worker.address, "/v1/kv/events");
             let (_asks, _) = peer.accept().await.unwrap();
             worker.stop.drain.cancel();
@@ -427,6 +430,8 @@ fn a_worker_whose_time_is_over_says_so_to_everybody() {
             assert!(lines.lines().last().is_some_and(|line| line.contains("unavailable")), "{lines}");
             let reply = reply.await.unwrap().unwrap();
             assert!(reply.contains("\"outcome\":\"cancelled\""), "{reply}");
+            let streamed = streamed.text().await.unwrap();
+            assert!(streamed.contains("this worker is shutting down"), "{streamed}");
             follower.await.unwrap().expect("events end as they should");
             tokio::time::timeout(PATIENCE, worker.ended).await.expect("it ends").unwrap().unwrap();
             fleet.wait_gone(&name).await;
