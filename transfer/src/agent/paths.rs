@@ -89,6 +89,16 @@ enum Verdict {
     Refused(Refusal),
 }
 
+/// Of the candidates in `order` the one that carries blocks, or else the one that would be opened for them.
+fn chosen<'a>(order: &[usize], stage: impl Fn(usize) -> &'a Stage) -> Option<usize> {
+    let rank = |index: &usize| match stage(*index) {
+        Stage::Open(_) => 0,
+        Stage::Unopened | Stage::Opening => 1,
+        Stage::Broken { .. } => 2,
+    };
+    order.iter().copied().min_by_key(rank)
+}
+
 /// Positions of candidates, best first, four bits each: looked at with every read, so without a lock.
 struct Order(AtomicU64);
 
@@ -293,8 +303,7 @@ impl Paths {
         let stages: Vec<(Stage, Option<Measured>)> =
             self.candidates.iter().map(|candidate| candidate.snapshot()).collect();
         let order: Vec<usize> = self.usable(avoid).collect();
-        let is_open = |index: &usize| matches!(stages[*index].0, Stage::Open(_));
-        let chosen = order.iter().copied().find(is_open).or(order.first().copied());
+        let chosen = chosen(&order, |index| &stages[index].0);
         let mut rejected = Vec::new();
         for backend in self.opener.options.backends.iter().copied() {
             let index = self.candidates.iter().position(|candidate| candidate.backend == backend);

@@ -22,3 +22,13 @@ fn what_was_not_measured_keeps_its_place() {
     assert_eq!(rank(&[slow, None, quick]), [2, 0, 1]);
     assert_eq!(rank(&[]), [] as [usize; 0]);
 }
+
+#[test]
+fn a_broken_path_is_named_only_where_there_is_no_other() {
+    let broken = || Stage::Broken { until: Instant::now(), why: "cut".to_owned(), verdict: None };
+    let chosen_of = |stages: &[Stage], order: &[usize]| chosen(order, |index| &stages[index]);
+    assert_eq!(chosen_of(&[broken(), Stage::Unopened, Stage::Opening], &[0, 1, 2]), Some(1));
+    assert_eq!(chosen_of(&[broken(), Stage::Unopened, Stage::Opening], &[0, 2, 1]), Some(2));
+    assert_eq!(chosen_of(&[broken(), broken()], &[1, 0]), Some(1));
+    assert_eq!(chosen_of(&[], &[]), None);
+}
