@@ -121,7 +121,7 @@ async fn break_things(fleet: &Fleet, seed: u64, until: Instant) -> usize {
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn random_faults_cost_no_token_and_nothing_is_held_afterwards() {
     let (seconds, seed) =
-        (from_environment("BATON_SOAK_SECONDS", 20), from_environment("BATON_SOAK_SEED", 1));
+        (from_environment("BATON_SOAK_SECONDS", 10), from_environment("BATON_SOAK_SEED", 1));
     println!("BATON_SOAK_SECONDS={seconds} BATON_SOAK_SEED={seed}");
     let requests = requests(seed);
     let alone =
