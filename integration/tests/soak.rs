@@ -2,10 +2,9 @@
 //! afterwards. `BATON_SOAK_SECONDS` makes it longer, `BATON_SOAK_SEED` different; a failure names both.
 #![cfg(test)]
 
-use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
-use baton_integration::client::{ANSWER_WITHIN, Client};
+use baton_integration::client::Client;
 use baton_integration::process::{alive, eventually, signal};
 use baton_integration::scenario::counter;
 use baton_integration::{Answer, Fleet, FleetOptions, Prompt, prompts};
@@ -56,20 +55,14 @@ async fn ask(client: &Client, (prompt, tokens): &Request, digest: bool) -> Resul
     client.complete(prompt, *tokens, &extra).await
 }
 
-/// Asks on and on; how many answers there were, each as expected.
-async fn load(
-    client: Client,
-    pairs: &[(Request, Answer)],
-    first: usize,
-    stop: &CancellationToken,
-    longest: &AtomicUsize,
-) -> usize {
+/// Asks on and on; how many answers there were, each as expected. None takes longer than the client waits.
+async fn load(client: Client, pairs: &[(Request, Answer)], first: usize, stop: &CancellationToken) -> usize {
     let mut answered = 0;
     for (at, (request, want)) in pairs.iter().cycle().skip(first * pairs.len() / CLIENTS).enumerate() {
         if stop.is_cancelled() {
             break;
         }
-        let (digest, start) = (at.is_multiple_of(3), Instant::now());
+        let digest = at.is_multiple_of(3);
         match ask(&client, request, digest).await {
             Ok(got) => {
                 assert_eq!(want.tokens, got.tokens, "{:?}", got.baton);
@@ -78,7 +71,6 @@ async fn load(
             }
             Err(error) => assert!(digest && error.to_string().contains("worker_lost"), "{error:#}"),
         }
-        longest.fetch_max(start.elapsed().as_millis() as usize, Ordering::Relaxed);
     }
     answered
 }
@@ -86,7 +78,7 @@ async fn load(
 /// Kills workers, and freezes them for less and for more than a lease; how often.
 async fn break_things(fleet: &Fleet, seed: u64, until: Instant) -> usize {
     let mut numbers =
-        prompts::random_tokens(seed ^ 0x50a4, 100_000).into_iter().map(|number| number as usize);
+        prompts::random_tokens(seed ^ 0x50a4, 100_000).into_iter().cycle().map(|number| number as usize);
     let mut draw = |below: usize| numbers.next().map_or(0, |number| number % below);
     let (start, mut count, mut thaws) = (Instant::now(), 0, JoinSet::new());
     while Instant::now() < until {
@@ -141,24 +133,29 @@ async fn random_faults_cost_no_token_and_nothing_is_held_afterwards() {
         ),
     );
     let fleet = Fleet::start(options).await;
-    let (stop, longest) = (CancellationToken::new(), AtomicUsize::new(0));
-    let asking = join_all((0..CLIENTS).map(|first| load(fleet.client(), &pairs, first, &stop, &longest)));
+    let stop = CancellationToken::new();
+    let asking = join_all((0..CLIENTS).map(|first| load(fleet.client(), &pairs, first, &stop)));
     let faults = async {
         let faults = break_things(&fleet, seed, Instant::now() + Duration::from_secs(seconds)).await;
         eventually("all workers are ready again", BACK_WITHIN, async || {
             let status = fleet.status().await;
             let workers = status["workers"].as_array()?;
-            (workers.len() == 5 && workers.iter().all(|worker| worker["state"] == "ready")).then_some(())
+            // One that was killed just now is in the view until its lease is over.
+            let is_back = |worker: &serde_json::Value| {
+                let pid = worker["pid"].as_u64().and_then(|pid| u32::try_from(pid).ok());
+                worker["state"] == "ready" && pid.is_some_and(alive)
+            };
+            (workers.len() == 5 && workers.iter().all(is_back)).then_some(())
         })
         .await;
         stop.cancel();
         faults
     };
     let (answered, faults) = tokio::join!(asking, faults);
-    let (answered, longest) = (answered.iter().sum::<usize>(), longest.into_inner());
-    println!("{answered} answers, the slowest after {longest} ms");
+    let answered = answered.iter().sum::<usize>();
+    println!("{answered} answers");
     assert!(faults as u64 >= seconds / 8, "too little was broken");
-    assert!(answered > pairs.len() && longest < ANSWER_WITHIN.as_millis() as usize);
+    assert!(answered > pairs.len(), "too little was asked");
     fleet.eventually_nothing_held(BACK_WITHIN).await;
     // Every worker does all its work again, and found nothing amiss.
     let client = fleet.client();
