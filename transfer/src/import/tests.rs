@@ -692,8 +692,9 @@ async fn work_of_a_device_that_takes_too_long_costs_the_deadline() {
             let looks = if gated == Gated::FromHost { 6 } else { 100 };
             let pause = || thread::park_timeout(Duration::from_millis(100));
             (0..looks).take_while(|_| !seen.load(Ordering::SeqCst)).for_each(|_| pause());
+            let before = seen.load(Ordering::SeqCst);
             device.open();
-            seen.load(Ordering::SeqCst)
+            before
         });
         // Beside whole blocks one of which other tokens must be kept.
         let tokens = if gated == Gated::ToHost { 3..64 } else { 0..64 };

@@ -1,12 +1,11 @@
 //! Peers that die, freeze and come back while blocks move, over every backend: never a wrong token, never a hung
 //! request, and the path each pair takes is the one that was asked for.
-#![cfg(test)]
 
 use std::time::Duration;
 
 use baton_integration::process::{alive, eventually, signal};
 use baton_integration::scenario::{ask, counter, long_prompts, pair, undisturbed};
-use baton_integration::{Answer, Fleet, Prompt, prompts};
+use baton_integration::{Answer, Client, Fleet, Prompt, prompts};
 use futures_util::future::join_all;
 use rustix::process::Signal;
 
@@ -40,13 +39,6 @@ async fn kv_is_moving(fleet: &Fleet) {
     .await;
 }
 
-fn assert_equal(backend: &str, expected: &[Answer], answers: &[Answer]) {
-    assert_eq!(expected.len(), answers.len());
-    for (want, got) in expected.iter().zip(answers) {
-        assert_eq!(want.proof(), got.proof(), "{backend}: {:?}", got.baton);
-    }
-}
-
 /// The backend of the pair's path and its reason, as `baton status` shows them.
 async fn path(fleet: &Fleet) -> (String, String) {
     let status = fleet.status().await;
@@ -57,18 +49,15 @@ async fn path(fleet: &Fleet) -> (String, String) {
 
 /// Kills the prefill worker in mid-transfer, waits until it is back on its address, then hands off again.
 async fn kill_and_restart(backend: &str) {
-    let wanted = long_prompts(100, 16);
-    let expected = undisturbed(&wanted).await;
+    let wanted = Wanted::new(100, 16).await;
     let fleet = slow(backend).start().await;
     let client = fleet.client();
     let (name, pid) = fleet.workers("prefill").await[0].clone();
-    let answers = join_all(wanted.iter().map(|prompt| ask(&client, prompt)));
     let kill = async {
         kv_is_moving(&fleet).await;
         signal(pid, Signal::KILL);
     };
-    let (answers, ()) = tokio::join!(answers, kill);
-    assert_equal(backend, &expected, &answers);
+    let (answers, ()) = tokio::join!(wanted.assert_answered(backend, &client), kill);
     assert!(
         answers.iter().any(|answer| answer.fallback().is_some()),
         "{backend}: the kill was to hit something"
@@ -84,39 +73,56 @@ async fn kill_and_restart(backend: &str) {
         (probe.imported_tokens() > 0).then_some(())
     })
     .await;
-    let fresh = long_prompts(900, 3);
-    let expected = undisturbed(&fresh).await;
-    for (prompt, want) in fresh.iter().zip(&expected) {
-        let got = ask(&client, prompt).await;
-        assert_eq!(want.proof(), got.proof(), "{backend}: {:?}", got.baton);
-        assert!(got.imported_tokens() > 0, "{backend}: {:?}", got.baton);
+    let answers = Wanted::new(900, 3).await.assert_answered(backend, &client).await;
+    for answer in answers {
+        assert!(answer.imported_tokens() > 0, "{backend}: {:?}", answer.baton);
     }
     assert_eq!(path(&fleet).await.0, backend);
     fleet.eventually_nothing_held(Duration::from_secs(10)).await;
     fleet.stop().await;
 }
 
-/// Stops one side in mid-transfer for a while, and lets it go on; all answers are right.
-async fn freeze(backend: &str, pool: &str, pause: Duration) -> Fleet {
-    let wanted = long_prompts(300, 8);
-    let expected = undisturbed(&wanted).await;
-    let fleet = slow(backend).start().await;
-    let client = fleet.client();
-    let pid = fleet.workers(pool).await[0].1;
-    let answers = join_all(wanted.iter().map(|prompt| ask(&client, prompt)));
-    let stop = async {
-        kv_is_moving(&fleet).await;
-        signal(pid, Signal::STOP);
-        tokio::time::sleep(pause).await;
-        signal(pid, Signal::CONT);
+/// Prompts and their answers by one undisturbed engine.
+struct Wanted {
+    prompts: Vec<Prompt>,
+    answers: Vec<Answer>,
+}
+
+impl Wanted {
+    async fn new(seed: u64, count: usize) -> Wanted {
+        let prompts = long_prompts(seed, count);
+        Wanted { answers: undisturbed(&prompts).await, prompts }
+    }
+
+    /// Asks all at once.
+    async fn assert_answered(&self, backend: &str, client: &Client) -> Vec<Answer> {
+        let answers = join_all(self.prompts.iter().map(|prompt| ask(client, prompt))).await;
+        for (want, got) in self.answers.iter().zip(&answers) {
+            assert_eq!(want.proof(), got.proof(), "{backend}: {:?}", got.baton);
+        }
+        answers
+    }
+}
+
+/// Stops one side of a pair over each of `backends` in mid-transfer for a while, and lets it go on: all answers are
+/// right, and later the pair hands off again.
+async fn freeze(backends: &[&str], pool: &str, pause: Duration) {
+    let (during, after) = (Wanted::new(300, 8).await, Wanted::new(1300, 3).await);
+    let freeze = async |backend: &str| {
+        let fleet = slow(backend).start().await;
+        let client = fleet.client();
+        let pid = fleet.workers(pool).await[0].1;
+        let stop = async {
+            kv_is_moving(&fleet).await;
+            signal(pid, Signal::STOP);
+            tokio::time::sleep(pause).await;
+            signal(pid, Signal::CONT);
+        };
+        tokio::join!(during.assert_answered(backend, &client), stop);
+        after.assert_answered(backend, &client).await;
+        hands_off_again(fleet).await;
     };
-    let (answers, ()) = tokio::join!(answers, stop);
-    assert_equal(backend, &expected, &answers);
-    let fresh = long_prompts(1300, 3);
-    let expected = undisturbed(&fresh).await;
-    let answers = join_all(fresh.iter().map(|prompt| ask(&client, prompt))).await;
-    assert_equal(backend, &expected, &answers);
-    fleet
+    join_all(backends.iter().map(|backend| freeze(backend))).await;
 }
 
 /// Waits until the pair is no longer avoided for what it suffered, and hands off again.
@@ -155,22 +161,14 @@ async fn killed_and_restarted_over_shm_and_cma() {
 
 #[tokio::test]
 async fn a_frozen_prefill_worker_over_every_backend() {
-    let mut fleets = Vec::new();
-    for backend in ["libfabric", "ucx", "tcp", "shm", "cma"] {
-        // Longer than it takes to notice a frozen worker, shorter than its lease.
-        fleets.push(freeze(backend, "prefill", Duration::from_secs(4)).await);
-    }
-    for fleet in fleets {
-        hands_off_again(fleet).await;
-    }
+    // Longer than it takes to notice a frozen worker, shorter than its lease.
+    freeze(&["libfabric", "ucx", "tcp", "shm", "cma"], "prefill", Duration::from_secs(4)).await;
 }
 
 #[tokio::test]
 async fn a_frozen_decode_worker_over_libfabric_and_ucx() {
-    for backend in ["libfabric", "ucx"] {
-        // Shorter than it takes to give up the only worker there is.
-        hands_off_again(freeze(backend, "decode", Duration::from_millis(1200)).await).await;
-    }
+    // Shorter than it takes to give up the only worker there is.
+    freeze(&["libfabric", "ucx"], "decode", Duration::from_millis(1200)).await;
 }
 
 #[tokio::test]

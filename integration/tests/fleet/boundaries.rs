@@ -1,5 +1,4 @@
 //! Which crate may import which: the directions of ARCHITECTURE.md, read from `cargo metadata`.
-#![cfg(test)]
 
 use std::collections::BTreeSet;
 use std::process::Command;

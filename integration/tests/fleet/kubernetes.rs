@@ -1,5 +1,4 @@
 //! The manifests of `examples/kubernetes`: rendered as a user renders them, checked against the schemas of Kubernetes.
-#![cfg(test)]
 
 use std::process::Command;
 

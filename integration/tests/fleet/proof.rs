@@ -1,6 +1,5 @@
 //! The main claim: a disaggregated answer is the answer of one undisturbed engine, token for token and bit for bit
 //! of the logits, across KV geometries and transfer backends.
-#![cfg(test)]
 
 use std::time::Duration;
 

@@ -1,6 +1,5 @@
 //! A fleet under load while its etcd is killed, frozen, split, filled up and locked: no request fails, no answer is
 //! wrong, no worker leaves the view, and afterwards the view is what the store holds.
-#![cfg(test)]
 
 use std::collections::BTreeMap;
 use std::os::unix::fs::PermissionsExt;

@@ -1,5 +1,4 @@
 //! Who is a member of a fleet, with real processes: names have one holder, lives end, and strangers are told nothing.
-#![cfg(test)]
 
 use std::fs::{self, Permissions};
 use std::io::Read;

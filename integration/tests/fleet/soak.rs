@@ -1,6 +1,5 @@
 //! Faults at random, one after the other, while clients ask: no wrong token, no failed or hung request, nothing held
 //! afterwards. `BATON_SOAK_SECONDS` makes it longer, `BATON_SOAK_SEED` different; a failure names both.
-#![cfg(test)]
 
 use std::time::{Duration, Instant};
 

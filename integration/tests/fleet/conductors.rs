@@ -1,5 +1,4 @@
 //! Three conductors on one etcd, killed, frozen and thawed under load: one leads, no request fails, no epoch changes.
-#![cfg(test)]
 
 use std::path::Path;
 use std::time::Duration;

@@ -1,5 +1,4 @@
 //! `baton up`: one ready line, nothing left behind, and one clear sentence for what stands in the way.
-#![cfg(test)]
 
 use std::io::{BufRead as _, BufReader};
 use std::net::TcpListener;

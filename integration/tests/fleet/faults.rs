@@ -1,5 +1,4 @@
 //! Workers killed and restarted, clients that leave, bytes damaged on the way: never a wrong token, never a hung request.
-#![cfg(test)]
 
 use std::time::Duration;
 

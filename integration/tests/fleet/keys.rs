@@ -1,5 +1,4 @@
 //! A router with TLS and keys under `baton up`: the key that the command line makes lets in, and nothing else does.
-#![cfg(test)]
 
 use std::fs;
 use std::time::Duration;

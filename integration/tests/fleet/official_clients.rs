@@ -1,5 +1,4 @@
 //! The official `openai` and `anthropic` Python clients against `baton up`.
-#![cfg(test)]
 
 use std::path::PathBuf;
 use std::process::Command;

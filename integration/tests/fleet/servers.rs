@@ -1,6 +1,5 @@
 //! `engine: { kind: openai }` over real processes: a fleet in front of two other fleets, each of which is an
 //! OpenAI-compatible server like any other.
-#![cfg(test)]
 
 use std::path::Path;
 use std::process::Stdio;

@@ -1,5 +1,4 @@
 //! Pools that follow the load: real processes under `baton up`, with a modelled engine that takes its time.
-#![cfg(test)]
 
 use std::collections::BTreeSet;
 use std::sync::Arc;

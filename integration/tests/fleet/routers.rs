@@ -1,5 +1,4 @@
 //! Several routers in front of one fleet, with no word between them: none of them disturbs what another one has under way.
-#![cfg(test)]
 
 use std::time::Duration;
 

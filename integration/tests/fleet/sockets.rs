@@ -1,5 +1,4 @@
 //! What the processes of a fleet have set on their sockets.
-#![cfg(test)]
 
 use std::time::Duration;
 

@@ -1,5 +1,4 @@
 //! The prefix index over real processes: prompts go where their KV is, and only as long as it is there.
-#![cfg(test)]
 
 use std::time::Duration;
 
