@@ -14,7 +14,7 @@ mod landing;
 mod plan;
 mod write;
 
-use std::collections::HashMap;
+use std::collections::{HashMap, VecDeque};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
@@ -28,7 +28,7 @@ use self::write::Writes;
 use super::batch::{Batch, Running, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange, RemoteId};
 use super::registry::Registration;
-use super::thread::{DATA_AT, Fabric, HEAD_AT, Peer, SLOT_BYTES};
+use super::thread::{DATA_AT, Fabric, HEAD_AT, Peer, SLOT_BYTES, Then};
 use crate::agent::server::Denial;
 use crate::agent::{DeviceMemory, RegionId};
 use crate::backend::control::{Control, Handler};
@@ -49,6 +49,9 @@ const ATTACH_TIMEOUT: Duration = Duration::from_secs(5);
 const LOADS_AT_ONCE: usize = 4;
 /// Bytes digested or copied between two turns of other tasks.
 const YIELD_BYTES: usize = 1 << 20;
+/// The end of a read that is confirmed by itself. What is asked about the rest, meanwhile, keeps both sides awake: without
+/// it the last question finds the owner asleep and its answer the reader, which takes longer than all else about it.
+const LATE_BYTES: u64 = 512 << 10;
 /// Buffers come free when other reads end, which all have deadlines; so has this one.
 const BUFFER_TIMEOUT: Duration = Duration::from_secs(3600);
 
@@ -267,23 +270,37 @@ impl FabricLink {
         Ok(corrupt)
     }
 
-    /// Reads blocks of which nothing is verified here, and has them confirmed by the owner when all of them are there:
-    /// the progress thread asks, without waking this task in between.
+    /// Reads blocks of which nothing is verified here, and has them confirmed by the owner when they are there: the
+    /// progress thread asks, without waking this task in between.
     async fn read_unverified(
         &self,
         job: &ReadJob<'_>,
         batch: Arc<Batch>,
         blocks: &[usize],
     ) -> Result<(), Fault> {
-        let sources = blocks.iter().map(|index| job.blocks[*index].source);
-        let (exchange, confirmation) = self.confirmation(job.handoff, sources).await?;
-        let (running, mut answer) = self.fabric.submit_then(batch, exchange).await.map_err(broken)?;
+        let (early, late) = blocks.split_at(early(job, blocks));
+        let parts: Vec<&[usize]> = [early, late].into_iter().filter(|part| !part.is_empty()).collect();
+        let (mut then, mut confirmations, mut after) = (VecDeque::new(), Vec::new(), 0);
+        for (note, part) in self.notes(parts.len()).await?.into_iter().zip(parts) {
+            let sources = part.iter().map(|index| job.blocks[*index].source);
+            let (exchange, confirmation) = self.confirmation(note, job.handoff, sources)?;
+            after += part.len();
+            then.push_back(Then { after, exchange });
+            confirmations.push(confirmation);
+        }
+        let (running, mut answers) = self.fabric.submit_then(batch, then).await.map_err(broken)?;
         // As above: until it has ended, its drop is a fence.
         let mut running = running.fenced();
-        let answered = answer.end().await;
+        let mut answered = Ok(());
+        // The last first: meanwhile nothing wakes this task.
+        for answer in answers.iter_mut().rev() {
+            answered = answered.and(answer.end().await);
+        }
         running.end().await.map_err(broken)?;
         answered.map_err(broken)?;
-        self.confirmed(&confirmation, &answer)?;
+        for (confirmation, answer) in confirmations.iter().zip(&answers) {
+            self.confirmed(confirmation, answer)?;
+        }
         for index in blocks {
             job.progress.add(job.blocks[*index].source.len as usize);
             job.progress.finish(*index);
@@ -470,6 +487,17 @@ impl Drop for FabricLink {
 struct Buffer {
     offset: usize,
     _running: Running,
+}
+
+/// How many of `blocks` are asked about before the last of them are there.
+fn early(job: &ReadJob<'_>, blocks: &[usize]) -> usize {
+    let mut later = 0;
+    let last = blocks.iter().rposition(|index| {
+        let is_early = later >= LATE_BYTES;
+        later += u64::from(job.blocks[*index].source.len);
+        is_early
+    });
+    last.map_or(0, |last| last + 1)
 }
 
 fn tag() -> Result<u64, Fault> {

@@ -16,6 +16,7 @@ mod queue;
 mod sleep;
 mod turns;
 
+use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Arc, Mutex, OnceLock, PoisonError};
@@ -30,7 +31,7 @@ use tokio_util::task::TaskTracker;
 
 use self::gate::Gate;
 use self::progress::Progress;
-pub(crate) use self::queue::{Answering, Exchange};
+pub(crate) use self::queue::{Answering, Exchange, Then};
 use self::queue::{Asleep, Command, Need};
 pub(super) use self::queue::{Keep, Queue};
 use self::sleep::Alarm;
@@ -349,19 +350,20 @@ impl Fabric {
         Ok(Running::new(self.clone(), receive))
     }
 
-    /// Hands a batch to the thread, and an exchange that follows when all of it is done: if it fails, so does the other.
+    /// Hands a batch to the thread, and exchanges that follow as it comes along: if it fails, so do those left.
     ///
     /// # Errors
     /// When the thread has ended.
     pub(crate) async fn submit_then(
         &self,
         batch: Arc<Batch>,
-        then: Exchange,
-    ) -> Result<(Running, Running), Arc<str>> {
-        let receive = Arc::clone(&then.receive);
+        then: VecDeque<Then>,
+    ) -> Result<(Running, Vec<Running>), Arc<str>> {
+        let answers: Vec<Arc<Batch>> = then.iter().map(|then| Arc::clone(&then.exchange.receive)).collect();
         let command = Command::SubmitThen(Arc::clone(&batch), then);
         self.ask(command).await.map_err(|error| Arc::from(error.what))?;
-        Ok((Running::new(self.clone(), batch), Running::new(self.clone(), receive)))
+        let running = |batch| Running::new(self.clone(), batch);
+        Ok((running(batch), answers.into_iter().map(running).collect()))
     }
 
     /// Posts nothing more of a batch; it is settled when what is posted has ended.

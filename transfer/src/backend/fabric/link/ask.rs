@@ -20,7 +20,7 @@ use crate::wire::ask::{Ask, decode_answer_head};
 use crate::wire::{HEADER_BYTES, Kind, WireError};
 
 /// Where a request is until it was sent, and, of one without blocks, where its answer lands.
-type Note = Arc<(Slot, Arc<Registration>)>;
+pub(super) type Note = Arc<(Slot, Arc<Registration>)>;
 
 /// Where the answer to a question lands, and its tag.
 pub(super) struct Confirmation {
@@ -54,19 +54,20 @@ impl FabricLink {
         handoff: HandoffId,
         blocks: impl ExactSizeIterator<Item = Descriptor>,
     ) -> Result<(), Fault> {
-        let (exchange, confirmation) = self.confirmation(handoff, blocks).await?;
+        let (exchange, confirmation) = self.confirmation(self.note().await?, handoff, blocks)?;
         let mut running = self.fabric.exchange(exchange).await.map_err(broken)?;
         running.end().await.map_err(broken)?;
         self.confirmed(&confirmation, &running)
     }
 
     /// Makes the question whether blocks are granted, to be asked later.
-    pub(super) async fn confirmation(
+    pub(super) fn confirmation(
         &self,
+        note: Note,
         handoff: HandoffId,
         blocks: impl ExactSizeIterator<Item = Descriptor>,
     ) -> Result<(Exchange, Confirmation), Fault> {
-        let (note, tag) = (self.note().await?, tag()?);
+        let tag = tag()?;
         let (memory, at) = (note.0.memory().clone(), note.0.offset() + HEAD_AT);
         let local = LocalRange { id: note.1.id, offset: at, len: HEADER_BYTES };
         let transfer = Transfer { verb: Verb::Receive { tag }, local };
@@ -103,12 +104,17 @@ impl FabricLink {
         }
     }
 
-    /// Waits for a place for a request. Who has one waits for nothing else but the owner.
+    /// Waits for places for requests, all at once: who has them waits for nothing else but the owner.
+    pub(super) async fn notes(&self, count: usize) -> Result<Vec<Note>, Fault> {
+        let asking = self.fabric.asking();
+        let slots = asking.acquire(count, Instant::now() + BUFFER_TIMEOUT).await;
+        let slots = slots.map_err(|_| Fault::Refused(Refusal::Overloaded))?;
+        let registered = self.register_host(&asking.memory().span()).await.map_err(unable)?;
+        Ok(slots.into_iter().map(|slot| Arc::new((slot, Arc::clone(&registered)))).collect())
+    }
+
     async fn note(&self) -> Result<Note, Fault> {
-        let slots = self.fabric.asking().acquire(1, Instant::now() + BUFFER_TIMEOUT).await;
-        let slot = slots.ok().and_then(|mut slots| slots.pop()).ok_or(Fault::Refused(Refusal::Overloaded))?;
-        let registered = self.register_host(&slot.memory().span()).await.map_err(unable)?;
-        Ok(Arc::new((slot, registered)))
+        self.notes(1).await?.pop().ok_or(Fault::Refused(Refusal::Overloaded))
     }
 
     fn request(

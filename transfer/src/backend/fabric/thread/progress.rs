@@ -219,13 +219,18 @@ impl<D: Driver + ?Sized> Progress<D> {
             job.touched = false;
             let end = job.end();
             self.told |= job.batch.note(&mut job.done, job.failed.as_ref(), end);
-            if end != End::Open && job.posted == 0 {
-                let Some(Job { failed, then: Some(then), .. }) = self.jobs.remove(key) else { continue };
-                match failed {
-                    None if end == End::Settled => self.exchange(then),
-                    why => then.receive.refuse(&why.unwrap_or_else(|| "an operation was lost".into())),
-                }
+            let mut follows = Vec::new();
+            while let Some(then) = job.next_then() {
+                follows.push(then.exchange);
             }
+            if end != End::Open
+                && job.posted == 0
+                && let Some(Job { failed, then, .. }) = self.jobs.remove(key)
+            {
+                let why = failed.unwrap_or_else(|| "an operation was lost".into());
+                then.iter().for_each(|then| then.exchange.receive.refuse(&why));
+            }
+            follows.into_iter().for_each(|exchange| self.exchange(exchange));
         }
     }
 }
@@ -241,7 +246,7 @@ impl<D: Driver + ?Sized> Drop for Progress<D> {
             std::mem::take(&mut state.commands)
         };
         for (_, job) in self.jobs.iter() {
-            job.then.iter().for_each(|then| then.receive.refuse(&why));
+            job.then.iter().for_each(|then| then.exchange.receive.refuse(&why));
             match job.posted {
                 0 => job.batch.refuse(&why),
                 _ => job.batch.cut(&why),
@@ -258,7 +263,7 @@ impl<D: Driver + ?Sized> Drop for Progress<D> {
                 Command::Exchange(exchange) => exchange.receive.refuse(&why),
                 Command::SubmitThen(batch, then) => {
                     batch.refuse(&why);
-                    then.receive.refuse(&why);
+                    then.iter().for_each(|then| then.exchange.receive.refuse(&why));
                 }
                 _ => {}
             }

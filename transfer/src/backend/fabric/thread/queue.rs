@@ -43,8 +43,8 @@ pub(super) enum Command {
     },
     Submit(Arc<Batch>),
     Exchange(Exchange),
-    /// The exchange begins when all of the batch is done.
-    SubmitThen(Arc<Batch>, Exchange),
+    /// The exchanges follow as the batch comes along.
+    SubmitThen(Arc<Batch>, VecDeque<Then>),
     Abort(Arc<Batch>),
     /// Nothing more to or from this peer.
     Sever {
@@ -110,6 +110,12 @@ impl Drop for Imported {
 pub(crate) struct Exchange {
     pub(crate) receive: Arc<Batch>,
     pub(crate) ask: Arc<Batch>,
+}
+
+/// An exchange that follows a batch, once its first `after` transfers are complete.
+pub(crate) struct Then {
+    pub(crate) after: usize,
+    pub(crate) exchange: Exchange,
 }
 
 /// The commands that wait for the thread.

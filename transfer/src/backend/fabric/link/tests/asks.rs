@@ -99,3 +99,79 @@ async fn a_reader_that_takes_nothing_leaves_others_their_buffers() {
         pair.world.freeze(READER, false);
     }
 }
+
+/// The end of a long read is asked about by itself, after what comes before it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_long_read_is_confirmed_in_two_parts() {
+    let pair = pair(Faults::default(), Integrity::Off).await;
+    let session = pair.session().await;
+    let late = LATE_BYTES as u32;
+    for (lens, asks) in [
+        (vec![40_000; 5], 1),
+        (vec![late / 4; 4], 1),
+        (vec![late / 4; 5], 2),
+        (vec![late], 1),
+        (vec![late; 2], 2),
+        (vec![100_000, late - 1], 1),
+        (vec![100_000, late], 2),
+    ] {
+        let before = pair.world.asked(OWNER);
+        read(&session, &pair.blocks(&lens)).await.unwrap();
+        assert_eq!(pair.world.asked(OWNER) - before, asks, "{lens:?}");
+    }
+}
+
+/// Without digests only the owner's word keeps bytes from being delivered that are others by the time they are read.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_delivered_of_memory_that_is_reused_once_its_grant_has_ended() {
+    let (mut delivered, mut refused) = (0, 0);
+    for seed in 0..4 {
+        let mut rng = Rng::new(seed);
+        let faults = Faults {
+            delay: Duration::from_micros(100 + rng.below(3000)),
+            descriptor: seed % 2 == 0,
+            ..Faults::default()
+        };
+        let pair = pair_with(seed, faults, FabricLimits::default(), Integrity::Off).await;
+        let session = pair.session().await;
+        let into = memory(LEN);
+        for _ in 0..60 {
+            pair.owner.agent.revoke(HANDOFF).settled().await;
+            let blocks = pair.blocks(&[40_000; 30]);
+            for Descriptor { offset, len, .. } in blocks.iter().map(|block| block.source) {
+                pair.source.write(offset as usize, &pattern(offset as usize, len as usize));
+            }
+            // The whole grant, or one block of it: at any time, or when the owner is asked first.
+            let reused = match rng.below(30) as usize {
+                0..10 => &blocks[..],
+                one => &blocks[one - 10..=one - 10],
+            };
+            let (asked, asks) = (pair.world.asked(OWNER), rng.below(2) == 0);
+            let (from, wait) = (Instant::now(), Duration::from_micros(rng.below(4000)));
+            let reuse = async {
+                while if asks { pair.world.asked(OWNER) == asked } else { from.elapsed() < wait } {
+                    tokio::task::yield_now().await;
+                }
+                match reused {
+                    [one] => pair.owner.agent.ungrant(HANDOFF, &[one.source]),
+                    _ => pair.owner.agent.revoke(HANDOFF).settled().await,
+                }
+                for Descriptor { offset, len, .. } in reused.iter().map(|block| block.source) {
+                    pair.source.write(offset as usize, &vec![0x55; len as usize]);
+                }
+            };
+            let reading = session.read(HANDOFF, &blocks, Destination::Memory(&into), soon());
+            match tokio::join!(reading, reuse).0 {
+                Ok(_) => {
+                    assert!(blocks.iter().all(|block| in_place(&into, block)));
+                    delivered += 1;
+                }
+                Err(TransferError::Refused {
+                    refusal: Refusal::NotGranted | Refusal::OutsideGrant, ..
+                }) => refused += 1,
+                other => panic!("{other:?}"),
+            }
+        }
+    }
+    assert!(delivered > 20 && refused > 20, "{delivered} delivered, {refused} refused");
+}

@@ -1,12 +1,13 @@
 //! What is known of peers, batches and operations under way.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, Weak};
 use std::time::Instant;
 
 use crate::backend::fabric::batch::{Batch, End, Posting};
 use crate::backend::fabric::driver::PeerId;
 use crate::backend::fabric::thread::PeerInner;
-use crate::backend::fabric::thread::queue::Exchange;
+use crate::backend::fabric::thread::queue::Then;
 use crate::backend::fabric::window::Window;
 
 /// A peer that is connected, or was.
@@ -23,13 +24,14 @@ pub(super) struct Job {
     pub(super) batch: Arc<Batch>,
     /// The request that asks for its message.
     pub(super) ask: Option<Arc<Batch>>,
-    /// What follows when all of it is done: a message to be awaited, and its request.
-    pub(super) then: Option<Exchange>,
+    /// What follows, in order.
+    pub(super) then: VecDeque<Then>,
     pub(super) peer: u64,
     /// Bytes missing of each transfer.
     pub(super) missing: Vec<usize>,
-    /// Transfers with bytes missing.
+    /// Transfers with bytes missing, and the first of them.
     pub(super) open: usize,
+    pub(super) first_open: usize,
     /// Operations posted and not ended.
     pub(super) posted: usize,
     pub(super) done: Vec<u32>,
@@ -44,6 +46,17 @@ pub(super) struct Job {
 }
 
 impl Job {
+    /// What is to follow now, as far as it has come.
+    pub(super) fn next_then(&mut self) -> Option<Then> {
+        if self.failed.is_some() {
+            return None;
+        }
+        while self.missing.get(self.first_open) == Some(&0) {
+            self.first_open += 1;
+        }
+        self.then.pop_front_if(|then| then.after <= self.first_open)
+    }
+
     /// Whether nothing of it writes local memory, now or later.
     pub(super) fn end(&self) -> End {
         if self.cut {

@@ -1,5 +1,6 @@
 //! Takes what tasks want, and what peers ask for.
 
+use std::collections::VecDeque;
 use std::sync::{Arc, OnceLock};
 use std::time::Instant;
 
@@ -8,7 +9,7 @@ use super::job::{Job, PeerState};
 use crate::backend::fabric::batch::{Batch, Posting};
 use crate::backend::fabric::driver::{Driver, DriverError};
 use crate::backend::fabric::registry::Registration;
-use crate::backend::fabric::thread::queue::{Command, Exchange, Imported};
+use crate::backend::fabric::thread::queue::{Command, Exchange, Imported, Then};
 use crate::backend::fabric::thread::{Peer, PeerInner};
 use crate::backend::fabric::window::{Window, Work as _};
 
@@ -126,10 +127,11 @@ impl<D: Driver + ?Sized> Progress<D> {
         let job = Job {
             batch,
             ask: None,
-            then: None,
+            then: VecDeque::new(),
             peer,
             missing,
             open,
+            first_open: 0,
             posted: 0,
             done: Vec::new(),
             failed: None,
@@ -159,11 +161,14 @@ impl<D: Driver + ?Sized> Progress<D> {
     }
 
     /// Takes a batch, and what follows it.
-    fn submit_then(&mut self, batch: Arc<Batch>, then: Exchange) {
+    fn submit_then(&mut self, batch: Arc<Batch>, then: VecDeque<Then>) {
         let job = self.submit(batch);
         match job.and_then(|job| self.jobs.get_mut(job)) {
-            Some(job) => job.then = Some(then),
-            None => then.receive.refuse(&"the operations before it have failed".into()),
+            Some(job) => job.then = then,
+            None => {
+                let why = "the operations before it have failed".into();
+                then.iter().for_each(|then| then.exchange.receive.refuse(&why));
+            }
         }
     }
 
