@@ -104,6 +104,8 @@ impl Other {
         let mut child = Command::new(std::env::current_exe().unwrap())
             .args(["--exact", "backend::ucx::tests::processes::the_other_process", "--nocapture"])
             .arg(format!("{ROLE}{one_sided}:{transports}:{address}"))
+            // An experiment of UCX 1.13 that breaks the stack.
+            .env("UCX_PROTO_ENABLE", "y")
             .stdin(Stdio::piped())
             .stdout(Stdio::piped())
             .spawn()
