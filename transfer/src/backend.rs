@@ -202,13 +202,6 @@ impl From<LinkError> for Fault {
     }
 }
 
-/// A read that was started.
-pub(crate) enum Started<'a> {
-    /// It has ended already.
-    Done(Result<Vec<usize>, Fault>),
-    Later(BoxFuture<'a, Result<Vec<usize>, Fault>>),
-}
-
 /// A session's end of a path.
 pub(crate) enum Link {
     Shm(shm::link::ShmLink),
@@ -217,21 +210,19 @@ pub(crate) enum Link {
 }
 
 impl Link {
-    /// Starts a read: the positions of the blocks that failed their digest; all others are in place.
-    ///
-    /// What waits is boxed: a read that ends at once moves no futures of kilobytes about.
-    pub(crate) fn read<'a>(&'a self, job: &'a ReadJob<'a>) -> Started<'a> {
+    /// Reads: the positions of the blocks that failed their digest; all others are in place.
+    pub(crate) fn read<'a>(&'a self, job: &'a ReadJob<'a>) -> BoxFuture<'a, Result<Vec<usize>, Fault>> {
         match (self, job.into) {
-            (_, Destination::Device(memory)) => Started::Later(Box::pin(async move {
+            (_, Destination::Device(memory)) => Box::pin(async move {
                 self.reaches(memory).await.map_err(LinkError::Device)?;
                 match self {
                     Self::Shm(_) | Self::Tcp(_) => Err(Fault::Refused(Refusal::Unreachable)),
                     Self::Fabric(link) => link.read(job).await,
                 }
-            })),
-            (Self::Shm(link), _) => link.read(job),
-            (Self::Fabric(link), _) => Started::Later(Box::pin(link.read(job))),
-            (Self::Tcp(link), _) => Started::Later(Box::pin(link.read(job))),
+            }),
+            (Self::Shm(link), _) => Box::pin(link.read(job)),
+            (Self::Fabric(link), _) => Box::pin(link.read(job)),
+            (Self::Tcp(link), _) => Box::pin(link.read(job)),
         }
     }
 

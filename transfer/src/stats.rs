@@ -179,11 +179,11 @@ pub(crate) struct PathMeter {
 
 impl PathMeter {
     pub(crate) fn record(&self, bytes: u64, elapsed: Duration, first_byte: Duration) {
-        let ns = elapsed.as_nanos() as f64;
-        if bytes >= BANDWIDTH_MIN_BYTES && ns > 0.0 {
-            self.bytes_per_second.add(bytes as f64 / ns * 1e9);
+        let seconds = elapsed.as_secs_f64();
+        if bytes >= BANDWIDTH_MIN_BYTES && seconds > 0.0 {
+            self.bytes_per_second.add(bytes as f64 / seconds);
         }
-        self.latency_ns.add(first_byte.as_nanos() as f64);
+        self.latency_ns.add(first_byte.as_secs_f64() * 1e9);
         self.bytes.fetch_add(bytes, Ordering::Relaxed);
     }
 

@@ -13,7 +13,7 @@ mod survey;
 mod tests;
 
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 use std::time::Duration;
 
 use baton_config::Epoch;
@@ -27,6 +27,7 @@ use super::server::Denial;
 use super::{BackendKind, ConnectError};
 use crate::backend::control::{self, Control};
 use crate::backend::handshake::Route;
+use crate::backend::shm::link::ShmLink;
 use crate::backend::{Fault, Link, Pair};
 use crate::error::{LinkError, Refusal};
 use crate::session::PathInfo;
@@ -61,6 +62,10 @@ struct Candidate {
     /// Held while the path is being opened.
     opening: tokio::sync::Mutex<()>,
     state: Mutex<State>,
+    /// The first link to mapped memory, kept for as long as the paths: [`Paths::mapped`] lends it while it is open. Should
+    /// it break and another be opened, that is found in `state` only.
+    mapped: OnceLock<Arc<Link>>,
+    mapped_is_open: AtomicBool,
 }
 
 #[derive(Default)]
@@ -154,6 +159,8 @@ impl Paths {
                     backend,
                     opening: tokio::sync::Mutex::new(()),
                     state: Mutex::default(),
+                    mapped: OnceLock::new(),
+                    mapped_is_open: AtomicBool::new(false),
                 }),
             }
         }
@@ -183,6 +190,16 @@ impl Paths {
         self.usable(avoid)
             .filter(|index| !tried.has(*index))
             .find_map(|index| self.candidates[index].path(index))
+    }
+
+    /// The best path, if it is to mapped memory and open: found without a lock or a count, which a short read would feel.
+    pub(crate) fn mapped(self: &Arc<Self>, avoid: Option<BackendKind>) -> Option<(BackendKind, &ShmLink)> {
+        self.survey_when_due();
+        let best = &self.candidates[self.usable(avoid).next()?];
+        match (best.mapped_is_open.load(Ordering::Acquire), best.mapped.get().map(|link| &**link)) {
+            (true, Some(Link::Shm(link))) => Some((best.backend, link)),
+            _ => None,
+        }
     }
 
     /// The best path that is open and not tried yet, without waiting; broken ones are looked after beside it.
@@ -228,6 +245,7 @@ impl Paths {
         if matches!(&state.stage, Stage::Open(link) if Arc::ptr_eq(link, &path.link)) {
             let until = Instant::now() + self.opener.options.retry;
             state.stage = Stage::Broken { until, why: chain(why), verdict: None };
+            candidate.mapped_is_open.store(false, Ordering::Release);
             drop(state);
             self.note_retry(until);
             tracing::info!(peer = %self.pair.to, backend = %path.backend, why = chain(why), "a transfer path broke");
@@ -265,6 +283,13 @@ impl Paths {
                 (Stage::Broken { until, why, verdict }, Err(fault))
             }
         };
+        if let Stage::Open(link) = &stage
+            && matches!(**link, Link::Shm(_))
+            && candidate.mapped.set(Arc::clone(link)).is_ok()
+        {
+            // Before anybody can find it broken.
+            candidate.mapped_is_open.store(true, Ordering::Release);
+        }
         undo.settle(stage);
         self.changed.notify_waiters();
         outcome

@@ -6,7 +6,7 @@ use baton_config::{Epoch, HandoffId};
 use tokio::time::{Instant, timeout};
 
 use super::RegionId;
-use crate::backend::{Fault, Link, Progress, ReadJob, Started};
+use crate::backend::{Fault, Link, Progress, ReadJob};
 use crate::digest::DigestSeed;
 use crate::error::LinkError;
 use crate::memory::{HostMemory, MemoryError};
@@ -110,10 +110,7 @@ async fn fastest(
         let into = Destination::Memory(into);
         let job = ReadJob { handoff: HANDOFF, blocks, into, verify: true, progress: &progress };
         let start = Instant::now();
-        let corrupt = match link.read(&job) {
-            Started::Done(corrupt) => corrupt?,
-            Started::Later(read) => read.await?,
-        };
+        let corrupt = link.read(&job).await?;
         if !corrupt.is_empty() {
             return Err(LinkError::Corrupt.into());
         }

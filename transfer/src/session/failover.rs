@@ -10,7 +10,7 @@ use super::timers::Timer;
 use super::{BlockRead, BlockSink, Destination, Inner};
 use crate::agent::BackendKind;
 use crate::agent::paths::Tried;
-use crate::backend::{Fault, Progress, ReadJob, Started};
+use crate::backend::{Fault, Progress, ReadJob};
 use crate::error::{LinkError, Refusal};
 
 /// Why a read ended early.
@@ -89,21 +89,18 @@ async fn attempt(
         inner.counters.path_failover();
         tracing::info!(peer = %paths.pair.to, over = %path.backend, %why, "a read goes on over another path");
     }
-    let outcome = match path.link.read(job) {
-        // Mapped memory is mostly copied by then: nothing to watch.
-        Started::Done(outcome) => Ok(outcome),
-        Started::Later(mut over) => match poll!(over.as_mut()) {
-            Poll::Ready(outcome) => Ok(outcome),
-            Poll::Pending => {
-                let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
-                let mut timer = inner.timers.take();
-                tokio::select! {
-                    biased;
-                    outcome = over => Ok(outcome),
-                    stopped = watch(job.progress, &mut timer, deadline, stall) => Err(stopped),
-                }
+    let mut over = path.link.read(job);
+    let outcome = match poll!(over.as_mut()) {
+        Poll::Ready(outcome) => Ok(outcome),
+        Poll::Pending => {
+            let stall = paths.has_other(avoid, *tried).then_some(inner.stall);
+            let mut timer = inner.timers.take();
+            tokio::select! {
+                biased;
+                outcome = over => Ok(outcome),
+                stopped = watch(job.progress, &mut timer, deadline, stall) => Err(stopped),
             }
-        },
+        }
     };
     // The read has ended or was dropped: either way it is fenced.
     inner.counters.read(path.backend, job.progress.moved());

@@ -22,7 +22,7 @@ use super::control::{INCARNATION_AT, PeerControl, Shown};
 use super::pass::{self, Passed};
 use super::regions::{PeerRegion, Regions};
 use crate::agent::RegionId;
-use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob, Started};
+use crate::backend::{CONNECT_TIMEOUT, Fault, Pair, ReadJob};
 use crate::error::{LinkError, Refusal};
 use crate::memory::{MemoryError, PeerMemory, Process, copy_from_process};
 use crate::session::Destination;
@@ -35,6 +35,8 @@ const TURN: Duration = Duration::from_micros(250);
 const LIFE_NS: u64 = 50_000;
 /// Bytes copied between two looks at the clock, each of which takes about as long as copying 1 KiB.
 const LOOK_BYTES: u64 = 64 << 10;
+/// Most bytes of a read that is done at once: less than a turn's.
+const AT_ONCE_BYTES: u64 = 1 << 20;
 
 /// How a peer's regions are reached.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -173,23 +175,24 @@ impl ShmLink {
         }
     }
 
-    /// Copies until it is done, has to ask for something or others should get a turn: only then it waits.
-    pub(crate) fn read<'a>(&'a self, job: &'a ReadJob<'a>) -> Started<'a> {
-        let started = job.progress.started();
-        let begun = self.check_life(started).and_then(|()| {
-            let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
-            let mut reading = Reading::new(job, shown, started);
-            self.advance(&mut reading).map(|pause| (reading, pause))
-        });
-        match begun {
-            Err(fault) => Started::Done(Err(fault)),
-            Ok((reading, None)) => Started::Done(Ok(reading.corrupt)),
-            Ok((reading, Some(pause))) => Started::Later(Box::pin(self.go_on(reading, pause))),
+    /// Reads without waiting what is short and goes to memory, from regions that are known; the blocks that failed their
+    /// digest. `None`: it was none of that, or something stood against it, and [`Self::read`] starts anew.
+    pub(crate) fn read_at_once(&self, job: &ReadJob<'_>) -> Option<Vec<usize>> {
+        let bytes: u64 = job.blocks.iter().map(|block| u64::from(block.source.len)).sum();
+        if bytes > AT_ONCE_BYTES || !matches!(job.into, Destination::Memory(_)) {
+            return None;
+        }
+        let mut reading = self.begin(job).ok()?;
+        match self.advance(&mut reading) {
+            Ok(None) => Some(reading.corrupt),
+            Ok(Some(_)) | Err(_) => None,
         }
     }
 
-    async fn go_on(&self, mut reading: Reading<'_>, mut pause: Pause) -> Result<Vec<usize>, Fault> {
-        loop {
+    /// Reads; waits only where it has to ask for something, or when others should get a turn.
+    pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
+        let mut reading = self.begin(job)?;
+        while let Some(pause) = self.advance(&mut reading)? {
             match pause {
                 Pause::Ask(region) => self.find_region(region).await?,
                 Pause::Turn => {
@@ -198,11 +201,15 @@ impl ShmLink {
                     self.check_life(reading.turn)?;
                 }
             }
-            match self.advance(&mut reading)? {
-                Some(next) => pause = next,
-                None => return Ok(reading.corrupt),
-            }
         }
+        Ok(reading.corrupt)
+    }
+
+    fn begin<'a>(&self, job: &'a ReadJob<'a>) -> Result<Reading<'a>, Fault> {
+        let started = job.progress.started();
+        self.check_life(started)?;
+        let shown = self.control.find(job.handoff).ok_or(Fault::Refused(Refusal::NotGranted))?;
+        Ok(Reading::new(job, shown, started))
     }
 
     /// Copies blocks; why it stops before the last one.
