@@ -210,10 +210,12 @@ impl Rest {
 
 #[cfg(test)]
 mod tests {
-    use baton_config::HandoffId;
+    use baton_config::{Epoch, HandoffId};
+    use tokio::time::timeout;
 
     use super::*;
-    use crate::agent::RegionId;
+    use crate::agent::{Agent, AgentOptions, RegionId};
+    use crate::memory::HostMemory;
     use crate::session::Descriptor;
     use crate::session::timers::Timers;
 
@@ -239,6 +241,49 @@ mod tests {
         again.add(16);
         rest.account(&progress, &again);
         assert_eq!((Rest::of(&job).places, progress.moved()), (vec![1, 4], 48));
+    }
+
+    /// A copy of mapped memory would still succeed there, while all is said to go another way; and while it is copied
+    /// without a word, the others are not forgotten.
+    #[tokio::test]
+    async fn a_path_that_broke_carries_nothing_until_it_is_opened_anew_and_then_it_is_soon() {
+        const BOUND: Duration = Duration::from_secs(20);
+        let start = async |name: &str| {
+            let options = AgentOptions::new(name.parse().unwrap());
+            let agent =
+                Agent::start(AgentOptions { retry: Duration::from_secs(1), ..options }).await.unwrap();
+            agent.set_epoch(Epoch(1));
+            agent
+        };
+        let (owner, reader) = (start("owner").await, start("reader").await);
+        let region = owner.register(HostMemory::allocate(4096, "blocks").unwrap()).unwrap();
+        let source = Descriptor { region, offset: 0, len: 4096 };
+        owner.grant(HandoffId(1), vec![source]);
+        let session = reader.connect(&"owner".parse().unwrap(), Epoch(1), &owner.metadata()).await.unwrap();
+        let copy = HostMemory::allocate(4096, "copy").unwrap();
+        let read = async || {
+            let (blocks, into) = ([BlockRead { source, to: 0, expected: None }], Destination::Memory(&copy));
+            session.read(HandoffId(1), &blocks, into, Instant::now() + BOUND).await.unwrap();
+            [BackendKind::Shm, BackendKind::Tcp].map(|backend| reader.stats().read_bytes(backend).0 / 4096)
+        };
+        let paths = &session.0.paths;
+        let open = |avoid| paths.open_now(avoid, Tried::default());
+        let is_open = async |backend: BackendKind, avoid| {
+            while open(avoid).is_none_or(|path| path.backend != backend) {
+                tokio::time::sleep(Duration::from_millis(50)).await;
+                read().await;
+            }
+        };
+        paths.next(Some(BackendKind::Shm), Tried::default()).await.unwrap();
+        paths.broke(&open(Some(BackendKind::Shm)).unwrap(), &LinkError::Closed);
+        assert_eq!((read().await, read().await), ([1, 0], [2, 0]));
+        timeout(BOUND, is_open(BackendKind::Tcp, Some(BackendKind::Shm))).await.unwrap();
+        let [over_shm, over_tcp] = read().await;
+        paths.broke(&open(None).unwrap(), &LinkError::Closed);
+        assert_eq!(read().await, [over_shm, over_tcp + 1]);
+        timeout(BOUND, is_open(BackendKind::Shm, None)).await.unwrap();
+        let [over_shm, _] = read().await;
+        assert_eq!(read().await[0], over_shm + 1);
     }
 
     /// How long a read over a path is watched that has another beside it, while `work` goes on with it.

@@ -1,8 +1,9 @@
 //! Two agents in one process: what a read gives, what is refused, and by which name.
 
 use std::collections::BTreeSet;
-use std::sync::Mutex;
-use std::sync::atomic::{AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
 
 use baton_config::{Bytes, Epoch, HandoffId};
 use baton_transfer::wire::{MAX_METADATA_BYTES, Metadata, Offer};
@@ -274,6 +275,9 @@ async fn a_session_is_kept_until_it_breaks_and_another_path_can_be_asked_for() {
     assert_eq!(other.path().backend, BackendKind::Tcp);
     assert_eq!(other.path().reason, "tcp: reached by address; shm: avoided");
     assert_eq!(reader.sessions().len(), 2);
+    read(&other, &blocks).await.unwrap();
+    let over = |backend| reader.stats().read_bytes(backend).0;
+    assert_eq!((over(BackendKind::Shm), over(BackendKind::Tcp)), (8192, 8192));
     owner.agent.close().await;
     let gone = read(&session, &blocks).await;
     assert!(matches!(gone, Err(TransferError::Link { .. })), "{gone:?}");
@@ -358,6 +362,53 @@ async fn what_is_copied_after_its_grant_or_its_life_has_ended_is_not_delivered()
             }
             assert_eq!(seen.into_inner(), 1, "{backend}");
         }
+    }
+}
+
+/// The same without anybody to see when: the owner reuses its memory the moment a grant has ended, again and again.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn memory_that_is_reused_while_it_is_copied_is_not_delivered() {
+    const BYTES: usize = 256 << 10;
+    const GRANTS: u64 = 1000;
+    for backend in [BackendKind::Shm, BackendKind::Cma] {
+        let owner = Owner::start(4096).await;
+        let reused = memory(BYTES);
+        let region = owner.agent.register(reused.clone()).unwrap();
+        let source = Descriptor { region, offset: 0, len: BYTES as u32 };
+        let reader = reader_with(backend, Integrity::Off).await;
+        let session = owner.session(&reader).await.unwrap();
+        let (agent, granted) = (owner.agent.clone(), Arc::new(AtomicU64::new(0)));
+        let now = Arc::clone(&granted);
+        let reuse = tokio::task::spawn_blocking(move || {
+            for id in 1..=GRANTS {
+                reused.write(0, &[1; BYTES]);
+                agent.grant(HandoffId(id.into()), vec![source]);
+                now.store(id, Ordering::SeqCst);
+                // From nothing to more than a copy takes.
+                let end = Instant::now() + Duration::from_micros(id % 8 * 10);
+                while Instant::now() < end {
+                    std::hint::spin_loop();
+                }
+                drop(agent.revoke(HandoffId(id.into())));
+                reused.write(0, &[2; BYTES]);
+            }
+        });
+        let (into, mut outcomes) = (memory(BYTES), [0; 2]);
+        while !reuse.is_finished() {
+            let handoff = HandoffId(granted.load(Ordering::SeqCst).into());
+            let blocks = [BlockRead { source, to: 0, expected: None }];
+            match session.read(handoff, &blocks, Destination::Memory(&into), deadline()).await {
+                Ok(_) => {
+                    let bytes = bytes_at(&into, 0, BYTES as u32);
+                    assert!(bytes.iter().all(|byte| *byte == 1), "{backend}: {handoff}");
+                    outcomes[0] += 1;
+                }
+                Err(TransferError::Refused { refusal: Refusal::NotGranted, .. }) => outcomes[1] += 1,
+                Err(error) => panic!("{backend}: {error}"),
+            }
+        }
+        reuse.await.unwrap();
+        assert!(outcomes.iter().all(|count| *count > 0), "{backend}: {outcomes:?}");
     }
 }
 
