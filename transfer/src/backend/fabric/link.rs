@@ -24,7 +24,7 @@ use tokio_util::task::TaskTracker;
 
 use self::landing::Landing;
 use self::plan::{Load, Plan, Ways};
-use self::write::Writes;
+use self::write::{ShortWrites, Writes};
 use super::batch::{Batch, Running, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange, RemoteId};
 use super::registry::Registration;
@@ -68,6 +68,7 @@ pub(crate) struct FabricLink {
     /// Held while a key is asked for.
     asking: tokio::sync::Mutex<()>,
     writes: Arc<Writes>,
+    short_writes: Box<ShortWrites>,
     /// Runs what a write that was given up leaves to be done.
     tasks: TaskTracker,
 }
@@ -126,7 +127,8 @@ impl FabricLink {
         let (peer, ticket) = timeout(ATTACH_TIMEOUT, attach).await.map_err(|_| late())??;
         let tasks = route.tasks.clone();
         let (regions, asking) = (Mutex::default(), tokio::sync::Mutex::default());
-        Ok(Self { pair, control, fabric, peer, ticket, regions, asking, writes, tasks })
+        let short_writes = Box::new(ShortWrites::new(route));
+        Ok(Self { pair, control, fabric, peer, ticket, regions, asking, writes, short_writes, tasks })
     }
 
     /// Answers what the owner asks: to end writes.

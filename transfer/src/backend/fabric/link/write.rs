@@ -1,4 +1,7 @@
 //! Writing through windows: the peer opens one for each granted range, verifies what was written, and closes it.
+//!
+//! To open and to close them takes a word and its answer each, by TCP. What is short is sooner there in a connection of its
+//! own, with one of them.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -9,6 +12,7 @@ use baton_config::HandoffId;
 use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::FuturesUnordered;
+use tokio::sync::OnceCell;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -21,13 +25,19 @@ use crate::backend::fabric::driver::{Access, LocalRange, RemoteId};
 use crate::backend::fabric::registry::Registration;
 use crate::backend::fabric::serve::windows::lies_in;
 use crate::backend::fabric::thread::{Fabric, Peer};
-use crate::backend::{Fault, WriteJob};
+use crate::backend::handshake::Route;
+use crate::backend::tcp::link::TcpLink;
+use crate::backend::{Fault, Pair, WriteJob};
 use crate::digest::DigestSeed;
 use crate::error::{LinkError, Refusal};
 use crate::session::{BlockWrite, Descriptor};
 use crate::wire::control::{OpenWindow, Window, WindowIs, Write, encode_fence};
 use crate::wire::{Kind, WireError};
 
+/// Most bytes of a write that takes no windows.
+const SHORT_BYTES: u64 = 256 << 10;
+/// Short writes at once; more wait for each other.
+const SHORT_AT_ONCE: usize = 4;
 /// Blocks written and verified together.
 const GROUP_BLOCKS: usize = 512;
 /// Bytes of them, unless a single block has more.
@@ -38,6 +48,29 @@ const GROUPS_AT_ONCE: usize = 2;
 const FENCE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How long windows that nobody waits for any more may take to come.
 const LATE_TIMEOUT: Duration = Duration::from_secs(10);
+
+/// The connections that carry short writes, opened when the first of them comes.
+pub(super) struct ShortWrites {
+    route: Route,
+    link: OnceCell<TcpLink>,
+}
+
+impl ShortWrites {
+    pub(super) fn new(route: &Route) -> Self {
+        Self { route: route.clone(), link: OnceCell::new() }
+    }
+
+    /// In this crate's own tests they take none, so that windows are tried with writes of every length.
+    fn take(job: &WriteJob<'_>) -> bool {
+        let bytes: u64 = job.blocks.iter().map(|block| u64::from(block.to.len)).sum();
+        bytes <= SHORT_BYTES && !cfg!(test)
+    }
+
+    async fn write(&self, pair: &Pair, job: &WriteJob<'_>) -> Result<(), Fault> {
+        let open = || TcpLink::open(pair.clone(), self.route.clone(), SHORT_AT_ONCE);
+        self.link.get_or_try_init(open).await?.write(job).await
+    }
+}
 
 /// The writes of one link by handoff, so that the owner of their windows can end them.
 #[derive(Default)]
@@ -179,10 +212,16 @@ impl FabricLink {
         if !self.fabric.info().write {
             return Err(Fault::Refused(Refusal::Unreachable));
         }
+        let write = async {
+            match ShortWrites::take(job) {
+                true => self.short_writes.write(&self.pair, job).await,
+                false => self.write_all(job).await,
+            }
+        };
         tokio::select! {
             biased;
             () = self.control.closed() => Err(LinkError::Closed.into()),
-            outcome = self.write_all(job) => outcome,
+            outcome = write => outcome,
         }
     }
 
