@@ -26,6 +26,8 @@ mod faults;
 mod forward;
 #[path = "router/frames.rs"]
 mod frames;
+#[path = "router/handoffs.rs"]
+mod handoffs;
 #[path = "router/http2.rs"]
 mod http2;
 #[path = "router/limits.rs"]

@@ -617,7 +617,7 @@ async fn prefill_trouble_never_fails_a_request() {
         let (_socket, address) = nowhere();
         match trouble {
             "status" => {
-                prefill.fail_prefill(500);
+                prefill.fail_prefill(500, FailureCode::Engine);
             }
             "hang" => {
                 prefill.hang_prefill();

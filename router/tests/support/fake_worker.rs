@@ -115,7 +115,7 @@ pub(super) struct Script {
     state_hangs: AtomicBool,
     /// Upgrades to frames that are answered with an error.
     frames_refused: AtomicUsize,
-    prefill_status: Mutex<Option<u16>>,
+    prefill_status: Mutex<Option<(u16, FailureCode)>>,
     kv_events: Mutex<Option<Vec<KvEventBatch>>>,
     speaks_frames: AtomicBool,
     /// Prompt tokens yet to be computed, and how many of them a second.
@@ -245,15 +245,21 @@ impl FakeWorker {
         self
     }
 
-    /// Prefill calls are answered with this status.
-    pub(crate) fn fail_prefill(&self, status: u16) -> &Self {
-        *self.script.prefill_status.lock().expect("unpoisoned") = Some(status);
+    /// Prefill calls are answered with this status and code.
+    pub(crate) fn fail_prefill(&self, status: u16, code: FailureCode) -> &Self {
+        *self.script.prefill_status.lock().expect("unpoisoned") = Some((status, code));
         self
     }
 
     /// Follows of KV events get these lines and then nothing; without, the worker has no events.
     pub(crate) fn kv_events(&self, batches: Vec<KvEventBatch>) -> &Self {
         *self.script.kv_events.lock().expect("unpoisoned") = Some(batches);
+        self
+    }
+
+    /// From now on it has no KV events.
+    pub(crate) fn no_kv_events(&self) -> &Self {
+        *self.script.kv_events.lock().expect("unpoisoned") = None;
         self
     }
 
@@ -388,8 +394,8 @@ async fn prefill(body: &[u8], script: &Script, seen: Arc<Seen>) -> Answer {
     seen.prefilling.fetch_add(1, Ordering::SeqCst);
     let _prefilling = Prefilling(Arc::clone(&seen));
     let status = *script.prefill_status.lock().expect("unpoisoned");
-    if let Some(status) = status {
-        return whole(status, &WorkerError { code: FailureCode::Engine, message: "as told".to_owned() });
+    if let Some((status, code)) = status {
+        return whole(status, &WorkerError { code, message: "as told".to_owned() });
     }
     let hangs = *script.prefill_hangs.lock().expect("unpoisoned");
     if hangs {
