@@ -180,6 +180,41 @@ async fn a_connection_on_which_a_stream_was_silent_for_too_long_is_left_alone() 
     harness.finish().await;
 }
 
+/// What was silent on the former connection says nothing about the next.
+#[tokio::test]
+async fn a_connection_is_not_left_because_a_former_one_was_silent() {
+    let worker = FakeWorker::start("decode-0", Role::Decode).await;
+    worker.then(Act::SilentAfter(3)).then(Act::SilentAfter(3));
+    let harness = Harness::start(&[&worker], |options| {
+        options.timeouts.progress = Duration::from_millis(1500);
+        options.timeouts.replacement = PATIENCE;
+    })
+    .await;
+    let calls = async |count| {
+        let came = async || worker.generated().len() >= count;
+        harness.until("another call", came).await;
+    };
+    let complete = async || harness.complete(&ask("hello", 9, true)).await;
+    let (first, second, third) = tokio::join!(
+        complete(),
+        async {
+            calls(1).await;
+            tokio::time::sleep(Duration::from_secs(1)).await;
+            complete().await
+        },
+        async {
+            // The first one goes on, over another connection, which is known from here on.
+            calls(3).await;
+            complete().await
+        }
+    );
+    for answer in [first, second, third] {
+        assert_eq!(ids(&answer), oracle(&worker.generated()[0].tokens, SEED, 9), "{}", answer.text);
+    }
+    assert_eq!(worker.seen.connections.load(Ordering::SeqCst), 2);
+    harness.finish().await;
+}
+
 #[tokio::test]
 async fn a_connection_that_could_not_be_had_is_asked_for_again() {
     let worker = FakeWorker::start("decode-0", Role::Decode).await;

@@ -157,6 +157,30 @@ fn who_waits_for_the_end_is_woken_for_the_first_token_and_the_end_but_before_the
 }
 
 #[test]
+fn a_worker_that_takes_nothing_is_given_no_more_requests() {
+    let link = link();
+    let large = GenerateRequest { tokens: vec![1; UNSENT_MAX_BYTES / 4], ..request() };
+    let _first = Stream::open(&link, &large).unwrap();
+    assert!(matches!(Stream::open(&link, &request()), Err(Lost::Overloaded)));
+    assert_eq!(link.0.table().slots.len(), 1, "nothing is kept of what was turned away");
+    link.0.take_unsent(&mut Vec::new());
+    assert!(Stream::open(&link, &request()).is_ok(), "it takes something again");
+}
+
+#[test]
+fn a_connection_whose_numbers_are_used_up_is_left_to_those_on_it() {
+    let (link, alarm, mut due) = (link(), Arc::new(Alarm::default()), Due::default());
+    let last = u32::MAX - 1;
+    link.0.table().next = last;
+    let mut stream = Stream::open(&link, &request()).unwrap();
+    assert!(!link.0.is_over());
+    assert!(matches!(Stream::open(&link, &request()), Err(Lost::Overloaded)));
+    assert!(link.0.is_over(), "the next one gets another connection");
+    hear(&link, &tokens(&[(last, 7)]), &mut due).unwrap();
+    assert_eq!(token(poll(&mut stream, &alarm)), 7);
+}
+
+#[test]
 fn a_tick_wakes_those_to_whom_nothing_came_and_is_seen_by_all() {
     let (link, alarm, mut due) = (link(), Arc::new(Alarm::default()), Due::default());
     assert!(!link.0.tick(), "nobody is there");
