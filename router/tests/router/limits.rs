@@ -1,16 +1,18 @@
 //! Bounds on time and size, overload, and the end of the router.
 
+use std::sync::Arc;
 use std::sync::atomic::Ordering;
 use std::time::Duration;
 
-use baton_config::fleet::Disaggregation;
+use baton_config::fleet::{Disaggregation, PolicyKind};
 use baton_config::{Bytes, Role};
+use baton_router::{Member, Roster};
 use serde_json::json;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::TcpStream;
 
 use crate::fake_worker::{Act, FakeWorker};
-use crate::harness::{Harness, PATIENCE};
+use crate::harness::{Harness, PATIENCE, nowhere};
 
 async fn raw(harness: &Harness, bytes: &[u8]) -> TcpStream {
     let mut stream = TcpStream::connect(harness.address).await.expect("a connection");
@@ -255,5 +257,41 @@ async fn bodies_that_do_not_end_take_no_more_memory_than_there_is_for_them() {
     assert_eq!(harness.complete(&body).await.status, 200, "small ones have memory of their own");
     drop(greedy);
     harness.until("there is room again", async || ask().await.starts_with("HTTP/1.1 200 ")).await;
+    harness.finish().await;
+}
+
+/// A host that is gone takes all its workers along: they count as no attempts, but not without end.
+#[tokio::test]
+async fn workers_that_cannot_be_reached_are_tried_so_often_and_no_more() {
+    let living = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&living], |options| {
+        options.disaggregation = Disaggregation::Never;
+        options.policy = PolicyKind::LeastLoaded;
+        options.timeouts.frozen = Duration::from_secs(600);
+    })
+    .await;
+    // Busy: whoever looks idle is preferred to it.
+    living.then(Act::SilentAfter(0));
+    let body = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 4 });
+    let busy = harness.sleeper("/v1/completions", &body).await;
+    harness.until("it is busy", async || living.generated().len() == 1).await;
+    let tried = async || harness.metric("baton_router_disagg_total{decision=\"local\"}").await as usize;
+    for (age, gone, status, asked) in [(100, 20, 503, 16), (200, 12, 200, 13)] {
+        let mut members = vec![living.member.clone()];
+        let mut kept = Vec::new();
+        for i in 0..gone {
+            let (socket, address) = nowhere();
+            kept.push(socket);
+            let worker = format!("gone-{gone}-{i}").parse().expect("a name");
+            members.push(Member { worker, address, ..living.member.clone() });
+        }
+        harness.members.send_replace(Arc::new(Roster { members, age: Duration::from_secs(age) }));
+        let shown = async || harness.metric("baton_router_view_age_seconds").await as u64 == age;
+        harness.until("the view arrived", shown).await;
+        let before = tried().await;
+        let answer = harness.complete(&body).await;
+        assert_eq!((answer.status, tried().await - before), (status, asked), "{}", answer.text);
+    }
+    drop(busy);
     harness.finish().await;
 }
