@@ -1,5 +1,6 @@
 use std::time::Duration;
 
+use baton_config::prefix::BlockHash;
 use baton_config::protocol::{BlockCounts, PathStatus, WorkerStatus};
 use baton_config::{Epoch, Role};
 use tokio::time::Instant;
@@ -148,6 +149,17 @@ impl Kept {
         self.fleet.workers()
     }
 
+    /// Waits until so many tasks are left.
+    async fn comes_to(&self, tasks: usize) {
+        let reached = async {
+            while self.tracker.len() != tasks {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        let reached = tokio::time::timeout(Duration::from_secs(20), reached).await;
+        assert!(reached.is_ok(), "{} tasks, not {tasks}", self.tracker.len());
+    }
+
     async fn end(self) {
         self.stop.cancel();
         self.tracker.close();
@@ -159,6 +171,7 @@ impl Kept {
 async fn a_life_keeps_its_books_and_a_new_one_starts_afresh() {
     let kept = keep(Vec::new());
     let before = kept.next(vec![member("d", 1), member("e", 1)]).await;
+    let tasks = kept.tracker.len();
     let _busy = before[0].occupy(10);
     let mut draining = member("d", 1);
     draining.ready = false;
@@ -167,10 +180,34 @@ async fn a_life_keeps_its_books_and_a_new_one_starts_afresh() {
     assert!(Arc::ptr_eq(&before[1], &after[1]), "untouched");
     let reborn = kept.next(vec![member("d", 2), member("e", 1)]).await;
     assert_eq!(reborn[0].load().requests, 0, "another life");
+    let mut elsewhere = member("e", 1);
+    elsewhere.address = "127.0.0.1:10".to_owned();
+    let moved = kept.next(vec![member("d", 2), elsewhere]).await;
+    assert_eq!(moved[1].authority().as_str(), "127.0.0.1:10", "nobody is called where it was");
+    kept.comes_to(tasks).await;
     let left = kept.next(vec![member("e", 1)]).await;
     assert_eq!(left.len(), 1);
     assert!(kept.fleet.can_serve());
     kept.end().await;
+}
+
+#[test]
+fn what_was_sent_to_a_worker_that_is_gone_is_forgotten_and_nothing_more_noted() {
+    let index = PrefixIndex::with_capacity(1000);
+    let worker = Worker::new(member("d", 1)).unwrap();
+    let blocks = || {
+        while index.maintain() {}
+        index.stats().blocks
+    };
+    let chain = [BlockHash(1), BlockHash(2)];
+    let send = || worker.known().sent(&index, Instant::now(), worker.known().namespace(), (&chain, 2, 2));
+    send();
+    assert_eq!(blocks(), 2);
+    worker.known().forget(&index);
+    assert_eq!(blocks(), 0);
+    // It was chosen before its end was heard of.
+    send();
+    assert_eq!(blocks(), 0);
 }
 
 #[tokio::test]
