@@ -18,7 +18,11 @@ use crate::harness::{Harness, PATIENCE};
 /// The pool that fake workers of this role say they are of.
 const POOL: &str = "both";
 
-fn forward(options: &mut RouterOptions, servers: &[&FakeServer], change: impl FnOnce(&mut ForwardPool)) {
+pub(crate) fn forward(
+    options: &mut RouterOptions,
+    servers: &[&FakeServer],
+    change: impl FnOnce(&mut ForwardPool),
+) {
     let urls = servers.iter().map(|server| server.url.clone()).collect();
     let mut pool = ForwardPool { servers: OpenaiSpec::new(urls), in_flight_max: 64 };
     change(&mut pool);
@@ -431,6 +435,33 @@ async fn a_server_that_breaks_connections_is_avoided_for_a_while() {
     }
     // Asked again whenever the worker beside it has answered its state, which is about once a second.
     assert!((1..15).contains(&servers[0].got().len()), "{}", servers[0].got().len());
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn the_one_server_with_room_is_found_among_many_that_are_full() {
+    let mut servers = Vec::new();
+    for i in 0..8 {
+        servers.push(FakeServer::start(&format!("server-{i}")).await);
+    }
+    let harness = start(&servers.iter().collect::<Vec<_>>(), |pool| pool.in_flight_max = 1).await;
+    let mut busy = Vec::new();
+    servers.iter().for_each(|server| {
+        server.always(Does::Hangs);
+    });
+    for _ in 1..servers.len() {
+        busy.push(harness.sleeper("/v1/chat/completions", &chat(false)).await);
+        let open = async || servers.iter().map(FakeServer::open).sum::<usize>() == busy.len();
+        harness.until("one more is busy", open).await;
+    }
+    servers.iter().for_each(|server| {
+        server.always(Does::Streams(5, Duration::ZERO));
+    });
+    for _ in 0..8 {
+        assert_eq!(harness.chat(&chat(true)).await.text, events(5) + END);
+    }
+    assert!(servers.iter().all(|server| server.open() <= 1));
+    drop(busy);
     harness.finish().await;
 }
 

@@ -2,8 +2,8 @@
 
 use std::time::Duration;
 
-use baton_config::Role;
 use baton_config::fleet::{AuthSpec, Disaggregation, Isolation};
+use baton_config::{Epoch, Role};
 use baton_router::{MintedKey, RouterOptions, mint};
 use bytes::Bytes;
 use http_body_util::Full;
@@ -56,6 +56,10 @@ async fn kill_one(workers: &mut Vec<FakeWorker>, harness: &Harness) {
     drop(workers.remove(at));
 }
 
+fn tenant(name: &str, key: &MintedKey) -> String {
+    format!("- name: {name}\n  keys:\n  {}\n", key.line)
+}
+
 fn all_do(workers: &[FakeWorker], act: &Act) {
     for worker in workers {
         worker.always(act.clone());
@@ -96,7 +100,6 @@ async fn requests_that_share_no_prefixes_are_still_the_same_request() {
     let (key, other) = (mint("k").expect("a key"), mint("o").expect("a key"));
     let directory = tempfile::tempdir().expect("a directory");
     let keys = directory.path().join("keys.yaml");
-    let tenant = |name: &str, key: &MintedKey| format!("- name: {name}\n  keys:\n  {}\n", key.line);
     let tenants = tenant("acme", &key) + &tenant("other", &other);
     std::fs::write(&keys, format!("version: 1\ntenants:\n{tenants}")).expect("written");
     let (mut workers, harness) =
@@ -176,8 +179,65 @@ async fn connections_that_break_are_no_deaths() {
     }
 }
 
+/// Asked is whoever is there now: another life, or another worker, means that this one ended. Silence means nothing.
+#[tokio::test]
+async fn a_worker_has_died_where_another_life_answers_and_not_where_nobody_says_anything() {
+    for (case, status, asked) in [("another life", 500, 2), ("another worker", 500, 2), ("silence", 502, 4)] {
+        let mut workers = Vec::new();
+        for at in 0..MANY {
+            let name = format!("decode-{at}");
+            let mut worker = FakeWorker::start(&name, Role::Decode).await.in_life(2);
+            match case {
+                "another life" => worker.member.epoch = Epoch(1),
+                "another worker" => worker.member.worker = format!("former-{at}").parse().expect("a name"),
+                _ => {
+                    worker.hide_state();
+                }
+            }
+            worker.always(Act::DieAfter(0));
+            workers.push(worker);
+        }
+        let all: Vec<&FakeWorker> = workers.iter().collect();
+        let harness = Harness::start(&all, |options| options.disaggregation = Disaggregation::Never).await;
+        let answer = harness.chat(&ask("a deadly one")).await;
+        assert_eq!((answer.status, calls(&workers)), (status, asked), "{case}: {}", answer.text);
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_prefill_worker_that_dies_with_a_request_counts_like_any_other() {
+    let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
+    prefill.hang_prefill();
+    let mut decodes = Vec::new();
+    for at in 0..3 {
+        decodes.push(FakeWorker::start(&format!("decode-{at}"), Role::Decode).await);
+    }
+    all_do(&decodes, &Act::SilentAfter(0));
+    let all: Vec<&FakeWorker> = decodes.iter().chain([&prefill]).collect();
+    let harness = Harness::start(&all, |_| {}).await;
+    let body = ask("a deadly one");
+    let (answer, ()) = tokio::join!(harness.chat(&body), async {
+        let both = async || calls(&decodes) == 1 && prefill.prefilled().len() == 1;
+        harness.until("both have it", both).await;
+        tokio::time::sleep(Duration::from_millis(50)).await;
+        drop(prefill);
+        let told = |decode: &FakeWorker| !decode.seen.ended.lock().expect("unpoisoned").is_empty();
+        harness.until("the other side is told", async || decodes.iter().any(told)).await;
+        let at = decodes.iter().position(told).expect("one is");
+        drop(decodes.remove(at));
+    });
+    assert_eq!((answer.status, calls(&decodes)), (500, 0), "{}", answer.text);
+    assert_eq!(answer.json()["error"]["code"], "request_failed_repeatedly");
+    harness.finish().await;
+}
+
 /// Servers that take requests and say nothing, until they are told otherwise.
 async fn servers() -> (Vec<FakeServer>, Harness) {
+    servers_with(|_| ()).await
+}
+
+async fn servers_with(change: impl FnOnce(&mut RouterOptions)) -> (Vec<FakeServer>, Harness) {
     let mut servers = Vec::new();
     for at in 0..MANY {
         let server = FakeServer::start(&format!("server-{at}")).await;
@@ -185,7 +245,12 @@ async fn servers() -> (Vec<FakeServer>, Harness) {
         servers.push(server);
     }
     let all: Vec<&FakeServer> = servers.iter().collect();
-    let harness = forward::start(&all, |_| {}).await;
+    let workers: Vec<&FakeWorker> = servers.iter().map(|server| &server.worker).collect();
+    let harness = Harness::start(&workers, |options| {
+        forward::forward(options, &all, |_| {});
+        change(options);
+    })
+    .await;
     (servers, harness)
 }
 
@@ -231,6 +296,34 @@ async fn a_request_that_servers_of_others_die_with_does_not_reach_a_third() {
         assert_eq!(harness.metric("baton_router_barred_total").await as u64, 3);
         harness.finish().await;
     }
+}
+
+#[tokio::test]
+async fn what_one_tenant_did_to_servers_is_held_against_no_other() {
+    let (key, other) = (mint("k").expect("a key"), mint("o").expect("a key"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys.yaml");
+    let tenants = tenant("acme", &key) + &tenant("other", &other);
+    std::fs::write(&keys, format!("version: 1\ntenants:\n{tenants}")).expect("written");
+    let (mut servers, harness) =
+        servers_with(|options| options.auth = Some(AuthSpec::new(keys, Isolation::Request))).await;
+    let ask = async |key: &MintedKey| {
+        let request = Request::post(format!("http://{}/v1/completions", harness.address))
+            .header("authorization", format!("Bearer {}", key.key))
+            .body(Full::new(Bytes::from(json!({ "model": "tiny", "prompt": "deadly" }).to_string())))
+            .expect("a request");
+        harness.client.request(request).await.expect("an answer").status().as_u16()
+    };
+    let (status, ()) = tokio::join!(ask(&key), async {
+        kill_server(&mut servers, &harness).await;
+        kill_server(&mut servers, &harness).await;
+    });
+    assert_eq!((status, ask(&key).await, got(&servers)), (502, 500, 0));
+    for server in &servers {
+        server.always(Does::Says("{}"));
+    }
+    assert_eq!((ask(&other).await, ask(&key).await), (200, 500));
+    harness.finish().await;
 }
 
 #[tokio::test]

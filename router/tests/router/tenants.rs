@@ -14,7 +14,9 @@ use serde_json::{Value, json};
 use tokio::net::TcpListener;
 
 use crate::fake_provider::{self, FakeProvider};
+use crate::fake_server::FakeServer;
 use crate::fake_worker::{Act, FakeWorker};
+use crate::forward;
 use crate::harness::{Answer, Harness};
 
 /// A file of keys, replaced as a whole as editors do.
@@ -235,19 +237,43 @@ async fn what_a_tenant_has_sent_is_not_taken_to_be_cached_for_another() {
     })
     .await;
     let body = json!({ "model": "tiny", "prompt": vec![100; 200], "max_tokens": 2 });
-    for (key, cached) in [(&a, false), (&a, true), (&b, false), (&b, true)] {
-        let request = Request::post(format!("http://{}/v1/completions", setup.harness.address))
+    check_apart(&setup.harness, &body, &a, &b).await;
+    setup.harness.finish().await;
+}
+
+/// Nor where requests are passed on to servers of others.
+#[tokio::test]
+async fn what_a_tenant_has_passed_on_is_not_taken_to_be_cached_for_another() {
+    let (a, b) = (mint("a").expect("a key"), mint("b").expect("a key"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys.yaml");
+    write(&keys, &(tenant("a", "", &a) + &tenant("b", "", &b)));
+    let server = FakeServer::start("server-0").await;
+    let harness = Harness::start(&[&server.worker], |options| {
+        forward::forward(options, &[&server], |_| {});
+        options.auth = Some(AuthSpec::new(keys, Isolation::Tenant));
+        options.policy = PolicyKind::KvAware;
+        options.explain = true;
+    })
+    .await;
+    check_apart(&harness, &json!({ "model": "tiny", "prompt": "hello ".repeat(100) }), &a, &b).await;
+    harness.finish().await;
+}
+
+/// Each of two tenants finds cached what it has sent itself.
+async fn check_apart(harness: &Harness, body: &Value, a: &MintedKey, b: &MintedKey) {
+    for (key, cached) in [(a, false), (a, true), (b, false), (b, true)] {
+        let request = Request::post(format!("http://{}/v1/completions", harness.address))
             .header("authorization", format!("Bearer {}", key.key))
             .header("x-baton-explain", "1")
             .body(Full::new(Bytes::from(body.to_string())))
             .expect("a request");
-        let answer = setup.harness.client.request(request).await.expect("an answer");
+        let answer = harness.client.request(request).await.expect("an answer");
         let told: Value =
             serde_json::from_slice(answer.headers()["x-baton-explain"].as_bytes()).expect("JSON");
         let tokens = told["ways"][0]["decode_cached"].as_u64().expect("a number");
         assert_eq!(tokens > 0, cached, "{told}");
     }
-    setup.harness.finish().await;
 }
 
 #[tokio::test]
