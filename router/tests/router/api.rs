@@ -153,6 +153,19 @@ async fn stop_strings_end_the_text_and_the_work() {
             assert_eq!(harness.chat(&body).await.content(0), shown);
         }
     }
+    // Also what only becomes one of them at the end.
+    let body = with(hello(), "stop", json!("\u{FFFD}"));
+    let answer = harness.chat(&body).await;
+    assert_eq!(
+        (answer.content(0).as_str(), &answer.json()["choices"][0]["finish_reason"]),
+        ("one ST", &json!("stop"))
+    );
+    // A worker tells nothing before the end only where nothing before it can matter.
+    assert!(decode.generated().iter().all(|request| !request.whole));
+    harness.chat(&with(hello(), "stream", json!(true))).await;
+    harness.chat(&hello()).await;
+    let whole: Vec<bool> = decode.generated().iter().rev().take(2).map(|request| request.whole).collect();
+    assert_eq!(whole, [true, false]);
     harness.finish().await;
 }
 
