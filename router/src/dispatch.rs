@@ -20,7 +20,7 @@ use futures_util::future::BoxFuture;
 use tokio::time::Instant;
 use tokio_util::task::TaskTracker;
 
-use crate::fleet::Fleet;
+use crate::fleet::{Fleet, Worker};
 use crate::metrics::{Metrics, MoveReason};
 use crate::options::Timeouts;
 use crate::schedule::Rules;
@@ -181,8 +181,10 @@ pub(crate) struct Generation {
     overloaded: bool,
     /// How many of them, before a token, for want of KV memory.
     too_long: usize,
-    /// How many of them, before a token, because they leave or are in another life.
-    unavailable: usize,
+    /// Which of them, before a token, because they leave or are in another life,
+    away: Vec<(WorkerId, Epoch)>,
+    /// and since when the view is waited for because of that.
+    waits_since: Option<Instant>,
     /// How many of them, before a token, were never connected to.
     unreached: usize,
     /// Set when a connection broke before a token,
@@ -193,8 +195,6 @@ pub(crate) struct Generation {
     moving: Option<(MoveReason, Instant)>,
     /// Set until the worker it is on gives a token of it.
     unproven: bool,
-    /// Since when no worker is found.
-    waits_since: Option<Instant>,
     /// The next change of the fleet, while it is waited for.
     change: Option<BoxFuture<'static, ()>>,
     trace: Trace,
@@ -211,13 +211,13 @@ impl Generation {
             failed: Vec::new(),
             overloaded: false,
             too_long: 0,
-            unavailable: 0,
+            away: Vec::new(),
+            waits_since: None,
             unreached: 0,
             broke: false,
             repeated: false,
             moving: None,
             unproven: true,
-            waits_since: None,
             change: None,
             trace: Trace::default(),
         }
@@ -340,13 +340,16 @@ impl Generation {
             return Err(DispatchError::Refused);
         }
         self.too_long += usize::from(matches!(lost, Lost::TooLong(_)) && sent == 0);
-        self.unavailable += usize::from(matches!(lost, Lost::Unavailable(_)) && sent == 0);
         self.unreached += usize::from(matches!(lost, Lost::Unreachable(_)) && sent == 0);
         self.broke |= matches!(lost, Lost::Broken(_));
         self.overloaded |= matches!(lost, Lost::Overloaded);
-        self.failed.push((worker.member.worker.clone(), worker.member.epoch));
+        let life = (worker.member.worker.clone(), worker.member.epoch);
+        if matches!(lost, Lost::Unavailable(_)) && sent == 0 {
+            self.away.push(life.clone());
+        }
+        self.failed.push(life);
         if sent == 0 {
-            let asked = self.failed.len() - self.unreached - self.unavailable;
+            let asked = self.failed.len() - self.unreached - self.away.len();
             let more = asked < ATTEMPTS_MAX && self.unreached < UNREACHED_MAX;
             return if more { Ok(()) } else { Err(self.exhausted()) };
         }
@@ -378,7 +381,7 @@ impl Generation {
     fn exhausted(&self) -> DispatchError {
         if self.overloaded {
             DispatchError::Overloaded
-        } else if self.unreached + self.unavailable == self.failed.len() {
+        } else if self.unreached + self.away.len() == self.failed.len() {
             // Nobody took it, or nobody is there.
             DispatchError::NoWorker
         } else if self.too_long == self.failed.len() {
@@ -390,7 +393,8 @@ impl Generation {
 
     /// Whether workers that were asked are other than the view says, and none had an answer of its own.
     fn is_outdated(&self) -> bool {
-        self.sent.is_empty() && self.unavailable > 0 && !self.overloaded && self.too_long == 0
+        let outdated = self.waits_since.is_some() || !self.away.is_empty();
+        self.sent.is_empty() && outdated && !self.overloaded && self.too_long == 0
     }
 
     /// Finds workers and sends both calls.
@@ -401,12 +405,14 @@ impl Generation {
                 ready!(change.as_mut().poll(cx));
                 self.change = None;
             }
+            if self.waits_since.is_some() {
+                self.ask_those_who_are_back();
+            }
             if let Some(inquiry) = self.inquiry()? {
                 self.change = Some(inquiry);
                 continue;
             }
             if let Some(placement) = self.dispatcher.choose(&self.job, &self.sent, &self.failed) {
-                self.waits_since = None;
                 return Poll::Ready(self.open(placement));
             }
             let Some(mut changes) = changes.take() else {
@@ -474,15 +480,30 @@ impl Generation {
         if self.broke && !self.repeated {
             self.repeated = true;
             self.failed.clear();
-            (self.too_long, self.unavailable, self.unreached) = (0, 0, 0);
+            self.away.clear();
+            (self.too_long, self.unreached) = (0, 0);
             return Ok(());
         }
         // Workers that are in another life than the view says may be in view again in a moment, whatever became of the others.
-        let since = *self.waits_since.get_or_insert(now);
-        if self.is_outdated() && now < since + self.dispatcher.timeouts.view_lag {
+        if self.is_outdated()
+            && now < *self.waits_since.get_or_insert(now) + self.dispatcher.timeouts.view_lag
+        {
             return Ok(());
         }
         Err(self.exhausted())
+    }
+
+    /// The view may tell of a life before the worker itself has heard of it: who was away and has said since that it is there
+    /// may be asked again.
+    fn ask_those_who_are_back(&mut self) {
+        let now = Instant::now();
+        let (workers, frozen) = (self.dispatcher.fleet.workers(), self.dispatcher.timeouts.frozen);
+        let is_back = |(name, epoch): &(WorkerId, Epoch)| {
+            let is = |worker: &Worker| worker.member.worker == *name && worker.member.epoch == *epoch;
+            workers.iter().any(|worker| is(worker) && worker.standing(now, frozen).well)
+        };
+        let back: Vec<_> = self.away.extract_if(.., |life| is_back(life)).collect();
+        self.failed.retain(|life| !back.contains(life));
     }
 
     fn open(&mut self, placement: Placement) -> Result<Attempt, DispatchError> {

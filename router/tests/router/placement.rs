@@ -1,17 +1,20 @@
 //! Where requests go: to the worker that has their prefix, to the worker of their session; and how that is explained.
 
+use std::sync::Arc;
+use std::time::Duration;
+
 use baton_config::fleet::{Disaggregation, PolicyKind};
 use baton_config::prefix::{BlockHash, HashScheme, block_hashes};
-use baton_config::protocol::{KvEvent, KvEventBatch, KvTier};
+use baton_config::protocol::{FailureCode, KvEvent, KvEventBatch, KvTier};
 use baton_config::{Epoch, Role};
-use baton_router::{Roster, RouterOptions};
+use baton_router::{Member, Roster, RouterOptions};
 use bytes::Bytes;
 use http_body_util::{BodyExt as _, Full};
 use hyper::Request;
 use serde_json::json;
 
-use crate::fake_worker::FakeWorker;
-use crate::harness::Harness;
+use crate::fake_worker::{Act, FakeWorker};
+use crate::harness::{Harness, PATIENCE};
 
 fn aware(options: &mut RouterOptions) {
     options.policy = PolicyKind::KvAware;
@@ -56,8 +59,8 @@ async fn a_prompt_goes_to_the_worker_that_says_it_has_it() {
     assert_eq!((first.generated().len(), second.generated().len()), (0, 10));
     assert!(harness.metric("baton_router_predicted_cached_tokens_total").await >= 4700.0);
     // A worker that leaves takes its blocks along.
-    let roster = Roster { members: vec![first.member.clone()], age: std::time::Duration::ZERO };
-    harness.members.send_replace(std::sync::Arc::new(roster));
+    let roster = Roster { members: vec![first.member.clone()], age: Duration::ZERO };
+    harness.members.send_replace(Arc::new(roster));
     harness
         .until("the index is empty", async || harness.metric("baton_router_index_blocks").await < 0.5)
         .await;
@@ -105,7 +108,7 @@ async fn workers_without_events_are_remembered_by_what_they_were_sent() {
     assert_eq!(owners.len(), 2, "different prompts go to different workers");
     let blocks = async || harness.metric("baton_router_index_blocks").await;
     harness.until("it is in the index", async || blocks().await > 0.5).await;
-    harness.members.send_replace(std::sync::Arc::new(Roster::default()));
+    harness.members.send_replace(Arc::new(Roster::default()));
     harness.until("it is forgotten with them", async || blocks().await < 0.5).await;
     harness.finish().await;
 }
@@ -128,6 +131,60 @@ async fn a_worker_that_has_no_events_any_more_is_remembered_by_what_it_is_sent()
     harness.finish().await;
 }
 
+/// The view may tell of a life before the worker itself has heard of it.
+#[tokio::test]
+async fn a_worker_that_hears_of_its_life_late_is_asked_again_but_not_without_end() {
+    for (hears, lag, status) in [(true, PATIENCE, 200), (false, Duration::from_secs(2), 503)] {
+        let worker = FakeWorker::start("decode-0", Role::Decode).await;
+        let away = Act::Status(409, FailureCode::Unavailable);
+        if hears {
+            worker.then(away);
+        } else {
+            worker.always(away);
+        }
+        let harness = Harness::start(&[&worker], |options| {
+            options.disaggregation = Disaggregation::Never;
+            options.timeouts.view_lag = lag;
+        })
+        .await;
+        let body = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 2 });
+        let answer = harness.complete(&body).await;
+        assert_eq!(answer.status, status, "{}", answer.text);
+        // As often as it says that it is there, about once a second, not as often as is looked.
+        assert!((1..8).contains(&worker.generated().len()), "{}", worker.generated().len());
+        harness.finish().await;
+    }
+}
+
+/// One that was away ends as it is asked again: its next life may come into view all the same.
+#[tokio::test]
+async fn a_view_that_is_behind_is_waited_for_although_who_was_away_is_gone() {
+    let (worker, next) = (
+        FakeWorker::start("decode-0", Role::Decode).await,
+        FakeWorker::start("decode-0", Role::Decode).await,
+    );
+    worker.then(Act::Status(409, FailureCode::Unavailable));
+    let harness = Harness::start(&[&worker], |options| {
+        options.disaggregation = Disaggregation::Never;
+        options.timeouts.view_lag = PATIENCE;
+        options.timeouts.frozen = Duration::from_secs(600);
+    })
+    .await;
+    worker.hide_state();
+    let body = json!({ "model": "tiny", "prompt": "hello", "max_tokens": 2 });
+    let (answer, ()) = tokio::join!(harness.complete(&body), async {
+        harness.until("it was asked", async || !worker.generated().is_empty()).await;
+        drop(worker);
+        let asked = async || harness.metric("baton_router_disagg_total{decision=\"local\"}").await;
+        harness.until("it is asked again", async || asked().await > 1.5).await;
+        tokio::time::sleep(Duration::from_millis(300)).await;
+        let member = Member { epoch: Epoch(2), ..next.member.clone() };
+        harness.members.send_replace(Arc::new(Roster { members: vec![member], age: Duration::ZERO }));
+    });
+    assert_eq!(answer.status, 200, "{}", answer.text);
+    harness.finish().await;
+}
+
 /// Addresses are given out again, and lives of two workers may have the same number.
 #[tokio::test]
 async fn a_worker_is_not_well_because_another_one_answers_where_it_was() {
@@ -140,7 +197,7 @@ async fn a_worker_is_not_well_because_another_one_answers_where_it_was() {
     let mut gone = other.member.clone();
     gone.worker = "decode-1".parse().expect("a name");
     let members = vec![worker.member.clone(), gone];
-    harness.members.send_replace(std::sync::Arc::new(Roster { members, age: std::time::Duration::ZERO }));
+    harness.members.send_replace(Arc::new(Roster { members, age: Duration::ZERO }));
     let avoided = async || {
         let before = worker.generated().len();
         for seed in 0..4 {
