@@ -188,7 +188,6 @@ impl Fair {
             if let Some(ledger) = self.ledgers.get_mut(&entry.ledger) {
                 ledger.undo(entry.charged);
             }
-            self.settle_slack(now);
             return None;
         }
         if let Some(ledger) = self.ledgers.get_mut(&entry.ledger) {
@@ -207,7 +206,10 @@ impl Fair {
             self.unwait(lane, key);
             self.place(now, next, true);
         }
-        self.settle_slack(now);
+        if self.placed < self.places {
+            self.pace.slack(now);
+            self.promised = None;
+        }
         next
     }
 
@@ -290,13 +292,6 @@ impl Fair {
         }
         if lane.waiting.is_empty() {
             self.order.remove(&(Reverse(lane.priority), lane.tag, at));
-        }
-    }
-
-    fn settle_slack(&mut self, now: Instant) {
-        if self.placed < self.places && self.waiting == 0 {
-            self.pace.slack(now);
-            self.promised = None;
         }
     }
 
