@@ -118,3 +118,25 @@ async fn what_is_told_of_a_prompt_is_what_became_of_it_first() {
     assert_eq!(decodes[1].generated().iter().filter(|request| request.generated == 5).count(), 1);
     harness.finish().await;
 }
+
+/// Who takes longer than it says is believed less: the one that computed the prompt.
+#[tokio::test]
+async fn a_prefill_that_takes_long_is_held_against_who_computed_it() {
+    let prefill = FakeWorker::start("prefill-0", Role::Prefill).await;
+    let decode = FakeWorker::start("decode-0", Role::Decode).await;
+    let harness = Harness::start(&[&prefill, &decode], |options| {
+        options.slo_wait = Some(Duration::from_millis(1010));
+    })
+    .await;
+    let full = async || harness.chat(&json!("nothing")).await.status == 429;
+    prefill.queue(3000, 1000.0);
+    harness.until("its queue is known", full).await;
+    // One second, if it is as quick as it says.
+    prefill.queue(1000, 1000.0);
+    harness.until("its queue is shorter", async || !full().await).await;
+    decode.then(Act::PauseAfter(0, Duration::from_secs(3)));
+    let body = json!({ "model": "tiny", "prompt": vec![100; 200], "max_tokens": 4 });
+    assert_eq!(harness.complete(&body).await.status, 200);
+    harness.until("it is longer than that", full).await;
+    harness.finish().await;
+}

@@ -221,3 +221,33 @@ async fn a_client_that_never_reads_on_is_cut_off_when_its_time_is_over() {
     drop(unread);
     harness.finish().await;
 }
+
+/// Nobody could go on with it: a worker that says nothing of its state is no reason yet.
+#[tokio::test]
+async fn a_stream_that_no_other_could_take_up_waits_for_certainty() {
+    let (worker, other) = (
+        FakeWorker::start("decode-0", Role::Decode).await,
+        FakeWorker::start("decode-1", Role::Decode).await,
+    );
+    for worker in [&worker, &other] {
+        worker.always(Act::PauseAfter(2, Duration::from_secs(3)));
+    }
+    let harness = Harness::start(&[&worker, &other], |options| {
+        options.timeouts.frozen = Duration::from_secs(1);
+    })
+    .await;
+    for digest in [true, false] {
+        let calls = worker.generated().len() + other.generated().len();
+        worker.hide_state();
+        other.hide_state();
+        let body = json!({
+            "model": "tiny", "prompt": "hello", "max_tokens": 4, "baton": { "logits_digest": digest }
+        });
+        let answer = harness.complete(&body).await;
+        assert_eq!((answer.status, answer.content(0).len()), (200, 4), "{}", answer.text);
+        let calls = worker.generated().len() + other.generated().len() - calls;
+        // The other kind is taken elsewhere in the meantime.
+        assert_eq!(calls == 1, digest, "{calls}");
+    }
+    harness.finish().await;
+}

@@ -49,6 +49,8 @@ pub(crate) enum Act {
     Status(u16, FailureCode),
     /// Waits this long before each token.
     Slow(Duration),
+    /// Waits this long before the token after so many.
+    PauseAfter(usize, Duration),
     /// Sends exactly these tokens.
     Say(Vec<u32>),
     /// Sends exactly these tokens, then breaks the connection.
@@ -494,7 +496,8 @@ pub(super) fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item
     };
     let count = said.as_ref().map_or(all.min(request.max_tokens as usize), Vec::len);
     let pause = match act {
-        Act::Slow(pause) => Some(pause),
+        Act::Slow(pause) => Some((None, pause)),
+        Act::PauseAfter(at, pause) => Some((Some(at), pause)),
         _ => None,
     };
     let (imported_tokens, fallback) = match act {
@@ -526,7 +529,8 @@ pub(super) fn steps(request: GenerateRequest, act: Act) -> Box<dyn Iterator<Item
         });
         let logits_digest = digest.then_some(0xABCD_0000 + i as u64);
         let event = GenerateEvent::Token { token, logprob, logits_digest };
-        pause.map(Step::Wait).into_iter().chain([Step::Send(event)])
+        let pause = pause.filter(|(at, _)| at.is_none_or(|at| at == i));
+        pause.map(|(_, pause)| Step::Wait(pause)).into_iter().chain([Step::Send(event)])
     });
     Box::new([Step::Send(report)].into_iter().chain(body).chain(last))
 }
