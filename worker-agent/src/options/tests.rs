@@ -6,9 +6,14 @@ use super::*;
 
 /// Options of a replica of a pool that has these keys too.
 fn options_of(pool: &str, replica: u16) -> WorkerOptions {
+    options_in(pool, replica, "")
+}
+
+/// The same in a fleet that has more to say.
+fn options_in(pool: &str, replica: u16, fleet: &str) -> WorkerOptions {
     let models = Path::new(env!("CARGO_MANIFEST_DIR")).join("../examples/models/tiny");
     let text = format!(
-        "version: 1\nmodel: {{ path: {} }}\npools: [{{ name: all, role: both, {pool} }}]\n",
+        "version: 1\nmodel: {{ path: {} }}\npools: [{{ name: all, role: both, {pool} }}]\n{fleet}\n",
         models.display()
     );
     let source = Source { name: "fleet.yaml".to_owned(), directory: None, environment: &|_| None };
@@ -93,6 +98,31 @@ fn a_worker_gets_the_limits_of_the_file_and_each_replica_its_port() {
     assert_eq!(options.transfer.integrity, baton_transfer::Integrity::Off);
     let usual = options_of("engine: { kind: sim }", 2).transfer;
     assert_eq!((usual.listen.port(), usual.integrity), (0, baton_transfer::Integrity::Digest));
+}
+
+#[test]
+fn fabrics_use_the_interface_that_peers_are_told_where_tcp_listens_on_all() {
+    let binds = |pool: &str| {
+        let transfer =
+            options_of(&format!("transfer: {{ {pool}, auth: {{ token_file: /a/token }} }}"), 0).transfer;
+        assert_eq!(transfer.libfabric.bind, transfer.ucx.bind);
+        (transfer.listen.ip().to_string(), transfer.ucx.bind.to_string())
+    };
+    let of = |listen: &str, fabric: &str| (listen.to_owned(), fabric.to_owned());
+    assert_eq!(binds("bind: 0.0.0.0, advertise: 10.0.0.7:7000"), of("0.0.0.0", "10.0.0.7"));
+    assert_eq!(
+        binds("bind: 10.0.0.8, advertise: 10.0.0.7:7000"),
+        of("10.0.0.8", "10.0.0.8"),
+        "as behind a gateway"
+    );
+}
+
+#[test]
+fn whether_short_prompts_are_prefilled_by_decode_workers_is_for_the_fleet_to_say() {
+    let local_prefill = |mode: &str| options_in("accelerator: cpu", 0, mode).local_prefill;
+    assert!(local_prefill(""));
+    assert!(local_prefill("router: { disaggregation: auto }"));
+    assert!(!local_prefill("router: { disaggregation: always }"));
 }
 
 #[test]
