@@ -5,13 +5,14 @@ mod frames;
 mod openai;
 mod peers;
 mod tamper;
+mod unfenced;
 
 use std::time::Duration;
 
 use baton_config::protocol::{
     FailureCode, FinishReason, GenerateEvent, HandoffOutcome, KvEvent, WorkerError, WorkerStatus,
 };
-use baton_config::{Epoch, HandoffId, KvLayout};
+use baton_config::{Epoch, HandoffId, KvLayout, Role};
 use baton_engine::sim::oracle;
 use baton_transfer::{ArenaMemory, BackendKind};
 
@@ -442,7 +443,7 @@ fn a_drain_without_a_conductor_ends_all_the_same_and_requests_of_those_who_have_
 #[test]
 fn a_drain_ends_with_its_grace() {
     let fleet = Fleet::start(Setup { decode_us: 20_000.0, ..Setup::sim() });
-    let d = fleet.decode_with_grace("d-0", Duration::from_millis(300));
+    let d = fleet.worker("d-0", Role::Decode, |it| it.drain_grace = Duration::from_millis(300));
     fleet.block_on(async {
         // Two hundred seconds of tokens.
         let request = fleet.request(prompt(1, 20, fleet.vocab()), 1500);
@@ -558,7 +559,7 @@ fn an_operator_drains_a_worker_by_the_conductor_who_knows_how_busy_it_is() {
 fn what_was_forgotten_is_found_and_counted() {
     let fleet = Fleet::start(Setup::sim());
     let limits = Limits { lease: Duration::from_millis(20), ..Limits::default() };
-    let p = fleet.prefill_with_limits("p-0", limits);
+    let p = fleet.worker("p-0", Role::Prefill, |it| it.handoff = limits);
     fleet.block_on(async {
         assert_eq!(p.forget_an_export().await, 0, "it was taken back");
         assert!(p.text("/metrics").await.contains("baton_agent_audit_failures_total 1"));

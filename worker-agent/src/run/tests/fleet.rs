@@ -18,6 +18,7 @@ use baton_engine::sim::{Sim, SimConfig};
 use baton_engine::{EngineLimits, Executor, ModelInfo};
 use baton_transfer::export::ExportBlock;
 use baton_transfer::{ArenaMemory, BackendKind, Choose, Descriptor, DigestSeed, HostMemory, block_digest};
+use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
 use tokio_util::sync::CancellationToken;
@@ -223,36 +224,30 @@ impl Fleet {
     }
 
     pub(super) fn prefill(&self, name: &str) -> Running {
-        self.worker(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device)
+        self.worker(name, Role::Prefill, |_| {})
     }
 
     pub(super) fn decode(&self, name: &str) -> Running {
-        self.worker(name, Role::Decode, (16, self.setup.layouts.1), false)
-    }
-
-    pub(super) fn decode_with_grace(&self, name: &str, grace: Duration) -> Running {
-        let mut options = self.options(name, Role::Decode, (16, self.setup.layouts.1), false);
-        options.drain_grace = grace;
-        self.run(name, options)
-    }
-
-    pub(super) fn prefill_with_limits(&self, name: &str, limits: handoff::Limits) -> Running {
-        let mut options = self.options(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device);
-        options.handoff = limits;
-        self.run(name, options)
-    }
-
-    pub(super) fn alone_for_the_quick(&self, name: &str, stalled: Duration) -> Running {
-        let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
-        options.stalled = stalled;
-        self.run(name, options)
+        self.worker(name, Role::Decode, |_| {})
     }
 
     pub(super) fn alone(&self, name: &str) -> Running {
-        self.worker(name, Role::Both, (16, self.setup.layouts.1), false)
+        self.worker(name, Role::Both, |_| {})
     }
 
-    fn options(&self, name: &str, role: Role, blocks: (u32, KvLayout), device: bool) -> WorkerOptions {
+    /// A worker as those of its role are, but for what `change` does to its options.
+    pub(super) fn worker(&self, name: &str, role: Role, change: impl FnOnce(&mut WorkerOptions)) -> Running {
+        let mut options = self.options(name, role);
+        change(&mut options);
+        self.run(name, options)
+    }
+
+    fn options(&self, name: &str, role: Role) -> WorkerOptions {
+        let blocks = match role {
+            Role::Prefill => (32, self.setup.layouts.0),
+            Role::Decode | Role::Both => (16, self.setup.layouts.1),
+        };
+        let device = role == Role::Prefill && self.setup.device;
         let (engine, model) = match self.sim() {
             Some(config) => (EngineChoice::Sim { config, model: self.model() }, self.model()),
             None => {
@@ -307,30 +302,25 @@ impl Fleet {
 
     /// A prefill worker whose transfer agent peers reach over a path that damages blocks.
     pub(super) fn prefill_behind(&self, name: &str, tamper: &Tamper) -> Running {
-        let mut options = self.options(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device);
-        options.transfer.advertise = Some(tamper.address);
-        let running = self.run(name, options);
+        let damaged = |options: &mut WorkerOptions| options.transfer.advertise = Some(tamper.address);
+        let running = self.worker(name, Role::Prefill, damaged);
         tamper.lead_to(running.worker.io.agent.local_address());
         running
     }
 
     /// A prefill worker whose model has more heads.
     pub(super) fn prefill_of_another_model(&self, name: &str) -> Running {
-        let mut options = self.options(name, Role::Prefill, (32, self.setup.layouts.0), self.setup.device);
-        options.arena.geometry.kv_heads = 4;
-        if let EngineChoice::Sim { model, .. } = &mut options.engine {
-            model.kv_heads = 4;
-        }
-        self.run(name, options)
-    }
-
-    fn worker(&self, name: &str, role: Role, blocks: (u32, KvLayout), device: bool) -> Running {
-        self.run(name, self.options(name, role, blocks, device))
+        self.worker(name, Role::Prefill, |options| {
+            options.arena.geometry.kv_heads = 4;
+            if let EngineChoice::Sim { model, .. } = &mut options.engine {
+                model.kv_heads = 4;
+            }
+        })
     }
 
     /// A worker whose engine is at a step that does not end before what comes with it says how.
     pub(super) fn stuck(&self, name: &str, grace: Duration) -> (Running, Passes) {
-        let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
+        let mut options = self.options(name, Role::Both);
         options.drain_grace = grace;
         let (executor, passes) = gated(Sim::new(self.sim().unwrap(), self.model()));
         let GenerateRequest { tokens, max_tokens, sampling, .. } = self.request(vec![1, 2, 3], 4);
@@ -405,7 +395,7 @@ impl Fleet {
 
     /// A worker as its process runs it, to the end; ready.
     pub(super) fn whole(&self, name: &str, grace: Duration) -> Whole {
-        let mut options = self.options(name, Role::Both, (16, self.setup.layouts.1), false);
+        let mut options = self.options(name, Role::Both);
         options.drain_grace = grace;
         let stop = Stop::default();
         self.block_on(async {
@@ -430,6 +420,18 @@ impl Fleet {
         let all: serde_json::Value = self.http.get(url).send().await.unwrap().json().await.unwrap();
         let workers = all["workers"].as_array().expect("a list");
         workers.iter().find(|worker| worker["worker"] == name).expect("it is known").clone()
+    }
+
+    /// Takes a lease on a name for a process that is always the same one, and does not keep it alive.
+    pub(super) async fn register(&self, name: &str, role: Role, address: &str) -> Epoch {
+        let url = format!("http://{}/v1/workers", self.conductor);
+        let body = serde_json::json!({
+            "worker": name, "incarnation": "0".repeat(32), "pool": role.to_string(), "role": role,
+            "model": "test", "engine": "sim", "address": address, "state": "ready",
+        });
+        let answer = self.http.post(url).json(&body).send().await.unwrap();
+        let answer: serde_json::Value = answer.json().await.unwrap();
+        serde_json::from_value(answer["epoch"].clone()).unwrap_or_else(|_| panic!("{answer}"))
     }
 
     /// An operator wishes that a worker drains.
@@ -728,8 +730,13 @@ impl Running {
     }
 
     pub(super) fn sees(&self, other: &Self) -> bool {
+        self.knows(other.worker.options.worker.as_str()) == Some(other.epoch())
+    }
+
+    /// The life of a worker that its view shows.
+    pub(super) fn knows(&self, name: &str) -> Option<Epoch> {
         let view = self.worker.io.fleet.view();
-        view.worker(&other.worker.options.worker).is_some_and(|record| record.epoch == other.epoch())
+        view.worker(&name.parse().unwrap()).map(|record| record.epoch)
     }
 
     pub(super) async fn audit(&self) {
@@ -749,6 +756,15 @@ impl Running {
             text = self.text("/metrics").await;
         }
         panic!("still held:\n{text}");
+    }
+
+    /// What it answers to a `POST`, without a connection that would take what is not read.
+    pub(super) async fn call<T: serde::Serialize>(&self, path: &str, body: &T) -> axum::response::Response {
+        let routes = TowerToHyperService::new(crate::http::routes(Arc::clone(&self.worker.shared)));
+        let body = axum::body::Body::from(serde_json::to_vec(body).unwrap());
+        let request =
+            http::Request::post(path).header("content-type", "application/json").body(body).unwrap();
+        hyper::service::Service::call(&routes, request).await.unwrap()
     }
 
     pub(super) async fn get(&self, path: &str) -> reqwest::Response {

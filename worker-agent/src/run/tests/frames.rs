@@ -3,9 +3,9 @@
 use std::collections::BTreeMap;
 use std::time::Duration;
 
-use baton_config::Epoch;
 use baton_config::frames::{self, News, Reader, StreamId};
 use baton_config::protocol::{FailureCode, FinishReason, GenerateEvent, GenerateRequest, PrefillReport};
+use baton_config::{Epoch, Role};
 use baton_engine::sim::oracle;
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 use tokio::net::{TcpSocket, TcpStream};
@@ -13,24 +13,24 @@ use tokio::net::{TcpSocket, TcpStream};
 use super::fleet::{Fleet, PATIENCE, Running, Setup, prompt, until};
 
 /// The side of a router.
-struct Wire {
+pub(super) struct Wire {
     io: TcpStream,
     reader: Reader,
-    got: BTreeMap<u32, Got>,
+    pub(super) got: BTreeMap<u32, Got>,
 }
 
 /// What came for one generation.
 #[derive(Debug, Default)]
-struct Got {
+pub(super) struct Got {
     tokens: Vec<u32>,
     report: Option<PrefillReport>,
-    finished: Option<FinishReason>,
-    failed: Option<FailureCode>,
+    pub(super) finished: Option<FinishReason>,
+    pub(super) failed: Option<FailureCode>,
 }
 
 impl Wire {
     /// A connection, or the status of the refusal.
-    async fn connect(to: &Running, epoch: Epoch) -> Result<Self, u16> {
+    pub(super) async fn connect(to: &Running, epoch: Epoch) -> Result<Self, u16> {
         Self::upgrade(TcpStream::connect(to.address()).await.unwrap(), epoch).await
     }
 
@@ -59,7 +59,7 @@ impl Wire {
         self.io.write_all(&bytes).await.unwrap();
     }
 
-    async fn open(&mut self, id: u32, credit: u32, request: &GenerateRequest) {
+    pub(super) async fn open(&mut self, id: u32, credit: u32, request: &GenerateRequest) {
         self.say(|out| frames::open(out, StreamId(id), credit, request).unwrap()).await;
     }
 
@@ -92,7 +92,7 @@ impl Wire {
         bytes > 0
     }
 
-    async fn read_until(&mut self, holds: impl Fn(&BTreeMap<u32, Got>) -> bool) {
+    pub(super) async fn read_until(&mut self, holds: impl Fn(&BTreeMap<u32, Got>) -> bool) {
         while !holds(&self.got) {
             assert!(self.read().await, "the worker ended it: {:?}", self.got);
         }
@@ -114,7 +114,7 @@ async fn cancelled(worker: &Running) -> u32 {
 #[test]
 fn a_generation_that_nobody_takes_is_given_up_and_says_so() {
     let fleet = Fleet::start(Setup { blocks: 600, decode_us: 20_000.0, ..Setup::sim() });
-    let worker = fleet.alone_for_the_quick("lone", Duration::from_millis(400));
+    let worker = fleet.worker("lone", Role::Both, |it| it.stalled = Duration::from_millis(400));
     fleet.block_on(async {
         let mut wire = Wire::connect(&worker, worker.epoch()).await.unwrap();
         // It would not end by itself in time.
@@ -363,7 +363,7 @@ fn what_was_begun_in_a_former_life_goes_on_and_nothing_new_is() {
 #[test]
 fn a_router_that_reads_nothing_is_cut_off_and_a_slow_one_is_not() {
     let fleet = Fleet::start(Setup { decode_us: 1.0, blocks: 5_000, ..Setup::sim() });
-    let worker = fleet.alone_for_the_quick("lone", Duration::from_secs(2));
+    let worker = fleet.worker("lone", Role::Both, |it| it.stalled = Duration::from_secs(2));
     fleet.block_on(async {
         for reads in [true, false] {
             let socket = TcpSocket::new_v4().unwrap();
@@ -415,6 +415,8 @@ fn a_worker_whose_time_is_over_says_so_to_everybody() {
             });
             let reply = fleet.start_post(worker.address, "/v1/prefill", &prefill);
             let endless = serde_json::json!({ "prompt": "x", "max_tokens": 1500, "stream": true });
+            let whole = serde_json::json!({ "prompt": "x", "max_tokens": 1500 });
+            let whole = fleet.start_post(worker.address, "/v1/completions", &whole);
             let url = format!("http://{}/v1/completions", worker.address);
             let streamed = baton_conductor::http::client().post(url).json(&endless).send().await.unwrap();
             let follower = fleet.start_get(worker.address, "/v1/kv/events");
@@ -432,6 +434,8 @@ fn a_worker_whose_time_is_over_says_so_to_everybody() {
             assert!(reply.contains("\"outcome\":\"cancelled\""), "{reply}");
             let streamed = streamed.text().await.unwrap();
             assert!(streamed.contains("this worker is shutting down"), "{streamed}");
+            let whole = whole.await.unwrap().unwrap();
+            assert!(whole.contains("this worker is shutting down"), "{whole}");
             follower.await.unwrap().expect("events end as they should");
             tokio::time::timeout(PATIENCE, worker.ended).await.expect("it ends").unwrap().unwrap();
             fleet.wait_gone(&name).await;

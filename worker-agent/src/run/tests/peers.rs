@@ -3,7 +3,7 @@
 use std::time::Duration;
 
 use baton_config::protocol::{HandoffOutcome, TicketAck};
-use baton_config::{HandoffId, KvGeometry, Shard};
+use baton_config::{HandoffId, KvGeometry, Role, Shard};
 use baton_engine::SeqId;
 use baton_engine::sim::oracle;
 use baton_transfer::BackendKind;
@@ -25,7 +25,7 @@ fn outlives_a_queue_longer_than_its_lease(device: bool) {
         ..Limits::default()
     };
     let fleet = Fleet::start(Setup { device, ..cramped(85_000.0) });
-    let (p, d) = (fleet.prefill_with_limits("p-0", limits), fleet.decode("d-0"));
+    let (p, d) = (fleet.worker("p-0", Role::Prefill, |it| it.handoff = limits), fleet.decode("d-0"));
     fleet.block_on(async {
         // Nine seconds: six leases of the handoff, and time for an audit to find exports that nobody looked after.
         let before = fleet.request(prompt(1, 900, fleet.vocab()), 110);
