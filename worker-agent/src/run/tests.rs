@@ -1,5 +1,6 @@
 //! Two workers and a conductor in one process, each worker on a runtime of its own, over loopback.
 
+mod departures;
 mod fleet;
 mod frames;
 mod openai;
