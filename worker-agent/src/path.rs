@@ -133,6 +133,10 @@ fn fell_back(from: &[(BackendKind, String)]) -> Option<String> {
 
 #[cfg(test)]
 mod tests {
+    use baton_config::HandoffId;
+    use baton_transfer::{Agent, AgentOptions, BlockRead, Descriptor, Destination, HostMemory};
+    use tokio::time::Instant;
+
     use super::*;
 
     fn name(text: &str) -> WorkerId {
@@ -169,5 +173,46 @@ mod tests {
         paths.round_trip(&known, ROUND_TRIP_MAX + Duration::from_millis(1));
         assert_eq!(paths.paths()[&known].round_trip_s.get(), Some(0.01));
         assert_eq!(paths.costs(&known, 1.0, 1.0), None, "no read was measured");
+    }
+    /// A session with an agent, over which a block was read.
+    async fn used_session(peer: &WorkerId) -> (Agent, Agent, Session) {
+        let start = async |worker: &str| Agent::start(AgentOptions::new(name(worker))).await.unwrap();
+        let (owner, reader) = (start(peer.as_str()).await, start("d-0").await);
+        owner.set_epoch(Epoch(1));
+        reader.set_epoch(Epoch(2));
+        let session = reader.connect(peer, Epoch(1), &owner.metadata()).await.unwrap();
+        let (handoff, len) = (HandoffId(1), 4096);
+        let region = owner.register(HostMemory::allocate(len, "offered").unwrap()).unwrap();
+        let source = Descriptor { region, offset: 0, len: len as u32 };
+        owner.grant(handoff, vec![source]);
+        let into = HostMemory::allocate(len, "read").unwrap();
+        let block = BlockRead { source, to: 0, expected: None };
+        let deadline = Instant::now() + Duration::from_secs(20);
+        session.read(handoff, &[block], Destination::Memory(&into), deadline).await.unwrap();
+        (owner, reader, session)
+    }
+
+    #[tokio::test]
+    async fn a_path_is_told_and_reckoned_with_while_there_is_a_session_with_the_life_in_view() {
+        let (paths, own, peer) = (Paths::default(), name("d-0"), name("p-0"));
+        let (_owner, _reader, session) = used_session(&peer).await;
+        let told = || paths.status(&own).into_iter().map(|path| path.backend).collect::<Vec<_>>();
+        let backend = session.path().backend.to_string();
+        paths.failed(&peer, "no");
+        assert_eq!(told(), ["none"]);
+        paths.used(&peer, &session);
+        assert_eq!(told(), [backend.as_str()], "it works again");
+        assert_eq!(paths.costs(&peer, 1.0, 1.0), None, "no message was answered");
+        paths.round_trip(&peer, Duration::from_millis(10));
+        let overhead_s = paths.costs(&peer, 1.0, 1.0).unwrap().overhead_s;
+        let latency_s = session.stats().latency.unwrap().as_secs_f64();
+        assert!(latency_s > 0.0 && (overhead_s - 0.02 - latency_s).abs() < 1e-9, "{overhead_s} {latency_s}");
+        // What failed before says nothing about a life to come.
+        paths.retain(|_| Some(Epoch(3)));
+        assert_eq!(told(), [""; 0]);
+        paths.used(&peer, &session);
+        paths.failed(&peer, "the link broke");
+        assert_eq!(told(), ["none"]);
+        assert_eq!(paths.costs(&peer, 1.0, 1.0), None, "what is broken is not reckoned with");
     }
 }
