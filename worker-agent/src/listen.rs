@@ -33,9 +33,20 @@ const ACCEPT_PAUSE: Duration = Duration::from_millis(100);
 
 /// Serves until `stop`; then connections end after the request they are at. Its tasks belong to `tasks`.
 pub(crate) fn serve(listener: TcpListener, routes: Router, tasks: &TaskTracker, stop: CancellationToken) {
+    serve_at_once(CONNECTIONS_MAX, listener, routes, tasks, stop);
+}
+
+/// The same with room for so many connections.
+fn serve_at_once(
+    most: usize,
+    listener: TcpListener,
+    routes: Router,
+    tasks: &TaskTracker,
+    stop: CancellationToken,
+) {
     let connections = tasks.clone();
     tasks.spawn(async move {
-        let room = Arc::new(Semaphore::new(CONNECTIONS_MAX));
+        let room = Arc::new(Semaphore::new(most));
         let mut failures = Seldom::default();
         loop {
             let next = async {
@@ -198,5 +209,35 @@ mod tests {
         stop.cancel();
         tasks.close();
         tokio::time::timeout(HEAD_TIMEOUT / 2, tasks.wait()).await.expect("nobody is at a request");
+    }
+
+    #[tokio::test]
+    async fn who_finds_no_room_waits_until_somebody_leaves() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let address = listener.local_addr().unwrap();
+        let (tasks, stop) = (TaskTracker::new(), CancellationToken::new());
+        let routes = Router::new().route("/", post(|| async {}));
+        serve_at_once(2, listener, routes, &tasks, stop.clone());
+        let call = async || {
+            let mut client = TcpStream::connect(address).await.unwrap();
+            client.write_all(b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 0\r\n\r\n").await.unwrap();
+            client
+        };
+        let answered = async |client: &mut TcpStream| {
+            let mut answer = [0; 12];
+            client.read_exact(&mut answer).await.unwrap();
+            assert_eq!(&answer, b"HTTP/1.1 200");
+        };
+        let (mut first, mut second) = (call().await, call().await);
+        answered(&mut first).await;
+        answered(&mut second).await;
+        let mut third = call().await;
+        let early = tokio::time::timeout(Duration::from_millis(300), answered(&mut third)).await;
+        assert!(early.is_err(), "there was room for two");
+        drop(first);
+        tokio::time::timeout(HEAD_TIMEOUT / 2, answered(&mut third)).await.expect("there is room now");
+        stop.cancel();
+        tasks.close();
+        tasks.wait().await;
     }
 }
