@@ -30,6 +30,8 @@ struct Mood {
     down: AtomicBool,
     /// Does not tell how busy it is.
     mute: AtomicBool,
+    /// Empty lines before what it tells.
+    ahead: AtomicU32,
     /// How often it was asked that.
     asked: AtomicU32,
     /// Tokens so far; not told while there is none.
@@ -76,8 +78,9 @@ async fn serve(listener: TcpListener, mood: Arc<Mood>) {
             0 => String::new(),
             tokens => format!("vllm:generation_tokens_total {tokens}\n"),
         };
+        let ahead = "\n".repeat(mood.ahead.load(Ordering::SeqCst) as usize);
         Ok(format!(
-            "vllm:num_requests_running{{engine=\"0\"}} {running}.0\nvllm:num_requests_waiting 0\n{tokens}"
+            "{ahead}vllm:num_requests_running{{engine=\"0\"}} {running}.0\nvllm:num_requests_waiting 0\n{tokens}"
         ))
     };
     let completions = async |State(mood): State<Arc<Mood>>, headers: HeaderMap, body: String| -> Response {
@@ -260,6 +263,18 @@ async fn a_server_may_miss_some_looks_and_one_that_does_not_tell_is_seldom_asked
         assert!(missed < 100, "it has ceased to tell");
     }
     assert!(missed > 10, "{missed}");
+    // An answer of a size that nobody needs is none.
+    mood.is(|mood| &mood.mute, false);
+    for (ahead, tells) in [(1 << 20, true), (5 << 20, false), (0, true)] {
+        mood.ahead.store(ahead, Ordering::SeqCst);
+        let mut look = prober.look().await;
+        while tells && look == Ok(Busy::Untold) {
+            look = prober.look().await;
+        }
+        assert_eq!(matches!(look, Ok(Busy::Told(_))), tells, "{ahead}: {look:?}");
+    }
+    mood.is(|mood| &mood.mute, true);
+    while prober.look().await == Ok(Busy::Missed) {}
     // Whoever comes after a while without anybody is another server.
     mood.is(|mood| &mood.mute, false);
     let mut looks = 0;
