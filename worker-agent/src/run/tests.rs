@@ -297,7 +297,9 @@ fn deleting_a_handoff_ends_it_on_both_sides_and_the_request_goes_on() {
             fleet.delete(&p, 1).await;
         };
         let (apart, ()) = tokio::join!(generate, delete);
-        assert_eq!(prefill.await.unwrap().outcome, HandoffOutcome::Cancelled);
+        let reply = prefill.await.unwrap();
+        assert_eq!(reply.outcome, HandoffOutcome::Cancelled);
+        assert!((64..=300).contains(&reply.computed_tokens), "at least what was imported: {reply:?}");
         assert!(apart.report.fallback.is_some());
         assert_eq!(apart.tokens, oracle(&fleet.sim().unwrap(), &fleet.model(), &request.tokens, 5));
         // A request that comes after its handoff was deleted.
@@ -727,6 +729,11 @@ fn a_stream_is_a_line_an_event_and_a_report_before_the_first_token() {
         assert!(events[1..4].iter().all(|e| matches!(e, GenerateEvent::Token { .. })));
         assert!(matches!(events[4], GenerateEvent::Finished { reason: FinishReason::Length }));
         assert_eq!(events.len(), 5);
+        let text = d.text("/metrics").await;
+        for (kind, tokens) in [("cached", 0), ("computed", 20), ("generated", 3)] {
+            let line = format!("baton_agent_tokens_total{{kind=\"{kind}\"}} {tokens}\n");
+            assert!(text.contains(&line), "{line} in {text}");
+        }
     });
 }
 

@@ -141,6 +141,8 @@ fn what_was_opened_to_a_peer_is_closed_when_it_has_left() {
         // Its memory is still there: the process has not ended.
         until("the decode worker lets go of it", || mapped() == before && d.sessions() == 0).await;
         assert_eq!(d.status().await.paths.len(), 0, "nothing is told of who is not there");
+        let metrics = d.text("/metrics").await;
+        assert!(metrics.contains("baton_metadata_cache_invalidations_total 1"), "{metrics}");
     });
 }
 
