@@ -17,7 +17,7 @@ use tokio_util::task::TaskTracker;
 use crate::api::{Holder, Keepalive, Kept, Register, Registered};
 use crate::client::complaint::Complaints;
 use crate::client::transport::Transport;
-use crate::client::{CallError, Client};
+use crate::client::{CallError, Client, View};
 use crate::dice::{Dice, random_id};
 use crate::record::{LAST_ERROR_MAX_BYTES, Load, WorkerState};
 
@@ -286,7 +286,7 @@ impl Keeper {
         Err(JoinError::Unreachable { endpoints, waited: timeout, source: last })
     }
 
-    async fn run(mut self, mut views: watch::Receiver<Arc<crate::View>>, mut leave: mpsc::Receiver<()>) {
+    async fn run(mut self, mut views: watch::Receiver<Arc<View>>, mut leave: mpsc::Receiver<()>) {
         loop {
             let view = views.borrow_and_update().clone();
             self.watch_drain(&view);
@@ -397,14 +397,13 @@ impl Keeper {
     }
 
     /// The view hears of a drain at once, a keepalive only within a third of the ttl.
-    fn watch_drain(&self, view: &crate::View) {
-        let current = *self.epoch.borrow();
-        let mine = view.worker(&self.register.worker).map(|w| w.epoch);
-        self.note_drain(mine.is_some() && mine == current && view.drain.contains(&self.register.worker));
+    fn watch_drain(&self, view: &View) {
+        let life = *self.epoch.borrow();
+        self.note_drain(life.is_some_and(|life| is_to_drain(view, &self.register.worker, life)));
     }
 
     /// A conductor that came back with other data does not know this lease.
-    fn watch_instance(&mut self, view: &crate::View) {
+    fn watch_instance(&mut self, view: &View) {
         if view.stale || view.instance == self.instance {
             return;
         }
@@ -455,6 +454,12 @@ impl Keeper {
         }
         self.standing.send_replace(Standing::Left);
     }
+}
+
+/// Whether the view says that this life of a worker shall drain. While it shows another one, a wish may be for that one: it
+/// must not end the process that came after it.
+fn is_to_drain(view: &View, worker: &WorkerId, life: Epoch) -> bool {
+    view.drain.contains(worker) && view.worker(worker).is_some_and(|record| record.epoch == life)
 }
 
 fn lease_answer(error: &CallError) -> KeepAnswer {

@@ -9,6 +9,7 @@ use http::StatusCode;
 use super::*;
 use crate::ClientOptions;
 use crate::api::{ErrorBody, ErrorDetail};
+use crate::record::WorkerRecord;
 
 const PATIENCE: Duration = Duration::from_secs(20);
 
@@ -125,4 +126,34 @@ async fn a_goodbye_is_told_to_the_next_conductor_and_again_to_one_with_a_fault_o
     let membership = join(vec![conductor(&distrusts).await, conductor(&fails).await]).await;
     membership.leave().await;
     assert_eq!(*fails.left.lock().unwrap(), 2, "refused once, and then taken");
+}
+
+#[tokio::test]
+async fn a_wish_to_drain_that_is_seen_beside_another_life_is_not_for_this_one() {
+    let client = Client::start(ClientOptions::new(vec!["http://127.0.0.1:1".to_owned()])).unwrap();
+    let worker: WorkerId = "w".parse().unwrap();
+    let record = |epoch| WorkerRecord {
+        worker: worker.clone(),
+        epoch: Epoch(epoch),
+        pool: "decode".parse().unwrap(),
+        role: Role::Decode,
+        model: "tiny".to_owned(),
+        engine: "reference".to_owned(),
+        kv: None,
+        server: None,
+        address: "127.0.0.1:1".to_owned(),
+        transfer: "".into(),
+        state: WorkerState::Ready,
+        pid: 1,
+    };
+    let view = |epoch: Option<u64>, wished: bool| View {
+        workers: Arc::new(epoch.map(|epoch| (worker.clone(), Arc::new(record(epoch)))).into_iter().collect()),
+        drain: Arc::new(wished.then(|| worker.clone()).into_iter().collect()),
+        ..View::clone(&client.view())
+    };
+    // The process before it in the name, itself, and one that has taken its name.
+    let of_life = |life| is_to_drain(&view(Some(life), true), &worker, Epoch(2));
+    assert_eq!([1, 2, 3].map(of_life), [false, true, false]);
+    assert!(!is_to_drain(&view(None, true), &worker, Epoch(2)), "it is not in view yet");
+    assert!(!is_to_drain(&view(Some(2), false), &worker, Epoch(2)), "nobody wishes it");
 }
