@@ -203,6 +203,20 @@ fn a_pool_shrinks_slowly_and_only_after_the_hold_down() {
 }
 
 #[test]
+fn a_pool_rests_between_the_steps_in_which_it_shrinks() {
+    let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 8);
+    let mut shrunk_at = Vec::new();
+    for second in 0..120 {
+        let current = lab.pool.decided.unwrap();
+        if lab.run(1, current, pending(0)) < current {
+            shrunk_at.push(second);
+        }
+    }
+    assert_eq!(lab.pool.decided, Some(1), "everybody who goes is gone within a second");
+    assert!(shrunk_at.windows(2).all(|pair| pair[1] - pair[0] >= 3), "{shrunk_at:?}");
+}
+
+#[test]
 fn workers_that_do_not_answer_keep_the_pool_as_it_is() {
     let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 4);
     let frozen = |worker: &mut WorkerInput| {
