@@ -321,7 +321,8 @@ async fn a_keepalive_is_taken_by_a_conductor_that_never_heard_of_the_worker(stor
     let reply = http.post(format!("{}/v1/workers", one.url)).json(&body).send().await.unwrap();
     let registered: Registered = reply.json().await.unwrap();
     let keepalive = |conductor: &Conductor, seq: u64| {
-        let body = json!({"epoch": registered.epoch, "seq": seq, "state": "ready"});
+        let load = crate::record::Load::default();
+        let body = json!({"epoch": registered.epoch, "seq": seq, "state": "ready", "load": load});
         let request = http.post(format!("{}/v1/workers/w/keepalive", conductor.url)).json(&body).send();
         async move { request.await.unwrap().status() }
     };
@@ -330,6 +331,15 @@ async fn a_keepalive_is_taken_by_a_conductor_that_never_heard_of_the_worker(stor
     assert_eq!(keepalive(&two, 8).await, 200, "the next one, at a conductor that has not seen the life");
     assert_eq!(keepalive(&two, 8).await, 409);
     assert_eq!(keepalive(&one, 9).await, 200, "and back");
+    // What a former life told one conductor is not told of the next one, whichever conductor that joins.
+    let load = |listing: &Listing| listing.workers.first().map(|w| (w.record.epoch, w.load.is_some()));
+    let told = |listing: &Listing| load(listing) == Some((registered.epoch, true));
+    two.listed("what it told", told).await;
+    let reply = http.post(format!("{}/v1/workers", one.url)).json(&body).send().await.unwrap();
+    let next: Registered = reply.json().await.unwrap();
+    let listing =
+        two.listed("the next life", |l| load(l).is_some_and(|(epoch, _)| epoch == next.epoch)).await;
+    assert_eq!(load(&listing), Some((next.epoch, false)), "it has said nothing yet");
     one.kill();
     two.kill();
 }
