@@ -216,6 +216,23 @@ fn a_pool_rests_between_the_steps_in_which_it_shrinks() {
     assert!(shrunk_at.windows(2).all(|pair| pair[1] - pair[0] >= 3), "{shrunk_at:?}");
 }
 
+/// Lets four decode workers go down to three, which turn out to be too few.
+fn flapped() -> Lab {
+    let mut lab = Lab::new(Role::Decode, scale(Role::Decode, 1, 8), 4);
+    assert_eq!(lab.run(70, 4, holding(500, 0)), 3);
+    assert_eq!(lab.run(10, 3, holding(1_000, 0)), 4, "too few");
+    lab
+}
+
+#[test]
+fn a_pool_that_shrank_too_soon_waits_longer_the_next_time_while_the_load_is_much_the_same() {
+    let mut lab = flapped();
+    assert_eq!(lab.run(240, 4, holding(350, 0)), 4, "four times the hold-down");
+    assert_eq!(lab.run(200, 4, holding(350, 0)), 3);
+    let mut lab = flapped();
+    assert_eq!(lab.run(80, 4, holding(50, 0)), 3, "what was learnt was of another load");
+}
+
 #[test]
 fn workers_that_do_not_answer_keep_the_pool_as_it_is() {
     let mut lab = Lab::new(Role::Prefill, scale(Role::Prefill, 1, 8), 4);
