@@ -3,6 +3,7 @@
 mod departures;
 mod fleet;
 mod frames;
+mod lies;
 mod openai;
 mod peers;
 mod tamper;

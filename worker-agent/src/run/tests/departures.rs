@@ -35,7 +35,7 @@ fn what_was_handed_to_a_life_ends_when_the_view_has_lost_it_and_only_then() {
         let address = silent.local_addr().unwrap().to_string();
         // Whom no view has ever shown may have joined a moment ago.
         let unheard = start_prefill(&fleet, &p, ("d-8", Epoch(1)), &address, 8);
-        let first = fleet.register("d-9", Role::Decode, &address).await;
+        let first = fleet.register("d-9", Role::Decode, &address, "").await;
         until("it is seen", || p.knows("d-9") == Some(first)).await;
         let reply = start_prefill(&fleet, &p, ("d-9", first), &address, 1);
         until("both are handed out", || p.leases() == 2).await;
@@ -45,7 +45,7 @@ fn what_was_handed_to_a_life_ends_when_the_view_has_lost_it_and_only_then() {
             assert_eq!(reply.outcome, HandoffOutcome::Cancelled);
         };
         // The same process in another life.
-        let second = fleet.register("d-9", Role::Decode, &address).await;
+        let second = fleet.register("d-9", Role::Decode, &address, "").await;
         assert!(second > first);
         ended(reply).await;
         until("it is seen", || p.knows("d-9") == Some(second)).await;

@@ -17,7 +17,9 @@ use baton_engine::engine::{Purpose, SequenceSpec};
 use baton_engine::sim::{Sim, SimConfig};
 use baton_engine::{EngineLimits, Executor, ModelInfo};
 use baton_transfer::export::ExportBlock;
-use baton_transfer::{ArenaMemory, BackendKind, Choose, Descriptor, DigestSeed, HostMemory, block_digest};
+use baton_transfer::{
+    Agent, ArenaMemory, BackendKind, Choose, Descriptor, DigestSeed, HostMemory, block_digest,
+};
 use hyper_util::service::TowerToHyperService;
 use tokio::net::TcpListener;
 use tokio::runtime::Runtime;
@@ -423,11 +425,11 @@ impl Fleet {
     }
 
     /// Takes a lease on a name for a process that is always the same one, and does not keep it alive.
-    pub(super) async fn register(&self, name: &str, role: Role, address: &str) -> Epoch {
+    pub(super) async fn register(&self, name: &str, role: Role, address: &str, transfer: &str) -> Epoch {
         let url = format!("http://{}/v1/workers", self.conductor);
         let body = serde_json::json!({
             "worker": name, "incarnation": "0".repeat(32), "pool": role.to_string(), "role": role,
-            "model": "test", "engine": "sim", "address": address, "state": "ready",
+            "model": "test", "engine": "sim", "address": address, "transfer": transfer, "state": "ready",
         });
         let answer = self.http.post(url).json(&body).send().await.unwrap();
         let answer: serde_json::Value = answer.json().await.unwrap();
@@ -804,23 +806,8 @@ impl Running {
 
     /// Offers `decode` a block of `geometry` for the whole of a short prompt, as if it had computed it.
     pub(super) fn offer(&self, decode: &Self, id: u128, tokens: u32, geometry: KvGeometry) -> Ticket {
-        let (agent, handoff, epoch) = (&self.worker.io.agent, HandoffId(id), self.epoch());
-        let bytes = vec![7; geometry.block_bytes()];
-        let memory = HostMemory::allocate(bytes.len(), "offered").unwrap();
-        memory.write(0, &bytes);
-        let region = agent.register(memory).unwrap();
-        agent.grant(handoff, vec![Descriptor { region, offset: 0, len: bytes.len() as u32 }]);
-        let digest = block_digest(DigestSeed { handoff, epoch, index: 0 }, &bytes);
-        Ticket {
-            worker: self.worker.options.worker.clone(),
-            epoch,
-            to_epoch: decode.epoch(),
-            seq: 0,
-            geometry,
-            tokens,
-            blocks: vec![TicketBlock { index: 0, region: region.0, offset: 0, digest }],
-            first: Some(FirstToken { token: 7, logprob: None, logits_digest: None }),
-        }
+        let (worker, handoff) = (&self.worker.options.worker, (HandoffId(id), decode.epoch()));
+        offer(&self.worker.io.agent, worker, self.epoch(), handoff, tokens, geometry)
     }
 
     /// The blocks of its arena.
@@ -894,5 +881,32 @@ impl Running {
 impl Drop for Running {
     fn drop(&mut self) {
         self.kill();
+    }
+}
+
+/// Offers a block of `geometry` for the whole of a short prompt under a handoff to the decode worker in this life.
+pub(super) fn offer(
+    agent: &Agent,
+    worker: &WorkerId,
+    epoch: Epoch,
+    (handoff, to_epoch): (HandoffId, Epoch),
+    tokens: u32,
+    geometry: KvGeometry,
+) -> Ticket {
+    let bytes = vec![7; geometry.block_bytes()];
+    let memory = HostMemory::allocate(bytes.len(), "offered").unwrap();
+    memory.write(0, &bytes);
+    let region = agent.register(memory).unwrap();
+    agent.grant(handoff, vec![Descriptor { region, offset: 0, len: bytes.len() as u32 }]);
+    let digest = block_digest(DigestSeed { handoff, epoch, index: 0 }, &bytes);
+    Ticket {
+        worker: worker.clone(),
+        epoch,
+        to_epoch,
+        seq: 0,
+        geometry,
+        tokens,
+        blocks: vec![TicketBlock { index: 0, region: region.0, offset: 0, digest }],
+        first: Some(FirstToken { token: 7, logprob: None, logits_digest: None }),
     }
 }
