@@ -390,9 +390,6 @@ impl Owner {
             self.desk.close_decode(now(), id, &mut actions);
         }
         self.carry_out(actions).await;
-        for leg in self.decodes.values() {
-            leg.pull.cancel();
-        }
     }
 }
 
