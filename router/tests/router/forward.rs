@@ -438,6 +438,63 @@ async fn a_server_that_breaks_connections_is_avoided_for_a_while() {
     harness.finish().await;
 }
 
+/// What a worker says of its server is no reason to send prompts, and this router's key, anywhere.
+#[tokio::test]
+async fn a_server_that_the_file_does_not_name_gets_nothing() {
+    let (server, stranger) = (FakeServer::start("server-0").await, FakeServer::start("server-1").await);
+    let workers = [&server.worker, &stranger.worker];
+    let harness = Harness::start(&workers, |options| forward(options, &[&server], |_| {})).await;
+    for _ in 0..4 {
+        assert_eq!(harness.chat(&chat(true)).await.status, 200);
+    }
+    assert_eq!((server.got().len(), stranger.got().len()), (4, 0));
+    let members = vec![stranger.worker.member.clone()];
+    harness.members.send_replace(Arc::new(Roster { members, age: Duration::ZERO }));
+    let nobody = async || harness.chat(&chat(true)).await.status == 503;
+    harness.until("nobody is left", nobody).await;
+    assert!(stranger.got().is_empty());
+    harness.finish().await;
+}
+
+/// Each API has its own end and its own errors.
+#[tokio::test]
+async fn a_stream_ends_as_its_api_says() {
+    let server = FakeServer::start("server-0").await;
+    let harness = Harness::start(&[&server.worker], |options| {
+        forward(options, &[&server], |_| {});
+        options.timeouts.request = Duration::from_secs(1);
+    })
+    .await;
+    let messages = json!({
+        "model": "tiny", "max_tokens": 9, "stream": true, "messages": [{ "role": "user", "content": "hi" }]
+    });
+    server.then(Does::ClosesAfter(3));
+    assert_eq!(harness.post("/v1/messages", &messages).await.text, events(3) + ": bye\n\n");
+    server.then(Does::BreaksAfter(3));
+    let broken = harness.post("/v1/messages", &messages).await.text;
+    assert!(broken.starts_with(&(events(3) + "event: error\ndata: {")), "{broken}");
+    // Its time is over, which is no fault of the server.
+    server.then(Does::SilentAfter(2));
+    let late = harness.chat(&chat(true)).await.text;
+    assert!(late.starts_with(&events(2)) && late.contains("\"code\":\"timeout\""), "{late}");
+    harness.finish().await;
+}
+
+/// Only a stream shows by its beginning that its server is at work.
+#[tokio::test]
+async fn a_whole_answer_may_take_as_long_as_the_request_has() {
+    let server = FakeServer::start("server-0").await;
+    let harness = Harness::start(&[&server.worker], |options| {
+        forward(options, &[&server], |_| {});
+        options.timeouts.first_token = Duration::from_millis(400);
+    })
+    .await;
+    server.always(Does::Streams(2, Duration::from_millis(1500)));
+    assert_eq!(harness.chat(&chat(false)).await.status, 200);
+    assert_eq!(harness.chat(&chat(true)).await.status, 502);
+    harness.finish().await;
+}
+
 #[tokio::test]
 async fn the_one_server_with_room_is_found_among_many_that_are_full() {
     let mut servers = Vec::new();
