@@ -345,20 +345,73 @@ async fn a_server_that_dies_after_the_first_event_died_with_the_request() {
 #[tokio::test]
 async fn a_server_that_fails_a_request_before_it_is_gone_died_with_it() {
     const DEAD: &str = "{\"error\":{\"message\":\"the engine is dead\"}}";
-    for gone in [true, false] {
+    for case in ["after", "never", "before", "unknown"] {
         let (servers, harness) = servers().await;
         for server in &servers {
             server.always(Does::Refuses(500, DEAD));
+            match case {
+                "before" => {
+                    server.worker.misses_its_server();
+                }
+                "unknown" => {
+                    server.worker.hide_state();
+                }
+                _ => {}
+            }
         }
         let body = ask("a deadly one");
         let answer = harness.chat(&body).await;
         assert_eq!((answer.status, got(&servers)), (502, 2), "{}", answer.text);
-        for server in servers.iter().filter(|server| gone && !server.got().is_empty()) {
+        for server in servers.iter().filter(|server| case == "after" && !server.got().is_empty()) {
             server.worker.misses_its_server();
         }
         let again = harness.chat(&body).await;
-        let expected = if gone { (500, 2) } else { (502, 4) };
-        assert_eq!((again.status, got(&servers)), expected, "{}", again.text);
+        let expected = if case == "after" { (500, 2) } else { (502, 4) };
+        assert_eq!((again.status, got(&servers)), expected, "{case}: {}", again.text);
+        harness.finish().await;
+    }
+}
+
+#[tokio::test]
+async fn a_server_that_says_in_a_stream_that_it_failed_and_is_gone_died_with_the_request() {
+    let (servers, harness) = servers().await;
+    for server in &servers {
+        server.always(Does::FailsAfter(1));
+    }
+    let body = ask("deadly after its beginning");
+    for _ in 0..2 {
+        assert_eq!(harness.chat(&body).await.status, 200);
+    }
+    for server in servers.iter().filter(|server| !server.got().is_empty()) {
+        server.worker.misses_its_server();
+    }
+    let again = harness.chat(&body).await;
+    assert_eq!((again.status, got(&servers)), (500, 2), "{}", again.text);
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn a_request_that_servers_answer_between_two_deaths_did_not_cause_them() {
+    for (does, stream, status) in [
+        (Does::Streams(3, Duration::ZERO), true, 200),
+        (Does::Says("{}"), false, 200),
+        (Does::Refuses(400, "{}"), false, 400),
+    ] {
+        let (mut servers, harness) = servers().await;
+        let mut body = ask("a popular one");
+        body["stream"] = json!(stream);
+        for _ in 0..3 {
+            for server in &servers {
+                server.always(Does::Hangs);
+            }
+            let (answer, ()) = tokio::join!(harness.chat(&body), async {
+                kill_server(&mut servers, &harness).await;
+                for server in &servers {
+                    server.always(does.clone());
+                }
+            });
+            assert_eq!(answer.status, status, "{does:?}: {}", answer.text);
+        }
         harness.finish().await;
     }
 }
