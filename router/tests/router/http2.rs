@@ -75,6 +75,10 @@ async fn many_streams_of_one_connection_are_served_at_once() {
     let large = Request::get("http://localhost/livez").header("x", "y".repeat(70 << 10));
     let answer = send.send_request(large.body(Full::default()).expect("a request")).await.expect("an answer");
     assert_eq!(answer.status(), StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
+    let many =
+        (0..120).fold(Request::get("http://localhost/livez"), |many, n| many.header(format!("x-{n}"), "y"));
+    let refused = send.send_request(many.body(Full::default()).expect("a request")).await.expect("an answer");
+    assert_eq!(refused.status(), StatusCode::REQUEST_HEADER_FIELDS_TOO_LARGE);
     let body = answer.into_body().collect().await.expect("a body").to_bytes();
     assert!(body.starts_with(b"{\"error\":{"), "{body:?}");
     drop(send);

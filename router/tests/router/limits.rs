@@ -55,6 +55,17 @@ async fn slow_heads_and_bodies_are_cut() {
     let told = rest(body).await;
     assert!(told.starts_with("HTTP/1.1 408 "), "{told}");
     assert!(told.contains("\"code\":\"request_timeout\""), "{told}");
+    // Nor is a body waited for that always has one more byte.
+    let mut drops = raw(&harness, head.as_bytes()).await;
+    let mut told = [0; 12];
+    let mut sent = 0;
+    while drops.try_read(&mut told).is_err() {
+        assert!(sent < 90, "it is still read");
+        let _ = drops.write_all(b" ").await;
+        sent += 1;
+        tokio::time::sleep(Duration::from_millis(100)).await;
+    }
+    assert_eq!(&told, b"HTTP/1.1 408");
     harness.finish().await;
 }
 
