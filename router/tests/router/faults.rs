@@ -83,7 +83,14 @@ async fn a_stream_goes_on_elsewhere_whatever_stops_it() {
                     assert_eq!(ids.len(), 1, "the stream keeps its id");
                 }
             }
-            assert!(moved(&harness, "moved").await >= 1.0, "{act:?}");
+            let reason = match act {
+                Act::SilentAfter(_) => "timeout",
+                Act::GarbageAfter(_) => "protocol",
+                Act::FailAfter(..) => "worker",
+                _ => "connection",
+            };
+            let name = format!("baton_router_migrations_total{{reason=\"{reason}\",result=\"moved\"}}");
+            assert!(harness.metric(&name).await >= 1.0, "{act:?}");
             assert!(moved(&harness, "lost").await < 0.5, "{act:?}");
             let replay =
                 second.generated().into_iter().find(|request| request.generated > 0).expect("a replay");

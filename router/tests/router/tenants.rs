@@ -223,6 +223,8 @@ async fn prompts_and_answers_are_charged_streamed_or_not() {
         models.headers["x-ratelimit-remaining-tokens"].to_str().expect("text").parse().expect("a number");
     // Of 600 there went 500, and some has flowed in since: ten a second.
     assert!(left < 180, "{left}");
+    let counted = setup.harness.metric("baton_router_completion_tokens_total").await;
+    assert!((counted - 300.0).abs() < 0.5, "{counted}");
     setup.harness.finish().await;
 }
 
