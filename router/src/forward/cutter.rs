@@ -21,8 +21,10 @@ impl Cutter {
             self.partial.extend_from_slice(&data);
             return whole.or_else(|| self.too_much());
         }
+        // What was kept holds no end, but perhaps the beginning of one.
+        let from = self.partial.len().saturating_sub(END_MAX_BYTES);
         self.partial.extend_from_slice(&data);
-        match last_end(&self.partial) {
+        match last_end(&self.partial[from..]).map(|end| from + end) {
             Some(end) => {
                 self.within = false;
                 Some(self.partial.split_to(end).freeze())
