@@ -12,7 +12,7 @@ use http_body_util::{BodyExt as _, Full};
 use hyper::Request;
 use serde_json::{Value, json};
 
-use crate::fake_server::{Does, END, FAILED, FakeServer, chunk, json};
+use crate::fake_server::{Does, END, FAILED, FakeServer, chunk, json, large_event};
 use crate::harness::{Harness, PATIENCE};
 
 /// The pool that fake workers of this role say they are of.
@@ -477,6 +477,26 @@ async fn a_stream_ends_as_its_api_says() {
     server.then(Does::SilentAfter(2));
     let late = harness.chat(&chat(true)).await.text;
     assert!(late.starts_with(&events(2)) && late.contains("\"code\":\"timeout\""), "{late}");
+    harness.finish().await;
+}
+
+#[tokio::test]
+async fn nothing_is_said_within_an_event() {
+    let server = FakeServer::start("server-0").await;
+    let harness = Harness::start(&[&server.worker], |options| {
+        options.timeouts.keep_alive = Duration::from_millis(200);
+        forward(options, &[&server], |_| {});
+    })
+    .await;
+    let (begins, ends) = large_event();
+    server.then(Does::Large(Duration::from_millis(900), true));
+    let answer = harness.chat(&chat(true)).await;
+    let told = answer.text.trim_start_matches(": keep-alive\n\n");
+    assert!(told == begins + &ends, "{} bytes", answer.text.len());
+    // No error can be told there, either: the client sees that it is broken off.
+    server.then(Does::Large(Duration::from_millis(900), false));
+    let broken = harness.send("POST", "/v1/chat/completions", chat(true).to_string()).await;
+    assert!(broken.into_body().collect().await.is_err());
     harness.finish().await;
 }
 

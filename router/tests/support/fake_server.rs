@@ -40,6 +40,8 @@ pub(crate) enum Does {
     SilentAfter(usize),
     /// Streams without end.
     Endless,
+    /// Streams most of a very large event, waits so long, and ends it well, or breaks the connection.
+    Large(Duration, bool),
     /// Answers with this status and body.
     Refuses(u16, &'static str),
     /// Does not answer.
@@ -183,6 +185,7 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>) -> Result<Answer
         Does::Refuses(status, text) => return Ok(whole(status, text)),
         Does::Hangs => return std::future::pending().await,
         Does::Vanishes => return Err(std::io::Error::other("as told")),
+        Does::Large(pause, well) => return Ok(large(pause, well)),
         Does::Streams(count, pause) => (count, pause, Last::Well),
         Does::BreaksAfter(count) => (count, Duration::ZERO, Last::Breaks),
         Does::FailsAfter(count) => (count, Duration::ZERO, Last::Fails),
@@ -220,6 +223,25 @@ async fn serve(request: Request<Incoming>, script: Arc<Script>) -> Result<Answer
     let kind = http::HeaderValue::from_static("text/event-stream; charset=utf-8");
     response.headers_mut().insert("content-type", kind);
     Ok(response)
+}
+
+/// The beginning and the end of an event that is passed on before it has ended.
+pub(crate) fn large_event() -> (String, String) {
+    (format!("data: {{\"large\":\"{}", "x".repeat(2 << 20)), format!("\"}}\n\n{END}"))
+}
+
+fn large(pause: Duration, well: bool) -> Answer {
+    let (begins, ends) = large_event();
+    let end = futures_util::stream::once(async move {
+        tokio::time::sleep(pause).await;
+        if well { Ok(ends) } else { Err(std::io::Error::other("as told")) }
+    });
+    let all = futures_util::stream::iter([Ok(begins)]).chain(end);
+    let mut response = Response::new(
+        StreamBody::new(all.map(|text| text.map(|text| Frame::data(Bytes::from(text))))).boxed_unsync(),
+    );
+    response.headers_mut().insert("content-type", http::HeaderValue::from_static("text/event-stream"));
+    response
 }
 
 #[derive(Clone, Copy)]
