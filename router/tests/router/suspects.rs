@@ -359,6 +359,10 @@ async fn a_server_that_fails_a_request_before_it_is_gone_died_with_it() {
                 _ => {}
             }
         }
+        if case == "before" {
+            // Longer than an answer about it is under way.
+            tokio::time::sleep(Duration::from_secs(2)).await;
+        }
         let body = ask("a deadly one");
         let answer = harness.chat(&body).await;
         assert_eq!((answer.status, got(&servers)), (502, 2), "{}", answer.text);
