@@ -56,6 +56,25 @@ async fn kill_one(workers: &mut Vec<FakeWorker>, harness: &Harness) {
     drop(workers.remove(at));
 }
 
+/// Two tenants, each with a key; the file goes with the folder.
+fn two_tenants() -> (tempfile::TempDir, AuthSpec, [MintedKey; 2]) {
+    let [key, other] = ["k", "o"].map(|name| mint(name).expect("a key"));
+    let directory = tempfile::tempdir().expect("a directory");
+    let keys = directory.path().join("keys.yaml");
+    let tenants = tenant("acme", &key) + &tenant("other", &other);
+    std::fs::write(&keys, format!("version: 1\ntenants:\n{tenants}")).expect("written");
+    (directory, AuthSpec::new(keys, Isolation::Request), [key, other])
+}
+
+/// Sends the same prompt with a key; the status of its answer.
+async fn deadly(harness: &Harness, key: &MintedKey) -> u16 {
+    let request = Request::post(format!("http://{}/v1/completions", harness.address))
+        .header("authorization", format!("Bearer {}", key.key))
+        .body(Full::new(Bytes::from(json!({ "model": "tiny", "prompt": "deadly" }).to_string())))
+        .expect("a request");
+    harness.client.request(request).await.expect("an answer").status().as_u16()
+}
+
 fn tenant(name: &str, key: &MintedKey) -> String {
     format!("- name: {name}\n  keys:\n  {}\n", key.line)
 }
@@ -97,20 +116,9 @@ async fn a_request_that_workers_die_with_does_not_reach_a_third() {
 
 #[tokio::test]
 async fn requests_that_share_no_prefixes_are_still_the_same_request() {
-    let (key, other) = (mint("k").expect("a key"), mint("o").expect("a key"));
-    let directory = tempfile::tempdir().expect("a directory");
-    let keys = directory.path().join("keys.yaml");
-    let tenants = tenant("acme", &key) + &tenant("other", &other);
-    std::fs::write(&keys, format!("version: 1\ntenants:\n{tenants}")).expect("written");
-    let (mut workers, harness) =
-        fleet_with(true, |options| options.auth = Some(AuthSpec::new(keys, Isolation::Request))).await;
-    let ask = async |key: &MintedKey| {
-        let request = Request::post(format!("http://{}/v1/completions", harness.address))
-            .header("authorization", format!("Bearer {}", key.key))
-            .body(Full::new(Bytes::from(json!({ "model": "tiny", "prompt": "deadly" }).to_string())))
-            .expect("a request");
-        harness.client.request(request).await.expect("an answer").status().as_u16()
-    };
+    let (_directory, auth, [key, other]) = two_tenants();
+    let (mut workers, harness) = fleet_with(true, |options| options.auth = Some(auth)).await;
+    let ask = async |key: &MintedKey| deadly(&harness, key).await;
     let (status, ()) = tokio::join!(ask(&key), async {
         kill_one(&mut workers, &harness).await;
         kill_one(&mut workers, &harness).await;
@@ -300,20 +308,9 @@ async fn a_request_that_servers_of_others_die_with_does_not_reach_a_third() {
 
 #[tokio::test]
 async fn what_one_tenant_did_to_servers_is_held_against_no_other() {
-    let (key, other) = (mint("k").expect("a key"), mint("o").expect("a key"));
-    let directory = tempfile::tempdir().expect("a directory");
-    let keys = directory.path().join("keys.yaml");
-    let tenants = tenant("acme", &key) + &tenant("other", &other);
-    std::fs::write(&keys, format!("version: 1\ntenants:\n{tenants}")).expect("written");
-    let (mut servers, harness) =
-        servers_with(|options| options.auth = Some(AuthSpec::new(keys, Isolation::Request))).await;
-    let ask = async |key: &MintedKey| {
-        let request = Request::post(format!("http://{}/v1/completions", harness.address))
-            .header("authorization", format!("Bearer {}", key.key))
-            .body(Full::new(Bytes::from(json!({ "model": "tiny", "prompt": "deadly" }).to_string())))
-            .expect("a request");
-        harness.client.request(request).await.expect("an answer").status().as_u16()
-    };
+    let (_directory, auth, [key, other]) = two_tenants();
+    let (mut servers, harness) = servers_with(|options| options.auth = Some(auth)).await;
+    let ask = async |key: &MintedKey| deadly(&harness, key).await;
     let (status, ()) = tokio::join!(ask(&key), async {
         kill_server(&mut servers, &harness).await;
         kill_server(&mut servers, &harness).await;
