@@ -39,6 +39,8 @@ impl Conductor {
                 let listener = TcpListener::from_std(listener).unwrap();
                 let tasks = TaskTracker::new();
                 let store = shared.open(&tasks);
+                // Or this thread would keep the servers, and with them their files, at the end of the process.
+                drop(shared);
                 serve_on(store, options, listener, end, &tasks).await.unwrap();
             },
             runtime.handle(),
