@@ -59,6 +59,8 @@ pub(crate) enum Command {
     Check(CheckArgs),
     /// Show what a running fleet is doing.
     Status(StatusArgs),
+    /// Show what a running fleet is doing on the whole terminal, again and again.
+    Top(TopArgs),
     /// Let a worker finish what it has and leave.
     Drain(DrainArgs),
     /// Change the number of workers of a pool.
@@ -223,6 +225,23 @@ pub(crate) struct StatusArgs {
     /// Look again every so many seconds, until Ctrl-C.
     #[arg(long, value_name = "SECONDS", num_args = 0..=1, default_missing_value = "2", value_parser = clap::value_parser!(u32).range(1..=3600))]
     pub(crate) watch: Option<u32>,
+}
+
+#[derive(Debug, clap::Args)]
+#[command(
+    after_help = "Shows what `baton status` does, the worst first, as much of it as the terminal has lines. While no
+conductor answers, the last picture stays, and how old it is. Ctrl-C ends it.
+
+Examples:
+  baton top
+  baton top --every 5 --conductor http://10.0.0.1:7400,http://10.0.0.2:7400"
+)]
+pub(crate) struct TopArgs {
+    #[command(flatten)]
+    pub(crate) conductor: ConductorUrl,
+    /// Look again every so many seconds.
+    #[arg(long, value_name = "SECONDS", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=3600))]
+    pub(crate) every: u32,
 }
 
 #[derive(Debug, clap::Args)]

@@ -73,6 +73,7 @@ fn run(args: Args, logging: &Logging, environment: &Environment) -> Result<(), F
         Command::Worker(args) => part::worker::run(&args, environment),
         Command::Check(args) => check::run(&args, environment),
         Command::Status(args) => status::run(&args, environment),
+        Command::Top(args) => status::top::run(&args, environment),
         Command::Drain(args) => operate::drain(&args, environment),
         Command::Scale(args) => operate::scale(&args, environment),
         Command::Doctor(args) => doctor::run(&args),

@@ -84,17 +84,17 @@ pub(crate) fn caller<'a>(
         .map_err(|error| Failure::because("cannot call conductors", &error))
 }
 
-/// A conductor that is asked things.
-pub(crate) struct Conductor {
+/// Conductors that may be asked, of which one suffices.
+pub(crate) struct Conductors {
     http: Client,
     caller: Caller,
-    pub(crate) url: String,
+    /// At least one.
+    urls: Vec<String>,
 }
 
-impl Conductor {
-    /// The conductor of a flag, else of the environment, else the first of the fleet file that answers, else the
-    /// default one.
-    pub(crate) fn find(flags: &ConductorUrl, environment: &Environment) -> Result<Self, Failure> {
+impl Conductors {
+    /// The conductors of a flag, else of the environment, else of the fleet file, else the default one.
+    pub(crate) fn named(flags: &ConductorUrl, environment: &Environment) -> Result<Self, Failure> {
         let fleet = match check::fleet_path(flags.config.as_deref(), environment) {
             Some(path) => Some(check::load(Some(&path), environment)?),
             None => None,
@@ -112,8 +112,40 @@ impl Conductor {
             access.identity = Some(Identity { cert_file: cert.clone(), key_file: key.clone() });
         }
         let caller = caller(access, urls.iter().map(String::as_str))?;
-        let url = first_alive(&caller, urls)?;
-        Ok(Self { http: client()?, caller, url })
+        Ok(Self { http: client()?, caller, urls })
+    }
+
+    /// The first that answers; the first of all if none does, so that the failure names one.
+    pub(crate) async fn first(&self) -> Conductor {
+        let mut first = 0;
+        for (i, url) in self.urls.iter().enumerate().filter(|_| self.urls.len() > 1) {
+            if answers(&self.caller, url).await {
+                first = i;
+                break;
+            }
+        }
+        Conductor { http: self.http.clone(), caller: self.caller.clone(), url: self.urls[first].clone() }
+    }
+}
+
+/// Whether a conductor answers, in whatever way.
+async fn answers(caller: &Caller, url: &str) -> bool {
+    let probe = caller.request(Method::GET, &format!("{url}/livez")).timeout(CONNECT_TIMEOUT);
+    probe.send().await.is_ok()
+}
+
+/// A conductor that is asked things.
+pub(crate) struct Conductor {
+    http: Client,
+    caller: Caller,
+    pub(crate) url: String,
+}
+
+impl Conductor {
+    /// The first of the conductors named that answers: see [`Conductors`].
+    pub(crate) fn find(flags: &ConductorUrl, environment: &Environment) -> Result<Self, Failure> {
+        let conductors = Conductors::named(flags, environment)?;
+        block_on(async { Ok(conductors.first().await) })
     }
 
     /// For calls to others than conductors.
@@ -127,8 +159,7 @@ impl Conductor {
 
     /// Whether another conductor answers, in whatever way.
     pub(crate) async fn answers(&self, url: &str) -> bool {
-        let probe = self.caller.request(Method::GET, &format!("{url}/livez")).timeout(CONNECT_TIMEOUT);
-        url == self.url || probe.send().await.is_ok()
+        url == self.url || answers(&self.caller, url).await
     }
 
     /// Sends a request and reads a JSON answer; refusals are told in the conductor's words.
@@ -159,20 +190,6 @@ impl Conductor {
     fn stranger(&self, status: StatusCode) -> Failure {
         Failure::failed(format!("{} is not a conductor: it answered {status} with something else", self.url))
     }
-}
-
-/// The first of several conductors that answers; the first of all if none does, so that the failure names one.
-fn first_alive(caller: &Caller, mut urls: Vec<String>) -> Result<String, Failure> {
-    let alive = block_on(async {
-        for (i, url) in urls.iter().enumerate().filter(|_| urls.len() > 1) {
-            let probe = caller.request(Method::GET, &format!("{url}/livez")).timeout(CONNECT_TIMEOUT).send();
-            if probe.await.is_ok() {
-                return Ok(i);
-            }
-        }
-        Ok(0)
-    })?;
-    Ok(urls.swap_remove(alive))
 }
 
 /// The whole body, if it is not too long.

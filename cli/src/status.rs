@@ -5,6 +5,7 @@
 mod fetch;
 mod problems;
 mod text;
+pub(crate) mod top;
 
 use std::io::IsTerminal;
 use std::time::Duration;
@@ -18,7 +19,7 @@ use serde::Serialize;
 use crate::args::StatusArgs;
 use crate::failure::Failure;
 use crate::output;
-use crate::remote::{Conductor, block_on};
+use crate::remote::{Conductors, block_on};
 use problems::{Problem, problems};
 
 pub(crate) use fetch::ask_worker;
@@ -104,29 +105,35 @@ struct WorkerRow {
 }
 
 pub(crate) fn run(args: &StatusArgs, environment: &Environment) -> Result<(), Failure> {
-    let conductor = Conductor::find(&args.conductor, environment)?;
-    let Some(seconds) = args.watch else { return show(&conductor, args.json) };
-    let every = Duration::from_secs(seconds.into());
-    block_on(async {
-        loop {
-            match look(&conductor, args.json, true).await {
-                Ok(text) if !output::print_on(&text)? => return Ok(()),
-                Ok(_) => {}
-                Err(failure) => output::report(&failure.to_string()),
-            }
-            tokio::time::sleep(every).await;
-        }
-    })
+    let conductors = Conductors::named(&args.conductor, environment)?;
+    match args.watch {
+        None => output::print(&block_on(look(&conductors, args.json, false))?),
+        Some(seconds) => block_on(watch(&conductors, Duration::from_secs(seconds.into()), args.json)),
+    }
 }
 
-fn show(conductor: &Conductor, json: bool) -> Result<(), Failure> {
-    output::print(&block_on(look(conductor, json, false))?)
+/// Looks again and again, until nobody reads what it prints.
+async fn watch(conductors: &Conductors, every: Duration, json: bool) -> Result<(), Failure> {
+    loop {
+        match look(conductors, json, true).await {
+            Ok(text) if !output::print_on(&text)? => return Ok(()),
+            Ok(_) => {}
+            Err(failure) => output::report(&failure.to_string()),
+        }
+        tokio::time::sleep(every).await;
+    }
+}
+
+/// How the fleet is, as the first conductor that answers sees it.
+async fn ask(conductors: &Conductors) -> Result<FleetStatus, Failure> {
+    let mut status = fetch::fetch(&conductors.first().await).await?;
+    status.problems = problems(&status);
+    Ok(status)
 }
 
 /// What there is to show, also `again` where it was shown before.
-async fn look(conductor: &Conductor, json: bool, again: bool) -> Result<String, Failure> {
-    let mut status = fetch::fetch(conductor).await?;
-    status.problems = problems(&status);
+async fn look(conductors: &Conductors, json: bool, again: bool) -> Result<String, Failure> {
+    let status = ask(conductors).await?;
     if json {
         let json = serde_json::to_string(&status)
             .map_err(|error| Failure::because("the status cannot be written as JSON", &error))?;

@@ -316,3 +316,14 @@ fn a_drain_is_told_in_words() {
     let done = DrainStatus { handoffs: 0, ..drain };
     assert!(drain_line(&done).ends_with("waits for nothing any more"));
 }
+
+#[test]
+fn what_a_worker_says_steers_no_terminal() {
+    let mut status = well();
+    status.workers[0].last_error = Some("a\x1b[2Jb\u{9b}31mc\r\nd".to_owned());
+    status.paths[0].reason = "e\x07".to_owned();
+    status.problems = problems(&status);
+    let text = text::describe(&status, false);
+    assert!(text.contains("a\u{fffd}[2Jb") && text.contains("e\u{fffd}"), "{text}");
+    assert!(!text.chars().any(|letter| letter.is_control() && letter != '\n'), "{text:?}");
+}

@@ -12,13 +12,13 @@ const CUT: &str = "\x1b[?7l";
 const BREAK: &str = "\x1b[?7h";
 
 pub(super) fn describe(status: &FleetStatus, terminal: bool) -> String {
-    let mut out = head(&status.conductor);
-    out.push_str(&problems(status));
+    let mut out = shown(&head(&status.conductor));
+    out.push_str(&shown(&problems(status)));
     out.push_str(&format!("\n{}", table(&pools(&status.pools), terminal)));
     out.push_str(&format!("\n{}", table(&workers(&status.workers), terminal)));
     let details: Vec<String> = status.workers.iter().flat_map(details).collect();
     if !details.is_empty() {
-        out.push_str(&format!("\n{}\n", details.join("\n")));
+        out.push_str(&format!("\n{}\n", shown(&details.join("\n"))));
     }
     if !status.paths.is_empty() {
         out.push_str(&format!("\n{}", table(&paths(&status.paths), terminal)));
@@ -28,8 +28,13 @@ pub(super) fn describe(status: &FleetStatus, terminal: bool) -> String {
 
 /// Columns; a terminal cuts the lines that are wider than it, where it would break them into two.
 fn table(rows: &[Vec<String>], terminal: bool) -> String {
-    let text = columns(rows);
+    let text = shown(&columns(rows));
     if terminal { format!("{CUT}{text}{BREAK}") } else { text }
+}
+
+/// What others wrote steers no terminal.
+fn shown(text: &str) -> String {
+    text.replace(|letter: char| letter.is_control() && letter != '\n', "\u{fffd}")
 }
 
 fn head(conductor: &ConductorRow) -> String {

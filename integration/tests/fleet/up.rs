@@ -1,6 +1,6 @@
 //! `baton up`: one ready line, nothing left behind, and one clear sentence for what stands in the way.
 
-use std::io::{BufRead as _, BufReader};
+use std::io::{BufRead as _, BufReader, Read as _, Write as _};
 use std::net::TcpListener;
 use std::process::{Command, Output, Stdio};
 use std::time::Duration;
@@ -164,6 +164,40 @@ async fn a_watched_status_ends_with_its_reader() {
         let ended = eventually("it ends", Duration::from_secs(10), async || watch.try_wait().unwrap()).await;
         assert!(ended.success(), "{ended}");
     }
+    fleet.stop().await;
+}
+
+#[tokio::test]
+async fn top_shows_the_fleet_on_a_terminal_and_gives_it_back() {
+    let fleet =
+        Fleet::start(FleetOptions::tiny("  - { name: all, role: both, engine: { kind: sim } }\n")).await;
+    // A conductor that is not there is passed over.
+    let top = format!("{} top --conductor 127.0.0.1:1,{}", binary::baton().display(), fleet.conductor);
+    let mut command = Command::new("script");
+    command.args(["--quiet", "--return", "--command", &top, "/dev/null"]);
+    let mut on_terminal = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
+    let mut shown = on_terminal.stdout.take().unwrap();
+    let text = std::thread::spawn(move || {
+        let (mut text, mut some) = (Vec::new(), [0; 4096]);
+        let frames = |text: &[u8]| text.windows(3).filter(|at| at == b"\x1b[H").count();
+        while frames(&text) < 3 {
+            match shown.read(&mut some).unwrap() {
+                0 => break,
+                more => text.extend_from_slice(&some[..more]),
+            }
+        }
+        (text, shown)
+    });
+    let (mut text, mut rest) = text.join().unwrap();
+    on_terminal.stdin.take().unwrap().write_all(b"\x03").unwrap();
+    rest.read_to_end(&mut text).unwrap();
+    let text = String::from_utf8_lossy(&text);
+    assert!(["Ctrl-C ends it", "POOL", "WORKER"].iter().all(|part| text.contains(part)), "{text}");
+    assert!(text.starts_with("\x1b[?1049h"), "{text:?}");
+    assert!(text.trim_end().ends_with("\x1b[?1049l"), "{text:?}");
+    let ended =
+        eventually("it ends", Duration::from_secs(10), async || on_terminal.try_wait().unwrap()).await;
+    assert!(ended.success(), "{ended}");
     fleet.stop().await;
 }
 
