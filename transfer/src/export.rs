@@ -178,10 +178,7 @@ impl Exporter {
 
     /// Most blocks one call of [`Exporter::publish`] takes: half the slab, so that one call fills while another is read.
     pub fn max_blocks(&self) -> usize {
-        match &self.0.source {
-            Source::InPlace(_) | Source::Direct(_) => usize::MAX,
-            Source::Packed { slab, .. } | Source::Staged { slab, .. } => slab.slots().div_ceil(2),
-        }
+        self.0.max_blocks()
     }
 
     /// Why blocks are copied to host memory before peers read them; nothing where peers read the arena itself.
@@ -192,43 +189,30 @@ impl Exporter {
     /// Makes `blocks` readable under `handoff` and says where they are, in the order given.
     ///
     /// The blocks must stay as they are until this returns, and where peers read the arena itself (see
-    /// [`Exporter::why_staged`]) until they are acknowledged or released. Slots of all blocks are waited for together, behind whoever asked before. Dropping the future
-    /// publishes nothing.
+    /// [`Exporter::why_staged`]) until they are acknowledged or released. Slots of all blocks are waited for together, behind
+    /// whoever asked before. The call begins here, not when the future is first polled: a release in between ends it. Dropping
+    /// the future publishes nothing.
     ///
     /// # Errors
     /// [`ExportError`]; nothing was published then.
     ///
     /// # Panics
     /// When a block is not in the arena.
-    pub async fn publish(
+    pub fn publish(
         &self,
         handoff: HandoffId,
         epoch: Epoch,
         blocks: &[ExportBlock],
         deadline: Instant,
-    ) -> Result<Vec<TicketBlock>, ExportError> {
-        let publishing = Publishing::begin(&self.0, handoff);
-        let slots = self.slots(blocks.len(), deadline).await?;
-        let jobs = self.0.jobs_of(handoff, epoch, blocks, slots);
-        // Collected first: a closure in the stream would make the compiler lose sight of the future being `Send`.
-        let jobs: Vec<_> = jobs.into_iter().map(|job| self.0.run(job)).collect();
-        let prepare = stream::iter(jobs).buffered(JOBS_IN_FLIGHT).try_collect::<Vec<Vec<Prepared>>>();
-        let prepared =
-            tokio::time::timeout_at(deadline, prepare).await.map_err(|_| ExportError::Deadline)??;
-        let place = Place::of(self.0.region, &self.0.geometry);
-        publishing.finish(prepared.into_iter().flatten().collect(), place)
-    }
-
-    /// One slot for each of `count` blocks, or none where the arena needs no staging.
-    async fn slots(&self, count: usize, deadline: Instant) -> Result<Vec<Option<Slot>>, SlabError> {
-        let (Source::Packed { slab, .. } | Source::Staged { slab, .. }) = &self.0.source else {
-            return Ok(std::iter::repeat_with(|| None).take(count).collect());
-        };
-        let slots = self.max_blocks();
-        if count > slots {
-            return Err(SlabError::TooMany { asked: count, slots });
+    ) -> impl Future<Output = Result<Vec<TicketBlock>, ExportError>> + Send + use<> {
+        let publishing = Publishing::begin(Arc::clone(&self.0), handoff);
+        let blocks = blocks.to_vec();
+        async move {
+            let inner = &publishing.inner;
+            let prepared = inner.prepare(handoff, epoch, &blocks, deadline).await?;
+            let place = Place::of(inner.region, &inner.geometry);
+            publishing.finish(prepared, place)
         }
-        Ok(slab.acquire(count, deadline).await?.into_iter().map(Some).collect())
     }
 
     /// The peer is done with these blocks: their place may be used again.
@@ -329,14 +313,14 @@ impl Place {
 }
 
 /// A call of `publish` under way, in the books until it ends one way or another.
-struct Publishing<'a> {
-    inner: &'a Inner,
+struct Publishing {
+    inner: Arc<Inner>,
     handoff: HandoffId,
     life: u64,
 }
 
-impl<'a> Publishing<'a> {
-    fn begin(inner: &'a Inner, handoff: HandoffId) -> Self {
+impl Publishing {
+    fn begin(inner: Arc<Inner>, handoff: HandoffId) -> Self {
         let mut books = inner.books();
         let expires = Instant::now() + inner.options.lease;
         books.next_life += 1;
@@ -349,7 +333,9 @@ impl<'a> Publishing<'a> {
         });
         export.publishing += 1;
         export.expires = expires;
-        Self { inner, handoff, life: export.life }
+        let life = export.life;
+        drop(books);
+        Self { inner, handoff, life }
     }
 
     /// Grants the blocks, unless the handoff was released since the call began.
@@ -382,7 +368,7 @@ impl<'a> Publishing<'a> {
     }
 }
 
-impl Drop for Publishing<'_> {
+impl Drop for Publishing {
     fn drop(&mut self) {
         let mut books = self.inner.books();
         let Some(export) = books.handoffs.get_mut(&self.handoff).filter(|export| export.life == self.life)
@@ -402,6 +388,43 @@ type Job = Box<dyn FnOnce() -> Result<Vec<Prepared>, DeviceError> + Send>;
 impl Inner {
     fn books(&self) -> MutexGuard<'_, Books> {
         self.books.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Makes blocks ready to be granted.
+    async fn prepare(
+        &self,
+        handoff: HandoffId,
+        epoch: Epoch,
+        blocks: &[ExportBlock],
+        deadline: Instant,
+    ) -> Result<Vec<Prepared>, ExportError> {
+        let slots = self.slots(blocks.len(), deadline).await?;
+        let jobs = self.jobs_of(handoff, epoch, blocks, slots);
+        // Collected first: a closure in the stream would make the compiler lose sight of the future being `Send`.
+        let jobs: Vec<_> = jobs.into_iter().map(|job| self.run(job)).collect();
+        let prepare = stream::iter(jobs).buffered(JOBS_IN_FLIGHT).try_collect::<Vec<Vec<Prepared>>>();
+        let prepared =
+            tokio::time::timeout_at(deadline, prepare).await.map_err(|_| ExportError::Deadline)??;
+        Ok(prepared.into_iter().flatten().collect())
+    }
+
+    /// One slot for each of `count` blocks, or none where the arena needs no staging.
+    async fn slots(&self, count: usize, deadline: Instant) -> Result<Vec<Option<Slot>>, SlabError> {
+        let (Source::Packed { slab, .. } | Source::Staged { slab, .. }) = &self.source else {
+            return Ok(std::iter::repeat_with(|| None).take(count).collect());
+        };
+        let slots = self.max_blocks();
+        if count > slots {
+            return Err(SlabError::TooMany { asked: count, slots });
+        }
+        Ok(slab.acquire(count, deadline).await?.into_iter().map(Some).collect())
+    }
+
+    fn max_blocks(&self) -> usize {
+        match &self.source {
+            Source::InPlace(_) | Source::Direct(_) => usize::MAX,
+            Source::Packed { slab, .. } | Source::Staged { slab, .. } => slab.slots().div_ceil(2),
+        }
     }
 
     /// Splits the work of a call into jobs of neighbouring blocks.

@@ -1,5 +1,7 @@
 //! Blocks laid out for one reader: what it needs, in its order, and nothing else.
 
+use std::sync::Arc;
+
 use baton_config::{Epoch, HandoffId, KvGeometry, protocol::TicketBlock};
 use futures_util::{StreamExt, TryStreamExt, stream};
 use tokio::time::Instant;
@@ -51,7 +53,7 @@ impl Exporter {
         let Some(way) = self.0.way_for(reader) else {
             return Ok((self.0.geometry, self.publish(handoff, epoch, blocks, deadline).await?));
         };
-        let publishing = Publishing::begin(&self.0, handoff);
+        let publishing = Publishing::begin(Arc::clone(&self.0), handoff);
         let (slab, wire) = (&way.packer.slab, *way.plan.dest());
         let (asked, slots) = (blocks.len(), slab.slots().div_ceil(2));
         if asked > slots {

@@ -236,6 +236,17 @@ async fn a_handoff_released_while_it_is_exported_publishes_nothing() {
 }
 
 #[tokio::test]
+async fn a_handoff_released_before_its_export_was_first_polled_publishes_nothing() {
+    let memory = HostMemory::allocate(arena_len(), "arena").unwrap();
+    let (exporter, _) = exporter(ArenaMemory::Host(memory), 0).await;
+    let publishing = exporter.publish(HANDOFF, EPOCH, &blocks(0..4), soon());
+    exporter.release(HANDOFF).await;
+    assert!(matches!(publishing.await, Err(ExportError::Released)));
+    assert_eq!(exporter.published(), 0);
+    exporter.close().await;
+}
+
+#[tokio::test]
 async fn a_publish_that_is_dropped_publishes_nothing_and_gives_its_slots_back() {
     let device = GatedDevice::new(arena_len(), true, false);
     let (exporter, _) = exporter(ArenaMemory::Device(device.clone()), 8).await;

@@ -48,11 +48,11 @@ impl Owner {
 
     fn export(&mut self, id: HandoffId, blocks: Vec<ExportBlock>) {
         let Some(PrefillLeg { epoch, withdrawn, .. }) = self.prefills.get(&id) else { return };
-        let (io, epoch) = (self.io.clone(), *epoch);
         let deadline = Instant::now() + self.desk.limits().lease;
+        // Begins here: whatever withdraws the handoff from now on ends it, however late the task comes to it.
+        let publishing = self.io.exporter.publish(id, *epoch, &blocks, deadline);
         self.spawn(withdrawn.clone(), async move {
-            let result = io.exporter.publish(id, epoch, &blocks, deadline).await;
-            let result = result.map_err(|error| {
+            let result = publishing.await.map_err(|error| {
                 let error: &dyn std::error::Error = &error;
                 tracing::warn!(error, "blocks of a handoff could not be offered");
             });
