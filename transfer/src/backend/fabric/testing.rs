@@ -94,6 +94,8 @@ struct Endpoint {
     clings: bool,
     /// How long it takes to connect.
     connects_in: Duration,
+    /// How long it takes to close; until then what was posted may land.
+    closes_in: Duration,
     shown: HashMap<u32, (MemorySpan, Access)>,
     awaited: HashMap<u64, (u64, HostMemory, LocalRange)>,
     done: Vec<Done>,
@@ -171,6 +173,11 @@ impl World {
     /// The library of an endpoint blocks for so long whenever it is to connect.
     pub(crate) fn connect_slowly(&self, endpoint: usize, takes: Duration) {
         self.endpoints()[endpoint].connects_in = takes;
+    }
+
+    /// The library of an endpoint takes so long to close, and does what was posted before it has.
+    pub(crate) fn close_slowly(&self, endpoint: usize, takes: Duration) {
+        self.endpoints()[endpoint].closes_in = takes;
     }
 
     /// Most operations and bytes an endpoint had posted to one peer at once.
@@ -552,6 +559,14 @@ impl Driver for MemoryDriver {
 
 impl Drop for MemoryDriver {
     fn drop(&mut self) {
+        let takes = self.world.endpoints()[self.me].closes_in;
+        if !takes.is_zero() {
+            #[expect(clippy::disallowed_methods, reason = "a library that blocks its thread")]
+            std::thread::sleep(takes);
+            for posted in std::mem::take(&mut self.posted) {
+                let _ = self.perform(&posted);
+            }
+        }
         let own = &mut self.world.endpoints()[self.me];
         own.alive = false;
         own.shown.clear();

@@ -366,7 +366,7 @@ impl Fabric {
         Ok((running(batch), answers.into_iter().map(running).collect()))
     }
 
-    /// Posts nothing more of a batch; it is settled when what is posted has ended.
+    /// Posts nothing more of a batch; it is settled when what is posted has ended, at the latest with the driver.
     pub(super) fn abort(&self, batch: &Arc<Batch>) {
         if let Err(Command::Abort(batch)) = self.0.queue.push(Command::Abort(Arc::clone(batch)), None) {
             batch.refuse(&"the fabric is closed".into());

@@ -179,8 +179,8 @@ impl Queue {
     /// Leaves a command to whoever takes the next turn; whether somebody will.
     pub(super) fn leave(&self, command: Command, room: Option<OwnedSemaphorePermit>) -> Result<(), Command> {
         let mut state = self.state();
-        // What waits for the end of a registration waits for that of the driver, too.
-        let waits = !state.over && matches!(command, Command::Deregister { .. });
+        // What waits for the end of a registration, or of what was posted, waits for that of the driver, too.
+        let waits = !state.over && matches!(command, Command::Deregister { .. } | Command::Abort(_));
         if state.closed && !waits {
             return Err(command);
         }

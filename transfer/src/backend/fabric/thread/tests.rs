@@ -257,6 +257,27 @@ async fn a_connection_that_does_not_close_keeps_its_memory_until_it_does() {
     assert_eq!(bytes, [0xee; 5000]);
 }
 
+/// A library takes its time to close, and until it has, what was posted may land.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_that_is_given_up_while_its_fabric_closes_waits_for_that() {
+    for seed in [1, 2] {
+        let pair = pair(seed, Faults::default(), FabricLimits::default()).await;
+        let into = memory();
+        pair.world.freeze(1, true);
+        let read = pair.read(&into, &[(0, 5000)]).await.unwrap();
+        until("it is posted", || pair.world.peak(0).0 > 0).await;
+        pair.world.close_slowly(0, Duration::from_millis(300));
+        let mut shut = Box::pin(pair.reader.shut());
+        assert!(futures_util::poll!(shut.as_mut()).is_pending());
+        tokio::task::spawn_blocking(move || drop(read)).await.unwrap();
+        into.write(0, &[0xee; 5000]);
+        shut.await;
+        let mut bytes = [0; 5000];
+        into.read(0, &mut bytes);
+        assert_eq!(bytes, [0xee; 5000], "written after the fence");
+    }
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_reach_who_awaits_them_and_a_cancelled_one_gives_its_buffer_back() {
     let pair = pair(4, Faults::default(), FabricLimits::default()).await;
