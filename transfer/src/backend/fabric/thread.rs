@@ -498,6 +498,11 @@ impl Peer {
         let _ = self.0.queue.push(Command::Sever { peer: self.key(), why }, None);
     }
 
+    /// Whether it is a peer of the fabric with this queue.
+    fn is_of(&self, queue: &Arc<Queue>) -> bool {
+        Arc::ptr_eq(&self.0.queue, queue)
+    }
+
     fn key(&self) -> u64 {
         // Set before the handle leaves the thread; the table has no key 0.
         self.0.key.get().copied().unwrap_or(0)

@@ -278,6 +278,24 @@ async fn a_read_that_is_given_up_while_its_fabric_closes_waits_for_that() {
     }
 }
 
+/// Their numbers in the table of a fabric may be the same.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_goes_to_a_peer_of_another_fabric() {
+    let pair = pair(1, Faults::default(), FabricLimits::default()).await;
+    let other = fabric(&pair.world, 3, Faults::default(), FabricLimits::default()).await;
+    let own = other.connect(pair.owner.address().to_vec()).await.unwrap();
+    let from = memory();
+    let registered = other.registered(&from.span(), Access::Local).await.unwrap();
+    let message = |peer: &Peer| {
+        let local = LocalRange { id: registered.id, offset: 0, len: 100 };
+        let transfers = vec![Transfer { verb: Verb::Send { tag: 7 }, local }];
+        Batch::new(peer.clone(), transfers, Box::new(Arc::clone(&registered)))
+    };
+    let sent = other.submit(message(&pair.peer)).await.unwrap().end().await;
+    assert!(sent.is_err() && pair.world.peak(2).0 == 0, "{sent:?}");
+    other.submit(message(&own)).await.unwrap().end().await.unwrap();
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn messages_reach_who_awaits_them_and_a_cancelled_one_gives_its_buffer_back() {
     let pair = pair(4, Faults::default(), FabricLimits::default()).await;

@@ -111,7 +111,9 @@ impl<D: Driver + ?Sized> Progress<D> {
         if batch.is_settled() {
             return None;
         }
-        let Some(state) = self.peers.get_mut(peer) else {
+        // One of a fabric that was closed and opened again may have the number of another here.
+        let is_own = batch.peer.is_of(&self.queue);
+        let Some(state) = self.peers.get_mut(peer).filter(|_| is_own) else {
             batch.refuse(&"the peer is disconnected".into());
             return None;
         };
