@@ -283,8 +283,9 @@ impl FabricLink {
         let digests = if job.verify { self.digests(job, group.clone()).await } else { Vec::new() };
         tokio::select! {
             biased;
-            ended = running.end() => ended.map_err(broken)?,
+            // First: who closes it also ends what is posted, which is no fault of the fabric.
             () = gate.closed.cancelled() => return Err(Fault::Refused(Refusal::NotGranted)),
+            ended = running.end() => ended.map_err(broken)?,
         }
         let to = blocks.iter().map(|block| block.to).collect();
         let windows = open.numbers.clone();

@@ -144,6 +144,35 @@ async fn the_end_of_a_grant_ends_the_writes_under_way() {
     written.write(&blocks).await.unwrap();
 }
 
+/// What ends a write by its owner's word is the end of the grant, however soon the operations end after it: as a fault of
+/// the fabric it would cost everybody this path.
+#[tokio::test]
+async fn a_write_whose_grant_ends_is_refused_and_its_fabric_is_still_good() {
+    let written = written_with(1, Faults { depth: 0, ..Faults::default() }, Integrity::Digest).await;
+    let session = written.pair.session().await;
+    let blocks = written.blocks(&[100_000; 4]);
+    let revoked = async {
+        while written.pair.world.registered(OWNER) < 3 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        // The thread is done with what it is told before the write is looked at again.
+        let busy = TaskTracker::new().spawn(async {
+            loop {
+                tokio::task::yield_now().await;
+                #[expect(clippy::disallowed_methods, reason = "keeps the runtime from the write")]
+                std::thread::sleep(Duration::from_millis(5));
+            }
+        });
+        written.pair.owner.agent.revoke(HANDOFF).settled().await;
+        busy.abort();
+    };
+    let writing = session.write(HANDOFF, &blocks, &written.source, soon());
+    let (outcome, ()) = tokio::join!(writing, revoked);
+    let is_refused = matches!(outcome, Err(TransferError::Refused { refusal: Refusal::NotGranted, .. }));
+    assert!(is_refused && session.is_usable(), "{outcome:?}");
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writer_that_cannot_stop_is_cut_off_and_can_come_back() {
     let faults = Faults { late_writes: true, ..Faults::default() };
