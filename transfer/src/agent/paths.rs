@@ -265,7 +265,7 @@ impl Paths {
             return Ok(path.link);
         }
         let before = std::mem::replace(&mut candidate.state().stage, Stage::Opening);
-        let undo = Undo { candidate, before: Some(before) };
+        let undo = Undo { paths: self, candidate, before: Some(before) };
         let opened = self.opener.open(candidate.backend, &self.pair, &self.route).await;
         let (stage, outcome) = match opened {
             Ok(link) => {
@@ -462,6 +462,7 @@ impl Candidate {
 
 /// Puts a candidate back to what it was when its opening is given up.
 struct Undo<'a> {
+    paths: &'a Paths,
     candidate: &'a Candidate,
     before: Option<Stage>,
 }
@@ -476,6 +477,10 @@ impl Undo<'_> {
 impl Drop for Undo<'_> {
     fn drop(&mut self) {
         if let Some(before) = self.before.take() {
+            // A survey meanwhile has passed it over.
+            if let Stage::Broken { until, .. } = &before {
+                self.paths.note_retry(*until);
+            }
             self.candidate.state().stage = before;
         }
     }

@@ -210,6 +210,8 @@ impl Rest {
 
 #[cfg(test)]
 mod tests {
+    use std::pin::pin;
+
     use baton_config::{Epoch, HandoffId};
     use tokio::time::timeout;
 
@@ -279,11 +281,48 @@ mod tests {
         assert_eq!((read().await, read().await), ([1, 0], [2, 0]));
         timeout(BOUND, is_open(BackendKind::Tcp, Some(BackendKind::Shm))).await.unwrap();
         let [over_shm, over_tcp] = read().await;
-        paths.broke(&open(None).unwrap(), &LinkError::Closed);
+        let former = open(None).unwrap();
+        paths.broke(&former, &LinkError::Closed);
         assert_eq!(read().await, [over_shm, over_tcp + 1]);
         timeout(BOUND, is_open(BackendKind::Shm, None)).await.unwrap();
+        // Who finds out late means the former connection.
+        paths.broke(&former, &LinkError::Closed);
         let [over_shm, _] = read().await;
         assert_eq!(read().await[0], over_shm + 1);
+    }
+
+    /// A survey that comes along while it is being opened leaves it alone.
+    #[tokio::test]
+    async fn a_path_whose_opening_was_given_up_is_tried_again() {
+        let start = async |name: &str| {
+            let options = AgentOptions::new(name.parse().unwrap());
+            let agent =
+                Agent::start(AgentOptions { retry: Duration::from_millis(300), ..options }).await.unwrap();
+            agent.set_epoch(Epoch(1));
+            agent
+        };
+        let (owner, reader) = (start("owner").await, start("reader").await);
+        let session = reader.connect(&"owner".parse().unwrap(), Epoch(1), &owner.metadata()).await.unwrap();
+        let paths = &session.0.paths;
+        let is_open = async |backend: BackendKind, avoid| {
+            let open = || paths.ready(avoid, Tried::default());
+            while open().is_none_or(|path| path.backend != backend) {
+                tokio::time::sleep(Duration::from_millis(10)).await;
+            }
+        };
+        let bound = Duration::from_secs(20);
+        timeout(bound, is_open(BackendKind::Tcp, Some(BackendKind::Shm))).await.unwrap();
+        for backend in [BackendKind::Shm, BackendKind::Tcp] {
+            let open = paths.open_now(None, Tried::default()).unwrap();
+            assert_eq!(open.backend, backend);
+            paths.broke(&open, &LinkError::Closed);
+        }
+        {
+            let mut opening = pin!(paths.next(None, Tried::default()));
+            assert!(poll!(opening.as_mut()).is_pending(), "the first of the list");
+            timeout(bound, is_open(BackendKind::Tcp, None)).await.unwrap();
+        }
+        timeout(bound, is_open(BackendKind::Shm, None)).await.expect("it is never tried again");
     }
 
     /// How long a read over a path is watched that has another beside it, while `work` goes on with it.
