@@ -283,8 +283,10 @@ async fn a_write_that_is_revoked_while_it_is_copied_goes_no_further() {
         timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
         pair.target.write(0, &vec![0xee; 32 << 20]);
         let outcome = write.await;
-        assert!(matches!(outcome, Err(TransferError::Link { .. })), "{backend}: {outcome:?}");
+        assert_eq!(refusal(outcome.map(|_| ())), Refusal::NotGranted, "{backend}");
         assert!(bytes_at(&pair.target, 0, 32 << 20).iter().all(|byte| *byte == 0xee), "{backend}");
+        // It is no fault of the path, which others use as well.
+        assert!(pair.session.is_usable(), "{backend}");
     }
 }
 
@@ -360,36 +362,46 @@ async fn bytes_changed_on_the_way_do_not_count() {
     pair.assert_written(&blocks);
 }
 
-/// The owner ends the grant in the middle of a write: from then on nothing more of it lands, and it waits for that.
+/// The owner ends the grant in the middle of a write: from then on nothing more of it lands, and it waits for that. A short
+/// write is refused by name; a long one is cut off.
 #[tokio::test]
 async fn a_revoked_write_lands_nowhere_once_that_is_settled() {
-    let proxy = Proxy::start().await;
-    let mut owner = AgentOptions::new(name(OWNER));
-    owner.advertise = Some(proxy.address);
-    let writer = over_tcp("prefill-3");
-    let pair = pair_with(owner, writer, Some(&proxy), 16 << 20).await;
-    let blocks = pair.granted(100, 64 << 10);
-    proxy.set(Mode::HoldUpstream(1 << 20));
-    let write = pair.session.write(HANDOFF, &blocks, &pair.source, deadline());
-    tokio::pin!(write);
-    let first = blocks[0].to.offset as usize;
-    let arrives = async {
-        while bytes_at(&pair.target, first, 64 << 10) != pattern(77, 64 << 10) {
-            tokio::time::sleep(Duration::from_millis(1)).await;
+    for (count, len, held) in [(100, 64 << 10, 1 << 20), (8, 16 << 10, 50_000)] {
+        let proxy = Proxy::start().await;
+        let mut owner = AgentOptions::new(name(OWNER));
+        owner.advertise = Some(proxy.address);
+        let writer = over_tcp("prefill-3");
+        let pair = pair_with(owner, writer, Some(&proxy), 16 << 20).await;
+        let blocks = pair.granted(count, len);
+        proxy.set(Mode::HoldUpstream(held));
+        let write = pair.session.write(HANDOFF, &blocks, &pair.source, deadline());
+        tokio::pin!(write);
+        let first = blocks[0].to.offset as usize;
+        let arrives = async {
+            while bytes_at(&pair.target, first, len) != pattern(77, len) {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+        };
+        tokio::select! {
+            biased;
+            outcome = &mut write => panic!("it was held back: {outcome:?}"),
+            () = arrives => {}
         }
-    };
-    tokio::select! {
-        biased;
-        outcome = &mut write => panic!("it was held back: {outcome:?}"),
-        () = arrives => {}
+        timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
+        pair.target.write(0, &vec![0xee; 16 << 20]);
+        proxy.set(Mode::Relay);
+        let outcome = write.await.map(|_| ());
+        match count {
+            100 => assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}"),
+            _ => assert_eq!(refusal(outcome), Refusal::NotGranted),
+        }
+        assert!(bytes_at(&pair.target, 0, 16 << 20).iter().all(|byte| *byte == 0xee));
+        let again = pair.granted(count, len);
+        pair.write(&again).await.unwrap();
+        pair.assert_written(&again);
+        pair.owner.agent.revoke(HANDOFF);
+        assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted);
     }
-    timeout(LONG, pair.owner.agent.revoke(HANDOFF).settled()).await.unwrap();
-    pair.target.write(0, &vec![0xee; 16 << 20]);
-    proxy.set(Mode::Relay);
-    let outcome = write.await;
-    assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
-    assert!(bytes_at(&pair.target, 0, 16 << 20).iter().all(|byte| *byte == 0xee));
-    assert_eq!(refusal(pair.write(&blocks).await), Refusal::NotGranted);
 }
 
 #[tokio::test]

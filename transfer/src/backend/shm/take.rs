@@ -107,8 +107,11 @@ impl Connection {
             Ok(allowed) => allowed,
             Err(denial) => return self.refuse(denial, header.seq).await,
         };
-        let corrupt = self.copy(&permit, usize::from(take.number), &blocks).await?;
+        let copied = self.copy(&permit, usize::from(take.number), &blocks).await?;
         drop(permit);
+        let Some(corrupt) = copied else {
+            return self.refuse(Denial::Refused(Refusal::NotGranted), header.seq).await;
+        };
         if corrupt > 0 {
             self.server.counters.checksum_mismatches(corrupt);
             return self.refuse(Denial::Refused(Refusal::Corrupt), header.seq).await;
@@ -141,8 +144,13 @@ impl Connection {
         Ok((permit, blocks))
     }
 
-    /// Copies; how many blocks failed their digest.
-    async fn copy(&self, permit: &Permit, number: usize, blocks: &[Copied]) -> Result<u64, LinkError> {
+    /// Copies; how many blocks failed their digest. `None`: the grant ended meanwhile.
+    async fn copy(
+        &self,
+        permit: &Permit,
+        number: usize,
+        blocks: &[Copied],
+    ) -> Result<Option<u64>, LinkError> {
         let Some(lent) = &self.lent.0[number] else { return Err(LinkError::Closed) };
         let (mut corrupt, mut rest) = (0, blocks);
         while !rest.is_empty() {
@@ -162,12 +170,12 @@ impl Connection {
             if !rest.is_empty() {
                 tokio::task::yield_now().await;
             }
-            // The memory is about to be reused, also where a life has ended: rather no answer than more bytes.
+            // The memory is about to be reused: not a byte more.
             if permit.revoked.is_cancelled() {
-                return Err(LinkError::Closed);
+                return Ok(None);
             }
         }
-        Ok(corrupt)
+        Ok(Some(corrupt))
     }
 
     async fn say(&mut self, kind: Kind, life: &Life, seq: u64) -> Result<(), LinkError> {

@@ -18,6 +18,9 @@ use crate::session::{BlockRead, Destination, Expected, overlaps};
 use crate::wire::control::Write;
 use crate::wire::{Header, Kind, WireError};
 
+/// Of a write whose grant has ended, most bytes that are still taken, and thrown away, so that the writer is told by name what
+/// happened: it does not take its path for broken then. What is longer is cut off.
+const REST_MAX_BYTES: usize = 256 << 10;
 /// Bytes thrown away at once.
 const DISCARD_BYTES: usize = 64 << 10;
 
@@ -48,13 +51,22 @@ impl Connection {
             }
         };
         let revoked = permit.revoked.clone();
+        let mut received = 0;
         let corrupt = tokio::select! {
             biased;
-            corrupt = self.receive(life, &write, &memory, total) => corrupt?,
+            corrupt = self.receive(life, &write, &memory, (total, &mut received)) => Some(corrupt?),
             // The memory is about to be reused: from here on nothing of this write reaches it.
-            () = revoked.cancelled() => return Err(LinkError::Closed),
+            () = revoked.cancelled() => None,
         };
         drop(permit);
+        let Some(corrupt) = corrupt else {
+            let rest = total - received;
+            if rest > REST_MAX_BYTES {
+                return Err(LinkError::Closed);
+            }
+            self.discard(rest).await?;
+            return self.refuse(Denial::Refused(Refusal::NotGranted), asked.seq).await;
+        };
         if corrupt > 0 {
             self.server.counters.checksum_mismatches(corrupt as u64);
             return self.refuse(Denial::Refused(Refusal::Corrupt), asked.seq).await;
@@ -80,13 +92,13 @@ impl Connection {
         Ok((permit, memory.ok_or(Denial::Refused(Refusal::Unreachable))?))
     }
 
-    /// Receives blocks into their places; how many of them failed their digest.
+    /// Receives blocks into their places, and counts their bytes; how many of them failed their digest.
     async fn receive(
         &mut self,
         life: &Life,
         write: &Write,
         memory: &HostMemory,
-        total: usize,
+        (total, received): (usize, &mut usize),
     ) -> Result<usize, LinkError> {
         let blocks: Vec<BlockRead> = write
             .blocks
@@ -106,8 +118,8 @@ impl Connection {
         let mut receiver = Receiver::new(&job, 0..blocks.len());
         let early = self.frames.take_rest(total);
         receiver.take(memory, &early);
-        let mut received = early.len();
-        while received < total {
+        *received = early.len();
+        while *received < total {
             let fill = || receiver.fill(self.stream.as_fd(), &mut [], blocks.len());
             let filled = timeout(STALL_TIMEOUT, self.stream.async_io(Interest::READABLE, fill));
             let filled = filled.await.map_err(|_| LinkError::Closed)?;
@@ -115,7 +127,7 @@ impl Connection {
                 0 => return Err(LinkError::Closed),
                 filled => {
                     receiver.advance(filled);
-                    received += filled;
+                    *received += filled;
                 }
             }
         }
