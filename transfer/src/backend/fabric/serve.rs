@@ -33,7 +33,7 @@ use crate::wire::ask::answer_head;
 use crate::wire::control::{Attach, Attached, Key, KeyIs, Pack, Window, Write, decode_fence};
 use crate::wire::{HEADER_BYTES, Header, Kind, Read};
 
-/// How long a pack waits for a buffer to be gathered in.
+/// How long a message waits for its buffer.
 const BUFFER_TIMEOUT: Duration = Duration::from_secs(2);
 /// Of all buffers, how many messages to one peer may have: one part in so many. One that takes none leaves the others
 /// theirs.
@@ -51,31 +51,65 @@ struct Attachment {
     peer: thread::Peer,
     /// Regions whose keys the peer has: they stay registered as long as it may use them.
     shown: HashMap<RegionId, Arc<Registration>>,
-    /// What the buffers of messages are registered as, and those of short answers.
-    sending: Arc<Registration>,
-    answers: Arc<Registration>,
-    share: Arc<Semaphore>,
+    /// Where messages are gathered, and short answers.
+    sending: Outlet,
+    answers: Outlet,
     _ticket: Option<requests::Ticket>,
 }
 
-/// A buffer that a message is gathered in, and its part of the peer's share.
+/// Buffers of which a peer may have its share.
+#[derive(Clone)]
+struct Outlet {
+    slab: Slab,
+    /// What they are registered as.
+    registered: Arc<Registration>,
+    share: Arc<Semaphore>,
+}
+
+/// A buffer that is sent to a peer, and its part of the peer's share.
 struct Room {
     slot: Slot,
+    registered: Arc<Registration>,
     _share: OwnedSemaphorePermit,
 }
 
-impl Room {
-    /// Waits for one.
-    async fn wait(fabric: &thread::Fabric, share: &Arc<Semaphore>) -> Option<Self> {
-        let until = Instant::now() + BUFFER_TIMEOUT;
-        let share = timeout_at(until, Arc::clone(share).acquire_owned()).await.ok()?.ok()?;
-        let slot = fabric.sending().acquire(1, until).await.ok()?.pop()?;
-        Some(Self { slot, _share: share })
+impl Outlet {
+    async fn new(fabric: &thread::Fabric, slab: &Slab) -> Result<Self, DriverError> {
+        let registered = fabric.registered(&slab.memory().span(), Access::Local).await?;
+        let share = Arc::new(Semaphore::new(slab.slots().div_ceil(SHARES)));
+        Ok(Self { slab: slab.clone(), registered, share })
     }
 
-    fn try_take(fabric: &thread::Fabric, share: &Arc<Semaphore>) -> Option<Self> {
-        let share = Arc::clone(share).try_acquire_owned().ok()?;
-        Some(Self { slot: fabric.sending().try_acquire()?, _share: share })
+    /// Waits for a buffer.
+    async fn wait(&self) -> Option<Room> {
+        let until = Instant::now() + BUFFER_TIMEOUT;
+        let share = timeout_at(until, Arc::clone(&self.share).acquire_owned()).await.ok()?.ok()?;
+        let slot = self.slab.acquire(1, until).await.ok()?.pop()?;
+        Some(self.room(slot, share))
+    }
+
+    fn try_take(&self) -> Option<Room> {
+        let share = Arc::clone(&self.share).try_acquire_owned().ok()?;
+        Some(self.room(self.slab.try_acquire()?, share))
+    }
+
+    fn room(&self, slot: Slot, share: OwnedSemaphorePermit) -> Room {
+        Room { slot, registered: Arc::clone(&self.registered), _share: share }
+    }
+}
+
+impl Room {
+    /// The message with the `len` bytes in it.
+    fn message(self, to: &thread::Peer, len: usize, (epoch, tag): (Epoch, u64)) -> Arc<Batch> {
+        self.send(to, &answer_head(Kind::Data, len as u32, epoch, tag), len, tag)
+    }
+
+    /// The message with a head and the `len` bytes behind it.
+    fn send(self, to: &thread::Peer, head: &[u8; HEADER_BYTES], len: usize, tag: u64) -> Arc<Batch> {
+        let offset = self.slot.offset() + HEAD_AT;
+        self.slot.memory().write(offset, head);
+        let local = LocalRange { id: self.registered.id, offset, len: HEADER_BYTES + len };
+        Batch::new(to.clone(), vec![Transfer { verb: Verb::Send { tag }, local }], Box::new(self))
     }
 }
 
@@ -129,19 +163,15 @@ async fn attach(server: &Server, peer: &Arc<Peer>, attach: Attach) -> Result<Ans
         return Err(Denial::Refused(Refusal::Mismatch));
     }
     let connected = fabric.connect(attach.address).await.map_err(|error| unable(peer, &error))?;
-    let registered = |slab: &Slab| {
-        let (fabric, span) = (fabric.clone(), slab.memory().span());
-        async move { fabric.registered(&span, Access::Local).await.map_err(|error| unable(peer, &error)) }
-    };
-    let (sending, answers) = (registered(fabric.sending()).await?, registered(fabric.answers()).await?);
+    let sending = Outlet::new(&fabric, fabric.sending()).await.map_err(|error| unable(peer, &error))?;
+    let answers = Outlet::new(&fabric, fabric.answers()).await.map_err(|error| unable(peer, &error))?;
     let ticket = match fabric.has_requests() {
         true => random_u128().map_err(|_| Denial::Refused(Refusal::Unavailable))?,
         false => 0,
     };
     let given = (ticket != 0).then(|| server.tickets.give(ticket, peer));
     let shown = HashMap::new();
-    let share = Arc::new(Semaphore::new(fabric.sending().slots().div_ceil(SHARES)));
-    let attachment = Attachment { peer: connected, shown, sending, answers, share, _ticket: given };
+    let attachment = Attachment { peer: connected, shown, sending, answers, _ticket: given };
     peer.fabric.lock().insert(attach.backend, attachment);
     let attached = Attached { ticket, address: fabric.address().to_vec() };
     Ok(Answer { kind: Kind::Attached, payload: attached.encode() })
@@ -172,13 +202,11 @@ fn unable(peer: &Peer, error: &DriverError) -> Denial {
 async fn pack(server: &Server, peer: &Peer, pack: Pack) -> Result<Answer, Denial> {
     let unavailable = Denial::Refused(Refusal::Unavailable);
     let fabric = server.fabrics.get(pack.backend).ok_or(unavailable)?;
-    let attached = |attachment: &Attachment| {
-        (attachment.peer.clone(), Arc::clone(&attachment.sending), Arc::clone(&attachment.share))
-    };
+    let attached = |attachment: &Attachment| (attachment.peer.clone(), attachment.sending.clone());
     let attached = peer.fabric.lock().get(&pack.backend).map(attached);
-    let (to, sending, share) = attached.ok_or(unavailable)?;
+    let (to, sending) = attached.ok_or(unavailable)?;
     let about = (peer.life.epoch, pack.tag);
-    let message = gather(server, &fabric, (&to, &sending, &share), &pack.read, about).await?;
+    let message = gather(server, &fabric, (&to, &sending), &pack.read, about).await?;
     fabric.submit(message).await.map_err(|_| unavailable)?.detach();
     Ok(Answer::done(Kind::Packed))
 }
@@ -187,7 +215,7 @@ async fn pack(server: &Server, peer: &Peer, pack: Pack) -> Result<Answer, Denial
 async fn gather(
     server: &Server,
     fabric: &thread::Fabric,
-    (to, sending, share): (&thread::Peer, &Arc<Registration>, &Arc<Semaphore>),
+    (to, sending): (&thread::Peer, &Outlet),
     read: &Read,
     about: (Epoch, u64),
 ) -> Result<Arc<Batch>, Denial> {
@@ -196,7 +224,7 @@ async fn gather(
         return Err(Denial::Refused(Refusal::TooLarge));
     }
     // Before the permit, which holds up the end of its grant.
-    let room = Room::wait(fabric, share).await.ok_or(Denial::Refused(Refusal::Overloaded))?;
+    let room = sending.wait().await.ok_or(Denial::Refused(Refusal::Overloaded))?;
     let regions = server.regions();
     let permit = server.permit(&regions, read.handoff, &read.blocks)?;
     let all_host = all_host(&regions, read);
@@ -212,7 +240,7 @@ async fn gather(
     };
     let room = copied.map_err(Denial::Refused)?;
     server.count_served(handoff, len as u64);
-    Ok(message(to, (room, Arc::clone(sending)), len, about))
+    Ok(room.message(to, len, about))
 }
 
 /// Whether no block is in the memory of a device.
@@ -235,18 +263,4 @@ fn copy_blocks(regions: &[Region], read: &Read, slot: &Slot) -> Result<(), Refus
         at += block.len as usize;
     }
     Ok(())
-}
-
-/// The message with the `len` bytes of a slot.
-fn message(
-    to: &thread::Peer,
-    (room, sending): (Room, Arc<Registration>),
-    len: usize,
-    (epoch, tag): (Epoch, u64),
-) -> Arc<Batch> {
-    let offset = room.slot.offset() + HEAD_AT;
-    room.slot.memory().write(offset, &answer_head(Kind::Data, len as u32, epoch, tag));
-    let local = LocalRange { id: sending.id, offset, len: HEADER_BYTES + len };
-    let transfer = Transfer { verb: Verb::Send { tag }, local };
-    Batch::new(to.clone(), vec![transfer], Box::new((room, sending)))
 }

@@ -17,18 +17,16 @@ use baton_config::Epoch;
 use tokio::runtime::Handle;
 use tokio::sync::{OwnedSemaphorePermit, Semaphore};
 
-use super::{Room, all_host, copy_blocks, gather, message};
+use super::{Outlet, Room, all_host, copy_blocks, gather};
 use crate::agent::BackendKind;
 use crate::agent::server::{Denial, Life, Server};
 use crate::backend::control::Peer;
-use crate::backend::fabric::batch::{Batch, Transfer, Verb};
-use crate::backend::fabric::driver::LocalRange;
+use crate::backend::fabric::batch::Batch;
 use crate::backend::fabric::fabrics::Answer;
-use crate::backend::fabric::registry::Registration;
-use crate::backend::fabric::thread::{self, Fabric, HEAD_AT};
+use crate::backend::fabric::thread::{self, Fabric};
 use crate::error::Refusal;
 use crate::wire::ask::{Ask, answer_head};
-use crate::wire::{HEADER_BYTES, Kind, Read};
+use crate::wire::{Kind, Read};
 
 /// Most requests that tasks answer at once.
 const LATER_MAX: usize = 256;
@@ -93,16 +91,13 @@ fn answer(server: &Arc<Server>, runtime: &Handle, kind: BackendKind, request: &[
         return None;
     };
     let request = Request::new(server, &peer, kind, ask)?;
-    match request.answer_now() {
-        Outcome::Done(answer) => answer,
-        Outcome::Later(request) => match Arc::clone(&server.tickets.later).try_acquire_owned() {
-            Ok(room) => {
-                server.tasks.spawn_on(request.answer_later(room), runtime);
-                None
-            }
-            Err(_) => request.refuse(Denial::Refused(Refusal::Overloaded)),
-        },
-    }
+    request.answer_now().or_else(|| match Arc::clone(&server.tickets.later).try_acquire_owned() {
+        Ok(room) => {
+            server.tasks.spawn_on(request.answer_later(room), runtime);
+            None
+        }
+        Err(_) => request.refuse(Denial::Refused(Refusal::Overloaded)),
+    })
 }
 
 /// A request and all that its answer takes.
@@ -111,19 +106,12 @@ struct Request {
     fabric: Fabric,
     to: thread::Peer,
     life: Life,
-    /// What the buffers of messages, and those of short answers, are registered as.
-    sending: Arc<Registration>,
-    answers: Arc<Registration>,
-    share: Arc<Semaphore>,
+    sending: Outlet,
+    answers: Outlet,
     kind: Kind,
     epoch: Epoch,
     tag: u64,
     read: Read,
-}
-
-enum Outcome {
-    Done(Option<Arc<Batch>>),
-    Later(Request),
 }
 
 impl Request {
@@ -136,9 +124,8 @@ impl Request {
             fabric,
             to: attachment.peer.clone(),
             life: peer.life.clone(),
-            sending: Arc::clone(&attachment.sending),
-            answers: Arc::clone(&attachment.answers),
-            share: Arc::clone(&attachment.share),
+            sending: attachment.sending.clone(),
+            answers: attachment.answers.clone(),
             kind: ask.kind,
             epoch: ask.epoch,
             tag: ask.pack.tag,
@@ -150,47 +137,42 @@ impl Request {
         self.epoch != self.life.epoch || self.life.ended.is_cancelled()
     }
 
-    fn answer_now(self) -> Outcome {
+    /// The answer, if there is nothing to wait for.
+    fn answer_now(&self) -> Option<Arc<Batch>> {
         if self.is_stale() {
-            return Outcome::Done(self.refuse(Denial::Stale));
+            return self.refuse(Denial::Stale);
         }
         let (regions, handoff) = (self.server.regions(), self.read.handoff);
         let len: usize = self.read.blocks.iter().map(|block| block.len as usize).sum();
         let packs = self.kind == Kind::Pack;
         if packs && len > self.fabric.pack_max() {
-            return Outcome::Done(self.refuse(Denial::Refused(Refusal::TooLarge)));
+            return self.refuse(Denial::Refused(Refusal::TooLarge));
         }
-        let free = || Room::try_take(&self.fabric, &self.share).filter(|_| all_host(&regions, &self.read));
-        let room = if packs { free() } else { None };
-        if packs && room.is_none() {
-            return Outcome::Later(self);
+        if packs && !all_host(&regions, &self.read) {
+            return None;
         }
+        let room = if packs { self.sending.try_take() } else { self.answers.try_take() }?;
         let _permit = match self.server.permit(&regions, handoff, &self.read.blocks) {
             Ok(permit) => permit,
-            Err(denial) => return Outcome::Done(self.refuse(denial)),
+            Err(denial) => return self.refuse(denial),
         };
-        let Some(room) = room else {
-            return Outcome::Done(self.note(&answer_head(Kind::Confirmed, 0, self.epoch, self.tag)));
-        };
-        Outcome::Done(match copy_blocks(&regions, &self.read, &room.slot) {
+        if !packs {
+            return Some(self.confirmed(room));
+        }
+        match copy_blocks(&regions, &self.read, &room.slot) {
             Ok(()) => {
                 self.server.count_served(handoff, len as u64);
-                Some(message(&self.to, (room, self.sending), len, (self.epoch, self.tag)))
+                Some(room.message(&self.to, len, (self.epoch, self.tag)))
             }
             Err(refusal) => self.refuse(Denial::Refused(refusal)),
-        })
+        }
     }
 
     async fn answer_later(self, _room: OwnedSemaphorePermit) {
-        let about = (self.epoch, self.tag);
-        let packed = match self.is_stale() {
-            true => Err(Denial::Stale),
-            false => {
-                let to = (&self.to, &self.sending, &self.share);
-                gather(&self.server, &self.fabric, to, &self.read, about).await
-            }
+        let answer = match self.wait_for_answer().await {
+            Ok(answer) => Some(answer),
+            Err(denial) => self.answers.wait().await.map(|room| self.refused(room, denial)),
         };
-        let answer = packed.map(Some).unwrap_or_else(|denial| self.refuse(denial));
         if let Some(answer) = answer
             && let Ok(sending) = self.fabric.submit(answer).await
         {
@@ -198,19 +180,30 @@ impl Request {
         }
     }
 
-    /// Says no. The reader is told what it would be told on the control connection.
-    fn refuse(&self, denial: Denial) -> Option<Arc<Batch>> {
-        self.server.counters.denied(denial);
-        self.note(&denial.header(self.server.epoch(), self.tag).encode(&[]))
+    async fn wait_for_answer(&self) -> Result<Arc<Batch>, Denial> {
+        if self.is_stale() {
+            return Err(Denial::Stale);
+        }
+        if self.kind == Kind::Pack {
+            let about = (self.epoch, self.tag);
+            return gather(&self.server, &self.fabric, (&self.to, &self.sending), &self.read, about).await;
+        }
+        let room = self.answers.wait().await.ok_or(Denial::Refused(Refusal::Overloaded))?;
+        self.server.permit(&self.server.regions(), self.read.handoff, &self.read.blocks)?;
+        Ok(self.confirmed(room))
     }
 
-    /// An answer without blocks; none when there are too many of them already: nobody takes them.
-    fn note(&self, head: &[u8; HEADER_BYTES]) -> Option<Arc<Batch>> {
-        let slot = self.fabric.answers().try_acquire()?;
-        let offset = slot.offset() + HEAD_AT;
-        slot.memory().write(offset, head);
-        let local = LocalRange { id: self.answers.id, offset, len: HEADER_BYTES };
-        let transfer = Transfer { verb: Verb::Send { tag: self.tag }, local };
-        Some(Batch::new(self.to.clone(), vec![transfer], Box::new((slot, Arc::clone(&self.answers)))))
+    fn confirmed(&self, room: Room) -> Arc<Batch> {
+        room.send(&self.to, &answer_head(Kind::Confirmed, 0, self.epoch, self.tag), 0, self.tag)
+    }
+
+    /// Says no, where there is a buffer to say it in. The reader is told what it would be told on the control connection.
+    fn refuse(&self, denial: Denial) -> Option<Arc<Batch>> {
+        Some(self.refused(self.answers.try_take()?, denial))
+    }
+
+    fn refused(&self, room: Room, denial: Denial) -> Arc<Batch> {
+        self.server.counters.denied(denial);
+        room.send(&self.to, &denial.header(self.server.epoch(), self.tag).encode(&[]), 0, self.tag)
     }
 }

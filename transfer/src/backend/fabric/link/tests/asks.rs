@@ -66,30 +66,38 @@ async fn more_requests_than_there_are_buffers_are_answered_by_and_by() {
     pair.reader.settle().await;
 }
 
-/// A reader that takes nothing has its share of the owner's buffers, and no more.
+/// A reader that takes nothing has its share of the owner's buffers, and no more: those of messages, and of short answers.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_reader_that_takes_nothing_leaves_others_their_buffers() {
-    for requests in [true, false] {
+    for (requests, integrity) in
+        [(true, Integrity::Digest), (false, Integrity::Digest), (true, Integrity::Off)]
+    {
         let faults = Faults { requests, ..Faults::default() };
-        let pair = pair(faults, Integrity::Digest).await;
-        let blocks = pair.blocks(&[4096; 60]);
-        let other =
-            side("decode-1", &pair.world, 3, faults, FabricLimits::default(), Integrity::Digest).await;
+        let pair = pair(faults, integrity).await;
+        let packed = integrity == Integrity::Digest;
+        let blocks = if packed { pair.blocks(&[4096; 60]) } else { pair.blocks(&[40_000; 5]) };
+        let other = side("decode-1", &pair.world, 3, faults, FabricLimits::default(), integrity).await;
         let owner = &pair.owner.agent;
         let theirs = other.agent.connect(owner.worker(), EPOCH, &owner.metadata()).await.unwrap();
         let session = pair.session().await;
         read(&session, &blocks).await.unwrap();
+        let fabric = pair.owner.fabrics.get(BackendKind::Plugin).unwrap();
+        let (slab, reads) = if packed { (fabric.sending(), 60) } else { (fabric.answers(), 200) };
+        let share = slab.slots() / 4;
         pair.world.freeze(READER, true);
-        let slab = pair.owner.slabs()[1].clone();
-        let stuck = futures_util::future::join_all((0..60).map(|_| read(&session, &blocks)));
+        let stuck = futures_util::future::join_all((0..reads).map(|_| read(&session, &blocks)));
         let reading = async {
-            while slab.counts().free > slab.slots() - 16 {
+            // It takes all of its share.
+            while slab.counts().free > slab.slots() - share {
                 tokio::time::sleep(Duration::from_millis(1)).await;
             }
             for _ in 0..20 {
                 read(&theirs, &blocks).await.unwrap();
             }
-            assert!(slab.counts().free >= slab.slots() - 16, "{:?}", slab.counts());
+            // Those of the others come back, the last of them by and by.
+            while slab.counts().free < slab.slots() - share {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
         };
         tokio::select! {
             biased;
@@ -119,6 +127,28 @@ async fn a_long_read_is_confirmed_in_two_parts() {
         read(&session, &pair.blocks(&lens)).await.unwrap();
         assert_eq!(pair.world.asked(OWNER) - before, asks, "{lens:?}");
     }
+}
+
+/// A question says nothing about bytes that come after its answer.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn blocks_are_asked_about_when_they_are_there() {
+    let faults = Faults { delay: Duration::from_millis(4), ..Faults::default() };
+    let limits = FabricLimits { ops_per_peer: 1, ..FabricLimits::default() };
+    let pair = pair_with(1, faults, limits, Integrity::Off).await;
+    let (session, into) = (pair.session().await, memory(LEN));
+    // One after the other, each of them an operation.
+    let blocks = pair.blocks(&[LATE_BYTES as u32 / 2; 8]);
+    let (early, before) = (blocks.len() - 2, pair.world.asked(OWNER));
+    let reading = async { session.read(HANDOFF, &blocks, Destination::Memory(&into), soon()).await.unwrap() };
+    let watching = async {
+        for (asked, there) in [(1, early), (2, blocks.len())] {
+            while pair.world.asked(OWNER) < before + asked {
+                tokio::task::yield_now().await;
+            }
+            assert!(blocks[..there].iter().all(|block| in_place(&into, block)), "question {asked}");
+        }
+    };
+    tokio::join!(reading, watching);
 }
 
 /// Without digests only the owner's word keeps bytes from being delivered that are others by the time they are read.
