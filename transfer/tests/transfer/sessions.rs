@@ -9,7 +9,7 @@ use baton_config::{Bytes, Epoch, HandoffId};
 use baton_transfer::wire::{MAX_METADATA_BYTES, Metadata, Offer};
 use baton_transfer::{
     Agent, AgentOptions, BackendKind, BlockRead, ConnectError, Descriptor, Destination, ErrorKind, Integrity,
-    LinkError, Refusal, RegionId, RegisterError, Session, StartError, Token, TransferError,
+    LinkError, PluginOptions, Refusal, RegionId, RegisterError, Session, StartError, Token, TransferError,
 };
 
 use crate::support::{
@@ -253,6 +253,12 @@ async fn the_path_is_chosen_by_both_sides_and_says_why() {
     assert_eq!(far.reason, "tcp: reached by address; shm: the peer is on another host");
     let tcp_only = path(&|metadata| metadata.offers = vec![Offer::of(BackendKind::Tcp)]).await.unwrap();
     assert_eq!(tcp_only.reason, "tcp: reached by address; shm: not offered by the peer");
+    let mut options = AgentOptions::new(name("decode-2"));
+    options.backends = vec![BackendKind::Plugin, BackendKind::Tcp];
+    options.plugin = Some(PluginOptions { path: "/nowhere/libnone.so".into(), bind: None });
+    let lacking = owner.session(&Agent::start(options).await.unwrap()).await.unwrap().path();
+    let [(BackendKind::Plugin, why)] = &lacking.rejected[..] else { panic!("{lacking:?}") };
+    assert!(why.starts_with("there is no plugin at /nowhere/libnone.so: "), "neither side has one: {why}");
     match path(&|metadata| metadata.offers.clear()).await {
         Err(ConnectError::Link { tried, .. }) => {
             assert_eq!(tried, "shm: not offered by the peer; tcp: not offered by the peer");

@@ -23,6 +23,10 @@ pub(crate) struct Opener {
 impl Opener {
     /// Why a backend cannot lead to a peer, known without a try.
     pub(super) fn rule_out(&self, backend: BackendKind, peer: &Metadata) -> Option<String> {
+        // First what this side lacks: a peer that lacks the same does not offer it either.
+        if let Some(why) = self.fabrics.missing(backend) {
+            return Some(why);
+        }
         let Some(offer) = peer.offer(backend) else { return Some("not offered by the peer".to_owned()) };
         match backend {
             BackendKind::Shm | BackendKind::Cma if peer.host != self.host => {

@@ -64,7 +64,7 @@ impl Entry {
         let kind = self.kind;
         let late = |_| DriverError {
             what: format!("{kind} was not open after {} s", OPEN_TIMEOUT.as_secs()),
-            remedy: String::new(),
+            remedy: "try `baton doctor`: the machine may have been too busy".to_owned(),
         };
         let open = Arc::clone(&self.open);
         let started = timeout(OPEN_TIMEOUT, Fabric::start(kind, move || open(), self.limits)).await;
@@ -115,9 +115,9 @@ impl Fabrics {
         self.entry(kind)?.current().ok().filter(Fabric::is_open)
     }
 
-    /// Why a fabric that was asked for is not open.
-    pub(crate) fn failure(&self, kind: BackendKind) -> Option<DriverError> {
-        self.entry(kind)?.current().err()
+    /// Why a fabric that was asked for is not open, for people.
+    pub(crate) fn missing(&self, kind: BackendKind) -> Option<String> {
+        self.entry(kind)?.current().err().map(|error| error.what)
     }
 
     /// Closes `fabric`, so that no peer reaches any memory through it, and has it opened again by a task of `tasks`,
@@ -148,11 +148,9 @@ impl Fabrics {
         }
     }
 
-    /// Why a fabric cannot lead to a peer who offers `offer`, for people.
+    /// Why a fabric cannot lead to a peer who offers `offer`, for people. One that is being opened again may, later.
     pub(crate) fn rule_out(&self, offer: &Offer, same_host: bool) -> Option<String> {
-        let Some(fabric) = self.get(offer.backend) else {
-            return Some(self.failure(offer.backend).map_or("not asked for".into(), |error| error.what));
-        };
+        let fabric = self.get(offer.backend)?;
         let info = fabric.info();
         if info.wire != offer.wire {
             return Some(format!("{:?} here, {:?} there", info.wire, offer.wire));
