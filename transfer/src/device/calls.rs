@@ -1,5 +1,20 @@
 //! Tables of functions of vendors' libraries, which are opened at run time.
 
+/// Says of a library that none of its `names` loads: that it is not there, or else why it does not load.
+pub(crate) fn not_loaded(what: &str, tried: &[(&str, libloading::Error)]) -> String {
+    let reason = tried.iter().find_map(|(name, error)| {
+        let reason = baton_libfabric_sys::reason(error);
+        // In these words the loader says that it found no file of that name; any other words are about one that it found.
+        let is_absent =
+            reason.strip_prefix(name).is_some_and(|rest| rest.ends_with(": No such file or directory"));
+        (!is_absent).then_some(reason)
+    });
+    match reason {
+        Some(reason) => format!("{what}, cannot be loaded: {reason}"),
+        None => format!("{what}, is not on this machine"),
+    }
+}
+
 /// A call of a vendor's library failed.
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 #[error("{call}: {reason}")]

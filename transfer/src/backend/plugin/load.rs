@@ -54,7 +54,8 @@ pub(super) fn load(path: &Path) -> Result<Table, LoadError> {
     }
     // SAFETY: runs the object's constructors. Whoever configures a plugin vouches for its code, as for this program's.
     let library = unsafe { Library::open(Some(&real), RTLD_NOW | RTLD_LOCAL) };
-    let library = library.map_err(|error| LoadError::NotLoaded { path: given(), why: error.to_string() })?;
+    let library = library
+        .map_err(|error| LoadError::NotLoaded { path: given(), why: baton_libfabric_sys::reason(&error) })?;
     // Never unloaded: the address below stays valid for ever.
     let library = std::mem::ManuallyDrop::new(library);
     // SAFETY: the header declares the symbol of this name with exactly this signature.

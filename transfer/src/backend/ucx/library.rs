@@ -30,7 +30,7 @@ pub(super) fn get() -> Result<&'static Api, DriverError> {
 pub(super) fn open(path: Option<&Path>) -> Result<Api, DriverError> {
     Api::load(path, log).map_err(|error| {
         let reason = match &error {
-            LoadError::Open { source, .. } => format!(": {source}"),
+            LoadError::Open { source, .. } => format!(": {}", baton_libfabric_sys::reason(source)),
             LoadError::Thread { source, .. } => format!(": {source}"),
             LoadError::Symbol { .. } | LoadError::Panicked { .. } => String::new(),
         };

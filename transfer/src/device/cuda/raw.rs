@@ -14,7 +14,7 @@ use libloading::Library;
 
 use crate::device::Unavailable;
 pub(super) use crate::device::calls::CallError;
-use crate::device::calls::table;
+use crate::device::calls::{not_loaded, table};
 
 table! {
     /// The driver.
@@ -142,6 +142,8 @@ pub(super) fn driver() -> Result<&'static Cuda, Unavailable> {
     DRIVER.get_or_init(open_driver).as_ref().map_err(Clone::clone)
 }
 
+/// The name under which the driver's package has it.
+const DRIVER: &str = "libcuda.so.1";
 const INSTALL_DRIVER: &str =
     "install the NVIDIA driver (Debian: nvidia-driver and libcuda1; Ubuntu: nvidia-driver-NNN-server)";
 
@@ -149,10 +151,9 @@ fn open_driver() -> Result<Cuda, Unavailable> {
     let unavailable = |what: String, remedy: &str| Unavailable { what, remedy: remedy.to_owned() };
     // SAFETY: opens libraries by the names of the CUDA driver, whose initialisers have no preconditions.
     if !unsafe { is_culib_present() } {
-        return Err(unavailable(
-            "libcuda.so.1, the CUDA driver, is not on this machine".into(),
-            INSTALL_DRIVER,
-        ));
+        // SAFETY: as above.
+        let why = unsafe { Library::new(DRIVER) }.err().map(|error| (DRIVER, error));
+        return Err(unavailable(not_loaded("libcuda.so.1, the CUDA driver", why.as_slice()), INSTALL_DRIVER));
     }
     let cuda = Cuda::load(driver_symbol).map_err(|missing| {
         unavailable(
@@ -207,10 +208,13 @@ fn open_compiler() -> Result<Nvrtc, Unavailable> {
     let remedy = "install NVRTC of CUDA 11.2 or later (NVIDIA's repository: cuda-nvrtc-12-8; PyPI: \
                   nvidia-cuda-nvrtc-cu12, its lib directory in LD_LIBRARY_PATH)";
     let unavailable = |what: String| Unavailable { what, remedy: remedy.to_owned() };
-    // SAFETY: the compiler's initialisers have no preconditions.
-    let library = NVRTC.iter().find_map(|name| unsafe { Library::new(*name) }.ok());
-    let library =
-        library.ok_or_else(|| unavailable("libnvrtc, the CUDA compiler, is not on this machine".into()))?;
+    let mut tried = Vec::new();
+    let library = NVRTC.iter().find_map(|name| {
+        // SAFETY: the compiler's initialisers have no preconditions.
+        let opened = unsafe { Library::new(*name) };
+        opened.map_err(|error| tried.push((*name, error))).ok()
+    });
+    let library = library.ok_or_else(|| unavailable(not_loaded("libnvrtc, the CUDA compiler", &tried)))?;
     let symbol = |name: &'static str| {
         // SAFETY: the pointer's type is what the table says it is.
         let found = unsafe { library.get::<*mut c_void>(name.as_bytes()) };

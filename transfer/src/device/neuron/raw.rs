@@ -6,7 +6,7 @@ use std::sync::OnceLock;
 use libloading::os::unix::{Library, RTLD_GLOBAL, RTLD_NOW};
 
 use crate::device::Unavailable;
-use crate::device::calls::{CallError, table};
+use crate::device::calls::{CallError, not_loaded, table};
 
 /// `NRT_TENSOR_PLACEMENT_DEVICE`.
 pub(super) const PLACEMENT_DEVICE: c_int = 0;
@@ -108,10 +108,16 @@ pub(super) struct Runtime {
 pub(super) fn library() -> Result<&'static Library, Unavailable> {
     static LIBRARY: OnceLock<Result<Library, Unavailable>> = OnceLock::new();
     let open = || {
-        // SAFETY: opens the runtime, whose initialisers have no preconditions.
-        let open = |name: &&str| unsafe { Library::open(Some(*name), RTLD_NOW | RTLD_GLOBAL) }.ok();
-        NAMES.iter().find_map(open).ok_or_else(|| Unavailable {
-            what: "libnrt.so.1, the Neuron runtime, is not on this machine".to_owned(),
+        let mut tried = Vec::new();
+        for name in NAMES {
+            // SAFETY: opens the runtime, whose initialisers have no preconditions.
+            match unsafe { Library::open(Some(name), RTLD_NOW | RTLD_GLOBAL) } {
+                Ok(library) => return Ok(library),
+                Err(error) => tried.push((name, error)),
+            }
+        }
+        Err(Unavailable {
+            what: not_loaded("libnrt.so.1, the Neuron runtime", &tried),
             remedy: "install aws-neuronx-runtime-lib and aws-neuronx-dkms from AWS's Neuron repository"
                 .to_owned(),
         })

@@ -60,7 +60,7 @@ fn what_is_no_plugin_is_refused_by_name() {
     let expected = [
         (directory.path().join("none.so"), "there is no plugin at"),
         (directory.path().to_owned(), "is not a file"),
-        (text, "cannot be loaded"),
+        (text, "cannot be loaded: "),
         (PathBuf::from("libc.so.6"), "there is no plugin at"),
         (PathBuf::new(), "there is no plugin at"),
     ];

@@ -47,6 +47,7 @@ fn a_missing_library_is_named_with_what_helps() {
     for missing in ["/nowhere/libucp.so.0", "libucp-of-nobody.so.0"] {
         let error = library::open(Some(Path::new(missing))).err().unwrap();
         assert!(error.what.contains(missing), "{error}");
+        assert!(error.what.contains("cannot open shared object file"), "in the loader's words: {error}");
         assert!(error.remedy.contains("libucx0"), "{error:?}");
     }
     // A library that is no UCX.
