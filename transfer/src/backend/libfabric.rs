@@ -91,12 +91,16 @@ fn open_with(options: &LibfabricOptions, tuning: Tuning) -> Result<LibfabricDriv
     for provider in candidates {
         match try_provider(library, provider, options, tuning) {
             Ok(driver) => return Ok(driver),
-            Err(reason) => reasons.push(format!("{provider}: {reason}")),
+            Err(error) => reasons.push((format!("{provider}: {}", error.what), error.remedy)),
         }
     }
+    let remedy = match &reasons[..] {
+        [(_, only)] => only.clone(),
+        _ => "`baton doctor --bind ADDRESS` says what each of them lacks".to_owned(),
+    };
+    let reasons: Vec<_> = reasons.into_iter().map(|(reason, _)| reason).collect();
     let what = format!("no provider of libfabric works at {}: {}", options.bind, reasons.join("; "));
-    let remedy = named.map_or("", provider_remedy);
-    Err(DriverError { what, remedy: remedy.to_owned() })
+    Err(DriverError { what, remedy })
 }
 
 fn try_provider(
@@ -104,16 +108,22 @@ fn try_provider(
     provider: &str,
     options: &LibfabricOptions,
     tuning: Tuning,
-) -> Result<LibfabricDriver, String> {
-    let found = select::interfaces(library, provider, options.bind).map_err(|error| error.to_string())?;
+) -> Result<LibfabricDriver, DriverError> {
+    let failed = |what, remedy: &str| DriverError { what, remedy: remedy.to_owned() };
+    let refused = |error: SelectError| match error {
+        SelectError::Address(_) => failed(error.to_string(), "bind the worker to an address of this host"),
+        _ => failed(error.to_string(), provider_remedy(provider)),
+    };
+    let found = select::interfaces(library, provider, options.bind).map_err(refused)?;
     let most = options.rails.clamp(1, blob::RAILS_MAX);
     let mut rails = Vec::new();
     for info in spread(library, found, most, tuning.per_interface) {
         let domain = info.domain();
-        let rail = Rail::open(info).map_err(|errno| format!("{domain}: {}", library.strerror(errno)))?;
+        let broken = |errno| format!("{domain}: {}", library.strerror(errno));
+        let rail = Rail::open(info).map_err(|errno| failed(broken(errno), provider_remedy(provider)))?;
         rails.push(rail);
     }
-    let first = &rails.first().ok_or_else(|| SelectError::Memory.to_string())?.info;
+    let first = &rails.first().ok_or_else(|| refused(SelectError::Memory))?.info;
     let pinned = first.has_mr_mode(baton_libfabric_sys::abi::FI_MR_PROV_KEY);
     let segment = tuning.segment.unwrap_or(if pinned { PINNED_SEGMENT_BYTES } else { SEGMENT_BYTES });
     let info = describe(library, first, &rails, options.bind);
@@ -205,7 +215,7 @@ fn probe_all(options: &LibfabricOptions) -> Vec<Probe> {
                 best = best.or_else(|| driver.rails.first().map(|rail| device::obstacles(&rail.info)));
                 probe
             }
-            Err(reason) => Probe::fails(name, reason, provider_remedy(provider)),
+            Err(error) => Probe::fails(name, error.what, error.remedy),
         });
     }
     for (kind, obstacle) in best.into_iter().flatten() {

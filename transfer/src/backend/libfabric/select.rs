@@ -1,7 +1,8 @@
 //! Which provider, and which interfaces of it.
 
 use std::ffi::CString;
-use std::net::IpAddr;
+use std::io::ErrorKind;
+use std::net::{IpAddr, UdpSocket};
 
 use baton_libfabric_sys::abi::*;
 use baton_libfabric_sys::{Errno, Library};
@@ -22,6 +23,8 @@ pub(super) enum SelectError {
     Name,
     #[error("not used with the loopback address {0}: it reaches other machines")]
     Loopback(IpAddr),
+    #[error("no network interface has the address {0}")]
+    Address(IpAddr),
     #[error("nothing of it fits: {0}")]
     Nothing(String),
     #[error(
@@ -82,10 +85,13 @@ pub(super) fn interfaces(
     if provider.is_empty() || provider.len() > NAME_MAX_BYTES || !provider.bytes().all(plain) {
         return Err(SelectError::Name);
     }
+    let by_ip = !matches!(provider, "efa" | "shm");
+    if by_ip && is_foreign(bind) {
+        return Err(SelectError::Address(bind));
+    }
     if (provider == "tcp" || provider == "tcp;ofi_rxm") && frees_reads_twice(library) {
         return Err(SelectError::Crashes);
     }
-    let by_ip = !matches!(provider, "efa" | "shm");
     if provider == "efa" && bind.is_loopback() {
         return Err(SelectError::Loopback(bind));
     }
@@ -104,6 +110,11 @@ pub(super) fn interfaces(
         return Err(SelectError::Nothing(library.strerror(Errno::NODATA)));
     }
     Ok(infos)
+}
+
+/// Whether an address is none of this host: providers say so in words of their own, and some of them late.
+fn is_foreign(bind: IpAddr) -> bool {
+    UdpSocket::bind((bind, 0)).is_err_and(|error| error.kind() == ErrorKind::AddrNotAvailable)
 }
 
 /// Whether this is a libfabric whose providers over TCP report and free a read twice when its connection ends while

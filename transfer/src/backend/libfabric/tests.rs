@@ -117,6 +117,19 @@ fn post(
 }
 
 #[test]
+fn an_address_of_another_host_is_named() {
+    let Ok(_) = super::library() else { return println!("skipped: no libfabric") };
+    let bind = IpAddr::V4(Ipv4Addr::new(192, 0, 2, 77));
+    for provider in ["net", "sockets"] {
+        let error = open_with(&LibfabricOptions { bind, ..options(provider) }, Tuning::USUAL).err().unwrap();
+        assert!(error.what.ends_with("no network interface has the address 192.0.2.77"), "{error:?}");
+        assert_eq!(error.remedy, "bind the worker to an address of this host");
+    }
+    let error = open_with(&LibfabricOptions { provider: None, ..options("") }, Tuning::USUAL);
+    assert!(error.is_ok_and(|driver| driver.info().same_host), "some provider works on loopback");
+}
+
+#[test]
 fn what_is_there_is_probed() {
     let probes = super::probe(&LibfabricOptions::default());
     let libfabric = probes.first().unwrap();
