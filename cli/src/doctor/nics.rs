@@ -1,13 +1,17 @@
 //! Network interfaces and RDMA devices, as the kernel lists them.
 
+use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use super::Finding;
 
 /// Every interface that could carry blocks to another host, and every RDMA device; a line of its own where there is none.
 pub(super) fn findings() -> Vec<Finding> {
+    let [v4, v6] = ["/proc/net/route", "/proc/net/ipv6_route"]
+        .map(|table| std::fs::read_to_string(table).unwrap_or_default());
+    let routed = routed(&v4, &v6);
     let mut findings: Vec<Finding> =
-        names("/sys/class/net").iter().filter_map(|dir| interface(dir)).collect();
+        names("/sys/class/net").iter().filter_map(|dir| interface(dir, &routed)).collect();
     let rdma: Vec<Finding> = names("/sys/class/infiniband").iter().map(|dir| rdma_device(dir)).collect();
     if rdma.is_empty() {
         findings.push(Finding {
@@ -29,10 +33,46 @@ fn names(class: &str) -> Vec<PathBuf> {
     paths
 }
 
-/// An interface with hardware behind it, or the loopback; tunnels and bridges are left out.
-fn interface(dir: &Path) -> Option<Finding> {
+/// How an interface leads to other hosts.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, PartialOrd, Ord)]
+enum Routed {
+    /// To a network. That a single address is behind it says nothing: so it is with the containers of this host.
+    Network,
+    /// To everybody.
+    Default,
+}
+
+/// The interfaces of the kernel's two tables of routes.
+fn routed(v4: &str, v6: &str) -> BTreeMap<String, Routed> {
+    let v4 = v4.lines().skip(1).filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (name, mask) = (*fields.first()?, u32::from_str_radix(fields.get(7)?, 16).ok()?);
+        (mask != u32::MAX).then_some((name, mask == 0))
+    });
+    let v6 = v6.lines().filter_map(|line| {
+        let fields: Vec<&str> = line.split_whitespace().collect();
+        let (name, target) = (*fields.get(9)?, *fields.first()?);
+        let prefix_bits = u32::from_str_radix(fields.get(1)?, 16).ok()?;
+        // Every interface has routes to its link and to groups.
+        let everywhere = target.starts_with("fe80") || target.starts_with("ff");
+        (prefix_bits != 128 && !everywhere).then_some((name, prefix_bits == 0))
+    });
+    let mut routed = BTreeMap::new();
+    for (name, is_default) in v4.chain(v6) {
+        let leads = if is_default { Routed::Default } else { Routed::Network };
+        let known = routed.entry(name.to_owned()).or_insert(leads);
+        *known = leads.max(*known);
+    }
+    routed
+}
+
+/// An interface with hardware behind it, or one that leads to other hosts (a container has no other), or the loopback.
+/// Bridges mostly lead to containers of this host.
+fn interface(dir: &Path, routed: &BTreeMap<String, Routed>) -> Option<Finding> {
     let name = dir.file_name()?.to_string_lossy().into_owned();
-    if name != "lo" && !dir.join("device").exists() {
+    let leads = routed.get(&name).copied();
+    let out = if dir.join("bridge").exists() { leads == Some(Routed::Default) } else { leads.is_some() };
+    if name != "lo" && !dir.join("device").exists() && !out {
         return None;
     }
     let up = matches!(text(&dir.join("operstate")).as_deref(), Some("up" | "unknown"));
@@ -57,4 +97,37 @@ fn rdma_device(dir: &Path) -> Finding {
 /// A one-line file of the kernel.
 fn text(path: &Path) -> Option<String> {
     std::fs::read_to_string(path).ok().map(|text| text.trim().to_owned()).filter(|text| !text.is_empty())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const V4: &str = "\
+Iface\tDestination\tGateway\tFlags\tRefCnt\tUse\tMetric\tMask\tMTU\tWindow\tIRTT
+eth0\t00000000\t0101A8C0\t0003\t0\t0\t0\t00000000\t0\t0\t0
+bond0.7\t0001A8C0\t00000000\t0001\t0\t0\t0\t00FFFFFF\t0\t0\t0
+docker0\t000011AC\t00000000\t0001\t0\t0\t0\t0000FFFF\t0\t0\t0
+cali12\t0500A8C0\t00000000\t0005\t0\t0\t0\tFFFFFFFF\t0\t0\t0
+";
+    const V6: &str = "\
+fe800000000000000000000000000000 40 00000000000000000000000000000000 00 00000000000000000000000000000000 00000100 00000001 00000000 00000001   cali34
+00000000000000000000000000000000 00 00000000000000000000000000000000 00 fe800000000000000000000000000001 00000400 00000001 00000000 00000003      br0
+";
+
+    #[test]
+    fn what_leads_to_other_hosts_is_shown_also_without_hardware() {
+        let class = tempfile::tempdir().unwrap();
+        let names =
+            ["lo", "eth0", "bond0.7", "docker0/bridge", "br0/bridge", "cali12", "cali34", "ens5/device"];
+        for name in names {
+            std::fs::create_dir_all(class.path().join(name)).unwrap();
+        }
+        let (class, routed) = (class.path().display().to_string(), routed(V4, V6));
+        let shown: Vec<String> = super::names(&class)
+            .iter()
+            .filter_map(|dir| interface(dir, &routed).map(|finding| finding.name))
+            .collect();
+        assert_eq!(shown, ["bond0.7", "br0", "ens5", "eth0", "lo"]);
+    }
 }
