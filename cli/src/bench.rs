@@ -39,10 +39,17 @@ fn transfer(args: &BenchTransferArgs) -> Result<(), Failure> {
         let lines: Result<Vec<String>, _> = report.rows.iter().map(serde_json::to_string).collect();
         let lines = lines.map_err(|error| Failure::because("the rows cannot be written as JSON", &error))?;
         skipped.for_each(|line| output::tell(&line));
-        return output::print(&lines.iter().map(|line| format!("{line}\n")).collect::<String>());
+        output::print(&lines.iter().map(|line| format!("{line}\n")).collect::<String>())?;
+    } else {
+        let skipped: String = skipped.map(|line| format!("{line}\n")).collect();
+        let table = if report.rows.is_empty() { String::new() } else { describe(&report.rows) };
+        output::print(&format!("{table}{skipped}"))?;
     }
-    let skipped: String = skipped.map(|line| format!("{line}\n")).collect();
-    output::print(&format!("{}{skipped}", describe(&report.rows)))
+    match (report.failure, report.rows.is_empty()) {
+        (None, false) => Ok(()),
+        (None, true) => Err(Failure::failed("nothing was measured")),
+        (Some(error), _) => Err(Failure::because("not all was measured", &error)),
+    }
 }
 
 fn options(args: &BenchTransferArgs) -> BenchOptions {

@@ -197,6 +197,34 @@ fn reports_are_json_on_demand() {
 }
 
 #[test]
+fn the_doctor_tells_a_library_that_does_not_load_from_one_that_is_not_there() {
+    let directory = tempfile::tempdir().unwrap();
+    let at = |name: &str| directory.path().join(name);
+    let libraries = [
+        ("libfabric", "libfabric.so.1"),
+        ("ucx", "libucp.so.0"),
+        ("cuda driver", "libcuda.so.1"),
+        ("cuda compiler", "libnvrtc.so.12"),
+        ("neuron runtime", "libnrt.so.1"),
+        ("plugin none.so", "none.so"),
+    ];
+    for (_, file) in libraries {
+        std::fs::write(at(file), "cut short").unwrap();
+    }
+    let mut command = baton();
+    command.args(["doctor", "--json", "--plugin"]).arg(at("none.so"));
+    let output = command.env("LD_LIBRARY_PATH", directory.path()).output().unwrap();
+    let found: Vec<serde_json::Value> =
+        text(&output.stdout).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    for (name, file) in libraries {
+        let row = found.iter().find(|row| row["name"] == name).unwrap();
+        let (detail, remedy) = (row["detail"].as_str().unwrap(), row["remedy"].as_str().unwrap());
+        assert!(row["works"] == false && !remedy.is_empty(), "{row}");
+        assert!(detail.contains(&format!("{}: file too short", at(file).display())), "{row}");
+    }
+}
+
+#[test]
 fn up_says_what_stands_in_the_way() {
     let holder = TcpListener::bind("127.0.0.1:0").unwrap();
     let address = holder.local_addr().unwrap().to_string();
@@ -310,6 +338,10 @@ fn the_transfer_bench_measures_every_backend_that_works_here() {
             assert!(rows.iter().all(|row| row[field].as_f64().unwrap() > 0.0), "{field}: {rows:?}");
         }
     }
+    let documented = std::fs::read_to_string(root().join("docs/transfer.md")).unwrap();
+    for key in rows[0].as_object().unwrap().keys() {
+        assert!(documented.contains(&format!("`{key}`")), "docs/transfer.md says what {key} is");
+    }
     let table = run(&["bench", "transfer", "--seconds", "0.001", "--backend", "shm", "--shape", "3x4KiB"]);
     let table = text(&table.stdout);
     assert!(
@@ -321,6 +353,41 @@ fn the_transfer_bench_measures_every_backend_that_works_here() {
     {
         assert_eq!(run(&["bench", "transfer", bad]).status.code(), Some(2), "{bad}");
     }
+}
+
+#[test]
+fn a_transfer_bench_says_why_nothing_was_measured() {
+    let plugin = "/nowhere/libnone.so";
+    let output = run(&["bench", "transfer", "--shape", "1x4KiB", "--plugin", plugin]);
+    assert_eq!(output.status.code(), Some(1));
+    assert!(
+        text(&output.stdout).starts_with(&format!("plugin: there is no plugin at {plugin}: ")),
+        "{output:?}"
+    );
+    assert!(text(&output.stderr).ends_with("error: nothing was measured\n"), "{output:?}");
+}
+
+#[test]
+fn a_backend_that_breaks_costs_a_bench_no_other_backends_rows() {
+    let directory = tempfile::tempdir().unwrap();
+    let plugin = directory.path().join("libbroken.so");
+    let source = root().join("transfer/plugin/tests/broken.c");
+    let mut cc = Command::new("cc");
+    cc.args(["-DWRONG_OP_UNKNOWN", "-O2", "-shared", "-fPIC", "-o"]).arg(&plugin).arg(source);
+    assert!(cc.status().unwrap().success());
+    let mut command = baton();
+    command.args(["bench", "transfer", "--json", "--seconds", "0.001", "--shape", "2x64KiB", "--op", "read"]);
+    command.args(["--backend", "shm,plugin,tcp", "--plugin"]).arg(plugin);
+    let output = command.output().unwrap();
+    let (stdout, stderr) = (text(&output.stdout), text(&output.stderr));
+    assert_eq!(output.status.code(), Some(1), "{stderr}");
+    let rows: Vec<serde_json::Value> =
+        stdout.lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    let measured: Vec<_> = rows.iter().map(|row| row["backend"].as_str().unwrap()).collect();
+    assert_eq!(measured, ["shm", "shm", "tcp", "tcp"], "{stderr}");
+    let why = "the plugin broke a rule and was closed";
+    assert!(stderr.contains("plugin: no read: ") && stderr.contains(why), "{stderr}");
+    assert!(stderr.lines().last().unwrap().starts_with("error: not all was measured: "), "{stderr}");
 }
 
 #[test]

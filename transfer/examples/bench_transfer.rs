@@ -30,11 +30,23 @@ async fn main() -> anyhow::Result<()> {
         options.ops.retain(|known| known.as_str() == op);
     }
     println!(
-        "backend op    shape            integrity    p50 us    p99 us     GB/s  cpu s/GB (raw)   raw us  ratio"
+        "{:9} {:5} {:>15} {:9} {:>9} {:>9} {:>8} {:>8} {:>8} {:>9} {:>6}",
+        "backend",
+        "op",
+        "blocks x bytes",
+        "integrity",
+        "p50 us",
+        "p99 us",
+        "GB/s",
+        "cpu s/GB",
+        "of raw",
+        "raw us",
+        "ratio"
     );
-    for row in bench::run(options).await?.rows {
+    let report = bench::run(options).await?;
+    for row in &report.rows {
         println!(
-            "{:9} {:5} {:4} x {:8} {:9} {:10.1} {:9.1} {:8.2} {:7.3} ({:.3}) {:8.1} {:6.2}",
+            "{:9} {:5} {:4} x {:8} {:9} {:9.1} {:9.1} {:8.2} {:8.3} {:8.3} {:9.1} {:6.2}",
             row.backend,
             row.op,
             row.blocks,
@@ -49,5 +61,8 @@ async fn main() -> anyhow::Result<()> {
             row.ratio
         );
     }
-    Ok(())
+    for skipped in &report.skipped {
+        println!("{}: {}", skipped.backend, skipped.reason);
+    }
+    report.failure.map_or(Ok(()), |error| Err(error.into()))
 }

@@ -234,18 +234,28 @@ pub struct Skipped {
 }
 
 /// What a run gives.
-#[derive(Debug, Clone, PartialEq, Default)]
+#[derive(Debug, Default)]
 pub struct Report {
     /// By backend, operation, shape, integrity.
     pub rows: Vec<Row>,
-    /// Backends, or operations of theirs, that do not work here.
+    /// Backends, or operations of theirs, that do not work here or failed.
     pub skipped: Vec<Skipped>,
+    /// What first failed of what should work. The other backends were measured all the same.
+    pub failure: Option<BenchError>,
+}
+
+impl Report {
+    /// Takes down what of a backend failed.
+    fn fail(&mut self, backend: BackendKind, reason: String, error: BenchError) {
+        self.skipped.push(Skipped { backend, reason });
+        self.failure.get_or_insert(error);
+    }
 }
 
 /// Runs every row of `options`.
 ///
 /// # Errors
-/// When the peer process, an agent or a read fails; a backend that cannot be opened is no error.
+/// When there is no peer process or no memory. A backend that cannot be opened or fails is no error: see [`Report`].
 pub async fn run(options: BenchOptions) -> Result<Report, BenchError> {
     let Some(cores) = cores::Cores::split() else { return measure_all(options, None).await };
     // The runtime this is called in may have a thread for either core, which would get in each other's way on one.
@@ -271,19 +281,22 @@ async fn measure_all(options: BenchOptions, cores: Option<&cores::Cores>) -> Res
                 report.skipped.push(Skipped { backend, reason: reason(backend, &error) });
                 continue;
             }
-            Err(error) => return Err(error),
+            Err(error) => {
+                report.fail(backend, chain(&error), error);
+                continue;
+            }
         };
         let why = bench.no_bare_probe().map(|why| format!("no probe of the library by itself: {why}"));
         report.skipped.extend(why.map(|reason| Skipped { backend, reason }));
         for op in options.ops.iter().copied() {
-            let measured = bench.measure_all(&mut peer, &options.shapes, op, options.time_per_shape).await;
-            match measured {
-                Ok(rows) => report.rows.extend(rows),
-                Err(BenchError::Transfer(error @ TransferError::Refused { .. })) => {
-                    let reason = format!("no {}: {}", op.as_str(), chain(&error));
-                    report.skipped.push(Skipped { backend, reason });
+            let failed = bench.measure_all(&mut peer, &options, op, &mut report.rows).await.err();
+            let reason = |error: &BenchError| format!("no {}: {}", op.as_str(), chain(error));
+            match failed {
+                None => {}
+                Some(error @ BenchError::Transfer(TransferError::Refused { .. })) => {
+                    report.skipped.push(Skipped { backend, reason: reason(&error) });
                 }
-                Err(error) => return Err(error),
+                Some(error) => report.fail(backend, reason(&error), error),
             }
         }
         bench.close().await;

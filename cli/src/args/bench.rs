@@ -21,7 +21,7 @@ pub(crate) struct BenchArgs {
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum Bench {
-    /// Reads of scattered blocks, for each backend, with and without digests.
+    /// Reads and writes of scattered blocks, for each backend, with and without digests.
     Transfer(BenchTransferArgs),
     /// What a router costs, with the engines alone beside it.
     Router(BenchRouterArgs),
@@ -37,7 +37,7 @@ pub(crate) enum Bench {
     after_help = "Two processes of this machine. Each row has the raw limit beside it, measured in turns in the same run: memcpy
 for shm, process_vm_readv of many blocks a call for cma, scatter/gather TCP for everything else. Reads over libfabric and
 UCX also have the library by itself beside them: a read for each block, and a look again and again on both sides. CPU is
-that of both processes. A backend that cannot be opened is named with the reason.
+that of both processes. A backend that cannot be opened is named with the reason. The keys of --json: docs/transfer.md.
 
 Examples:
   baton bench transfer
@@ -49,7 +49,7 @@ pub(crate) struct BenchTransferArgs {
     /// Seconds spent on each backend, shape and operation.
     #[arg(long, default_value_t = 1.0, value_name = "SECONDS", value_parser = seconds)]
     pub(crate) seconds: f64,
-    /// Backends, in the order of the rows [default: all but plugin].
+    /// Backends (shm, cma, libfabric, ucx, plugin, tcp), in the order of the rows [default: all but plugin].
     #[arg(long, value_name = "NAME", value_delimiter = ',', value_parser = backend)]
     pub(crate) backend: Vec<BackendKind>,
     /// The shared object of a plugin, for `--backend plugin`; alone, only it is measured.

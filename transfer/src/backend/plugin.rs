@@ -58,7 +58,7 @@ fn open_driver(options: &PluginOptions) -> Result<PluginDriver, DriverError> {
 
 /// Tries the plugin out.
 pub(crate) fn probe(options: &PluginOptions) -> Vec<Probe> {
-    let name = options.name();
+    let name = format!("plugin {}", options.name());
     vec![match open(options) {
         Ok(driver) => Probe::works(name, driver.info().detail.clone()),
         Err(error) => Probe::fails(name, error.what, error.remedy),

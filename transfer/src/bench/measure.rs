@@ -111,19 +111,18 @@ impl Bench {
         self.0.bare.as_ref()?.as_ref().err().map(String::as_str)
     }
 
-    /// The rows of all shapes.
+    /// Adds the rows of all shapes to `rows`, until one fails.
     pub(super) async fn measure_all(
         &self,
         peer: &mut Peer,
-        shapes: &[Shape],
+        options: &BenchOptions,
         op: Op,
-        time_per_shape: Duration,
-    ) -> Result<Vec<Row>, BenchError> {
-        let mut rows = Vec::new();
-        for shape in shapes.iter().copied() {
-            rows.extend(self.measure(peer, shape, op, time_per_shape).await?);
+        rows: &mut Vec<Row>,
+    ) -> Result<(), BenchError> {
+        for shape in options.shapes.iter().copied() {
+            rows.extend(self.measure(peer, shape, op, options.time_per_shape).await?);
         }
-        Ok(rows)
+        Ok(())
     }
 
     /// The rows of one shape, measured in turns for about `time`.
@@ -285,9 +284,11 @@ impl Bench {
             Ok(each)
         });
         let each = turn.await.unwrap_or_else(|error| Err(std::io::Error::other(error)));
-        let each = each.map_err(BenchError::io("the probe of a library"))?;
-        times.add(each, shape.bytes() as u64, (own_cpu() + peer.cpu().await?).saturating_sub(before));
-        peer.look(None).await
+        let cpu = (own_cpu() + peer.cpu().await?).saturating_sub(before);
+        // Also where it failed: what is measured next shares the machine with it.
+        peer.look(None).await?;
+        times.add(each.map_err(BenchError::io("the probe of a library"))?, shape.bytes() as u64, cpu);
+        Ok(())
     }
 
     /// One turn of transfers, on a task as in a worker.
