@@ -12,6 +12,7 @@ use baton_transfer::bench::{self, BenchOptions, Row, Shape};
 
 use crate::args::{Bench, BenchArgs, BenchTransferArgs};
 use crate::failure::Failure;
+use crate::logging::Logging;
 use crate::output;
 use crate::part::runtime;
 use crate::table::columns;
@@ -19,9 +20,9 @@ use crate::table::columns;
 /// Threads of each of the two processes.
 const THREADS: usize = 2;
 
-pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
+pub(crate) fn run(args: &BenchArgs, logging: &Logging) -> Result<(), Failure> {
     match &args.what {
-        Bench::Transfer(args) => transfer(args),
+        Bench::Transfer(args) => transfer(args, logging),
         Bench::Router(args) => router::run(args),
         Bench::Index(args) => index::run(args),
         Bench::TransferPeer => runtime(THREADS)?
@@ -30,9 +31,9 @@ pub(crate) fn run(args: &BenchArgs) -> Result<(), Failure> {
     }
 }
 
-fn transfer(args: &BenchTransferArgs) -> Result<(), Failure> {
+fn transfer(args: &BenchTransferArgs, logging: &Logging) -> Result<(), Failure> {
     let report = runtime(THREADS)?
-        .block_on(bench::run(options(args)))
+        .block_on(bench::run(options(args, logging)))
         .map_err(|error| Failure::because("nothing was measured", &error))?;
     let skipped = report.skipped.iter().map(|skipped| format!("{}: {}", skipped.backend, skipped.reason));
     if args.json {
@@ -52,8 +53,10 @@ fn transfer(args: &BenchTransferArgs) -> Result<(), Failure> {
     }
 }
 
-fn options(args: &BenchTransferArgs) -> BenchOptions {
-    let mut options = BenchOptions::new(["bench", "transfer-peer"].map(OsString::from).into());
+fn options(args: &BenchTransferArgs, logging: &Logging) -> BenchOptions {
+    let mut peer = ["bench", "transfer-peer"].map(OsString::from).to_vec();
+    peer.extend(logging.flags("warn").into_iter().map(OsString::from));
+    let mut options = BenchOptions::new(peer);
     options.time_per_shape = Duration::from_secs_f64(args.seconds);
     if !args.backend.is_empty() {
         options.backends.clone_from(&args.backend);

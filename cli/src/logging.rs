@@ -41,6 +41,16 @@ impl Logging {
         Ok(Self { given, format, filter })
     }
 
+    /// The flags that have another process of this program log alike; `default` where nobody asked for a filter.
+    pub(crate) fn flags(&self, default: &str) -> Vec<String> {
+        let filter = self.given.as_deref().unwrap_or(default);
+        let format = match self.format {
+            LogFormat::Text => "text",
+            LogFormat::Json => "json",
+        };
+        ["--log", filter, "--log-format", format].map(str::to_owned).into()
+    }
+
     /// Starts logging for the rest of the process.
     pub(crate) fn start(&self) {
         // A reader of stderr that went away must not end the process.

@@ -77,7 +77,7 @@ fn run(args: Args, logging: &Logging, environment: &Environment) -> Result<(), F
         Command::Drain(args) => operate::drain(&args, environment),
         Command::Scale(args) => operate::scale(&args, environment),
         Command::Doctor(args) => doctor::run(&args),
-        Command::Bench(args) => bench::run(&args),
+        Command::Bench(args) => bench::run(&args, logging),
         Command::Key(args) => key::run(&args),
         Command::Kv(args) => kv::run(&args),
     }

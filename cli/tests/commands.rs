@@ -365,6 +365,13 @@ fn a_transfer_bench_says_why_nothing_was_measured() {
         "{output:?}"
     );
     assert!(text(&output.stderr).ends_with("error: nothing was measured\n"), "{output:?}");
+    // Also the other process says only what it was told to, and how.
+    let quiet = run(&["--log", "error", "bench", "transfer", "--shape", "1x4KiB", "--plugin", plugin]);
+    assert_eq!(text(&quiet.stderr), "error: nothing was measured\n");
+    let json = run(&["--log-format", "json", "bench", "transfer", "--shape", "1x4KiB", "--plugin", plugin]);
+    let lines: Vec<serde_json::Value> =
+        text(&json.stderr).lines().map(|line| serde_json::from_str(line).unwrap()).collect();
+    assert!(lines.len() > 2, "a warning of each process, and the failure: {lines:?}");
 }
 
 #[test]

@@ -12,7 +12,6 @@ use tempfile::TempDir;
 
 use super::ports::{Ports, is_free};
 use super::roster::PartId;
-use crate::args::LogFormat;
 use crate::failure::Failure;
 use crate::logging::Logging;
 use crate::output::tell;
@@ -23,8 +22,8 @@ use crate::part::{cannot_listen, fits_memory};
 pub(super) struct Plan {
     fleet: Fleet,
     config: Option<PathBuf>,
-    log: String,
-    json_logs: bool,
+    /// Flags of every part.
+    logging: Vec<String>,
     /// Where the router listens.
     pub(super) router: SocketAddr,
     /// Where the conductor listens.
@@ -57,8 +56,7 @@ impl Plan {
         let conductor = settle(conductor.address, conductor.named, &mut ports)?;
         Ok(Self {
             config,
-            log: logging.given.clone().unwrap_or_else(|| "warn".to_owned()),
-            json_logs: logging.format == LogFormat::Json,
+            logging: logging.flags("warn"),
             router,
             conductor,
             workers: BTreeMap::new(),
@@ -135,12 +133,8 @@ impl Plan {
 
     /// The command line of a part.
     pub(super) fn arguments(&self, id: &PartId, address: SocketAddr) -> Vec<String> {
-        let mut args: Vec<String> = Vec::new();
+        let mut args = self.logging.clone();
         let mut add = |words: &[&str]| args.extend(words.iter().map(ToString::to_string));
-        add(&["--log", &self.log]);
-        if self.json_logs {
-            add(&["--log-format", "json"]);
-        }
         match id {
             PartId::Conductor => {
                 add(&["conductor"]);
