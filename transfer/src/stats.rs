@@ -31,7 +31,8 @@ pub struct Stats {
     pub stale_refused: u64,
     /// Connections and frames refused, here or there, because the sides do not share a token.
     pub auth_refused: u64,
-    /// Connections ended because the peer broke the protocol, and requests refused because they made no sense.
+    /// Connections ended because the peer broke the protocol, metadata that cannot be read, and requests refused because
+    /// they made no sense.
     pub malformed: u64,
     /// Reads and writes that went on over another path because one broke or stood still.
     pub path_failovers: u64,

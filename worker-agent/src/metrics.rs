@@ -167,7 +167,7 @@ impl Metrics {
                 )?,
                 malformed: make.counter(
                     "transfer_malformed_total",
-                    "connections that broke the protocol, and requests that made no sense",
+                    "connections that broke the protocol, and metadata and requests that made no sense",
                 )?,
                 unauthenticated: make.counter(
                     "transfer_unauthenticated_total",

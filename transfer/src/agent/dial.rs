@@ -106,8 +106,10 @@ impl Dialer {
         metadata: &[u8],
         avoid: Option<BackendKind>,
     ) -> Result<Session, ConnectError> {
-        let metadata = Metadata::decode(metadata)
-            .map_err(|source| ConnectError::Metadata { worker: peer.clone(), source })?;
+        let metadata = Metadata::decode(metadata).map_err(|source| {
+            self.counters.broken(source);
+            ConnectError::Metadata { worker: peer.clone(), source }
+        })?;
         let (place, from_epoch, ended) = {
             let mut own = self.own();
             let place = Arc::clone(own.places.entry(peer.clone()).or_default());

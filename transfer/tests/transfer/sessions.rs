@@ -228,8 +228,12 @@ async fn another_worker_or_process_at_the_address_is_refused() {
         matches!(refused, Err(ConnectError::Refused { refusal: Refusal::Unavailable, .. })),
         "{refused:?}"
     );
-    let refused = reader.connect(&name(OWNER), EPOCH, b"junk").await;
-    assert!(matches!(refused, Err(ConnectError::Metadata { .. })), "{refused:?}");
+    let cut = &owner.metadata[..owner.metadata.len() - 1];
+    for (junk, count) in [(&b"junk"[..], 1), (cut, 2), (&[0; MAX_METADATA_BYTES + 1], 3)] {
+        let refused = reader.connect(&name(OWNER), EPOCH, junk).await;
+        assert!(matches!(refused, Err(ConnectError::Metadata { .. })), "{refused:?}");
+        assert_eq!(reader.stats().malformed, count);
+    }
 }
 
 #[tokio::test]
