@@ -2,12 +2,13 @@ use std::collections::BTreeSet;
 use std::sync::Mutex;
 
 use baton_config::{Epoch, HandoffId, WorkerId};
+use tokio_util::sync::CancellationToken;
 
 mod asks;
 mod writes;
 
 use super::*;
-use crate::agent::{Agent, AgentOptions, BackendKind, Integrity};
+use crate::agent::{Agent, AgentOptions, BackendKind, Choose, Integrity};
 use crate::backend::fabric::FabricLimits;
 use crate::backend::fabric::fabrics::{Fabrics, Open};
 use crate::backend::fabric::testing::{Faults, Rng, World};
@@ -16,6 +17,7 @@ use crate::error::TransferError;
 use crate::memory::HostMemory;
 use crate::session::{BlockRead, Expected, ReadReport, Session};
 use crate::slab::Slab;
+use crate::wire::{Metadata, Offer};
 
 const EPOCH: Epoch = Epoch(5);
 const HANDOFF: HandoffId = HandoffId(0x1111_2222_3333_4444_5555_6666_7777_8888);
@@ -249,6 +251,36 @@ async fn another_life_of_the_owner_is_stale_and_the_next_session_works() {
     let owner = &pair.owner.agent;
     let session = pair.reader.agent.connect(owner.worker(), Epoch(9), &owner.metadata()).await.unwrap();
     read(&session, &pair.blocks(&[300_000, 2000])).await.unwrap();
+}
+
+/// A fabric is closed and opened again where its library could not revoke a window: pairs may meet just then.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_pair_that_met_while_its_fabric_was_being_opened_uses_it_later() {
+    let pair = pair(Faults::default(), Integrity::Digest).await;
+    let fabrics = &pair.reader.fabrics;
+    let options = AgentOptions::new("decode-1".parse().unwrap());
+    let (backends, retry) = (vec![BackendKind::Plugin, BackendKind::Tcp], Duration::from_millis(50));
+    let options = AgentOptions { backends, retry, choose: Choose::Listed, ..options };
+    let reader = Agent::start_with(options, fabrics.clone()).await.unwrap();
+    reader.set_epoch(EPOCH);
+    let owner = &pair.owner.agent;
+    let mut metadata = Metadata::decode(&owner.metadata()).unwrap();
+    metadata.offers.push(Offer::of(BackendKind::Tcp));
+    let closed = fabrics.get(BackendKind::Plugin).unwrap();
+    closed.shut().await;
+    let session = reader.connect(owner.worker(), EPOCH, &metadata.encode()).await.unwrap();
+    let blocks = pair.blocks(&[1000]);
+    read(&session, &blocks).await.unwrap();
+    assert_eq!(session.path().backend, BackendKind::Tcp);
+    fabrics.restart(&closed, &TaskTracker::new(), &CancellationToken::new()).await;
+    let used_again = async {
+        while session.path().backend != BackendKind::Plugin {
+            read(&session, &blocks).await.unwrap();
+            tokio::time::sleep(Duration::from_millis(5)).await;
+        }
+    };
+    tokio::time::timeout(Duration::from_secs(20), used_again).await.expect("it is tried again");
+    read(&session, &blocks).await.unwrap();
 }
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
