@@ -93,7 +93,8 @@
 //! - Every frame and every look into control memory names the owner's epoch; any other is refused as stale.
 //! - The destination of a read is written only until its future has returned or was dropped: then it is fenced.
 //! - Every wait has a deadline, every frame a bound that is checked before anything is allocated.
-//! - An idle session costs no CPU, and nothing of it stays on disk however its process ends.
+//! - An idle session costs no CPU, and nothing of it stays on disk however its process ends, but what libfabric's provider
+//!   `shm` leaves (`docs/libfabric.md`).
 #![deny(unsafe_code)]
 
 pub mod agent;

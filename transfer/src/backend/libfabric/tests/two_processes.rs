@@ -132,11 +132,11 @@ impl Drop for Other {
     fn drop(&mut self) {
         let _ = self.child.kill();
         let _ = self.child.wait();
-        // The provider `shm` leaves its memory behind where a process is killed.
-        let its = format!("{}:", self.child.id());
-        for left in std::fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
-            if left.file_name().to_string_lossy().starts_with(&its) {
-                let _ = std::fs::remove_file(left.path());
+        // Of the provider `shm`, 16 MiB each: a process that is killed leaves them.
+        let own = format!("{}:", self.child.id());
+        for entry in std::fs::read_dir("/dev/shm").into_iter().flatten().flatten() {
+            if entry.file_name().to_string_lossy().starts_with(&own) {
+                let _ = std::fs::remove_file(entry.path());
             }
         }
     }
