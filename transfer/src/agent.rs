@@ -201,7 +201,8 @@ impl Agent {
     /// Binds the listeners and starts serving; refuses sessions until [`Agent::set_epoch`].
     ///
     /// # Errors
-    /// When the address is taken or nothing could ever reach this agent.
+    /// When the address is taken, is not loopback and there is no token, or nothing could ever reach this agent. A backend
+    /// that cannot be opened is no error: sessions say why they do without it.
     pub async fn start(options: AgentOptions) -> Result<Self, StartError> {
         Self::check(&options)?;
         let fabrics = Fabrics::open(&options).await;
@@ -266,10 +267,10 @@ impl Agent {
         }
     }
 
-    /// Offers memory to be read under grants.
+    /// Offers memory to be read or written under grants.
     ///
     /// # Errors
-    /// When the table is full.
+    /// When [`TransferLimits`] allow no more regions, or no more bytes.
     pub fn register(&self, memory: HostMemory) -> Result<RegionId, RegisterError> {
         self.server.register(Region::Host(memory))
     }
@@ -278,7 +279,7 @@ impl Agent {
     /// copies, which `tcp` sends. Over `shm` it cannot be read.
     ///
     /// # Errors
-    /// When the table is full.
+    /// As [`Agent::register`].
     pub fn register_device(&self, memory: DeviceMemory) -> Result<RegionId, RegisterError> {
         self.server.register(Region::Device(memory))
     }
