@@ -43,13 +43,14 @@ pub(crate) fn run(args: &DoctorArgs) -> Result<(), Failure> {
             lines.map_err(|error| Failure::because("the findings cannot be written as JSON", &error))?;
         return output::print(&format!("{}\n", lines.join("\n")));
     }
-    let head = ["", "NAME", "WORKS", "DETAIL", "REMEDY"].map(str::to_owned);
-    let mut rows = vec![Vec::from(head)];
-    rows.extend(findings.into_iter().map(|finding| {
+    let mut rows = vec![["", "NAME", "WORKS", "DETAIL"].map(str::to_owned).to_vec()];
+    for finding in findings {
         let works = if finding.works { "yes" } else { "no" };
-        let remedy = finding.remedy.unwrap_or_default();
-        vec![finding.kind.to_owned(), finding.name, works.to_owned(), finding.detail, remedy]
-    }));
+        rows.push(vec![finding.kind.to_owned(), finding.name, works.to_owned(), finding.detail]);
+        // In a column of its own it would be far beyond the edge of a terminal.
+        let below = |remedy| vec![String::new(), String::new(), String::new(), format!("remedy: {remedy}")];
+        rows.extend(finding.remedy.map(below));
+    }
     output::print(&columns(&rows))
 }
 

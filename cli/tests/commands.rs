@@ -194,6 +194,15 @@ fn reports_are_json_on_demand() {
         rows.into_iter().find(|row| row["name"] == name).map(|row| row["works"] == true)
     };
     assert_eq!((works("tcp"), works("shm"), works("vllm")), (Some(true), Some(true), Some(false)));
+    // For people each remedy stands below its reason, in the same column.
+    let table = text(&run(&["doctor"]).stdout);
+    let mut lines = table.lines();
+    let detail_at = lines.next().unwrap().find("DETAIL").unwrap();
+    let remedies: Vec<&str> =
+        lines.filter(|line| line[..detail_at].trim().is_empty()).map(|line| &line[detail_at..]).collect();
+    let lacking = doctor.lines().filter(|line| !line.ends_with("\"remedy\":null}")).count();
+    assert_eq!(remedies.len(), lacking, "{table}");
+    assert!(remedies.iter().all(|remedy| remedy.starts_with("remedy: ")), "{table}");
 }
 
 #[test]
