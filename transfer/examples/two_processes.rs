@@ -178,7 +178,8 @@ async fn use_blocks(backend: &str) -> anyhow::Result<()> {
     let path = session.path();
     println!("path {}: {}", path.backend, path.reason);
     let wanted = backend.split(':').next().unwrap_or_default();
-    ensure!(path.backend.as_str() == wanted, "{wanted} was asked for; `baton doctor` says what it lacks");
+    // Why not the others; `baton doctor` knows what would help.
+    ensure!(path.backend.as_str() == wanted, "{wanted} was asked for: {:?}", path.rejected);
 
     // Where blocks go need not be registered with the agent: nobody is granted anything of it. A backend whose library
     // wants it registered sees to that at the first read.

@@ -92,7 +92,7 @@ fn two_processes_over_a_plugin() {
     let plugin = directory.path().join("libbaton_cma.so");
     let source = Path::new(env!("CARGO_MANIFEST_DIR")).join("plugin/example/baton_cma.c");
     let built = Command::new("cc")
-        .args(["-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC", "-o"])
+        .args(["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-O2", "-shared", "-fPIC", "-o"])
         .arg(&plugin)
         .arg(source)
         .output()
@@ -103,8 +103,11 @@ fn two_processes_over_a_plugin() {
 
 #[test]
 fn what_cannot_be_is_said() {
-    for (backend, why) in [("carrier-pigeon", "there is no backend carrier-pigeon"), ("plugin:/none.so", "")]
-    {
+    let wrong = [
+        ("carrier-pigeon", "there is no backend carrier-pigeon"),
+        ("plugin:/none.so", "there is no plugin at /none.so"),
+    ];
+    for (backend, why) in wrong {
         let output = two_processes(backend);
         assert!(!output.status.success(), "{backend}");
         assert!(String::from_utf8_lossy(&output.stderr).contains(why), "{output:?}");
