@@ -401,9 +401,9 @@ pub struct PathStatus {
     pub backend: String,
     /// Why this one, and why not a better one.
     pub reason: String,
-    /// Measured bandwidth, once something moved.
+    /// Bandwidth: of the reads that were long enough to tell, until then as measured when the path was chosen.
     pub gb_per_s: Option<f64>,
-    /// Measured latency of a small read, once something moved.
+    /// Latency: time to the first byte of reads, until there are any as measured when the path was chosen.
     pub latency_us: Option<f64>,
     /// The paths preferred to this one that do not work now, and why.
     #[serde(default, skip_serializing_if = "Option::is_none")]

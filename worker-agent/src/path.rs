@@ -79,13 +79,16 @@ impl Paths {
             let (prefill, decode) = (peer.clone(), own.clone());
             if let Some(session) = &path.session {
                 let (info, stats) = (session.path(), session.stats());
+                // Until reads have said it, and where all of them are short, what was measured when the path was chosen.
+                let speed = stats.bytes_per_second.or(info.bytes_per_second);
+                let latency = stats.latency.or(info.latency);
                 return Some(PathStatus {
                     prefill,
                     decode,
                     backend: info.backend.to_string(),
                     reason: info.reason.clone(),
-                    gb_per_s: stats.bytes_per_second.map(|speed| speed / 1e9),
-                    latency_us: stats.latency.map(|latency| latency.as_secs_f64() * 1e6),
+                    gb_per_s: speed.map(|speed| speed / 1e9),
+                    latency_us: latency.map(|latency| latency.as_secs_f64() * 1e6),
                     fell_back: fell_back(&info.fallen_from),
                 });
             }
@@ -196,12 +199,21 @@ mod tests {
     async fn a_path_is_told_and_reckoned_with_while_there_is_a_session_with_the_life_in_view() {
         let (paths, own, peer) = (Paths::default(), name("d-0"), name("p-0"));
         let (_owner, _reader, session) = used_session(&peer).await;
+        let measured = async {
+            while session.path().bytes_per_second.is_none() {
+                tokio::time::sleep(Duration::from_millis(5)).await;
+            }
+        };
+        tokio::time::timeout(Duration::from_secs(20), measured).await.unwrap();
+        assert_eq!(session.stats().bytes_per_second, None, "the only read was too short");
         let told = || paths.status(&own).into_iter().map(|path| path.backend).collect::<Vec<_>>();
         let backend = session.path().backend.to_string();
         paths.failed(&peer, "no");
         assert_eq!(told(), ["none"]);
         paths.used(&peer, &session);
         assert_eq!(told(), [backend.as_str()], "it works again");
+        let path = &paths.status(&own)[0];
+        assert!(path.gb_per_s.unwrap() > 0.0 && path.latency_us.unwrap() > 0.0, "{path:?}");
         assert_eq!(paths.costs(&peer, 1.0, 1.0), None, "no message was answered");
         paths.round_trip(&peer, Duration::from_millis(10));
         let overhead_s = paths.costs(&peer, 1.0, 1.0).unwrap().overhead_s;
