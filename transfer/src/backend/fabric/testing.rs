@@ -107,6 +107,8 @@ struct Endpoint {
     polls: usize,
     /// Most operations and bytes posted to one peer at once.
     peak: (usize, usize),
+    /// Operations posted in all.
+    posted: usize,
 }
 
 impl World {
@@ -183,6 +185,11 @@ impl World {
     /// Most operations and bytes an endpoint had posted to one peer at once.
     pub(crate) fn peak(&self, endpoint: usize) -> (usize, usize) {
         self.endpoints()[endpoint].peak
+    }
+
+    /// Operations an endpoint has posted.
+    pub(crate) fn posted(&self, endpoint: usize) -> usize {
+        self.endpoints()[endpoint].posted
     }
 
     /// How often an endpoint was polled.
@@ -284,8 +291,9 @@ impl MemoryDriver {
         self.posted.push(Posted { op, peer, due, what, local, memory, target, lost });
         let of_peer = self.posted.iter().filter(|posted| posted.peer == peer);
         let now = of_peer.fold((0, 0), |(ops, bytes), posted| (ops + 1, bytes + posted.local.len));
-        let peak = &mut self.world.endpoints()[self.me].peak;
-        *peak = (peak.0.max(now.0), peak.1.max(now.1));
+        let own = &mut self.world.endpoints()[self.me];
+        own.peak = (own.peak.0.max(now.0), own.peak.1.max(now.1));
+        own.posted += 1;
         Ok(())
     }
 

@@ -328,6 +328,9 @@ async fn messages_reach_who_awaits_them_and_a_cancelled_one_gives_its_buffer_bac
     drop(awaited);
 
     drop(receive(2, 100).await.unwrap());
+    let cancelled = receive(4, 100).await.unwrap();
+    cancelled.awaits().await;
+    drop(cancelled);
     let mut longer = receive(3, 101).await.unwrap();
     longer.awaits().await;
     send(3).await.unwrap().end().await.unwrap();

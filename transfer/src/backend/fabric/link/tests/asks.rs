@@ -137,8 +137,8 @@ async fn blocks_are_asked_about_when_they_are_there() {
     let pair = pair_with(1, faults, limits, Integrity::Off).await;
     let (session, into) = (pair.session().await, memory(LEN));
     // One after the other, each of them an operation.
-    let blocks = pair.blocks(&[LATE_BYTES as u32 / 2; 8]);
-    let (early, before) = (blocks.len() - 2, pair.world.asked(OWNER));
+    let blocks = pair.blocks(&[LATE_BYTES as u32 / 8; 20]);
+    let (early, before) = (blocks.len() - 8, pair.world.asked(OWNER));
     let reading = async { session.read(HANDOFF, &blocks, Destination::Memory(&into), soon()).await.unwrap() };
     let watching = async {
         for (asked, there) in [(1, early), (2, blocks.len())] {
@@ -149,6 +149,16 @@ async fn blocks_are_asked_about_when_they_are_there() {
         }
     };
     tokio::join!(reading, watching);
+}
+
+/// What was to be asked about it is never answered then, and nobody waits for that.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_read_whose_operations_fail_ends_with_them() {
+    for integrity in [Integrity::Digest, Integrity::Off] {
+        let pair = pair(Faults { failed: 1000, ..Faults::default() }, integrity).await;
+        let outcome = read(&pair.session().await, &pair.blocks(&[LATE_BYTES as u32; 3])).await;
+        assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
+    }
 }
 
 /// Without digests only the owner's word keeps bytes from being delivered that are others by the time they are read.

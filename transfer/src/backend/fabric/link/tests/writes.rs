@@ -1,5 +1,11 @@
+use tokio_util::sync::CancellationToken;
+
 use super::*;
+use crate::backend::control::{Control, Handler};
+use crate::backend::handshake::Route;
 use crate::session::BlockWrite;
+use crate::wire::Metadata;
+use crate::wire::control::{Attach, Window, WindowIs, Write};
 
 /// A writer whose memory holds the pattern, and where it may write to.
 struct Written {
@@ -106,6 +112,61 @@ async fn only_what_is_granted_can_be_written() {
     assert_eq!(refused(written.write(&blocks).await), Refusal::NotGranted);
 }
 
+/// What a writer says of its windows is not believed.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_writer_that_lies_about_its_windows_is_refused() {
+    let written = written_with(1, Faults::default(), Integrity::Digest).await;
+    let owner = &written.pair.owner.agent;
+    let peer = Metadata::decode(&owner.metadata()).unwrap();
+    let pair = crate::backend::Pair {
+        from: "liar".parse().unwrap(),
+        from_epoch: Epoch(9),
+        to: owner.worker().clone(),
+        epoch: EPOCH,
+        incarnation: peer.incarnation,
+    };
+    let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
+    let route = Route { address: peer.address, auth: None, counters: Arc::default(), tasks, ended };
+    let nothing: Handler = Arc::new(|_, _| Box::pin(async { Err(Denial::Refused(Refusal::Malformed)) }));
+    let control = Control::open(pair, &route, nothing).await.unwrap();
+    let fabric = written.pair.reader.fabrics.get(BackendKind::Plugin).unwrap();
+    let (backend, wire) = (BackendKind::Plugin, fabric.info().wire.clone());
+    let attach = Attach { backend, wire, address: fabric.address().to_vec() };
+    control.ask(Kind::Attach, &attach.encode()).await.unwrap();
+
+    let [one, other]: [Descriptor; 2] =
+        written.blocks(&[5000, 300]).iter().map(|block| block.to).collect::<Vec<_>>().try_into().unwrap();
+    let ask = async |kind, payload: Vec<u8>| match control.ask(kind, &payload).await {
+        Ok((_, payload)) => Ok(payload),
+        Err(Fault::Refused(refusal)) => Err(refusal),
+        Err(fault) => panic!("{fault:?}"),
+    };
+    let open = async |blocks: &[Descriptor]| {
+        let asked = Window::encode(backend, HANDOFF, blocks.iter().copied());
+        let windows = WindowIs::decode(&ask(Kind::Window, asked).await?).unwrap().windows;
+        Ok(windows.iter().map(|window| window.window).collect::<Vec<u64>>())
+    };
+    let done = async |handoff, blocks: &[Descriptor], windows: Vec<u64>| {
+        let (blocks, digests) = (blocks.to_vec(), Vec::new());
+        let said = Write { handoff, first: 0, blocks, digests, windows };
+        ask(Kind::Write, said.encode()).await.map(|_| ())
+    };
+    assert_eq!(open(&[one, one]).await, Err(Refusal::Overlap));
+    let beyond = Descriptor { offset: LEN as u64, ..one };
+    let longer = Descriptor { offset: one.offset - 1, ..one };
+    for beside in [other, beyond, longer] {
+        let windows = open(&[one]).await.unwrap();
+        assert_eq!(done(HANDOFF, &[beside], windows).await, Err(Refusal::NotGranted), "{beside:?}");
+    }
+    let windows = open(&[one]).await.unwrap();
+    assert_eq!(done(HandoffId(7), &[one], windows.clone()).await, Err(Refusal::NotGranted));
+    assert_eq!(done(HANDOFF, &[one, one], windows.clone()).await, Err(Refusal::Overlap));
+    assert_eq!(done(HANDOFF, &[one], windows).await, Err(Refusal::NotGranted), "they are closed by then");
+    let windows = open(&[one]).await.unwrap();
+    done(HANDOFF, &[one], windows).await.unwrap();
+    written.assert_settled().await;
+}
+
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn bytes_that_change_on_the_way_are_refused() {
     let faults = Faults { flipped: 1000, ..Faults::default() };
@@ -175,6 +236,13 @@ async fn a_write_whose_grant_ends_is_refused_and_its_fabric_is_still_good() {
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writer_that_cannot_stop_is_cut_off_and_can_come_back() {
+    // Before its fabric has given its operations up, and after.
+    for waits in [false, true] {
+        cut_off_and_come_back(waits).await;
+    }
+}
+
+async fn cut_off_and_come_back(waits: bool) {
     let faults = Faults { late_writes: true, ..Faults::default() };
     let written = written_with(1, faults, Integrity::Digest).await;
     let blocks = written.blocks(&[100_000; 3]);
@@ -184,6 +252,9 @@ async fn a_writer_that_cannot_stop_is_cut_off_and_can_come_back() {
     {
         let writing = session.write(HANDOFF, &blocks, &written.source, soon());
         assert!(tokio::time::timeout(Duration::from_millis(100), writing).await.is_err());
+    }
+    while waits && session.is_usable() {
+        tokio::time::sleep(Duration::from_millis(10)).await;
     }
     written.assert_settled().await;
     assert!(!written.pair.world.is_alive(OWNER), "the owner's driver was closed");
@@ -209,6 +280,85 @@ async fn a_writer_that_cannot_stop_is_cut_off_and_can_come_back() {
     let session = tokio::time::timeout(Duration::from_secs(10), again).await.unwrap();
     session.write(HANDOFF, &blocks, &written.source, soon()).await.unwrap();
     assert!(blocks.iter().all(|block| written.is_written(block)));
+}
+
+/// An operation that ended in an error may land yet: only the end of the fabric is its end.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn the_windows_of_a_write_that_failed_are_closed_by_force() {
+    let written = written_with(1, Faults { failed: 1000, ..Faults::default() }, Integrity::Digest).await;
+    let blocks = written.blocks(&[5000]);
+    let outcome = written.write(&blocks).await;
+    assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
+    written.assert_settled().await;
+    assert!(!written.pair.world.is_alive(OWNER), "the owner's driver was closed");
+}
+
+/// What of a write was under way when it was given up is known as long as it is, whatever is written after it.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn a_write_that_was_given_up_is_fenced_while_others_go_on() {
+    let faults = Faults { delay: Duration::from_millis(150), late_writes: true, ..Faults::default() };
+    let written = written_with(1, faults, Integrity::Digest).await;
+    let session = written.pair.session().await;
+    let blocks = written.blocks(&[3000; 50]);
+    {
+        let writing = session.write(HANDOFF, &blocks, &written.source, soon());
+        tokio::pin!(writing);
+        while written.pair.world.posted(READER) < blocks.len() {
+            assert!(futures_util::poll!(writing.as_mut()).is_pending());
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+    }
+    let other = HandoffId(7);
+    let region = written.pair.owner.agent.register(memory(100)).unwrap();
+    let to = Descriptor { region, offset: 0, len: 100 };
+    written.pair.owner.agent.grant_write(other, &[to]);
+    let another = [BlockWrite { from: 0, to }];
+    let writing = session.write(other, &another, &written.source, soon());
+    let (outcome, ()) = tokio::join!(writing, written.assert_settled());
+    outcome.unwrap();
+    // What was posted has had its time by now.
+    tokio::time::sleep(faults.delay).await;
+    for Descriptor { offset, len, .. } in blocks.iter().map(|block| block.to) {
+        let mut bytes = vec![0; len as usize];
+        written.target.read(offset as usize, &mut bytes);
+        assert!(bytes.iter().all(|byte| *byte == 0xee), "written after the end of the grant");
+    }
+}
+
+/// Windows may come when their grant has ended already: then nothing is posted. It is tried more than once, as what
+/// is posted and given up at once may be neither.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn nothing_is_posted_after_the_end_of_a_grant() {
+    for _ in 0..5 {
+        end_a_grant_before_its_windows_come().await;
+    }
+}
+
+async fn end_a_grant_before_its_windows_come() {
+    let written = written_with(1, Faults { late_writes: true, ..Faults::default() }, Integrity::Digest).await;
+    let session = written.pair.session().await;
+    let blocks = written.blocks(&[3 << 20; 3]);
+    session.write(HANDOFF, &blocks, &written.source, soon()).await.unwrap();
+    let posted = written.pair.world.posted(READER);
+    let fabric = written.pair.reader.fabrics.get(BackendKind::Plugin).unwrap();
+    written.pair.world.connect_slowly(READER, Duration::from_millis(300));
+    // The writer's thread is busy: it takes no keys.
+    let busy = fabric.connect(0u64.to_le_bytes().to_vec());
+    let writing = async {
+        tokio::time::sleep(Duration::from_millis(10)).await;
+        session.write(HANDOFF, &blocks, &written.source, soon()).await
+    };
+    let revoked = async {
+        while written.pair.world.registered(OWNER) < 3 {
+            tokio::time::sleep(Duration::from_millis(1)).await;
+        }
+        tokio::time::sleep(Duration::from_millis(20)).await;
+        written.pair.owner.agent.revoke(HANDOFF).settled().await;
+    };
+    let (_peer, outcome, ()) = tokio::join!(busy, writing, revoked);
+    let is_refused = matches!(outcome, Err(TransferError::Refused { refusal: Refusal::NotGranted, .. }));
+    assert!(is_refused && session.is_usable(), "{outcome:?}");
+    assert_eq!(written.pair.world.posted(READER), posted);
 }
 
 async fn play_writes(seed: u64) -> [usize; 2] {
