@@ -7,7 +7,7 @@ use crate::backend::handshake::Route;
 use crate::backend::shm::link::{Access, ShmLink};
 use crate::backend::tcp::link::TcpLink;
 use crate::backend::{Fault, Link, Pair};
-use crate::error::Refusal;
+use crate::error::LinkError;
 use crate::memory::HostMemory;
 use crate::wire::Metadata;
 
@@ -46,7 +46,10 @@ impl Opener {
             BackendKind::Cma => ShmLink::open(pair, Access::Copy).await.map(Link::Shm),
             BackendKind::Tcp => TcpLink::open(pair, route.clone(), self.options.streams).await.map(Link::Tcp),
             BackendKind::Libfabric | BackendKind::Ucx | BackendKind::Plugin => {
-                let fabric = self.fabrics.get(backend).ok_or(Fault::Refused(Refusal::Mismatch))?;
+                let fabric = self.fabrics.get(backend).ok_or_else(|| {
+                    let why = self.fabrics.missing(backend);
+                    LinkError::Fabric(why.unwrap_or_else(|| "it is being opened again here".to_owned()))
+                })?;
                 FabricLink::open(pair, route, fabric).await.map(Link::Fabric)
             }
         }

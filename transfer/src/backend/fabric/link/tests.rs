@@ -271,7 +271,13 @@ async fn a_pair_that_met_while_its_fabric_was_being_opened_uses_it_later() {
     let session = reader.connect(owner.worker(), EPOCH, &metadata.encode()).await.unwrap();
     let blocks = pair.blocks(&[1000]);
     read(&session, &blocks).await.unwrap();
-    assert_eq!(session.path().backend, BackendKind::Tcp);
+    let path = session.path();
+    assert_eq!(path.backend, BackendKind::Tcp);
+    assert!(
+        path.reason.contains("plugin: the fabric failed: it is being opened again here"),
+        "{}",
+        path.reason
+    );
     fabrics.restart(&closed, &TaskTracker::new(), &CancellationToken::new()).await;
     let used_again = async {
         while session.path().backend != BackendKind::Plugin {
