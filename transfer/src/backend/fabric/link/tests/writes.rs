@@ -450,7 +450,7 @@ async fn windows_of_writes_that_were_given_up_are_closed() {
     let (owner, session) =
         (written.pair.owner.fabrics.get(BackendKind::Plugin).unwrap(), written.pair.session().await);
     for _ in 0..3 {
-        written.pair.world.connect_slowly(OWNER, Duration::from_millis(60));
+        written.pair.world.connect_slowly(OWNER, Duration::from_millis(500));
         let busy = owner.connect(1u64.to_le_bytes().to_vec());
         let giving_up = async {
             tokio::time::sleep(Duration::from_millis(10)).await;
