@@ -132,6 +132,14 @@ impl Progress {
         self.queued.store(queued, Ordering::Relaxed);
     }
 
+    /// Waits for `turn`, and says so for as long as that takes.
+    pub(crate) async fn queued<T>(&self, turn: impl Future<Output = T>) -> T {
+        self.set_queued(true);
+        let turn = turn.await;
+        self.set_queued(false);
+        turn
+    }
+
     pub(crate) fn is_queued(&self) -> bool {
         self.queued.load(Ordering::Relaxed)
     }

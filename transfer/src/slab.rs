@@ -178,6 +178,12 @@ impl Slab {
         self.take(permit).pop()
     }
 
+    /// A share of the slots, one part in `parts`, for a user who must not keep all of them.
+    pub(crate) fn share(&self, parts: usize) -> Share {
+        let permits = Arc::new(Semaphore::new(self.slots().div_ceil(parts)));
+        Share { slab: self.clone(), permits }
+    }
+
     fn take(&self, mut permit: OwnedSemaphorePermit) -> Vec<Slot> {
         let mut books = self.0.books();
         let mut taken = Vec::with_capacity(permit.num_permits());
@@ -185,7 +191,7 @@ impl Slab {
             // A permit is given back only after its slot was listed, so there is a slot for every permit.
             let Some(index) = books.free.pop() else { break };
             books.states[index] = SlotState::Filling;
-            taken.push(Slot { shared: Arc::clone(&self.0), index, _permit: permit });
+            taken.push(Slot { shared: Arc::clone(&self.0), index, _permit: permit, _share: None });
         }
         taken
     }
@@ -209,6 +215,47 @@ impl Slab {
         } else {
             Err(SlabAuditError { slots, counts, listed, permits })
         }
+    }
+}
+
+/// How many slots one user has at most; clones have them together.
+#[derive(Debug, Clone)]
+pub(crate) struct Share {
+    slab: Slab,
+    permits: Arc<Semaphore>,
+}
+
+impl Share {
+    /// The memory all slots are part of.
+    pub(crate) fn memory(&self) -> &HostMemory {
+        self.slab.memory()
+    }
+
+    /// As [`Slab::acquire`], of slots that are within the share.
+    pub(crate) async fn acquire(&self, count: usize, deadline: Instant) -> Result<Vec<Slot>, SlabError> {
+        let exhausted = SlabError::Exhausted { asked: count, slots: self.slab.slots() };
+        let asked = u32::try_from(count).unwrap_or(u32::MAX);
+        let permits = match Arc::clone(&self.permits).try_acquire_many_owned(asked) {
+            Ok(permits) => permits,
+            Err(_) => {
+                let permits = Arc::clone(&self.permits).acquire_many_owned(asked);
+                let permits = tokio::time::timeout_at(deadline, permits).await;
+                permits.ok().and_then(Result::ok).ok_or(exhausted)?
+            }
+        };
+        Ok(Self::keep(permits, self.slab.acquire(count, deadline).await?))
+    }
+
+    /// As [`Slab::try_acquire`].
+    pub(crate) fn try_acquire(&self) -> Option<Slot> {
+        let permit = Arc::clone(&self.permits).try_acquire_owned().ok()?;
+        Self::keep(permit, vec![self.slab.try_acquire()?]).pop()
+    }
+
+    /// Gives each slot its part of the share.
+    fn keep(mut permits: OwnedSemaphorePermit, mut slots: Vec<Slot>) -> Vec<Slot> {
+        slots.iter_mut().for_each(|slot| slot._share = permits.split(1));
+        slots
     }
 }
 
@@ -238,6 +285,7 @@ pub struct Slot {
     index: usize,
     /// Dropped after the slot is listed as free again.
     _permit: OwnedSemaphorePermit,
+    _share: Option<OwnedSemaphorePermit>,
 }
 
 impl Slot {

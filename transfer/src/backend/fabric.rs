@@ -34,6 +34,8 @@ const STRIPE_BYTES: usize = 256 << 10;
 const OP_BYTES: usize = 1 << 20;
 /// Most blocks of one operation.
 pub(crate) const PIECES_MAX: usize = 8;
+/// Of all buffers of a kind, how many one peer may have: one part in so many.
+const SHARES: usize = 4;
 
 /// Bounds of one fabric.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

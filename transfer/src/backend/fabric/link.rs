@@ -19,12 +19,14 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use futures_util::stream::FuturesOrdered;
+use tokio::sync::Semaphore;
 use tokio::time::{Instant, timeout};
 use tokio_util::task::TaskTracker;
 
 use self::landing::Landing;
 use self::plan::{Load, Plan, Ways};
 use self::write::{ShortWrites, Writes};
+use super::SHARES;
 use super::batch::{Batch, Running, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange, RemoteId};
 use super::registry::Registration;
@@ -38,7 +40,7 @@ use crate::error::{LinkError, Refusal};
 use crate::memory::MemorySpan;
 use crate::random::random_u64;
 use crate::session::{Descriptor, Destination};
-use crate::slab::Slot;
+use crate::slab::{Share, Slot};
 use crate::wire::ask::ASK_MAX_BLOCKS;
 use crate::wire::control::{Attach, Attached, Key, KeyIs, Pack, decode_fence};
 use crate::wire::{self, HEADER_BYTES, Kind, MAX_READ_BLOCKS, MAX_READ_BYTES, WireError};
@@ -66,9 +68,14 @@ pub(crate) struct FabricLink {
     /// Regions of the peer whose keys are here.
     regions: Mutex<HashMap<RegionId, Remote>>,
     /// Held while a key is asked for.
-    asking: tokio::sync::Mutex<()>,
+    asking_key: tokio::sync::Mutex<()>,
+    /// Where requests to this peer are made, and its blocks land: one that does not answer leaves the others theirs.
+    asking: Share,
+    landing: Share,
     writes: Arc<Writes>,
     short_writes: Box<ShortWrites>,
+    /// How often windows may be open.
+    windows: Arc<Semaphore>,
     /// Runs what a write that was given up leaves to be done.
     tasks: TaskTracker,
 }
@@ -126,9 +133,22 @@ impl FabricLink {
         let late = || LinkError::io("attaching to its fabric")(std::io::ErrorKind::TimedOut.into());
         let (peer, ticket) = timeout(ATTACH_TIMEOUT, attach).await.map_err(|_| late())??;
         let tasks = route.tasks.clone();
-        let (regions, asking) = (Mutex::default(), tokio::sync::Mutex::default());
-        let short_writes = Box::new(ShortWrites::new(route));
-        Ok(Self { pair, control, fabric, peer, ticket, regions, asking, writes, short_writes, tasks })
+        let (asking, landing) = (fabric.asking().share(SHARES), fabric.landing().share(SHARES));
+        Ok(Self {
+            pair,
+            control,
+            fabric,
+            peer,
+            ticket,
+            regions: Mutex::default(),
+            asking_key: tokio::sync::Mutex::default(),
+            asking,
+            landing,
+            writes,
+            short_writes: Box::new(ShortWrites::new(route)),
+            windows: Arc::new(Semaphore::new(write::WINDOWED_AT_ONCE)),
+            tasks,
+        })
     }
 
     /// Answers what the owner asks: to end writes.
@@ -283,7 +303,8 @@ impl FabricLink {
         let (early, late) = blocks.split_at(early(job, blocks));
         let parts: Vec<&[usize]> = [early, late].into_iter().filter(|part| !part.is_empty()).collect();
         let (mut then, mut confirmations, mut after) = (VecDeque::new(), Vec::new(), 0);
-        for (note, part) in self.notes(parts.len()).await?.into_iter().zip(parts) {
+        let notes = job.progress.queued(self.notes(parts.len())).await?;
+        for (note, part) in notes.into_iter().zip(parts) {
             let sources = part.iter().map(|index| job.blocks[*index].source);
             let (exchange, confirmation) = self.confirmation(note, job.handoff, sources)?;
             after += part.len();
@@ -314,20 +335,21 @@ impl FabricLink {
     async fn read_loads(&self, job: &ReadJob<'_>, loads: &[Load]) -> Result<Vec<usize>, Fault> {
         let mut landing = Landing::new(job);
         if let [only] = loads {
-            let (load, buffer) = self.fetch(job, only, true).await?;
-            landing.take(load, self.fabric.landing().memory(), buffer.offset);
+            let (load, buffer) = self.fetch(job, only, Turn::Alone).await?;
+            landing.take(load, self.landing.memory(), buffer.offset);
             return Ok(landing.corrupt);
         }
-        let mut waiting = loads.iter();
+        let turns = std::iter::once(Turn::First).chain(std::iter::repeat(Turn::Later));
+        let mut waiting = loads.iter().zip(turns).map(|(load, turn)| self.fetch(job, load, turn));
         // In order, and started in order: the first of them always has its buffer, so reads cannot starve each other.
         let mut under_way = FuturesOrdered::new();
-        under_way.extend(waiting.by_ref().take(LOADS_AT_ONCE).map(|load| self.fetch(job, load, false)));
+        under_way.extend(waiting.by_ref().take(LOADS_AT_ONCE));
         let mut unyielded = 0;
         while let Some(fetched) = self.fabric.first_of(&mut under_way).await {
             let (load, buffer) = fetched?;
-            landing.take(load, self.fabric.landing().memory(), buffer.offset);
+            landing.take(load, self.landing.memory(), buffer.offset);
             drop(buffer);
-            under_way.extend(waiting.next().map(|load| self.fetch(job, load, false)));
+            under_way.extend(waiting.next());
             unyielded += load.bytes;
             if unyielded >= YIELD_BYTES {
                 unyielded = 0;
@@ -337,27 +359,20 @@ impl FabricLink {
         Ok(landing.corrupt)
     }
 
-    /// Fills a buffer, `alone` or while others are being filled.
+    /// Fills a buffer.
     async fn fetch<'a>(
         &self,
         job: &ReadJob<'_>,
         load: &'a Load,
-        alone: bool,
+        turn: Turn,
     ) -> Result<(&'a Load, Buffer), Fault> {
-        // Without its first buffer a read does not move; later ones keep it moving.
-        let queued = job.progress.moved() == 0;
-        if queued {
-            job.progress.set_queued(true);
-        }
-        let slots = self.fabric.landing().acquire(1, Instant::now() + BUFFER_TIMEOUT).await;
-        if queued {
-            job.progress.set_queued(false);
-        }
+        let slots = self.landing.acquire(1, Instant::now() + BUFFER_TIMEOUT);
+        let slots = turn.wait(job, slots).await;
         let slot = slots.ok().and_then(|mut slots| slots.pop()).ok_or(Fault::Refused(Refusal::Overloaded))?;
         let local = self.register_host(&slot.memory().span()).await.map_err(unable)?;
         let (id, offset) = (local.id, slot.offset() + DATA_AT);
         if load.packed {
-            let running = self.receive(job, (load, alone), slot, local).await?;
+            let running = self.receive(job, (load, turn), slot, local).await?;
             return Ok((load, Buffer { offset, _running: running }));
         }
         let keep = Box::new((slot, local));
@@ -372,7 +387,7 @@ impl FabricLink {
         }
         let batch = Batch::new(self.peer.clone(), transfers, keep);
         let mut running = self.fabric.submit(batch).await.map_err(broken)?;
-        running.spins(alone);
+        running.spins(turn == Turn::Alone);
         running.end().await.map_err(broken)?;
         let unverified =
             load.parts.iter().map(|part| part.block).filter(|index| job.expected(*index).is_none());
@@ -384,7 +399,7 @@ impl FabricLink {
     async fn receive(
         &self,
         job: &ReadJob<'_>,
-        (load, alone): (&Load, bool),
+        (load, turn): (&Load, Turn),
         slot: Slot,
         registered: Arc<Registration>,
     ) -> Result<Running, Fault> {
@@ -396,8 +411,9 @@ impl FabricLink {
         let blocks = load.parts.iter().map(|part| job.blocks[part.block].source);
         let mut running;
         if self.asks(blocks.len()) {
-            running = self.ask((Kind::Pack, tag), job.handoff, blocks, batch).await?;
-            running.spins(alone);
+            let note = turn.wait(job, self.note()).await?;
+            running = self.ask(note, (Kind::Pack, tag), job.handoff, blocks, batch).await?;
+            running.spins(turn == Turn::Alone);
             running.end().await.map_err(broken)?;
         } else {
             running = self.fabric.submit(batch).await.map_err(broken)?;
@@ -437,7 +453,7 @@ impl FabricLink {
     }
 
     async fn ask_key(&self, region: RegionId) -> Result<Remote, Fault> {
-        let _asking = self.asking.lock().await;
+        let _asking = self.asking_key.lock().await;
         if let Some(remote) = self.regions().get(&region) {
             return Ok(*remote);
         }
@@ -482,6 +498,26 @@ impl Drop for FabricLink {
     fn drop(&mut self) {
         // What is under way holds the peer: without this it would never be cut off.
         self.peer.sever("the link is closed");
+    }
+}
+
+/// Whose turn it is, of the buffers that a read fills.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+enum Turn {
+    /// The only one.
+    Alone,
+    /// Of several.
+    First,
+    Later,
+}
+
+impl Turn {
+    /// Waits for what a buffer needs. Without its first one a read does not move; later ones keep it moving.
+    async fn wait<T>(self, job: &ReadJob<'_>, what: impl Future<Output = T>) -> T {
+        match self {
+            Self::Alone | Self::First => job.progress.queued(what).await,
+            Self::Later => what.await,
+        }
     }
 }
 

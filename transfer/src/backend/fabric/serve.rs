@@ -13,9 +13,10 @@ use std::time::Duration;
 
 use baton_config::Epoch;
 use bytes::Bytes;
-use tokio::sync::{OwnedSemaphorePermit, Semaphore};
-use tokio::time::{Instant, timeout_at};
+use tokio::sync::Semaphore;
+use tokio::time::Instant;
 
+use super::SHARES;
 use super::batch::{Batch, Transfer, Verb};
 use super::driver::{Access, DriverError, LocalRange};
 use super::registry::Registration;
@@ -28,16 +29,13 @@ use crate::backend::control::{Answer, Peer};
 use crate::error::Refusal;
 use crate::jobs;
 use crate::session::Descriptor;
-use crate::slab::{Slab, Slot};
+use crate::slab::{Share, Slab, Slot};
 use crate::wire::ask::answer_head;
 use crate::wire::control::{Attach, Attached, Key, KeyIs, Pack, Window, Write, decode_fence};
 use crate::wire::{HEADER_BYTES, Header, Kind, Read};
 
 /// How long a message waits for its buffer.
 const BUFFER_TIMEOUT: Duration = Duration::from_secs(2);
-/// Of all buffers, how many messages to one peer may have: one part in so many. One that takes none leaves the others
-/// theirs.
-const SHARES: usize = 4;
 
 /// What fabrics keep for one control connection.
 #[derive(Default)]
@@ -54,47 +52,43 @@ struct Attachment {
     /// Where messages are gathered, and short answers.
     sending: Outlet,
     answers: Outlet,
+    /// How many of its requests tasks may answer at once.
+    later: Arc<Semaphore>,
     _ticket: Option<requests::Ticket>,
 }
 
-/// Buffers of which a peer may have its share.
+/// A peer's share of the buffers of messages to it: one that takes none leaves the others theirs.
 #[derive(Clone)]
 struct Outlet {
-    slab: Slab,
+    share: Share,
     /// What they are registered as.
     registered: Arc<Registration>,
-    share: Arc<Semaphore>,
 }
 
-/// A buffer that is sent to a peer, and its part of the peer's share.
+/// A buffer that is sent to a peer.
 struct Room {
     slot: Slot,
     registered: Arc<Registration>,
-    _share: OwnedSemaphorePermit,
 }
 
 impl Outlet {
     async fn new(fabric: &thread::Fabric, slab: &Slab) -> Result<Self, DriverError> {
         let registered = fabric.registered(&slab.memory().span(), Access::Local).await?;
-        let share = Arc::new(Semaphore::new(slab.slots().div_ceil(SHARES)));
-        Ok(Self { slab: slab.clone(), registered, share })
+        Ok(Self { share: slab.share(SHARES), registered })
     }
 
     /// Waits for a buffer.
     async fn wait(&self) -> Option<Room> {
-        let until = Instant::now() + BUFFER_TIMEOUT;
-        let share = timeout_at(until, Arc::clone(&self.share).acquire_owned()).await.ok()?.ok()?;
-        let slot = self.slab.acquire(1, until).await.ok()?.pop()?;
-        Some(self.room(slot, share))
+        let slots = self.share.acquire(1, Instant::now() + BUFFER_TIMEOUT).await;
+        slots.ok()?.pop().map(|slot| self.room(slot))
     }
 
     fn try_take(&self) -> Option<Room> {
-        let share = Arc::clone(&self.share).try_acquire_owned().ok()?;
-        Some(self.room(self.slab.try_acquire()?, share))
+        self.share.try_acquire().map(|slot| self.room(slot))
     }
 
-    fn room(&self, slot: Slot, share: OwnedSemaphorePermit) -> Room {
-        Room { slot, registered: Arc::clone(&self.registered), _share: share }
+    fn room(&self, slot: Slot) -> Room {
+        Room { slot, registered: Arc::clone(&self.registered) }
     }
 }
 
@@ -170,8 +164,8 @@ async fn attach(server: &Server, peer: &Arc<Peer>, attach: Attach) -> Result<Ans
         false => 0,
     };
     let given = (ticket != 0).then(|| server.tickets.give(ticket, peer));
-    let shown = HashMap::new();
-    let attachment = Attachment { peer: connected, shown, sending, answers, _ticket: given };
+    let (shown, later) = (HashMap::new(), Arc::new(Semaphore::new(requests::LATER_MAX)));
+    let attachment = Attachment { peer: connected, shown, sending, answers, later, _ticket: given };
     peer.fabric.lock().insert(attach.backend, attachment);
     let attached = Attached { ticket, address: fabric.address().to_vec() };
     Ok(Answer { kind: Kind::Attached, payload: attached.encode() })

@@ -101,6 +101,7 @@ struct Endpoint {
     done: Vec<Done>,
     requests: VecDeque<Vec<u8>>,
     asked: usize,
+    last_asked: Vec<u8>,
     bell: Option<Arc<OwnedFd>>,
     registered: usize,
     imported: usize,
@@ -205,6 +206,11 @@ impl World {
     /// Requests that came to an endpoint from its peers.
     pub(crate) fn asked(&self, endpoint: usize) -> usize {
         self.endpoints()[endpoint].asked
+    }
+
+    /// The last of them.
+    pub(crate) fn last_asked(&self, endpoint: usize) -> Vec<u8> {
+        self.endpoints()[endpoint].last_asked.clone()
     }
 
     /// Sends a request to an endpoint, as anybody can who reaches it.
@@ -354,6 +360,7 @@ impl MemoryDriver {
             What::Ask => {
                 memory.read(local.offset, &mut bytes);
                 flip.iter().for_each(|at| bytes[*at] ^= 4);
+                peer.last_asked.clone_from(&bytes);
                 peer.requests.push_back(bytes);
                 peer.asked += 1;
                 peer.ring();

@@ -84,10 +84,7 @@ impl TcpLink {
     pub(crate) async fn read(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
         let stripes = plan_stripes(job.blocks.iter().map(|read| read.source.len), self.streams);
         let bytes = job.blocks.iter().map(|read| u64::from(read.source.len)).sum();
-        job.progress.set_queued(true);
-        let turn = self.turn(stripes.len(), bytes).await;
-        job.progress.set_queued(false);
-        let _turn = turn?;
+        let _turn = job.progress.queued(self.turn(stripes.len(), bytes)).await?;
         match self.try_read(job, &stripes).await {
             // An idle stream can have died unnoticed. A new one tells why, or works.
             Err(Fault::Link(_)) if job.progress.moved() == 0 => {

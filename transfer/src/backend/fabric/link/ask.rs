@@ -38,12 +38,12 @@ impl FabricLink {
     /// Asks for blocks; the answer is what `receive` awaits under the tag.
     pub(super) async fn ask(
         &self,
+        note: Note,
         about: (Kind, u64),
         handoff: HandoffId,
         blocks: impl ExactSizeIterator<Item = Descriptor>,
         receive: Arc<Batch>,
     ) -> Result<Running, Fault> {
-        let note = self.note().await?;
         let ask = self.request(note, about, handoff, blocks);
         self.fabric.exchange(Exchange { receive, ask }).await.map_err(broken)
     }
@@ -106,14 +106,14 @@ impl FabricLink {
 
     /// Waits for places for requests, all at once: who has them waits for nothing else but the owner.
     pub(super) async fn notes(&self, count: usize) -> Result<Vec<Note>, Fault> {
-        let asking = self.fabric.asking();
-        let slots = asking.acquire(count, Instant::now() + BUFFER_TIMEOUT).await;
+        let slots = self.asking.acquire(count, Instant::now() + BUFFER_TIMEOUT).await;
         let slots = slots.map_err(|_| Fault::Refused(Refusal::Overloaded))?;
-        let registered = self.register_host(&asking.memory().span()).await.map_err(unable)?;
+        let registered = self.register_host(&self.asking.memory().span()).await.map_err(unable)?;
         Ok(slots.into_iter().map(|slot| Arc::new((slot, Arc::clone(&registered)))).collect())
     }
 
-    async fn note(&self) -> Result<Note, Fault> {
+    /// Waits for one.
+    pub(super) async fn note(&self) -> Result<Note, Fault> {
         self.notes(1).await?.pop().ok_or(Fault::Refused(Refusal::Overloaded))
     }
 

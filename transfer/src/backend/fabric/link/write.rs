@@ -12,7 +12,7 @@ use baton_config::HandoffId;
 use futures_util::StreamExt;
 use futures_util::future::{BoxFuture, join_all};
 use futures_util::stream::FuturesUnordered;
-use tokio::sync::OnceCell;
+use tokio::sync::{OnceCell, OwnedSemaphorePermit};
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 use tokio_util::task::TaskTracker;
@@ -42,8 +42,13 @@ const SHORT_AT_ONCE: usize = 4;
 const GROUP_BLOCKS: usize = 512;
 /// Bytes of them, unless a single block has more.
 const GROUP_BYTES: u64 = 8 << 20;
-/// Groups under way at once: one is verified while the next is written.
+/// Groups of a write under way at once: one is verified while the next is written.
 const GROUPS_AT_ONCE: usize = 2;
+/// Groups to one peer that have windows at once, each of them at most [`MAX_WINDOWS`]: more wait for their turn, before
+/// the peer would refuse them.
+///
+/// [`MAX_WINDOWS`]: crate::wire::control::MAX_WINDOWS
+pub(super) const WINDOWED_AT_ONCE: usize = 4;
 /// How long the owner of windows waits for what was posted to end, less the way to it.
 const FENCE_TIMEOUT: Duration = Duration::from_millis(1500);
 /// How long windows that nobody waits for any more may take to come.
@@ -175,6 +180,7 @@ struct OpenWindows {
     numbers: Vec<u64>,
     windows: Vec<Opened>,
     batch: Option<Arc<Batch>>,
+    turn: Option<OwnedSemaphorePermit>,
 }
 
 /// Windows, and how many blocks lie in them.
@@ -262,7 +268,15 @@ impl FabricLink {
         gate: &Gate,
         group: Range<usize>,
     ) -> Result<usize, Fault> {
-        let (mut open, count) = self.open_windows(job.handoff, &job.blocks[group.clone()]).await?;
+        let turn = Arc::clone(&self.windows).acquire_owned();
+        let turn = match group.start {
+            0 => job.progress.queued(turn).await,
+            _ => turn.await,
+        };
+        // Never closed; were it, so would the link be.
+        let turn = turn.map_err(|_| LinkError::Closed)?;
+        let blocks = &job.blocks[group.clone()];
+        let (mut open, count) = self.open_windows(job.handoff, blocks, turn).await?;
         let group = group.start..group.start + count;
         let blocks = &job.blocks[group.clone()];
         let mut transfers = Vec::with_capacity(blocks.len());
@@ -320,22 +334,29 @@ impl FabricLink {
         &self,
         handoff: HandoffId,
         blocks: &[BlockWrite],
+        turn: OwnedSemaphorePermit,
     ) -> Result<(OpenWindows, usize), Fault> {
         let asked = Window::encode(self.fabric.kind(), handoff, blocks.iter().map(|block| block.to));
         let (control, fabric) = (self.control.clone(), self.fabric.clone());
         let way = Way { control, fabric, peer: self.peer.clone(), tasks: self.tasks.clone() };
         let (tasks, most) = (self.tasks.clone(), blocks.len());
-        Asked { opening: Some(Box::pin(way.open(asked, most))), tasks }.opened().await
+        Asked { opening: Some(Box::pin(way.open(asked, most, turn))), tasks }.opened().await
     }
 }
 
 impl Way {
     /// Asks for windows, for at most so many blocks, and takes their keys.
-    async fn open(self, asked: Vec<u8>, most: usize) -> Result<(OpenWindows, usize), Fault> {
+    async fn open(
+        self,
+        asked: Vec<u8>,
+        most: usize,
+        turn: OwnedSemaphorePermit,
+    ) -> Result<(OpenWindows, usize), Fault> {
         let (_, payload) = self.control.ask(Kind::Window, &asked).await.map_err(closed)?;
         let WindowIs { blocks: count, windows } = WindowIs::decode(&payload).map_err(Fault::protocol)?;
         let numbers = windows.iter().map(|window| window.window).collect();
-        let mut open = OpenWindows { way: self.clone(), numbers, windows: Vec::new(), batch: None };
+        let (way, turn) = (self.clone(), Some(turn));
+        let mut open = OpenWindows { way, numbers, windows: Vec::new(), batch: None, turn };
         let import = |OpenWindow { window: _, range, base, key }| {
             let (fabric, peer) = (&self.fabric, &self.peer);
             async move {
@@ -376,7 +397,9 @@ impl Drop for OpenWindows {
             return;
         }
         let (Way { control, fabric, peer, tasks }, batch) = (self.way.clone(), self.batch.take());
+        let turn = self.turn.take();
         tasks.spawn(async move {
+            let _turn = turn;
             if let Some(batch) = &batch {
                 fabric.abort(batch);
                 if !matches!(timeout(FENCE_TIMEOUT, batch.settled()).await, Ok(true)) {

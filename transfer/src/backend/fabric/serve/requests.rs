@@ -8,7 +8,7 @@
 //! ```
 //!
 //! Who knows no ticket gets no answer. What cannot be done at once (memory of a device, no free buffer) is left to a
-//! task; there are at most so many of them, and more is refused.
+//! task; there are at most so many of them for a peer, and more is refused.
 
 use std::collections::HashMap;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError, Weak};
@@ -28,24 +28,16 @@ use crate::error::Refusal;
 use crate::wire::ask::{Ask, answer_head};
 use crate::wire::{Kind, Read};
 
-/// Most requests that tasks answer at once.
-const LATER_MAX: usize = 256;
+/// Most requests of one peer that tasks answer at once: more than it has places for.
+pub(super) const LATER_MAX: usize = 64;
 
 /// Who sends requests, by ticket.
-pub(crate) struct Tickets {
-    peers: Mutex<HashMap<u128, Weak<Peer>>>,
-    later: Arc<Semaphore>,
-}
-
-impl Default for Tickets {
-    fn default() -> Self {
-        Self { peers: Mutex::default(), later: Arc::new(Semaphore::new(LATER_MAX)) }
-    }
-}
+#[derive(Default)]
+pub(crate) struct Tickets(Mutex<HashMap<u128, Weak<Peer>>>);
 
 impl Tickets {
     fn lock(&self) -> MutexGuard<'_, HashMap<u128, Weak<Peer>>> {
-        self.peers.lock().unwrap_or_else(PoisonError::into_inner)
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
     /// Has requests with `number` answered to `peer`, as long as the ticket lives.
@@ -91,7 +83,7 @@ fn answer(server: &Arc<Server>, runtime: &Handle, kind: BackendKind, request: &[
         return None;
     };
     let request = Request::new(server, &peer, kind, ask)?;
-    request.answer_now().or_else(|| match Arc::clone(&server.tickets.later).try_acquire_owned() {
+    request.answer_now().or_else(|| match Arc::clone(&request.later).try_acquire_owned() {
         Ok(room) => {
             server.tasks.spawn_on(request.answer_later(room), runtime);
             None
@@ -108,6 +100,7 @@ struct Request {
     life: Life,
     sending: Outlet,
     answers: Outlet,
+    later: Arc<Semaphore>,
     kind: Kind,
     epoch: Epoch,
     tag: u64,
@@ -126,6 +119,7 @@ impl Request {
             life: peer.life.clone(),
             sending: attachment.sending.clone(),
             answers: attachment.answers.clone(),
+            later: Arc::clone(&attachment.later),
             kind: ask.kind,
             epoch: ask.epoch,
             tag: ask.pack.tag,

@@ -23,7 +23,7 @@ use baton_config::HandoffId;
 use tokio::time::timeout;
 use tokio_util::sync::CancellationToken;
 
-use super::unable;
+use super::{SHARES, unable};
 use crate::agent::BackendKind;
 use crate::agent::grants::Permit;
 use crate::agent::server::{Denial, Server, region};
@@ -37,8 +37,6 @@ use crate::session::{Descriptor, collide};
 use crate::wire::control::{MAX_WINDOWS, OpenWindow, Window, WindowIs, Write, encode_fence};
 use crate::wire::{Kind, Read};
 
-/// Most windows one peer has open at once.
-const WINDOWS_MAX: usize = 256;
 /// How long a writer may take to end what it has posted.
 const FENCE_TIMEOUT: Duration = Duration::from_secs(2);
 /// Bytes verified between two turns of other tasks.
@@ -127,7 +125,9 @@ pub(super) async fn open(server: &Arc<Server>, peer: &Arc<Peer>, asked: Window) 
         }
         spans.push(region.span().part(range.offset as usize, range.len as usize));
     }
-    if peer.fabric.windows.lock().open.len() + ranges.len() > WINDOWS_MAX {
+    // One that closes none leaves others their registrations.
+    let share = (fabric.limits().regions / SHARES).max(MAX_WINDOWS);
+    if peer.fabric.windows.lock().open.len() + ranges.len() > share {
         return Err(Denial::Refused(Refusal::Overloaded));
     }
     let made = fabric.registered_once(&spans, Access::RemoteWrite).await;

@@ -1,6 +1,7 @@
 //! Requests over the fabric itself: used where there are some, refused to strangers, bounded.
 
 use super::*;
+use crate::device::{Device, EmulatedDevice};
 use crate::wire::ask::Ask;
 
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
@@ -106,6 +107,82 @@ async fn a_reader_that_takes_nothing_leaves_others_their_buffers() {
         }
         pair.world.freeze(READER, false);
     }
+}
+
+/// An owner that does not answer has its share of the reader's buffers, and of its places for requests, and no more.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn an_owner_that_does_not_answer_leaves_others_the_readers_buffers() {
+    for integrity in [Integrity::Digest, Integrity::Off] {
+        let pair = pair(Faults::default(), integrity).await;
+        let other =
+            side("prefill-1", &pair.world, 3, Faults::default(), FabricLimits::default(), integrity).await;
+        let region = other.agent.register(pair.source.clone()).unwrap();
+        let packed = integrity == Integrity::Digest;
+        // Without digests two questions each, once the blocks are there.
+        let blocks = if packed { pair.blocks(&[4096; 60]) } else { pair.blocks(&[40_000; 20]) };
+        let mut theirs = blocks.clone();
+        theirs.iter_mut().for_each(|block| block.source.region = region);
+        other.agent.grant(HANDOFF, theirs.iter().map(|block| block.source).collect());
+        let owner = &other.agent;
+        let well = pair.reader.agent.connect(owner.worker(), EPOCH, &owner.metadata()).await.unwrap();
+        let session = pair.session().await;
+        let fabric = pair.reader.fabrics.get(BackendKind::Plugin).unwrap();
+        let slab = if packed { fabric.landing() } else { fabric.asking() };
+        let share = slab.slots() / 4;
+        pair.world.freeze(OWNER, true);
+        let mut stuck =
+            std::pin::pin!(futures_util::future::join_all((0..70).map(|_| read(&session, &blocks))));
+        let reading = async {
+            while slab.counts().free > slab.slots() - share {
+                tokio::time::sleep(Duration::from_millis(1)).await;
+            }
+            for _ in 0..20 {
+                read(&well, &theirs).await.unwrap();
+            }
+            assert!(slab.counts().free <= slab.slots() - share, "the others still wait");
+        };
+        tokio::select! {
+            biased;
+            () = reading => {}
+            outcomes = &mut stuck => panic!("{outcomes:?}"),
+        }
+        pair.world.freeze(OWNER, false);
+        stuck.await.into_iter().for_each(|outcome| assert!(outcome.is_ok(), "{outcome:?}"));
+        pair.reader.settle().await;
+    }
+}
+
+/// Requests that only tasks can answer, of a reader that takes no answer, leave the owner tasks for those of others.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn requests_that_tasks_answer_have_shares_too() {
+    let pair = pair(Faults::default(), Integrity::Off).await;
+    let device: Arc<dyn Device> = Arc::new(EmulatedDevice::new(1 << 20, None).unwrap().reachable());
+    let region = pair.owner.agent.register_device(DeviceMemory::new(device).unwrap()).unwrap();
+    let source = Descriptor { region, offset: 0, len: 2000 };
+    let block = BlockRead { source, to: 0, expected: None };
+    pair.owner.agent.grant(HANDOFF, vec![source]);
+    let other =
+        side("decode-1", &pair.world, 3, Faults::default(), FabricLimits::default(), Integrity::Off).await;
+    let owner = &pair.owner.agent;
+    let theirs = other.agent.connect(owner.worker(), EPOCH, &owner.metadata()).await.unwrap();
+    let into = memory(4096);
+    let read = async |session: &Session| {
+        session.read(HANDOFF, &[block], Destination::Memory(&into), soon()).await.unwrap();
+    };
+    read(&pair.session().await).await;
+    let ask = Ask::decode(&pair.world.last_asked(OWNER)).unwrap();
+    assert_eq!((ask.kind, ask.pack.read.blocks.as_slice()), (Kind::Pack, &[source][..]));
+    pair.world.freeze(READER, true);
+    for tag in 0..400 {
+        let about = (BackendKind::Plugin, tag);
+        let one = Ask::encode((ask.ticket, Kind::Pack, EPOCH), about, HANDOFF, [source].into_iter());
+        pair.world.inject(OWNER, &one);
+    }
+    for _ in 0..20 {
+        read(&theirs).await;
+    }
+    assert!(pair.owner.agent.stats().refused(Refusal::Overloaded) > 0, "those are too many");
+    pair.world.freeze(READER, false);
 }
 
 /// The end of a long read is asked about by itself, after what comes before it.

@@ -1,3 +1,4 @@
+use bytes::Bytes;
 use tokio_util::sync::CancellationToken;
 
 use super::*;
@@ -5,7 +6,7 @@ use crate::backend::control::{Control, Handler};
 use crate::backend::handshake::Route;
 use crate::session::BlockWrite;
 use crate::wire::Metadata;
-use crate::wire::control::{Attach, Window, WindowIs, Write};
+use crate::wire::control::{Attach, MAX_WINDOWS, Window, WindowIs, Write};
 
 /// A writer whose memory holds the pattern, and where it may write to.
 struct Written {
@@ -112,44 +113,59 @@ async fn only_what_is_granted_can_be_written() {
     assert_eq!(refused(written.write(&blocks).await), Refusal::NotGranted);
 }
 
+/// A peer that says what it likes.
+struct Liar(Control);
+
+impl Liar {
+    async fn attach(written: &Written) -> Self {
+        let owner = &written.pair.owner.agent;
+        let peer = Metadata::decode(&owner.metadata()).unwrap();
+        let pair = crate::backend::Pair {
+            from: "liar".parse().unwrap(),
+            from_epoch: Epoch(9),
+            to: owner.worker().clone(),
+            epoch: EPOCH,
+            incarnation: peer.incarnation,
+        };
+        let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
+        let route = Route { address: peer.address, auth: None, counters: Arc::default(), tasks, ended };
+        let nothing: Handler = Arc::new(|_, _| Box::pin(async { Err(Denial::Refused(Refusal::Malformed)) }));
+        let control = Control::open(pair, &route, nothing).await.unwrap();
+        let fabric = written.pair.reader.fabrics.get(BackendKind::Plugin).unwrap();
+        let (backend, wire) = (BackendKind::Plugin, fabric.info().wire.clone());
+        let attach = Attach { backend, wire, address: fabric.address().to_vec() };
+        control.ask(Kind::Attach, &attach.encode()).await.unwrap();
+        Self(control)
+    }
+
+    async fn ask(&self, kind: Kind, payload: Vec<u8>) -> Result<Bytes, Refusal> {
+        match self.0.ask(kind, &payload).await {
+            Ok((_, payload)) => Ok(payload),
+            Err(Fault::Refused(refusal)) => Err(refusal),
+            Err(fault) => panic!("{fault:?}"),
+        }
+    }
+
+    /// The windows that it gets.
+    async fn open(&self, blocks: &[Descriptor]) -> Result<Vec<u64>, Refusal> {
+        let asked = Window::encode(BackendKind::Plugin, HANDOFF, blocks.iter().copied());
+        let windows = WindowIs::decode(&self.ask(Kind::Window, asked).await?).unwrap().windows;
+        Ok(windows.iter().map(|window| window.window).collect())
+    }
+}
+
 /// What a writer says of its windows is not believed.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn a_writer_that_lies_about_its_windows_is_refused() {
     let written = written_with(1, Faults::default(), Integrity::Digest).await;
-    let owner = &written.pair.owner.agent;
-    let peer = Metadata::decode(&owner.metadata()).unwrap();
-    let pair = crate::backend::Pair {
-        from: "liar".parse().unwrap(),
-        from_epoch: Epoch(9),
-        to: owner.worker().clone(),
-        epoch: EPOCH,
-        incarnation: peer.incarnation,
-    };
-    let (tasks, ended) = (TaskTracker::new(), CancellationToken::new());
-    let route = Route { address: peer.address, auth: None, counters: Arc::default(), tasks, ended };
-    let nothing: Handler = Arc::new(|_, _| Box::pin(async { Err(Denial::Refused(Refusal::Malformed)) }));
-    let control = Control::open(pair, &route, nothing).await.unwrap();
-    let fabric = written.pair.reader.fabrics.get(BackendKind::Plugin).unwrap();
-    let (backend, wire) = (BackendKind::Plugin, fabric.info().wire.clone());
-    let attach = Attach { backend, wire, address: fabric.address().to_vec() };
-    control.ask(Kind::Attach, &attach.encode()).await.unwrap();
-
+    let liar = Liar::attach(&written).await;
     let [one, other]: [Descriptor; 2] =
         written.blocks(&[5000, 300]).iter().map(|block| block.to).collect::<Vec<_>>().try_into().unwrap();
-    let ask = async |kind, payload: Vec<u8>| match control.ask(kind, &payload).await {
-        Ok((_, payload)) => Ok(payload),
-        Err(Fault::Refused(refusal)) => Err(refusal),
-        Err(fault) => panic!("{fault:?}"),
-    };
-    let open = async |blocks: &[Descriptor]| {
-        let asked = Window::encode(backend, HANDOFF, blocks.iter().copied());
-        let windows = WindowIs::decode(&ask(Kind::Window, asked).await?).unwrap().windows;
-        Ok(windows.iter().map(|window| window.window).collect::<Vec<u64>>())
-    };
+    let open = async |blocks: &[Descriptor]| liar.open(blocks).await;
     let done = async |handoff, blocks: &[Descriptor], windows: Vec<u64>| {
         let (blocks, digests) = (blocks.to_vec(), Vec::new());
         let said = Write { handoff, first: 0, blocks, digests, windows };
-        ask(Kind::Write, said.encode()).await.map(|_| ())
+        liar.ask(Kind::Write, said.encode()).await.map(|_| ())
     };
     assert_eq!(open(&[one, one]).await, Err(Refusal::Overlap));
     let beyond = Descriptor { offset: LEN as u64, ..one };
@@ -164,6 +180,28 @@ async fn a_writer_that_lies_about_its_windows_is_refused() {
     assert_eq!(done(HANDOFF, &[one], windows).await, Err(Refusal::NotGranted), "they are closed by then");
     let windows = open(&[one]).await.unwrap();
     done(HANDOFF, &[one], windows).await.unwrap();
+    written.assert_settled().await;
+}
+
+/// A writer that closes no window has its share of them, and one that needs many waits for its own.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn windows_have_shares_that_writers_keep_to() {
+    let written = written_with(1, Faults::default(), Integrity::Digest).await;
+    let liar = Liar::attach(&written).await;
+    // A window each.
+    let blocks = written.blocks(&[9000; 40 * MAX_WINDOWS]);
+    let granted: Vec<Descriptor> = blocks.iter().map(|block| block.to).collect();
+    let mut asked = granted.chunks(MAX_WINDOWS);
+    for _ in 0..FabricLimits::default().regions / SHARES / MAX_WINDOWS {
+        assert_eq!(liar.open(asked.next().unwrap()).await.unwrap().len(), MAX_WINDOWS);
+    }
+    assert_eq!(liar.open(asked.next().unwrap()).await, Err(Refusal::Overloaded));
+    let parts = blocks.chunks(blocks.len() / 40).map(|part| written.write(part));
+    for outcome in futures_util::future::join_all(parts).await {
+        outcome.unwrap();
+    }
+    assert!(blocks.iter().all(|block| written.is_written(block)));
+    drop(liar);
     written.assert_settled().await;
 }
 
