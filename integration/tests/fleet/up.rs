@@ -189,7 +189,9 @@ async fn top_shows_the_fleet_on_a_terminal_and_gives_it_back() {
         (text, shown)
     });
     let (mut text, mut rest) = text.join().unwrap();
-    on_terminal.stdin.take().unwrap().write_all(b"\x03").unwrap();
+    // It stays open: at its end `script` gives what it runs a few milliseconds, which on a busy machine are too few.
+    let mut keys = on_terminal.stdin.take().unwrap();
+    keys.write_all(b"\x03").unwrap();
     rest.read_to_end(&mut text).unwrap();
     let text = String::from_utf8_lossy(&text);
     assert!(["Ctrl-C ends it", "POOL", "WORKER"].iter().all(|part| text.contains(part)), "{text}");
