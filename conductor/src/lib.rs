@@ -26,6 +26,10 @@ pub mod http;
 mod leader;
 pub mod membership;
 mod mirror;
+#[cfg(test)]
+#[expect(unreachable_pub, reason = "as above")]
+#[path = "../../integration/src/ports.rs"]
+mod ports;
 mod reconcile;
 pub mod record;
 mod registry;

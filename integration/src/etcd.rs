@@ -17,10 +17,9 @@
 //! This file knows nothing of Baton, so that the conductor's own tests include it by its path.
 
 use std::collections::{BTreeSet, HashMap};
-use std::net::{SocketAddr, TcpListener as StdListener};
+use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Stdio};
-use std::sync::atomic::{AtomicU16, Ordering};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
@@ -34,6 +33,8 @@ use tokio::io::{AsyncReadExt, AsyncWriteExt, copy_bidirectional};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
+
+use crate::ports;
 
 /// How long servers may take to come up or to agree on a leader, on a loaded machine.
 const PATIENCE: Duration = Duration::from_secs(60);
@@ -119,7 +120,7 @@ impl Etcd {
         let directory = directory.expect("a directory");
         let mut members = Vec::new();
         for i in 0..options.members {
-            let (client, peer) = (free_address(), free_address());
+            let (client, peer) = (ports::free(), ports::free());
             let name = format!("m{i}");
             members.push(Member { name, client, peer, advertised: peer, process: Mutex::new(None) });
         }
@@ -462,20 +463,6 @@ impl Member {
     fn lock(&self) -> MutexGuard<'_, Option<Child>> {
         self.process.lock().unwrap_or_else(PoisonError::into_inner)
     }
-}
-
-/// A free port below those that outgoing connections take, so that it stays free while its server is away.
-fn free_address() -> SocketAddr {
-    static NEXT: AtomicU16 = AtomicU16::new(0);
-    for _ in 0..10_000 {
-        let step = NEXT.fetch_add(1, Ordering::Relaxed);
-        // Test processes run side by side: each starts somewhere else.
-        let port = 12_000 + (std::process::id() as u16).wrapping_mul(37).wrapping_add(step) % 20_000;
-        if let Ok(listener) = StdListener::bind(("127.0.0.1", port)) {
-            return listener.local_addr().expect("an address");
-        }
-    }
-    panic!("no free port");
 }
 
 /// Proxies before the members' peer ports. Who dials is read from the request, so that a member can be cut off.

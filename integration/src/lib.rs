@@ -11,6 +11,7 @@ pub mod etcd;
 pub mod fleet;
 pub mod load;
 pub mod part;
+pub mod ports;
 pub mod process;
 pub mod prompts;
 pub mod scenario;

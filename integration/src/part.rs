@@ -1,14 +1,13 @@
 //! One part of a fleet as a process of its own: a conductor, a router or a worker.
 
-use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::time::Duration;
 
 use rustix::process::Signal;
 
-use crate::binary;
 use crate::process::{eventually, signal};
+use crate::{binary, ports};
 
 /// A part of a fleet; killed with this value.
 pub struct Part {
@@ -25,7 +24,7 @@ impl Part {
     /// # Panics
     /// When it cannot be started.
     pub fn start(fleet: &Path, name: &str, arguments: &[&str]) -> Self {
-        let address = TcpListener::bind("127.0.0.1:0").and_then(|it| it.local_addr()).expect("a free port");
+        let address = ports::free();
         let child = Command::new(binary::baton())
             .args(arguments)
             .args(["--config", &fleet.display().to_string(), "--listen", &address.to_string()])

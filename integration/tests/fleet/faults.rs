@@ -5,7 +5,7 @@ use std::time::Duration;
 use baton_integration::process::{alive, eventually, signal};
 use baton_integration::scenario::{ask, counter, long_prompts, pair, undisturbed};
 use baton_integration::tamper::{Damage, MemoryTamper, WireDamage, WireTamper};
-use baton_integration::{Fleet, FleetOptions, Prompt, prompts};
+use baton_integration::{Fleet, FleetOptions, Prompt, ports, prompts};
 use futures_util::future::join_all;
 use rustix::process::Signal;
 use serde_json::json;
@@ -162,7 +162,7 @@ async fn damage_on_the_wire_is_caught_by_the_digest_and_answered_right() {
     for damage in
         [WireDamage::Flip, WireDamage::Swap, WireDamage::Zero, WireDamage::Duplicate, WireDamage::Delay]
     {
-        let port = std::net::TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap();
+        let port = ports::free();
         let proxy = WireTamper::start(port, damage, BLOCK_BYTES).await;
         let prefill = format!(
             "transfer: {{ path: host_buffered, backends: [tcp], port: {}, advertise: \"{}\" }}",

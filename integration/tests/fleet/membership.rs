@@ -2,7 +2,6 @@
 
 use std::fs::{self, Permissions};
 use std::io::Read;
-use std::net::TcpListener;
 use std::os::unix::fs::PermissionsExt;
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, Output, Stdio};
@@ -12,7 +11,7 @@ use std::time::{Duration, Instant};
 use baton_integration::access::{certificates, write_secret};
 use baton_integration::etcd::Etcd;
 use baton_integration::process::{eventually, signal};
-use baton_integration::{Fleet, FleetOptions, Prompt, binary};
+use baton_integration::{Fleet, FleetOptions, Prompt, binary, ports};
 use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::sync::Mutex;
@@ -74,10 +73,6 @@ fn stderr(output: &Output) -> String {
     String::from_utf8_lossy(&output.stderr).into_owned()
 }
 
-fn free_port() -> u16 {
-    TcpListener::bind("127.0.0.1:0").unwrap().local_addr().unwrap().port()
-}
-
 async fn worker(http: &reqwest::Client, conductor: &str, name: &str) -> Option<Value> {
     let listing = http.get(format!("{conductor}/v1/workers")).send().await.ok()?;
     let listing: Value = listing.json().await.ok()?;
@@ -113,9 +108,9 @@ async fn a_worker_that_finds_no_conductor_ends_well_when_it_is_told_to() {
     let server = "  - { name: all, role: both, engine: { kind: openai, url: \"http://127.0.0.1:1\" } }\n";
     for pool in [ONE, server] {
         let folder = tempfile::tempdir().unwrap();
-        let conductor = format!("listen: 127.0.0.1:{}", free_port());
+        let conductor = format!("listen: 127.0.0.1:{}", ports::free().port());
         let config = write(folder.path(), "fleet.yaml", &document(&conductor, pool)).display().to_string();
-        let listen = format!("127.0.0.1:{}", free_port());
+        let listen = format!("127.0.0.1:{}", ports::free().port());
         let mut worker =
             Process::start(&["worker", "--config", &config, "--pool", "all", "--listen", &listen]);
         let http = baton_conductor::http::client();
@@ -147,7 +142,7 @@ async fn two_workers_with_one_name_at_two_conductors_of_one_etcd() {
     let folder = tempfile::tempdir().unwrap();
     let store = format!("store: {{ etcd: {{ endpoints: [{}] }} }}", etcd.endpoints().join(", "));
     let config = write(folder.path(), "fleet.yaml", &document(&store, ONE)).display().to_string();
-    let listen = [free_port(), free_port()].map(|port| format!("127.0.0.1:{port}"));
+    let listen = [ports::free().port(), ports::free().port()].map(|port| format!("127.0.0.1:{port}"));
     let _conductors = listen
         .each_ref()
         .map(|listen| Process::start(&["conductor", "--config", &config, "--listen", listen]));
