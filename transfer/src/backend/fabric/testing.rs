@@ -1,6 +1,7 @@
 //! Drivers within one process that are slow, lossy, full or dead as a test wants: seeded, without a library.
 
 use std::collections::{HashMap, VecDeque};
+use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::os::fd::{AsRawFd, OwnedFd, RawFd};
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::time::{Duration, Instant};
@@ -587,4 +588,32 @@ impl Drop for MemoryDriver {
         own.shown.clear();
         own.awaited.clear();
     }
+}
+
+/// Where connections are neither taken nor refused, for as long as what comes with it is kept.
+pub(crate) fn silent_host() -> (SocketAddr, impl Sized) {
+    let listener = TcpListener::bind("127.0.0.1:0").unwrap();
+    rustix::net::listen(&listener, 0).unwrap();
+    let address = listener.local_addr().unwrap();
+    let brief = Duration::from_millis(100);
+    let waiting: Vec<TcpStream> =
+        std::iter::from_fn(|| TcpStream::connect_timeout(&address, brief).ok()).take(16).collect();
+    assert!(waiting.len() < 16, "connections are still taken");
+    (address, (listener, waiting))
+}
+
+/// The longest that a driver's calls take while its peer does not answer: of each of `calls`, and of polls.
+pub(crate) fn longest_call<D: Driver>(driver: &mut D, calls: [&mut dyn FnMut(&mut D); 3]) -> Duration {
+    let (mut longest, mut done) = (Duration::ZERO, Vec::new());
+    for call in calls {
+        let start = Instant::now();
+        call(driver);
+        longest = longest.max(start.elapsed());
+        for _ in 0..1000 {
+            let start = Instant::now();
+            driver.poll(&mut done);
+            longest = longest.max(start.elapsed());
+        }
+    }
+    longest
 }

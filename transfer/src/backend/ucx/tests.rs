@@ -1,5 +1,6 @@
 //! Two drivers in one process, and one in a process of its own. Debian's libucx0 is all they need.
 
+use std::cell::Cell;
 use std::time::{Duration, Instant};
 
 use baton_ucx_sys::{ucp_ep_h, ucp_request_param_t, ucs_status_ptr_t};
@@ -7,6 +8,7 @@ use baton_ucx_sys::{ucp_ep_h, ucp_request_param_t, ucs_status_ptr_t};
 use super::driver::UcxDriver;
 use super::slots::{Job, Work};
 use super::*;
+use crate::backend::fabric::testing::{longest_call, silent_host};
 use crate::memory::HostMemory;
 
 /// A driver and the ends of its operations.
@@ -546,4 +548,29 @@ fn numbers_that_come_round_are_not_given_twice() {
         link.read(0, 0, 4096, 1).unwrap();
         assert_eq!(link.wait(1), Ok(4096));
     });
+}
+
+#[test]
+fn a_host_that_does_not_answer_holds_up_no_call() {
+    let Some(mut end) = End::open(false) else { return };
+    let (silent, _kept) = silent_host();
+    let mut theirs =
+        frame::open(frame::Kind::Address, &end.driver.address(), ADDRESS_MAX_BYTES).unwrap().to_vec();
+    // Behind the release and the way of moving bytes.
+    for listens in address::listens_at(&theirs[9..], silent.ip()) {
+        let port = listens.port().to_be_bytes();
+        let at = theirs.windows(2).rposition(|bytes| bytes == port).unwrap();
+        theirs[at..at + 2].copy_from_slice(&silent.port().to_be_bytes());
+    }
+    let theirs = frame::seal(frame::Kind::Address, &theirs);
+    let (id, _) = end.driver.register(&memory(4096, 1).span(), Access::Local).unwrap();
+    let range = end.range(id, 0, 100);
+    let peer = Cell::new(PeerId(0));
+    let calls: [&mut dyn FnMut(&mut UcxDriver); 3] = [
+        &mut |driver| peer.set(driver.connect(&theirs).unwrap()),
+        &mut |driver| driver.ask(peer.get(), range, 5).unwrap(),
+        &mut |driver| driver.disconnect(peer.get()),
+    ];
+    let longest = longest_call(&mut end.driver, calls);
+    assert!(longest < Duration::from_secs(1), "{longest:?}");
 }

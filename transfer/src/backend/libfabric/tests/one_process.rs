@@ -1,8 +1,12 @@
 //! Two drivers in one process.
 
+use std::cell::Cell;
+
+use super::super::blob;
 use super::super::object::{REFUSALS, Rail, close};
 use super::super::requests::REQUESTS_MAX;
 use super::*;
+use crate::backend::fabric::testing::{longest_call, silent_host};
 use crate::backend::handlers;
 
 const LEN: usize = 4 << 20;
@@ -640,5 +644,29 @@ fn memory_that_was_shown_again_and_again_is_kept_once() {
         let (id, _) = end.driver.register(&other.span(), Access::RemoteWrite).unwrap();
         end.driver.deregister(id);
         assert_eq!(end.driver.retired.bytes(), 4096 + 8192);
+    }
+}
+
+/// `sockets` waits in its call: documented, and used where nothing else works.
+#[test]
+fn a_host_that_does_not_answer_holds_up_no_call() {
+    for provider in providers().into_iter().filter(|provider| *provider != "sockets") {
+        let mut end = End::new(&options(provider), 4096, Access::Local, Tuning::USUAL);
+        let (silent, _kept) = silent_host();
+        let mut theirs = end.driver.address();
+        let own = end.driver.rails[0].name.clone();
+        let port = blob::socket_address(&own).unwrap().port().to_be_bytes();
+        for at in (0..theirs.len() - 1).filter(|at| theirs[*at..*at + 2] == port).collect::<Vec<_>>() {
+            theirs[at..at + 2].copy_from_slice(&silent.port().to_be_bytes());
+        }
+        let range = end.range(0, 100);
+        let peer = Cell::new(PeerId(0));
+        let calls: [&mut dyn FnMut(&mut LibfabricDriver); 3] = [
+            &mut |driver| peer.set(driver.connect(&theirs).unwrap()),
+            &mut |driver| drop(driver.ask(peer.get(), range, 5)),
+            &mut |driver| driver.disconnect(peer.get()),
+        ];
+        let longest = longest_call(&mut end.driver, calls);
+        assert!(longest < Duration::from_secs(1), "{provider}: {longest:?}");
     }
 }
