@@ -7,7 +7,8 @@ use std::time::Duration;
 use baton_config::Epoch;
 use baton_transfer::wire::{HEADER_BYTES, Header, Kind};
 use baton_transfer::{
-    Agent, AgentOptions, BackendKind, BlockRead, BlockWrite, Destination, LinkError, Session, TransferError,
+    Agent, AgentOptions, BackendKind, BlockRead, BlockWrite, Destination, LinkError, Refusal, Session,
+    TransferError,
 };
 use tokio::io::{AsyncReadExt, AsyncWriteExt};
 use tokio::net::TcpStream;
@@ -192,7 +193,13 @@ async fn revoking_ends_a_read_that_is_being_served() {
     tokio::time::timeout(Duration::from_secs(10), owner.agent.revoke(HANDOFF).settled()).await.unwrap();
     proxy.set(Mode::Relay);
     let outcome = read.await;
-    assert!(matches!(outcome, Err(TransferError::Link { .. })), "{outcome:?}");
+    // Of the streams that share the read, one may have been asked for its blocks only after the grant had ended.
+    let is_ended = |error: &TransferError| match error {
+        TransferError::Link { .. } => true,
+        TransferError::Refused { refusal, .. } => *refusal == Refusal::NotGranted,
+        _ => false,
+    };
+    assert!(outcome.as_ref().is_err_and(is_ended), "{outcome:?}");
 }
 
 #[tokio::test]
