@@ -2,7 +2,9 @@
 
 use std::io;
 
-use baton_config::{Bytes, Epoch, KvGeometry, WorkerId};
+use baton_config::{Bytes, Epoch, WorkerId};
+
+use crate::plan::PlanError;
 
 /// Why a peer, or this side before asking it, would not serve a read.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Hash, thiserror::Error)]
@@ -213,13 +215,8 @@ pub enum TransferError {
         moved: Bytes,
     },
     /// The two sides' blocks cannot be converted into each other.
-    #[error("blocks of {from} cannot become blocks of {to}")]
-    Geometry {
-        /// Blocks of the sending side.
-        from: KvGeometry,
-        /// Blocks of the receiving side.
-        to: KvGeometry,
-    },
+    #[error(transparent)]
+    Geometry(PlanError),
 }
 
 impl TransferError {
@@ -231,7 +228,7 @@ impl TransferError {
             Self::Integrity { .. } => ErrorKind::Integrity,
             Self::Link { .. } => ErrorKind::Link,
             Self::Deadline { .. } => ErrorKind::Deadline,
-            Self::Geometry { .. } => ErrorKind::Geometry,
+            Self::Geometry(_) => ErrorKind::Geometry,
         }
     }
 }

@@ -197,6 +197,21 @@ impl Importer {
         Ok(plan)
     }
 
+    /// The same, of a peer that is to fill whole blocks: those of one rank may have only some heads of them.
+    ///
+    /// # Errors
+    /// As [`Importer::plan`], and when heads would be missing.
+    pub fn whole_plan(&self, source: KvGeometry) -> Result<RelayoutPlan, PlanError> {
+        let plan = self.plan(source)?;
+        match plan.covers_dest() {
+            true => Ok(plan),
+            false => {
+                let (dest, reason) = (self.geometry, Mismatch::SomeHeads);
+                Err(PlanError::Geometry { source_geometry: source, dest, reason })
+            }
+        }
+    }
+
     /// How often a plan was at hand.
     pub fn plan_counts(&self) -> PlanCacheCounts {
         self.plans.counts()
@@ -241,9 +256,7 @@ impl Importer {
         deadline: Instant,
         progress: &mut Progress,
     ) -> Result<(), PullCause> {
-        let plan = self
-            .plan(pull.source)
-            .map_err(|_| TransferError::Geometry { from: pull.source, to: self.geometry })?;
+        let plan = self.plan(pull.source).map_err(TransferError::Geometry)?;
         if session.epoch() != pull.epoch {
             let (worker, current) = (session.worker().clone(), Some(session.epoch()));
             return Err(TransferError::Stale { worker, ticket: pull.epoch, current }.into());

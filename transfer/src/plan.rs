@@ -77,6 +77,9 @@ pub enum Mismatch {
     /// The ranks hold different heads.
     #[error("the two ranks have no head in common")]
     NoCommonHead,
+    /// The destination would hold some heads of this source and some of nobody.
+    #[error("the source has only some of the heads of the destination")]
+    SomeHeads,
     /// A scale of the destination covers heads that the source lacks.
     #[error("one scale covers heads of several sources: use a scale per head")]
     Scales,

@@ -399,8 +399,21 @@ fn geometries_and_lives_that_do_not_match_are_refused_before_anything_is_read() 
     let other = KvGeometry { kv_heads: 4, ..source };
     let pull = Pull { source: other, ..good.clone() };
     let error = block_on(importer.pull_from(&peer, pull, soon())).unwrap_err();
-    let PullCause::Transfer(TransferError::Geometry { from, to }) = error.cause else { panic!("{error:?}") };
-    assert_eq!((from, to, error.upto), (other, source, 0));
+    let PullCause::Transfer(TransferError::Geometry(why)) = error.cause else { panic!("{error:?}") };
+    let differ = PlanError::Geometry { source_geometry: other, dest: source, reason: Mismatch::Heads };
+    assert_eq!((why, error.upto), (differ, 0));
+    let shown = why.to_string();
+    assert!(shown.contains(&other.to_string()) && shown.contains(&source.to_string()), "{shown}");
+
+    // Blocks of one rank are good for some heads, and no whole blocks.
+    let rank = KvGeometry {
+        kv_heads: source.kv_heads / 2,
+        shard: Shard::Tensor { rank: 0, degree: 2, heads: source.kv_heads },
+        ..source
+    };
+    assert!(importer.plan(rank).is_ok() && importer.whole_plan(source).is_ok());
+    let some = PlanError::Geometry { source_geometry: rank, dest: source, reason: Mismatch::SomeHeads };
+    assert_eq!(importer.whole_plan(rank).unwrap_err(), some);
 
     let pull = Pull { epoch: Epoch(2), ..good };
     let error = block_on(importer.pull_from(&peer, pull, soon())).unwrap_err();

@@ -125,9 +125,8 @@ struct Done {
 async fn read(io: &Io, peer: &PeerRef, handoff: HandoffId, order: PullOrder, dest_blocks: Vec<u32>) -> Done {
     let failed = |fault| Done { upto: order.tokens.start, bytes: 0, fault: Some(fault) };
     // Blocks of one rank fill some heads: the others would stay those of another request, which no digest tells.
-    if !io.importer.plan(order.geometry).is_ok_and(|plan| plan.covers_dest()) {
-        let cause = TransferError::Geometry { from: order.geometry, to: io.geometry }.into();
-        return failed(fault_of(io, peer, &cause));
+    if let Err(error) = io.importer.whole_plan(order.geometry) {
+        return failed(fault_of(io, peer, &TransferError::Geometry(error).into()));
     }
     let session = match order.again_after {
         Some(PullFault::Integrity) => second_session(io, peer).await,
@@ -222,10 +221,7 @@ async fn session(io: &Io, peer: &PeerRef) -> Result<Session, PullFault> {
 /// What a peer published for connecting to it.
 async fn metadata_of(io: &Io, peer: &PeerRef) -> Result<Arc<[u8]>, PullFault> {
     let record = record_of(io, peer).await.ok_or(PullFault::Stale)?;
-    io.metadata.get(&record).map_err(|error| {
-        tracing::warn!(peer = %peer.worker, %error, "the transfer metadata of a peer is no base64");
-        PullFault::Refused
-    })
+    Ok(io.metadata.get(&record))
 }
 
 /// The peer as the own view has it; waits a little where the router's view is ahead.
@@ -261,7 +257,7 @@ fn fault_of(io: &Io, peer: &PeerRef, cause: &PullCause) -> PullFault {
                 }
                 TransferError::Link { .. } => PullFault::Link,
                 TransferError::Deadline { .. } => PullFault::Deadline,
-                TransferError::Geometry { .. } => PullFault::Geometry,
+                TransferError::Geometry(_) => PullFault::Geometry,
             }
         }
         PullCause::Staging(_) => PullFault::Deadline,
