@@ -160,6 +160,7 @@ fn describe(library: &Library, first: &Info, rails: &[Rail], bind: IpAddr) -> Dr
         read: true,
         // `shm` writes into the other process without asking it: what was granted could not be taken back.
         write: provider != "shm",
+        emulated: ["tcp", "net", "sockets"].contains(&provider.split(';').next().unwrap_or_default()),
         message_max: attr.max_msg_size.min(MESSAGE_MAX_BYTES),
         requests: true,
         op_max: attr.max_msg_size.min(OP_MAX_BYTES),

@@ -129,6 +129,7 @@ fn describe(context: &Context, options: &UcxOptions) -> DriverInfo {
         same_host: options.bind.is_loopback(),
         read: true,
         write: true,
+        emulated: !context.one_sided,
         message_max: messages::BYTES_MAX,
         requests: true,
         op_max: longest,

@@ -10,7 +10,7 @@ use tokio::sync::Notify;
 
 use super::bell::{Bell, Rope};
 use super::driver::{LocalRange, RemoteId};
-use super::thread::{Fabric, Peer};
+use super::thread::{Fabric, Patience, Peer};
 use super::window::Work;
 
 /// How long an aborted batch may take to end by itself before its peer is disconnected, which ends what others read from it
@@ -217,8 +217,12 @@ impl Batch {
 
     /// How long it may take to end once it was given up.
     fn grace(&self) -> Duration {
-        let bytes: u64 = self.transfers.iter().map(|transfer| transfer.local.len as u64).sum();
-        (ABORT_GRACE + Duration::from_millis(bytes / ABORT_BYTES_PER_MS)).min(ABORT_GRACE_MAX)
+        (ABORT_GRACE + Duration::from_millis(self.len() / ABORT_BYTES_PER_MS)).min(ABORT_GRACE_MAX)
+    }
+
+    /// Bytes of all transfers.
+    pub(super) fn len(&self) -> u64 {
+        self.transfers.iter().map(|transfer| transfer.local.len as u64).sum()
     }
 
     /// Waits for the end of everything posted, for so long; whether it came.
@@ -305,13 +309,22 @@ pub(crate) struct Running {
     bell: Option<Bell>,
     /// Whether it looks again and again for a moment before it waits.
     spins: bool,
+    /// For how many bytes: more take longer to come.
+    bytes: u64,
     fenced: bool,
     ended: bool,
 }
 
 impl Running {
     pub(super) fn new(fabric: Fabric, batch: Arc<Batch>) -> Self {
-        Self { fabric, batch, bell: None, spins: true, fenced: false, ended: false }
+        let bytes = batch.len();
+        Self { fabric, batch, bell: None, spins: true, bytes, fenced: false, ended: false }
+    }
+
+    /// Says that it comes after so many bytes more.
+    pub(super) fn after(mut self, bytes: u64) -> Self {
+        self.bytes += bytes;
+        self
     }
 
     /// Makes the drop a fence: once it returns, nothing of the batch writes its local ranges any more. It blocks for
@@ -331,7 +344,8 @@ impl Running {
     /// # Errors
     /// With the fabric's reason, once nothing of the batch is posted any more.
     pub(crate) async fn next(&mut self, done: &mut Vec<u32>) -> Result<bool, Arc<str>> {
-        let mut spun = !self.spins;
+        let mut patience = if self.spins { Patience::with(self.bytes) } else { Patience::default() };
+        let mut looked = false;
         let more = poll_fn(|context| {
             loop {
                 let mut state = self.batch.state();
@@ -339,13 +353,19 @@ impl Running {
                     return Poll::Ready(news);
                 }
                 if self.fabric.takes_turns() {
-                    if std::mem::replace(&mut spun, true) {
+                    if patience.is_over() {
                         // Mostly woken by another task, or by itself.
                         state.waiting = Some(Wake::Waker(context.waker().clone()));
                         return Poll::Pending;
                     }
                     drop(state);
-                    self.fabric.spin(|| self.batch.state().is_news());
+                    if std::mem::replace(&mut looked, false) {
+                        // Others have their turn before it looks on.
+                        context.waker().wake_by_ref();
+                        return Poll::Pending;
+                    }
+                    self.fabric.spin(&mut patience, || self.batch.state().is_news());
+                    looked = true;
                     continue;
                 }
                 self.bell = self.bell.take().or_else(|| self.fabric.bells().take());

@@ -43,6 +43,8 @@ pub(crate) struct DriverInfo {
     pub(crate) read: bool,
     /// See `read`.
     pub(crate) write: bool,
+    /// Whether a read is made of messages in software: it costs copies and system calls on either side then.
+    pub(crate) emulated: bool,
     /// Longest message of [`Driver::send`], in bytes; 0: there are no messages.
     pub(crate) message_max: usize,
     /// Whether there are requests: messages that nobody has to await by their tag.

@@ -190,7 +190,8 @@ impl FabricLink {
 
     async fn run(&self, job: &ReadJob<'_>) -> Result<Vec<usize>, Fault> {
         let local = self.destination(job).await?;
-        let ways = Ways { pack_max: self.fabric.pack_max(), slot_bytes: SLOT_BYTES, direct: local.is_some() };
+        let (pack_max, emulated) = (self.fabric.pack_max(), self.fabric.info().emulated);
+        let ways = Ways { pack_max, slot_bytes: SLOT_BYTES, direct: local.is_some(), emulated };
         let plan = Plan::of(job, ways);
         let direct = async {
             match (&local, plan.direct.is_empty()) {

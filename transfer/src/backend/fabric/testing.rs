@@ -134,6 +134,7 @@ impl World {
                 same_host: false,
                 read: true,
                 write: true,
+                emulated: false,
                 message_max: faults.message_max,
                 requests: faults.requests,
                 op_max: 1 << 30,

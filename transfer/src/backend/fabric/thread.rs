@@ -35,6 +35,7 @@ pub(crate) use self::queue::{Answering, Exchange, Then};
 use self::queue::{Asleep, Command, Need};
 pub(super) use self::queue::{Keep, Queue};
 use self::sleep::Alarm;
+pub(super) use self::turns::Patience;
 use self::turns::Turns;
 use super::FabricLimits;
 use super::batch::{Batch, Running};
@@ -362,8 +363,9 @@ impl Fabric {
         let answers: Vec<Arc<Batch>> = then.iter().map(|then| Arc::clone(&then.exchange.receive)).collect();
         let command = Command::SubmitThen(Arc::clone(&batch), then);
         self.ask(command).await.map_err(|error| Arc::from(error.what))?;
+        let bytes = batch.len();
         let running = |batch| Running::new(self.clone(), batch);
-        Ok((running(batch), answers.into_iter().map(running).collect()))
+        Ok((running(batch), answers.into_iter().map(|answer| running(answer).after(bytes)).collect()))
     }
 
     /// Posts nothing more of a batch; it is settled when what is posted has ended, at the latest with the driver.
@@ -419,7 +421,7 @@ impl Fabric {
                 if let Poll::Ready(next) = stream.poll_next_unpin(&mut Context::from_waker(&waker)) {
                     return Poll::Ready(next);
                 }
-                self.spin(|| woken.is());
+                self.spin(&mut Patience::with(SLOT_BYTES as u64), || woken.is());
                 looks = woken.is();
             }
             stream.poll_next_unpin(context)
@@ -434,10 +436,11 @@ impl Fabric {
         }
     }
 
-    /// Takes turns for a moment, where that is likely to pay, until `came`.
-    pub(super) fn spin(&self, came: impl Fn() -> bool) {
+    /// Takes turns for a moment, where that is likely to pay, until `came`. It may be done again while patience is left, once
+    /// others had their turn.
+    pub(super) fn spin(&self, patience: &mut Patience, came: impl Fn() -> bool) {
         if let Some(turns) = &self.0.turns {
-            turns.spin(came);
+            turns.spin(patience, came);
         }
     }
 }

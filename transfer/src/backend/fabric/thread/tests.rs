@@ -483,6 +483,31 @@ async fn what_a_runtime_does_not_get_to_is_done_by_the_thread() {
     assert!(!holds(&into, (3, 40_000)));
 }
 
+/// A task looks the longer the more bytes it waits for, up to a bound, and lets others run now and then.
+#[tokio::test]
+async fn a_look_ends_and_is_made_in_turns() {
+    let reader = turning(Faults::default()).await.reader;
+    let turns = |bytes| {
+        let mut patience = Patience::with(bytes);
+        std::iter::from_fn(|| (!patience.is_over()).then(|| reader.spin(&mut patience, || false))).count()
+    };
+    assert_eq!(turns(1 << 40), 4);
+    // All of it was one try in vain: the next is left out.
+    assert_eq!(turns(1 << 40), 1);
+    assert_eq!(turns(4096), 1);
+    // One at a time looks long.
+    let pays_again = || (0..8).for_each(|_| reader.spin(&mut Patience::with(1), || true));
+    pays_again();
+    let mut first = Patience::with(1 << 40);
+    reader.spin(&mut first, || false);
+    let mut second = Patience::with(1 << 40);
+    reader.spin(&mut second, || false);
+    assert!(!first.is_over() && second.is_over());
+    drop(first);
+    pays_again();
+    assert_eq!(turns(1 << 40), 4);
+}
+
 /// Who only looks at what is under way has the driver for a moment: who comes in that moment, and leaves again, is served.
 #[tokio::test]
 async fn who_comes_in_vain_while_somebody_looks_is_not_left_behind() {

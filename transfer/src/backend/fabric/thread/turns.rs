@@ -34,6 +34,11 @@ const TURNS_MAX: usize = 64;
 /// How long is looked again and again before somebody waits: a peer on this host or next to it answers, or asks for more,
 /// within that time. It is longer than waking takes, but only done where it has paid.
 const SPIN: Duration = Duration::from_micros(30);
+/// What comes within a host in a nanosecond, at least: a task looks so much longer for what it waits for.
+const BYTES_PER_NS: u64 = 4;
+/// The longest that a task looks, and how long without letting others run in its place.
+const LOOK_MAX: Duration = Duration::from_millis(1);
+const LOOK_TURN: Duration = Duration::from_micros(250);
 /// Most visits of peers between which the watch does not let other tasks run.
 const VISITS_MAX: usize = 8;
 
@@ -45,6 +50,48 @@ thread_local! {
 /// Whether this thread is in a turn, so that it cannot wait for one to end.
 pub(super) fn is_turning() -> bool {
     TURNING.get()
+}
+
+/// How long a task is still to look for what it waits for.
+#[derive(Debug, Default)]
+pub(in super::super) struct Patience {
+    left: Duration,
+    /// Whether it is the one that looks long, until it no longer does.
+    long: Option<Arc<AtomicBool>>,
+}
+
+impl Patience {
+    /// With so many bytes, none of which may be there yet.
+    pub(in super::super) fn with(bytes: u64) -> Self {
+        let left = (SPIN + Duration::from_nanos(bytes / BYTES_PER_NS)).min(LOOK_MAX);
+        Self { left, long: None }
+    }
+
+    pub(in super::super) fn is_over(&self) -> bool {
+        self.left.is_zero()
+    }
+
+    /// How long the next look is to be. One task at a time looks long: that one moves what the others wait for, too, and
+    /// between its looks there are other tasks than such that look.
+    fn take(&mut self, long: &Arc<AtomicBool>) -> Duration {
+        if self.left > SPIN && self.long.is_none() {
+            match long.swap(true, Ordering::Relaxed) {
+                true => self.left = SPIN,
+                false => self.long = Some(Arc::clone(long)),
+            }
+        }
+        let look = self.left.min(LOOK_TURN);
+        self.left -= look;
+        look
+    }
+}
+
+impl Drop for Patience {
+    fn drop(&mut self) {
+        if let Some(long) = &self.long {
+            long.store(false, Ordering::Relaxed);
+        }
+    }
 }
 
 /// What came of turns that a task has taken.
@@ -77,6 +124,8 @@ pub(super) struct Turns {
     spins: [Mutex<Spin>; 2],
     /// Tasks that look now.
     looking: AtomicUsize,
+    /// Whether one of them looks long.
+    long: Arc<AtomicBool>,
     /// Whether the watch takes turns.
     attending: AtomicBool,
 }
@@ -102,6 +151,7 @@ impl Turns {
             gate,
             spins: Default::default(),
             looking: AtomicUsize::new(0),
+            long: Arc::default(),
             attending: AtomicBool::new(false),
         }
     }
@@ -229,10 +279,14 @@ impl Turns {
     }
 
     /// Takes turns for a moment, if that is likely to pay, until `came`: for a task, which waits if it did not.
-    pub(super) fn spin(&self, came: impl Fn() -> bool) {
-        let found = self.spinning(Spinner::Task).is_worth_it() && {
+    pub(super) fn spin(&self, patience: &mut Patience, came: impl Fn() -> bool) {
+        let found = if self.spinning(Spinner::Task).is_worth_it() {
             let _looks = Looks::begin(self);
-            self.look_for(Spinner::Task, came)
+            let turn = patience.take(&self.long);
+            self.look_for(Spinner::Task, (turn, patience.is_over()), came)
+        } else {
+            *patience = Patience::default();
+            false
         };
         if found && self.watched.load(Ordering::Relaxed) {
             self.left.notify_one();
@@ -271,18 +325,20 @@ impl Turns {
         self.spins[who as usize].lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// Takes turns for a moment until `came`; whether it did.
-    fn look_for(&self, who: Spinner, came: impl Fn() -> bool) -> bool {
+    /// Takes turns for so long until `came`; whether it did, which says something if this is the last look for it.
+    fn look_for(&self, who: Spinner, (most, last): (Duration, bool), came: impl Fn() -> bool) -> bool {
         let start = Instant::now();
         let mut found = came();
-        while !found && start.elapsed() < SPIN {
+        while !found && start.elapsed() < most {
             std::hint::spin_loop();
             if self.take(false) == Turned::Over {
                 break;
             }
             found = came();
         }
-        self.spinning(who).tried(found);
+        if found || last {
+            self.spinning(who).tried(found);
+        }
         found
     }
 
@@ -388,7 +444,9 @@ impl Turns {
                 }
                 Turned::Idle if looks => {
                     let before = self.events();
-                    looks = self.look_for(Spinner::Watch, || self.events() != before || self.is_visited());
+                    looks = self.look_for(Spinner::Watch, (SPIN, true), || {
+                        self.events() != before || self.is_visited()
+                    });
                     visits += 1;
                     if visits % VISITS_MAX == 0 {
                         tokio::task::yield_now().await;

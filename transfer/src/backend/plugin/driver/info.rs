@@ -56,6 +56,7 @@ pub(super) fn check(raw: &RawInfo) -> Result<Checked, String> {
         same_host: has(abi::SAME_HOST),
         read,
         write,
+        emulated: false,
         message_max: raw.message_max as usize,
         requests: false,
         op_max: raw.op_max.min(isize::MAX as u64) as usize,
