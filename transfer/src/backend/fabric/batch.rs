@@ -13,6 +13,8 @@ use super::driver::{LocalRange, RemoteId};
 use super::thread::{Fabric, Patience, Peer};
 use super::window::Work;
 
+/// What a task waits for at most when it wants to know of parts.
+const NEWS_BYTES: u64 = 256 << 10;
 /// How long an aborted batch may take to end by itself before its peer is disconnected, which ends what others read from it
 /// as well: so much, and what its bytes take at a rate that any fabric has, but never long, for a thread waits.
 const ABORT_GRACE: Duration = Duration::from_millis(2);
@@ -344,7 +346,12 @@ impl Running {
     /// # Errors
     /// With the fabric's reason, once nothing of the batch is posted any more.
     pub(crate) async fn next(&mut self, done: &mut Vec<u32>) -> Result<bool, Arc<str>> {
-        let mut patience = if self.spins { Patience::with(self.bytes) } else { Patience::default() };
+        let mut patience = match (self.spins, self.batch.state().end_only) {
+            (true, true) => Patience::with(self.bytes),
+            // Who does something with each part does not move the next one meanwhile: somebody else can.
+            (true, false) => Patience::with(self.bytes.min(NEWS_BYTES)),
+            (false, _) => Patience::default(),
+        };
         let mut looked = false;
         let more = poll_fn(|context| {
             loop {

@@ -63,7 +63,9 @@ pub(in super::super) struct Patience {
 impl Patience {
     /// With so many bytes, none of which may be there yet.
     pub(in super::super) fn with(bytes: u64) -> Self {
-        let left = (SPIN + Duration::from_nanos(bytes / BYTES_PER_NS)).min(LOOK_MAX);
+        let moving = Duration::from_nanos(bytes / BYTES_PER_NS);
+        // What takes much longer than that is not looked for: somebody else moves it.
+        let left = if moving > 2 * LOOK_MAX { SPIN } else { (SPIN + moving).min(LOOK_MAX) };
         Self { left, long: None }
     }
 
