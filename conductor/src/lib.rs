@@ -27,7 +27,7 @@ mod leader;
 pub mod membership;
 mod mirror;
 #[cfg(test)]
-#[expect(unreachable_pub, reason = "as above")]
+#[expect(unreachable_pub, reason = "shared as `etcd_servers` is, which takes its ports from it")]
 #[path = "../../integration/src/ports.rs"]
 mod ports;
 mod reconcile;

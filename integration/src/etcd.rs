@@ -14,7 +14,7 @@
 //! (`/dev/shm`) and end with the [`Etcd`], also when the test process is killed. Peers reach each other through proxies
 //! of this process: run three members on a runtime whose threads are not blocked by the test.
 //!
-//! This file knows nothing of Baton, so that the conductor's own tests include it by its path.
+//! This file and `ports` know nothing of Baton, so that the conductor's own tests include them by their paths.
 
 use std::collections::{BTreeSet, HashMap};
 use std::net::SocketAddr;

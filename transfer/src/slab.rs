@@ -160,16 +160,8 @@ impl Slab {
         let slots = self.slots();
         let asked = u32::try_from(count).ok().filter(|_| count <= slots);
         let asked = asked.ok_or(SlabError::TooMany { asked: count, slots })?;
-        if let Ok(permit) = self.0.permits.clone().try_acquire_many_owned(asked) {
-            return Ok(self.take(permit));
-        }
-        let permit = self.0.permits.clone().acquire_many_owned(asked);
-        let permit = tokio::time::timeout_at(deadline, permit).await;
-        match permit {
-            Ok(Ok(permit)) => Ok(self.take(permit)),
-            // The semaphore is never closed; a closed one would have no slot before the deadline either.
-            Ok(Err(_)) | Err(_) => Err(SlabError::Exhausted { asked: count, slots }),
-        }
+        let permit = permits(&self.0.permits, asked, deadline).await;
+        permit.map(|permit| self.take(permit)).ok_or(SlabError::Exhausted { asked: count, slots })
     }
 
     /// A slot, if one is free and nobody waits for it.
@@ -180,8 +172,8 @@ impl Slab {
 
     /// A share of the slots, one part in `parts`, for a user who must not keep all of them.
     pub(crate) fn share(&self, parts: usize) -> Share {
-        let permits = Arc::new(Semaphore::new(self.slots().div_ceil(parts)));
-        Share { slab: self.clone(), permits }
+        let slots = self.slots().div_ceil(parts);
+        Share { slab: self.clone(), slots, permits: Arc::new(Semaphore::new(slots)) }
     }
 
     fn take(&self, mut permit: OwnedSemaphorePermit) -> Vec<Slot> {
@@ -222,6 +214,7 @@ impl Slab {
 #[derive(Debug, Clone)]
 pub(crate) struct Share {
     slab: Slab,
+    slots: usize,
     permits: Arc<Semaphore>,
 }
 
@@ -233,17 +226,12 @@ impl Share {
 
     /// As [`Slab::acquire`], of slots that are within the share.
     pub(crate) async fn acquire(&self, count: usize, deadline: Instant) -> Result<Vec<Slot>, SlabError> {
-        let exhausted = SlabError::Exhausted { asked: count, slots: self.slab.slots() };
-        let asked = u32::try_from(count).unwrap_or(u32::MAX);
-        let permits = match Arc::clone(&self.permits).try_acquire_many_owned(asked) {
-            Ok(permits) => permits,
-            Err(_) => {
-                let permits = Arc::clone(&self.permits).acquire_many_owned(asked);
-                let permits = tokio::time::timeout_at(deadline, permits).await;
-                permits.ok().and_then(Result::ok).ok_or(exhausted)?
-            }
-        };
-        Ok(Self::keep(permits, self.slab.acquire(count, deadline).await?))
+        let slots = self.slots;
+        let asked = u32::try_from(count).ok().filter(|_| count <= slots);
+        let asked = asked.ok_or(SlabError::TooMany { asked: count, slots })?;
+        let share = permits(&self.permits, asked, deadline).await;
+        let share = share.ok_or(SlabError::Exhausted { asked: count, slots })?;
+        Ok(Self::keep(share, self.slab.acquire(count, deadline).await?))
     }
 
     /// As [`Slab::try_acquire`].
@@ -257,6 +245,16 @@ impl Share {
         slots.iter_mut().for_each(|slot| slot._share = permits.split(1));
         slots
     }
+}
+
+/// Waits for so many permits, all at once, in the order of asking.
+async fn permits(of: &Arc<Semaphore>, count: u32, deadline: Instant) -> Option<OwnedSemaphorePermit> {
+    if let Ok(permits) = Arc::clone(of).try_acquire_many_owned(count) {
+        return Some(permits);
+    }
+    let permits = Arc::clone(of).acquire_many_owned(count);
+    // The semaphore is never closed; a closed one would give none before the deadline either.
+    tokio::time::timeout_at(deadline, permits).await.ok()?.ok()
 }
 
 impl Shared {

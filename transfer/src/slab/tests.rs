@@ -42,6 +42,23 @@ async fn a_full_slab_makes_the_next_one_wait_and_then_give_up() {
 }
 
 #[tokio::test(start_paused = true)]
+async fn a_share_ends_where_others_begin() {
+    let slab = Slab::new(6, 64, "slab").unwrap();
+    let (mine, theirs) = (slab.share(2), slab.share(2));
+    let mut held = mine.acquire(3, soon()).await.unwrap();
+    assert!(mine.try_acquire().is_none() && mine.clone().try_acquire().is_none(), "clones have it together");
+    let exhausted = SlabError::Exhausted { asked: 1, slots: 3 };
+    assert_eq!(mine.acquire(1, soon()).await.unwrap_err(), exhausted);
+    assert_eq!(mine.acquire(4, soon()).await.unwrap_err(), SlabError::TooMany { asked: 4, slots: 3 });
+    assert_eq!(theirs.acquire(3, soon()).await.unwrap().len(), 3);
+    drop(held.pop());
+    assert!(mine.try_acquire().is_some());
+    drop(held);
+    assert_eq!(mine.acquire(3, soon()).await.unwrap().len(), 3);
+    assert_eq!(slab.audit().unwrap().free, 6);
+}
+
+#[tokio::test(start_paused = true)]
 async fn waiters_are_served_in_the_order_they_came_and_all_at_once() {
     let slab = Slab::new(2, 64, "slab").unwrap();
     let mut held = slab.acquire(2, soon()).await.unwrap();

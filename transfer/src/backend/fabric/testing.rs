@@ -1,4 +1,5 @@
-//! Drivers within one process that are slow, lossy, full or dead as a test wants: seeded, without a library.
+//! Drivers within one process that are slow, lossy, full or dead as a test wants: seeded, without a library. And a host
+//! that does not answer, for those of libraries.
 
 use std::collections::{HashMap, VecDeque};
 use std::net::{SocketAddr, TcpListener, TcpStream};
