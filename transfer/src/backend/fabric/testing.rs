@@ -106,6 +106,8 @@ struct Endpoint {
     last_asked: Vec<u8>,
     bell: Option<Arc<OwnedFd>>,
     registered: usize,
+    /// Registrations made in all.
+    registrations: usize,
     imported: usize,
     polls: usize,
     /// Most operations and bytes posted to one peer at once.
@@ -231,6 +233,11 @@ impl World {
     /// Registrations of an endpoint now.
     pub(crate) fn registered(&self, endpoint: usize) -> usize {
         self.endpoints()[endpoint].registered
+    }
+
+    /// Registrations that an endpoint has made in all.
+    pub(crate) fn registrations(&self, endpoint: usize) -> usize {
+        self.endpoints()[endpoint].registrations
     }
 }
 
@@ -408,6 +415,7 @@ impl Driver for MemoryDriver {
         self.local.insert(id, span.clone());
         let mut endpoints = self.world.endpoints();
         endpoints[self.me].registered += 1;
+        endpoints[self.me].registrations += 1;
         if access == Access::Local {
             return Ok((LocalId(id), Vec::new()));
         }
