@@ -172,7 +172,8 @@ async fn top_shows_the_fleet_on_a_terminal_and_gives_it_back() {
     let fleet =
         Fleet::start(FleetOptions::tiny("  - { name: all, role: both, engine: { kind: sim } }\n")).await;
     // A conductor that is not there is passed over.
-    let top = format!("{} top --conductor 127.0.0.1:1,{}", binary::baton().display(), fleet.conductor);
+    // In the place of the shell: one that waits for its child may end by the same signal.
+    let top = format!("exec {} top --conductor 127.0.0.1:1,{}", binary::baton().display(), fleet.conductor);
     let mut command = Command::new("script");
     command.args(["--quiet", "--return", "--command", &top, "/dev/null"]);
     let mut on_terminal = command.stdin(Stdio::piped()).stdout(Stdio::piped()).spawn().unwrap();
