@@ -74,6 +74,13 @@ struct State {
     measured: Option<Measured>,
 }
 
+impl State {
+    /// Whether this very connection is the open one.
+    fn is_open_as(&self, path: &Path) -> bool {
+        matches!(&self.stage, Stage::Open(link) if Arc::ptr_eq(link, &path.link))
+    }
+}
+
 #[derive(Clone, Default)]
 enum Stage {
     #[default]
@@ -237,12 +244,17 @@ impl Paths {
         self.usable(avoid).any(|index| !tried.has(index))
     }
 
+    /// Whether a path is in use still: nothing has broken it.
+    pub(crate) fn is_open(&self, path: &Path) -> bool {
+        self.candidates[path.index].state().is_open_as(path)
+    }
+
     /// Takes a path out of use for a while: it broke.
     pub(crate) fn broke(&self, path: &Path, why: &LinkError) {
         let candidate = &self.candidates[path.index];
         let mut state = candidate.state();
         // Another read may have noticed before, and the path may be open again since.
-        if matches!(&state.stage, Stage::Open(link) if Arc::ptr_eq(link, &path.link)) {
+        if state.is_open_as(path) {
             let until = Instant::now() + self.opener.options.retry;
             state.stage = Stage::Broken { until, why: chain(why), verdict: None };
             candidate.mapped_is_open.store(false, Ordering::Release);

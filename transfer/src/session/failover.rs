@@ -98,7 +98,7 @@ async fn attempt(
             tokio::select! {
                 biased;
                 outcome = over => Ok(outcome),
-                stopped = watch(job.progress, &mut timer, deadline, stall) => Err(stopped),
+                stopped = watch(job.progress, &mut timer, deadline, stall, || paths.is_open(&path)) => Err(stopped),
             }
         }
     };
@@ -142,20 +142,23 @@ enum Stopped {
     Stalled(Duration),
 }
 
-/// Waits until the deadline, or until a read has stood still for `stall`.
+/// Waits until the deadline, or until a read has stood still for `stall`, or waits for its turn on a path that is not open
+/// any more: another has found out.
 async fn watch(
     progress: &Progress,
     timer: &mut Timer<'_>,
     deadline: Instant,
     stall: Option<Duration>,
+    is_open: impl Fn() -> bool,
 ) -> Stopped {
     let Some(stall) = stall else {
         timer.until(deadline).await;
         return Stopped::Deadline;
     };
     let mut seen = progress.moved();
-    let mut since = Instant::now();
-    let patience = stall.min(deadline.saturating_duration_since(since) / STALL_SHARE);
+    let begun = Instant::now();
+    let mut since = begun;
+    let patience = stall.min(deadline.saturating_duration_since(begun) / STALL_SHARE);
     loop {
         let look = Instant::now() + patience / LOOKS;
         timer.until(look.min(deadline)).await;
@@ -164,7 +167,9 @@ async fn watch(
             return Stopped::Deadline;
         }
         let moved = progress.moved();
-        if moved != seen || progress.is_queued() {
+        if progress.is_queued() && !is_open() {
+            return Stopped::Stalled(now - begun);
+        } else if moved != seen || progress.is_queued() {
             (seen, since) = (moved, now);
         } else if now - since >= patience {
             return Stopped::Stalled(now - since);
@@ -329,8 +334,9 @@ mod tests {
     async fn watched(deadline_s: u64, work: impl AsyncFnOnce(&Progress)) -> (Stopped, Duration) {
         let (progress, timers, start) = (Progress::new(1), Timers::default(), Instant::now());
         let (stall, deadline) = (Duration::from_secs(2), start + Duration::from_secs(deadline_s));
+        let is_open = || start.elapsed() < Duration::from_secs(20);
         let watch = async {
-            let stopped = watch(&progress, &mut timers.take(), deadline, Some(stall)).await;
+            let stopped = watch(&progress, &mut timers.take(), deadline, Some(stall), is_open).await;
             (stopped, start.elapsed())
         };
         futures_util::future::join(watch, work(&progress)).await.0
@@ -348,14 +354,18 @@ mod tests {
         });
         let (stopped, after) = queued.await;
         assert!(matches!(stopped, Stopped::Stalled(_)) && (11..14).contains(&after.as_secs()), "{after:?}");
-        let moving = watched(10, async |progress| {
-            for _ in 0..20 {
-                pause().await;
-                progress.add(1);
-            }
-        });
-        let (stopped, after) = moving.await;
-        assert!(matches!(stopped, Stopped::Deadline) && after.as_secs() == 10, "{after:?}");
+        for deadline in [10, 30] {
+            let moving = watched(deadline, async |progress| {
+                for _ in 0..40 {
+                    pause().await;
+                    progress.add(1);
+                }
+            });
+            let (stopped, after) = moving.await;
+            assert!(matches!(stopped, Stopped::Deadline) && after.as_secs() == deadline, "{after:?}");
+        }
+        let (stopped, after) = watched(100, async |progress| progress.set_queued(true)).await;
+        assert!(matches!(stopped, Stopped::Stalled(_)) && (20..22).contains(&after.as_secs()), "{after:?}");
         let (stopped, after) = watched(3, async |_| ()).await;
         assert!(
             matches!(stopped, Stopped::Stalled(_)) && after.as_secs() < 2,

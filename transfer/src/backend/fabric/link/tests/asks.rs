@@ -152,6 +152,34 @@ async fn an_owner_that_does_not_answer_leaves_others_the_readers_buffers() {
     }
 }
 
+/// Those that wait for buffers learn that the path broke from the first that stood still, not each for itself.
+#[tokio::test(flavor = "multi_thread", worker_threads = 2)]
+async fn reads_that_wait_behind_an_owner_that_does_not_answer_leave_the_path_together() {
+    let pair = pair(Faults::default(), Integrity::Digest).await;
+    let options = AgentOptions::new("decode-1".parse().unwrap());
+    let (backends, stall) = (vec![BackendKind::Plugin, BackendKind::Tcp], Duration::from_millis(500));
+    let options = AgentOptions { backends, stall, choose: Choose::Listed, ..options };
+    let reader = Agent::start_with(options, pair.reader.fabrics.clone()).await.unwrap();
+    reader.set_epoch(EPOCH);
+    let owner = &pair.owner.agent;
+    let mut metadata = Metadata::decode(&owner.metadata()).unwrap();
+    metadata.offers.push(Offer::of(BackendKind::Tcp));
+    let session = reader.connect(owner.worker(), EPOCH, &metadata.encode()).await.unwrap();
+    assert_eq!(session.path().backend, BackendKind::Plugin);
+    let blocks = pair.blocks(&[4096; 60]);
+    pair.world.freeze(OWNER, true);
+    let begun = Instant::now();
+    let reads = (0..320).map(|_| read(&session, &blocks));
+    for outcome in futures_util::future::join_all(reads).await {
+        outcome.unwrap();
+    }
+    let share = pair.reader.fabrics.get(BackendKind::Plugin).unwrap().landing().slots() / 4;
+    let took = begun.elapsed();
+    assert!(took < stall * (320 / share as u32) / 2, "{took:?}, as if each share had found out by itself");
+    pair.world.freeze(OWNER, false);
+    pair.reader.settle().await;
+}
+
 /// Requests that only tasks can answer, of a reader that takes no answer, leave the owner tasks for those of others.
 #[tokio::test(flavor = "multi_thread", worker_threads = 2)]
 async fn requests_that_tasks_answer_have_shares_too() {
